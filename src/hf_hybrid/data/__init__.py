@@ -1,0 +1,1 @@
+"""From raw text to training examples: loading, packing, span corruption, the embedded corpus."""

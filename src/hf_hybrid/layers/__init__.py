@@ -1,0 +1,1 @@
+"""Modules with plain arguments, shared by several architectures. No module here sees a configuration class."""

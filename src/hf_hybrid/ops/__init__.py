@@ -1,0 +1,1 @@
+"""Pure tensor functions: the numerical core. Depends on torch alone."""

@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece-unigram with sentinels, and bytes."""

@@ -1,0 +1,1 @@
+"""Training helpers: parameter groups, Trainer subclasses, run folders."""
