@@ -1,0 +1,362 @@
+"""Local attention: sliding windows and chunks, bidirectional or causal, with a relative bias, in linear time and memory.
+
+Window: key j is visible to query i when |j - i| <= r (causal: 0 <= i - j <= r). Chunk: when both lie in the same chunk
+of c tokens (causal: and j <= i). Keys marked as padding are never visible; a query that sees no key returns zeros.
+
+Queries are processed in blocks: a block of b consecutive queries sees at most b + 2r consecutive keys (b + r when
+causal), which are read as one strided slice. No tensor of size L x L, or of L x L bits, is ever made.
+
+Shape letters: B batch, n heads, L tokens (Lq queries, Lk keys), d head width, r radius, c chunk size, b queries in a
+block, w keys seen by a block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .relative_position import toeplitz_bias
+
+
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    radius: int,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Sliding window attention: query i sees the keys j with |j - i| <= radius, causal: 0 <= i - j <= radius.
+
+    Args:
+        query: (B, n, L, d), any strides.
+        key, value: (B, n, L, d), any strides.
+        radius: r, in tokens, 0 or more.
+        causal: keys after the query are hidden.
+        bias: (n, 2r + 1), causal: (n, r + 1); entry k is added to the scores of offset `j - i = k - r`.
+        key_mask: (B, L) bool, True = token, False = padding.
+        scale: factor on the products of queries and keys; None = d ** -0.5.
+        dropout_p: probability of dropping an attention probability (callers pass 0 outside training).
+
+    Returns:
+        (B, n, L, d) in the dtype of `query`. The softmax is computed in float32 or better.
+
+    Raises:
+        ValueError: shapes do not fit together, or `radius` is negative.
+    """
+    _check_shapes(query, key, value, key_mask)
+    _check_positive("radius", radius, minimum=0)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"`key` has {key.shape[2]} tokens but `query` has {query.shape[2]}; use `cached_local_attention` to attend "
+            "to keys of earlier calls."
+        )
+    right = 0 if causal else radius
+    _check_bias(bias, query.shape[1], radius + right + 1)
+    return _band_attention(
+        query, key, value, radius, right, bias=bias, key_mask=key_mask, scale=scale, dropout_p=dropout_p
+    )
+
+
+def chunk_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    chunk_size: int,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Attention inside non-overlapping chunks: query i sees the keys of chunk i // c (causal: those with j <= i).
+
+    Args:
+        query: (B, n, L, d), any strides.
+        key, value: (B, n, L, d), any strides.
+        chunk_size: c, in tokens.
+        causal: keys after the query are hidden.
+        bias: (n, 2c - 1); entry k is added to the scores of offset `j - i = k - (c - 1)`.
+        key_mask: (B, L) bool, True = token, False = padding.
+        positions: (B, L) integer position of every token in its own row, None = 0..L-1 in every row. Given for rows
+            padded at the left, where chunk p // c must be that of the unpadded row. The tokens of one chunk must be
+            neighbours in the row; positions of padding are free, and what padded queries return is then unspecified.
+        scale: factor on the products of queries and keys; None = d ** -0.5.
+        dropout_p: probability of dropping an attention probability.
+
+    Returns:
+        (B, n, L, d) in the dtype of `query`. The softmax is computed in float32 or better.
+
+    Raises:
+        ValueError: shapes do not fit together, or `chunk_size` is not positive.
+    """
+    _check_shapes(query, key, value, key_mask, positions)
+    _check_positive("chunk_size", chunk_size, minimum=1)
+    _check_bias(bias, query.shape[1], 2 * chunk_size - 1)
+    if positions is not None:
+        if causal and bias is not None:
+            bias = bias[:, :chunk_size]
+        return _band_attention(
+            query,
+            key,
+            value,
+            chunk_size - 1,
+            0 if causal else chunk_size - 1,
+            bias=bias,
+            key_mask=key_mask,
+            segments=torch.div(positions, chunk_size, rounding_mode="floor"),
+            scale=scale,
+            dropout_p=dropout_p,
+        )
+    # Every chunk is one row of a batch in which all keys are visible (or those up to the query).
+    batch, heads, length, width = query.shape
+    size = min(chunk_size, length)
+    count = -(-length // size)
+    padding = count * size - length
+    if key_mask is None and padding:
+        key_mask = torch.ones(batch, length, dtype=torch.bool, device=query.device)
+    if key_mask is not None:
+        key_mask = F.pad(key_mask, (0, padding)).view(batch * count, size)
+
+    def split(states: torch.Tensor) -> torch.Tensor:
+        return F.pad(states, (0, 0, 0, padding)).unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
+
+    if bias is not None:
+        bias = bias[:, chunk_size - size : chunk_size if causal else chunk_size - 1 + size]
+    outputs = _band_attention(
+        split(query),
+        split(key),
+        split(value),
+        size - 1,
+        0 if causal else size - 1,
+        bias=bias,
+        key_mask=key_mask,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    outputs = outputs.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+    return outputs[:, :, :length]
+
+
+def cached_local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    radius: int | None = None,
+    chunk_size: int | None = None,
+    bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Causal local attention of new queries to cached and new keys: one decoding step, or one piece of a prompt.
+
+    Queries and keys are aligned at their ends: the last query stands at the position of the last key. Only the last
+    `radius` (chunk: `chunk_size - 1`) keys before the first query are read, so older ones need not be kept.
+
+    Args:
+        query: (B, n, Lq, d) of the new tokens.
+        key, value: (B, n, Lk, d), Lk >= Lq: cached keys, then those of the new tokens.
+        radius: window attention of this radius; exactly one of `radius` and `chunk_size` is given.
+        chunk_size: chunk attention of this chunk size.
+        bias: (n, radius + 1), or (n, 2 * chunk_size - 1), as in `local_attention` and `chunk_attention`.
+        key_mask: (B, Lk) bool, True = token, False = padding.
+        positions: (B, Lk) integer position of every key in its own row; needed for chunks (see `chunk_attention`).
+        scale: factor on the products of queries and keys; None = d ** -0.5.
+        dropout_p: probability of dropping an attention probability.
+
+    Returns:
+        (B, n, Lq, d) in the dtype of `query`, equal to the last Lq rows of one pass over the whole sequence.
+
+    Raises:
+        ValueError: shapes do not fit together, or not exactly one of `radius` and `chunk_size` is given.
+    """
+    _check_shapes(query, key, value, key_mask, positions)
+    if (radius is None) == (chunk_size is None):
+        raise ValueError(
+            f"give exactly one of `radius` and `chunk_size`; got radius={radius}, chunk_size={chunk_size}."
+        )
+    segments = None
+    if radius is not None:
+        _check_positive("radius", radius, minimum=0)
+        _check_bias(bias, query.shape[1], radius + 1)
+    else:
+        _check_positive("chunk_size", chunk_size, minimum=1)
+        _check_bias(bias, query.shape[1], 2 * chunk_size - 1)
+        if positions is None:
+            raise ValueError("`positions` (B, Lk) must be given with `chunk_size`: chunks are cut by position.")
+        segments = torch.div(positions, chunk_size, rounding_mode="floor")
+        radius = chunk_size - 1
+        bias = None if bias is None else bias[:, :chunk_size]
+    return _band_attention(
+        query, key, value, radius, 0, bias=bias, key_mask=key_mask, segments=segments, scale=scale, dropout_p=dropout_p
+    )
+
+
+def _band_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    left: int,
+    right: int,
+    *,
+    bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    segments: torch.Tensor | None = None,
+    scale: float | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """Attention of query i to the keys i + s - left .. i + s + right, s = Lk - Lq, by scaled_dot_product_attention.
+
+    `bias` is (n, left + right + 1); `segments` (B, Lk) restricts attention to keys of the query's own segment.
+    """
+    batch, heads, num_queries, width = query.shape
+    num_keys = key.shape[2]
+    shift = num_keys - num_queries
+    # Offsets that no pair of tokens has are cut off the band.
+    new_left, new_right = min(left, num_keys - 1), min(right, num_queries - 1)
+    if bias is None:
+        bias = query.new_zeros(1, new_left + new_right + 1)
+    else:
+        bias = bias[:, left - new_left : left + 1 + new_right].to(query.dtype)
+    left, right = new_left, new_right
+
+    block = min(num_queries, max(left + 1, 64))
+    num_blocks = -(-num_queries // block)
+    span = block + left + right  # keys seen by a block
+    front = left - shift  # key slot 0 of block t is key t * block - front
+    back = num_blocks * block + left + right - front - num_keys
+    hidden = torch.finfo(query.dtype).min / 2  # finite: rows that see nothing stay free of NaN, forward and backward
+
+    # (B, n, blocks, w, d): overlapping strided views of the padded keys and values
+    keys = F.pad(key, (0, 0, front, back)).unfold(2, span, block).transpose(-1, -2)
+    values = F.pad(value, (0, 0, front, back)).unfold(2, span, block).transpose(-1, -2)
+    queries = F.pad(query, (0, 0, 0, num_blocks * block - num_queries)).unflatten(2, (num_blocks, block))
+
+    band = toeplitz_bias(bias, block, span, shift=0, fill=hidden)  # (n or 1, b, w)
+    if key_mask is None:
+        key_mask = torch.ones(batch, num_keys, dtype=torch.bool, device=query.device)
+    inside = toeplitz_bias(torch.ones_like(bias[:1], dtype=torch.bool), block, span, shift=0, fill=False)  # (1, b, w)
+    visible = F.pad(key_mask, (front, back)).unfold(1, span, block).unsqueeze(2) & inside  # (B, blocks, b, w)
+    if segments is not None:
+        key_segments = F.pad(segments, (front, back)).unfold(1, span, block)
+        query_segments = F.pad(segments[:, shift:], (0, num_blocks * block - num_queries))
+        query_segments = query_segments.unflatten(1, (num_blocks, block))
+        visible = visible & (query_segments.unsqueeze(-1) == key_segments.unsqueeze(-2))
+    mask = torch.where(visible.unsqueeze(2), band, hidden)  # (B, blocks, n or 1, b, w)
+
+    outputs = F.scaled_dot_product_attention(
+        queries.transpose(1, 2).flatten(0, 1),
+        keys.transpose(1, 2).flatten(0, 1),
+        values.transpose(1, 2).flatten(0, 1),
+        attn_mask=mask.flatten(0, 1),
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    outputs = outputs.unflatten(0, (batch, num_blocks))
+    outputs = outputs.masked_fill(~visible.any(-1)[:, :, None, :, None], 0)
+    return outputs.transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
+
+
+def local_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    radius: int,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Dense form of `local_attention`, quadratic in L; same arguments and result."""
+    offsets = _offsets(query)
+    visible = (offsets >= -radius) & (offsets <= (0 if causal else radius))
+    scores_bias = None if bias is None else bias[:, (offsets + radius).clamp(0, bias.shape[-1] - 1)]
+    return _dense_attention(query, key, value, visible, scores_bias, key_mask, scale)
+
+
+def chunk_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    chunk_size: int,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Dense form of `chunk_attention`, quadratic in L; same arguments and result."""
+    offsets = _offsets(query)
+    if positions is None:
+        positions = torch.arange(query.shape[2], device=query.device)[None]
+    chunks = torch.div(positions, chunk_size, rounding_mode="floor")
+    visible = (chunks.unsqueeze(-1) == chunks.unsqueeze(-2)).unsqueeze(1)
+    if causal:
+        visible = visible & (offsets <= 0)
+    scores_bias = None if bias is None else bias[:, (offsets + chunk_size - 1).clamp(0, bias.shape[-1] - 1)]
+    return _dense_attention(query, key, value, visible, scores_bias, key_mask, scale)
+
+
+def _offsets(query: torch.Tensor) -> torch.Tensor:
+    """(L, L): key position minus query position."""
+    index = torch.arange(query.shape[2], device=query.device)
+    return index[None, :] - index[:, None]
+
+
+def _dense_attention(query, key, value, visible, scores_bias, key_mask, scale) -> torch.Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
+    if scores_bias is not None:
+        scores = scores + scores_bias.to(dtype)
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    visible = visible.expand_as(scores)
+    probabilities = torch.softmax(scores.masked_fill(~visible, torch.finfo(dtype).min), dim=-1)
+    return (probabilities.masked_fill(~visible, 0) @ value.to(dtype)).to(query.dtype)
+
+
+def _check_shapes(query, key, value, key_mask, positions=None) -> None:
+    if query.dim() != 4 or key.dim() != 4 or value.shape != key.shape:
+        raise ValueError(
+            "`query`, `key` and `value` must be (batch, heads, tokens, width), key and value of one shape; "
+            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3] or query.shape[2] > key.shape[2]:
+        raise ValueError(
+            "`key` must have the batch, heads and width of `query` and at least as many tokens; "
+            f"got {tuple(key.shape)} for query {tuple(query.shape)}."
+        )
+    if query.shape[2] == 0:
+        raise ValueError(f"`query` has no tokens: {tuple(query.shape)}; at least one is needed.")
+    expected = (key.shape[0], key.shape[2])
+    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected):
+        raise ValueError(
+            f"`key_mask` must be bool of shape {expected} (True = token); got {key_mask.dtype} of shape "
+            f"{tuple(key_mask.shape)}."
+        )
+    if positions is not None and tuple(positions.shape) != expected:
+        raise ValueError(f"`positions` must have shape {expected}; got {tuple(positions.shape)}.")
+
+
+def _check_bias(bias: torch.Tensor | None, heads: int, entries: int) -> None:
+    if bias is not None and tuple(bias.shape) != (heads, entries):
+        raise ValueError(
+            f"`bias` must have shape {(heads, entries)}, one entry per head and offset; got {tuple(bias.shape)}."
+        )
+
+
+def _check_positive(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")

@@ -1,0 +1,170 @@
+"""Relative positions of attention: T5 buckets, bias vectors indexed by offset, Toeplitz matrices, rotary angles.
+
+A relative bias depends on the offset `j - i` of key `j` from query `i` alone, so it is kept as one vector per head,
+indexed by offset, and turned into a (Toeplitz) matrix only where a block of scores needs one.
+
+Shape letters: B batch, L tokens, n heads, d head width, r radius.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def relative_position_bucket(
+    relative_position: torch.Tensor, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> torch.Tensor:
+    """Bucket of every offset `j - i`, as in T5 (arXiv 1910.10683, section 2.1).
+
+    With e exact buckets, a distance m < e has its own bucket; larger ones share buckets of logarithmic width up to
+    `max_distance`, beyond which all fall in the last: `e + floor(log(m / e) / log(max_distance / e) * (h - e))`, where h
+    is the number of buckets of one direction. Bidirectional: keys after the query use the upper half of the buckets.
+    Causal: keys after the query count as distance 0 (they are masked anyway). The logarithms are taken in float32.
+
+    Args:
+        relative_position: integer tensor of any shape, key position minus query position.
+        bidirectional: whether keys after the query are seen.
+        num_buckets: rows of the bias table; at least 2, or 4 and even when bidirectional.
+        max_distance: distance from which all offsets share one bucket, in tokens.
+
+    Returns:
+        int64 tensor of the same shape, entries in [0, num_buckets).
+
+    Raises:
+        ValueError: `num_buckets` or `max_distance` is too small to make one exact and one logarithmic bucket.
+    """
+    minimum = 4 if bidirectional else 2
+    if num_buckets < minimum or (bidirectional and num_buckets % 2):
+        raise ValueError(
+            f"`num_buckets` must be {'an even number ' if bidirectional else ''}of at least {minimum}; got {num_buckets}."
+        )
+    buckets_per_side = num_buckets // 2 if bidirectional else num_buckets
+    num_exact = buckets_per_side // 2
+    if max_distance <= num_exact:
+        raise ValueError(
+            f"`max_distance` must exceed the {num_exact} exact buckets that num_buckets={num_buckets} gives; "
+            f"got {max_distance}."
+        )
+    relative_position = relative_position.long()
+    if bidirectional:
+        base = torch.where(relative_position > 0, buckets_per_side, 0)
+        distance = relative_position.abs()
+    else:
+        base = torch.zeros_like(relative_position)
+        distance = (-relative_position).clamp(min=0)
+    # clamp: log(0) would be -inf and its conversion to an integer undefined; those entries take the exact branch
+    ratio = torch.log(distance.clamp(min=1).float() / num_exact) / math.log(max_distance / num_exact)
+    logarithmic = num_exact + (ratio * (buckets_per_side - num_exact)).long()
+    logarithmic = logarithmic.clamp(max=buckets_per_side - 1)
+    return base + torch.where(distance < num_exact, distance, logarithmic)
+
+
+def relative_bias_vector(
+    table: torch.Tensor, *, radius: int, causal: bool = False, max_distance: int = 128
+) -> torch.Tensor:
+    """Bias of every offset inside a window, from a table of bucket biases.
+
+    Args:
+        table: (num_buckets, n), one learned bias per bucket and head.
+        radius: largest distance r inside the window, in tokens; 0 or more.
+        causal: only offsets -r..0 (causal buckets) instead of -r..r (bidirectional buckets).
+        max_distance: see `relative_position_bucket`.
+
+    Returns:
+        (n, 2r + 1), or (n, r + 1) when causal: entry k is the bias of offset `j - i = k - r`.
+    """
+    if radius < 0:
+        raise ValueError(f"`radius` must be a distance in tokens, 0 or more; got {radius}.")
+    offsets = torch.arange(-radius, 1 if causal else radius + 1, device=table.device)
+    buckets = relative_position_bucket(
+        offsets, bidirectional=not causal, num_buckets=table.shape[0], max_distance=max_distance
+    )
+    return F.embedding(buckets, table).transpose(0, 1)
+
+
+def toeplitz_bias(
+    vector: torch.Tensor, num_rows: int, num_columns: int, *, shift: int, fill: float = 0.0
+) -> torch.Tensor:
+    """Matrix of a vector indexed by offset: `T[..., a, c] = vector[..., c - a + shift]`, `fill` outside the vector.
+
+    Args:
+        vector: (..., m).
+        num_rows: rows (queries) of the matrix.
+        num_columns: columns (keys) of the matrix.
+        shift: index in `vector` of the main diagonal; may lie outside the vector.
+        fill: value where the index leaves the vector.
+
+    Returns:
+        (..., num_rows, num_columns), a new tensor; differentiable in `vector`.
+    """
+    first = shift - (num_rows - 1)  # smallest index used, in the lower left corner
+    last = shift + num_columns - 1  # largest index used, in the upper right corner
+    extended = F.pad(vector, (-first, last + 1 - vector.shape[-1]), value=fill)  # a negative amount crops
+    return extended.unfold(-1, num_columns, 1).flip(-2)
+
+
+def toeplitz_bias_gradient(gradient: torch.Tensor, vector_length: int, *, shift: int) -> torch.Tensor:
+    """Gradient of `toeplitz_bias` to its vector: sums of the diagonals of `gradient`.
+
+    Args:
+        gradient: (..., rows, columns).
+        vector_length: m, the length of the vector.
+        shift: as given to `toeplitz_bias`.
+
+    Returns:
+        (..., m).
+    """
+    num_rows, num_columns = gradient.shape[-2:]
+    # Rows are reversed and each is padded by `num_rows` zeros; read with rows one element shorter, row s moves s places
+    # to the right, and the diagonals have become columns.
+    width = num_columns + num_rows - 1
+    skewed = F.pad(gradient.flip(-2), (0, num_rows)).flatten(-2)[..., : num_rows * width]
+    diagonals = skewed.unflatten(-1, (num_rows, width)).sum(-2)
+    first = shift - (num_rows - 1)
+    return F.pad(diagonals, (first, vector_length - first - width))
+
+
+def rotary_cos_sin(positions: torch.Tensor, head_dim: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary angles `position * base^(-2m / d)`, m = 0..d/2-1 (arXiv 2104.09864, Eq. 15).
+
+    Args:
+        positions: (..., L) integer positions.
+        head_dim: width d of a head, even.
+        base: the longest wavelength is about `2 pi base` tokens.
+
+    Returns:
+        two (..., L, d) float32 tensors; the d/2 angles are repeated for the two halves of a head.
+
+    Raises:
+        ValueError: `head_dim` is odd.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"`head_dim` must be even and at least 2 for rotary positions; got {head_dim}.")
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.unsqueeze(-1).float() * base**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates queries or keys so that their products depend on the difference of their positions alone.
+
+    Component m of a head is paired with component m + d/2.
+
+    Args:
+        states: (B, n, L, d).
+        cos, sin: (L, d) or (B, L, d) of `rotary_cos_sin`.
+
+    Returns:
+        (B, n, L, d) in the dtype of `states`; the rotation is computed in float32 or better.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = states.to(dtype)
+    first, second = rotated.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (rotated * cos.to(dtype) + turned * sin.to(dtype)).to(states.dtype)
