@@ -1,0 +1,149 @@
+"""Trains a SentencePiece-unigram tokenizer with sentinels on text files, local data-set folders or Hub data sets.
+
+Example:
+    python -m hf_hybrid.recipes.train_tokenizer --train_file books/ notes.txt --vocab_size 8000 --output_dir my_tokenizer
+
+The folder then loads with `AutoTokenizer.from_pretrained("my_tokenizer")`. It also holds the model in sentencepiece's own format.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from ..data.loading import load_text_source
+from ..tokenization.sentencepiece_tokenizer import (
+    padded_vocab_size,
+    tokenizer_from_sentencepiece,
+    train_sentencepiece_model,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainTokenizerArguments:
+    """Arguments of the recipe."""
+
+    train_file: list[str] = field(
+        metadata={
+            "help": "Text files, .json/.jsonl/.csv/.tsv/.parquet files, folders of them, or names of data sets of the Hub."
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    vocab_size: int = field(default=32000, metadata={"help": "Number of pieces, without the sentinels."})
+    num_sentinels: int = field(
+        default=1024, metadata={"help": "Number of sentinel tokens; an input of 16,384 tokens needs 910."}
+    )
+    split: str = field(default="train", metadata={"help": "Split read from folders and Hub data sets."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the text, when it is not `text`."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set as a stream, without storing it first."}
+    )
+    normalization: str = field(default="nfkc", metadata={"help": "nfkc, nfkc_cf (lower-cased) or identity."})
+    character_coverage: float = field(
+        default=0.9995,
+        metadata={"help": "Share of characters with a piece of their own; the rest is spelled in bytes."},
+    )
+    max_sentences: int = field(
+        default=400_000, metadata={"help": "Random sample of lines used when there are more; 0 = all lines."}
+    )
+    max_documents: int | None = field(default=None, metadata={"help": "Read only this many documents."})
+    split_digits: bool = field(default=False, metadata={"help": "Every digit is a token of its own."})
+    model_max_length: int | None = field(default=None, metadata={"help": "Length for `truncation=True`."})
+    num_threads: int = field(default=2, metadata={"help": "Threads of the trainer."})
+
+
+def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterator[str]:
+    data = load_text_source(
+        args.train_file,
+        args.split,
+        text_column=args.text_column,
+        config_name=args.config_name,
+        streaming=args.streaming,
+    )
+    total = getattr(data, "num_rows", None)
+    for row in tqdm(data, total=total, desc="Reading documents", unit=" documents", mininterval=1.0):
+        if args.max_documents is not None and counts["documents"] >= args.max_documents:
+            return
+        text = row["text"] or ""
+        counts["documents"] += 1
+        counts["characters"] += len(text)
+        yield text
+
+
+def main(args: TrainTokenizerArguments | Sequence[str] | None = None) -> dict:
+    """Trains the tokenizer, writes the folder and returns a few figures about it.
+
+    Args:
+        args: the arguments, or a command line; None reads `sys.argv`.
+
+    Raises:
+        ValueError: the output folder is not empty, or the data cannot be used; nothing is written then.
+    """
+    if not isinstance(args, TrainTokenizerArguments):
+        (args,) = HfArgumentParser(TrainTokenizerArguments).parse_args_into_dataclasses(args=args)
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"`output_dir` {output} exists and is not an empty folder; choose another one or empty it first."
+        )
+
+    started = time.perf_counter()
+    counts = {"documents": 0, "characters": 0}
+    model = train_sentencepiece_model(
+        _documents(args, counts),
+        vocab_size=args.vocab_size,
+        normalization=args.normalization,
+        character_coverage=args.character_coverage,
+        max_sentences=args.max_sentences,
+        split_digits=args.split_digits,
+        num_threads=args.num_threads,
+    )
+    tokenizer = tokenizer_from_sentencepiece(
+        model, num_sentinels=args.num_sentinels, model_max_length=args.model_max_length
+    )
+    metrics = {
+        **counts,
+        "pieces": args.vocab_size,
+        "vocab_size": len(tokenizer),
+        "padded_vocab_size": padded_vocab_size(tokenizer),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    _write(output, model, tokenizer, metrics, args)
+    logger.info("Tokenizer with %d ids written to %s", len(tokenizer), output)
+    return metrics
+
+
+def _write(output: Path, model: bytes, tokenizer, metrics: dict, args: TrainTokenizerArguments) -> None:
+    """Writes everything beside the folder first, so that a failure leaves no half-written tokenizer."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        tokenizer.save_pretrained(scratch)
+        (scratch / "sentencepiece.model").write_bytes(model)
+        (scratch / "training_arguments.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        (scratch / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        scratch.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        scratch.replace(output)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    main()

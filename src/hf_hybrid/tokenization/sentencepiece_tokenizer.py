@@ -1,0 +1,337 @@
+"""SentencePiece-unigram tokenizer with T5 conventions: `<pad>` 0, `</s>` 1, `<unk>` 2, sentinels at the top.
+
+The pieces are trained by the `sentencepiece` library and then written down as a stock `tokenizer.json`, so that
+`AutoTokenizer.from_pretrained(folder)` returns the tokenizer in any process, with neither this package nor sentencepiece.
+The ids are those sentencepiece itself gives, for every Unicode string (special tokens apart, see below).
+
+Exact normalisation. The `Precompiled` normaliser of the tokenizers library reads the same character map as sentencepiece, but
+applies it once per grapheme cluster, and drops the rest of a short cluster whose first character is mapped ("ﬁ" plus a
+combining accent loses the accent). Two measures make both sides equal. Our map only has rules for single characters, and
+a control character, which the map deletes, is inserted between any two neighbouring non-ASCII characters, so
+that no cluster begins with a mapped character and goes on. Because of the first, decomposed accents stay decomposed.
+Scores are rounded so that ties are exact ties in both libraries.
+
+White space. In every mode runs of spaces become one space and spaces at both ends are dropped, as sentencepiece does by
+default. With `"nfkc"` and `"nfkc_cf"` all other white space (tab, newline, no-break space, paragraph separator ...) is a
+space first: **line breaks are not kept**. Use the byte tokenizer when the layout of a text matters.
+
+Special tokens. A literal `</s>` or `<extra_id_0>` in a text is read as that special token, as everywhere in Transformers;
+pass `split_special_tokens=True` to the call to treat it as ordinary characters (the data streams of this package do).
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "</s>", "<unk>"
+NORMALIZATIONS = ("nfkc", "nfkc_cf", "identity")
+
+_SEPARATOR = "\x01"  # deleted by every character map of `_character_rules`
+_SPACE_SYMBOL = "\u2581"
+_CONTROLS_THAT_SEPARATE = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85"
+_INVISIBLE = "\u200e\u200f\u2060\ufeff\u00ad"  # direction marks, word joiner, byte order mark, soft hyphen
+_ZERO_WIDTH_SPACE = "\u200b"
+_SENTENCE_CHARACTERS = (
+    1000  # at most 4,000 bytes, below sentencepiece's own limit of 4,192, beyond which it drops a line
+)
+_LITERAL_SCORE = -1.0e4  # log-probability of byte and control pieces, which must never match as text
+
+
+def _import_sentencepiece():
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ImportError(
+            'Training a tokenizer needs the `sentencepiece` library: pip install "hf_hybrid[train]".'
+        ) from error
+    return sentencepiece
+
+
+def _character_rules(normalization: str) -> dict[str, str]:
+    """Map of single characters: compatibility form, optional case folding, white space to one kind, controls removed."""
+    rules = {}
+    for code in range(1, sys.maxunicode + 1):
+        if 0xD800 <= code <= 0xDFFF:
+            continue
+        character = chr(code)
+        category = unicodedata.category(character)
+        if category in ("Zs", "Zl", "Zp") or character in (_ZERO_WIDTH_SPACE, _SPACE_SYMBOL):
+            replacement = " "
+        elif category == "Cc":
+            replacement = " " if character in _CONTROLS_THAT_SEPARATE else ""
+        elif character in _INVISIBLE:
+            replacement = ""
+        else:
+            replacement = unicodedata.normalize("NFKC", character)
+            if normalization == "nfkc_cf":
+                replacement = unicodedata.normalize("NFKC", replacement.casefold())
+        if replacement != character:
+            rules[character] = replacement
+    return rules
+
+
+def _write_rules(rules: dict[str, str], path: Path) -> None:
+    lines = (
+        f"{ord(character):X}\t{' '.join(f'{ord(c):X}' for c in replacement)}"
+        for character, replacement in rules.items()
+    )
+    path.write_text("\n".join(lines) + "\n", encoding="ascii")
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of all texts, the long ones cut at white space so that sentencepiece drops none of them."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"`texts` must yield strings; got {type(text).__name__}.")
+        for line in text.splitlines():
+            line = line.strip()
+            while len(line) > _SENTENCE_CHARACTERS:
+                cut = line.rfind(" ", 1, _SENTENCE_CHARACTERS)
+                cut = cut if cut > 0 else _SENTENCE_CHARACTERS
+                yield line[:cut]
+                line = line[cut:].lstrip()
+            if line:
+                yield line
+
+
+def train_sentencepiece_model(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    normalization: str = "nfkc",
+    character_coverage: float = 0.9995,
+    max_sentences: int = 400_000,
+    split_digits: bool = False,
+    num_threads: int = 2,
+) -> bytes:
+    """Trains a unigram model with byte fallback and returns it in sentencepiece's own format.
+
+    Args:
+        texts: documents or lines, read once. Lines are the sentences of the training; long ones are cut.
+        vocab_size: number of pieces, the three special tokens and the 256 bytes included.
+        normalization: `"nfkc"` (compatibility form of each character), `"nfkc_cf"` (the same with case folding) or
+            `"identity"`.
+        character_coverage: share of the characters of the text that become pieces of their own; the others are spelled in
+            bytes.
+        max_sentences: a random sample of this many lines is used when there are more; 0 uses all.
+        split_digits: every digit is a piece of its own.
+        num_threads: threads of the trainer. The result depends only on the texts and the other arguments.
+
+    Raises:
+        ValueError: no text, a vocabulary too small or too large for the text, or an unknown normalisation.
+        ImportError: sentencepiece is not installed.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"`normalization` is {normalization!r}; accepted are {', '.join(NORMALIZATIONS)}.")
+    if vocab_size < 3 + 256 + 1:
+        raise ValueError(
+            f"`vocab_size` is {vocab_size}; three special tokens and 256 byte pieces already take 259, so pass a few "
+            "hundred at least (8,000 to 32,000 for real corpora)."
+        )
+    sentencepiece = _import_sentencepiece()
+    sentences = _sentences(texts)
+    first = next(sentences, None)
+    if first is None:
+        raise ValueError("`texts` holds no text: every document is empty. Pass at least one non-empty document.")
+
+    def all_sentences() -> Iterator[str]:
+        yield first
+        yield from sentences
+
+    model = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        if normalization == "identity":
+            rule = {"normalization_rule_name": "identity"}
+        else:
+            rules_file = Path(folder) / "rules.tsv"
+            _write_rules(_character_rules(normalization), rules_file)
+            rule = {"normalization_rule_tsv": str(rules_file)}
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=all_sentences(),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=vocab_size,
+                character_coverage=character_coverage,
+                byte_fallback=True,
+                split_digits=split_digits,
+                pad_id=0,
+                eos_id=1,
+                unk_id=2,
+                bos_id=-1,
+                input_sentence_size=max_sentences,
+                shuffle_input_sentence=max_sentences > 0,
+                num_threads=num_threads,
+                minloglevel=2,
+                **rule,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"sentencepiece could not train a vocabulary of {vocab_size} pieces on this text: {error}. When the size is "
+                "called too high or too small, change `vocab_size` to the bound it names, or give it more text."
+            ) from error
+    return _with_exact_scores(model.getvalue())
+
+
+def _with_exact_scores(model: bytes) -> bytes:
+    """Rounds the log-probabilities to multiples of 1/256.
+
+    Sums of such numbers are exact in float32 (sentencepiece) up to 65,536 and in float64 (tokenizers), so two segmentations
+    of equal probability ("XX X X" and "X XX X") are a tie for both libraries, which break ties alike.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    for piece in proto.pieces:
+        piece.score = round(piece.score * 256) / 256
+    return proto.SerializeToString()
+
+
+def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = []
+    if charsmap:
+        steps.append(normalizers.Replace(Regex(r"(?<=[^\x00-\x7F])(?=[^\x00-\x7F])"), _SEPARATOR))
+        steps.append(normalizers.Precompiled(charsmap))
+    steps += [
+        normalizers.Replace(Regex(r"^ +| +$"), ""),
+        normalizers.Replace(Regex(" {2,}"), " "),
+        normalizers.Prepend(_SPACE_SYMBOL),
+        normalizers.Replace(" ", _SPACE_SYMBOL),
+    ]
+    return normalizers.Sequence(steps)
+
+
+def tokenizer_from_sentencepiece(
+    model: bytes | str | Path, *, num_sentinels: int = 1024, model_max_length: int | None = None
+) -> PreTrainedTokenizerBase:
+    """A Transformers tokenizer with the ids of a model made by `train_sentencepiece_model`, and sentinels above them.
+
+    Args:
+        model: the serialised model, or the path of its file.
+        num_sentinels: number of sentinels; `<extra_id_0>` has the last id and the others descend from it.
+        model_max_length: length at which `truncation=True` cuts; None = no limit.
+
+    Raises:
+        ValueError: the model is not a unigram model with pad 0, end of sequence 1 and unknown 2.
+    """
+    _import_sentencepiece()
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model if isinstance(model, bytes) else Path(model).read_bytes())
+    trainer = proto.trainer_spec
+    if trainer.model_type != trainer.UNIGRAM or (trainer.pad_id, trainer.eos_id, trainer.unk_id) != (0, 1, 2):
+        raise ValueError(
+            "`model` must be a unigram model with ids <pad> 0, </s> 1 and <unk> 2; this one has type "
+            f"{trainer.model_type} and ids {trainer.pad_id}, {trainer.eos_id}, {trainer.unk_id}. Train it with "
+            "`train_sentencepiece_model`."
+        )
+    if num_sentinels < 0:
+        raise ValueError(f"`num_sentinels` must be zero or positive; got {num_sentinels}.")
+    piece_type = sentencepiece_model_pb2.ModelProto.SentencePiece
+    matchable = (piece_type.NORMAL, piece_type.USER_DEFINED)
+    vocab = [(p.piece, p.score if p.type in matchable else _LITERAL_SCORE) for p in proto.pieces]
+
+    backend = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=trainer.byte_fallback))
+    backend.normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE_SYMBOL, prepend_scheme="never", split=True)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE_SYMBOL, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS_TOKEN}", pair=f"$A {EOS_TOKEN} $B {EOS_TOKEN}", special_tokens=[(EOS_TOKEN, 1)]
+    )
+    return _wrap(backend, TokenizersBackend, num_sentinels, model_max_length)
+
+
+def _wrap(
+    backend: Tokenizer,
+    tokenizer_class: type[TokenizersBackend],
+    num_sentinels: int,
+    model_max_length: int | None,
+    **options: object,
+) -> TokenizersBackend:
+    """Adds the special tokens and sentinels and hands the backend to a Transformers class."""
+    sentinels = [f"<extra_id_{index}>" for index in reversed(range(num_sentinels))]
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *sentinels)]
+    )
+    if model_max_length is not None:
+        options["model_max_length"] = model_max_length
+    return tokenizer_class(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        unk_token=UNK_TOKEN,
+        extra_special_tokens=sentinels,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **options,
+    )
+
+
+def train_sentencepiece_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    num_sentinels: int = 1024,
+    model_max_length: int | None = None,
+    **training_options: object,
+) -> PreTrainedTokenizerBase:
+    """Trains the pieces and returns the tokenizer: `vocab_size` pieces, then `num_sentinels` sentinels.
+
+    `</s>` is appended to every text, and a pair becomes `A </s> B </s>`.
+
+    Args:
+        texts: documents or lines, read once.
+        vocab_size: number of pieces without the sentinels.
+        num_sentinels: as many as the longest span-corrupted input needs (see `span_corruption_lengths`).
+        model_max_length: length at which `truncation=True` cuts; None = no limit.
+        training_options: those of `train_sentencepiece_model`.
+    """
+    model = train_sentencepiece_model(texts, vocab_size=vocab_size, **training_options)  # type: ignore[arg-type]
+    return tokenizer_from_sentencepiece(model, num_sentinels=num_sentinels, model_max_length=model_max_length)
+
+
+def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of `<extra_id_0>`, `<extra_id_1>` ... in this order, found by name.
+
+    Raises:
+        ValueError: the tokenizer has no sentinels, or their ids do not descend one by one (span corruption relies on it).
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = []
+    while (token := f"<extra_id_{len(ids)}>") in vocabulary:
+        ids.append(vocabulary[token])
+    if not ids:
+        raise ValueError(
+            "`tokenizer` has no sentinel tokens (`<extra_id_0>`, `<extra_id_1>` ...), which span corruption needs. Train one "
+            "with `train_sentencepiece_tokenizer(..., num_sentinels=1024)`, or add them with "
+            "`tokenizer.add_special_tokens({'extra_special_tokens': [f'<extra_id_{i}>' for i in reversed(range(1024))]})` and "
+            "resize the embeddings of the model."
+        )
+    if any(later != earlier - 1 for earlier, later in zip(ids, ids[1:])):
+        raise ValueError(
+            f"The ids of the sentinels of `tokenizer` must descend one by one from `<extra_id_0>`; they begin {ids[:4]}. Add them "
+            "in the order `<extra_id_N-1>` ... `<extra_id_0>`."
+        )
+    return ids
+
+
+def padded_vocab_size(tokenizer: PreTrainedTokenizerBase, multiple: int = 64) -> int:
+    """Size for the embedding of a model: `len(tokenizer)` rounded up to a multiple, which matrix products prefer."""
+    return -(-len(tokenizer) // multiple) * multiple
