@@ -1,0 +1,435 @@
+"""State space layer: S4 (diagonal plus low rank) and S4D (diagonal), causal or two-sided, with an exact recurrence.
+
+The layer is y = SSM(u) + D u and nothing else: no activation, no projection, no mask (zero the padded positions of the
+input before calling it; results at real positions are then independent of padding on either side).
+
+Shape letters: B batch, L tokens, H features, N state size, M = N/2 stored modes, S copies of (w, B, P), c channels.
+References: S4, arXiv 2111.00396; S4D, arXiv 2206.11893; as used in SPADE, arXiv 2212.08136.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..ops.diagonal_ssm import (
+    DiagonalSystem,
+    complex_multiply,
+    diagonal_final_state,
+    diagonal_step,
+    discretize_bilinear,
+    discretize_zoh,
+    initial_state_response,
+    system_kernel,
+)
+from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
+from ..ops.hippo import hippo_legs_dplr, s4d_init
+from ..ops.s4 import (
+    DplrSystem,
+    dplr_dense,
+    dplr_kernel,
+    dplr_kernel_from_nodes,
+    dplr_scan,
+    dplr_step,
+    dplr_step_constants,
+    recover_c,
+)
+
+logger = logging.get_logger(__name__)
+
+_INITIAL_KINDS = {"s4": ("legs",), "s4d": ("legs", "lin", "inv", "real")}
+
+
+def _is_low_precision(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
+class StateSpaceLayer(nn.Module):
+    """State space model over the sequence axis, one single-input system per feature.
+
+    Tensors (names of the official checkpoints): `D` (c, H); `C` (c or 2c, H, M, 2); `log_dt` (H,); `B` (1, S, M, 2);
+    `P` (R, S, M, 2), s4 only; `inv_w_real` and `w_imag` (S, M) with w = -exp(inv_w_real) + i w_imag; and the integer
+    buffer `kernel_length`: 0 when C is raw, or the length for which it is the truncated C-tilde. All stay in float32
+    (or float64) whatever precision the model is cast to. Feature h uses copy h mod S.
+
+    The state is (B, H, M, 2), float32 or better.
+
+    Args:
+        hidden_size: H.
+        state_size: N, even.
+        ssm_type: "s4" (diagonal plus low rank, bilinear) or "s4d" (diagonal).
+        init: initial spectrum: "legs"; for "s4d" also "lin", "inv", "real".
+        num_copies: S, a divisor of H; None for H.
+        bidirectional: add a kernel over the future, starting at the next token; such a layer has no state.
+        channels: c, outputs per feature.
+        dt_min, dt_max: range of the initial step sizes (log-uniform).
+        max_length: reach of the "s4" convolution in tokens; None for no limit. The recurrence is never truncated.
+        trainable: False makes every tensor a persistent buffer.
+        rank: R, number of low-rank terms ("s4").
+        discretization: "zoh" or "bilinear" for "s4d"; "s4" is always bilinear.
+        kernel_length: initial value of the buffer.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+    """
+
+    kernel_length: torch.Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        state_size: int = 64,
+        *,
+        ssm_type: str = "s4d",
+        init: str = "legs",
+        num_copies: int | None = None,
+        bidirectional: bool = False,
+        channels: int = 1,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        max_length: int | None = None,
+        trainable: bool = True,
+        rank: int = 1,
+        discretization: str = "zoh",
+        kernel_length: int = 0,
+    ) -> None:
+        super().__init__()
+        num_copies = hidden_size if num_copies is None else num_copies
+        _check_arguments(
+            hidden_size,
+            state_size,
+            ssm_type,
+            init,
+            num_copies,
+            channels,
+            dt_min,
+            dt_max,
+            max_length,
+            rank,
+            discretization,
+        )
+        self.hidden_size, self.state_size, self.channels, self.rank = hidden_size, state_size, channels, rank
+        self.ssm_type, self.init, self.num_copies, self.discretization = ssm_type, init, num_copies, discretization
+        self.bidirectional, self.max_length, self.trainable = bidirectional, max_length, trainable
+        self.dt_min, self.dt_max = dt_min, dt_max
+        modes = state_size // 2
+        self._register("D", channels, hidden_size)
+        self._register("C", channels * (1 + bidirectional), hidden_size, modes, 2)
+        self._register("log_dt", hidden_size)
+        self._register("B", 1, num_copies, modes, 2)
+        if ssm_type == "s4":
+            self._register("P", rank, num_copies, modes, 2)
+        self._register("inv_w_real", num_copies, modes)
+        self._register("w_imag", num_copies, modes)
+        self._initial_kernel_length = kernel_length
+        self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
+        self._cache: dict[str, tuple[Any, Any]] = {}
+        self.reset_parameters()
+
+    def _register(self, name: str, *shape: int) -> None:
+        """A trainable parameter or a persistent buffer, never in half precision."""
+        value = torch.empty(*shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        if self.trainable:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    # ------------------------------------------------------------------------------------------------ initial values
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        self.initialize(_PlainInit)
+
+    @torch.no_grad()
+    def initialize(self, init: ModuleType | type) -> None:
+        """Write initial values through `init.normal_`, `init.uniform_` and `init.copy_`.
+
+        Give `transformers.initialization` to leave tensors alone that came from a checkpoint.
+        """
+        if self.log_dt.is_meta:
+            return
+        init.normal_(self.D)
+        init.normal_(self.C, std=math.sqrt(0.5))
+        init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        if self.ssm_type == "s4":
+            rates, low_rank, inputs = hippo_legs_dplr(self.state_size)
+            low_rank = torch.cat([low_rank, low_rank.new_zeros(self.rank - 1, *low_rank.shape[1:])])
+            init.copy_(self.P, low_rank.unsqueeze(1).expand(self.P.shape).to(self.P))
+        else:
+            rates, inputs = s4d_init(self.init, self.state_size)
+        init.copy_(self.B, inputs.expand(self.B.shape).to(self.B))
+        inverse_real = torch.log(rates[:, 0].neg().clamp_min(1e-3))
+        init.copy_(self.inv_w_real, inverse_real.expand(self.inv_w_real.shape).to(self.inv_w_real))
+        init.copy_(self.w_imag, rates[:, 1].expand(self.w_imag.shape).to(self.w_imag))
+        init.copy_(self.kernel_length, torch.full_like(self.kernel_length, self._initial_kernel_length))
+
+    def extra_repr(self) -> str:
+        text = f"{self.hidden_size}, {self.state_size}, ssm_type={self.ssm_type!r}, init={self.init!r}"
+        text += f", num_copies={self.num_copies}, bidirectional={self.bidirectional}, max_length={self.max_length}"
+        return text if self.trainable else text + ", frozen"
+
+    # ------------------------------------------------------------------------------------------- precision and cache
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StateSpaceLayer:
+        """Follow moves between devices, but never a cast below float32."""
+
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if not _is_low_precision(moved.dtype) or _is_low_precision(tensor.dtype):
+                return moved
+            return torch.empty_like(tensor, device="meta") if moved.is_meta else tensor.to(moved.device)
+
+        self._cache.clear()
+        return super()._apply(keep_precision, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+    def _cache_key(self) -> tuple[Any, ...] | None:
+        """Identity and version of every tensor, or None when results must not be kept."""
+        if torch.compiler.is_compiling():
+            return None
+        tensors = [*self._parameters.values(), *self._buffers.values()]
+        tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if tracked or (self.training and self.trainable):
+            return None
+        if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
+            return None
+        return tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
+
+    def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Result of `compute`, kept while no tensor of the layer changes (evaluation and frozen layers only)."""
+        key = self._cache_key()
+        if key is None:
+            return compute()
+        found = self._cache.get(name)
+        if found is None or found[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._cache[name] = (key, compute())
+        return found[1]
+
+    @property
+    def _math_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.C.dtype, torch.float32)
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        """Precision of the discretisation: the tensors are small, and phases of long kernels need it."""
+        return self._math_dtype if self.C.device.type == "mps" else torch.float64
+
+    def _truncated_for(self) -> int:
+        """Value of the `kernel_length` buffer as a Python number."""
+        return _read_length(self)
+
+    # ------------------------------------------------------------------------------------------------------ systems
+
+    def _tile(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(..., S, M) -> (..., H, M): feature h takes copy h mod S."""
+        repeats = self.hidden_size // self.num_copies
+        return tensor if repeats == 1 else tensor.repeat(*[1] * (tensor.dim() - 2), repeats, 1)
+
+    def _tile_pairs(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.stack([self._tile(part.to(dtype)) for part in tensor.unbind(-1)], dim=-1)
+
+    def _dplr_system(self, dtype: torch.dtype) -> DplrSystem:
+        rates = torch.stack([-torch.exp(self.inv_w_real.to(dtype)), self.w_imag.to(dtype)], dim=-1)
+        return DplrSystem(
+            self._tile_pairs(rates, dtype),
+            self._tile_pairs(self.P, dtype),
+            self._tile_pairs(self.B, dtype)[0],
+            torch.exp(self.log_dt.to(dtype)),
+        )
+
+    def _diagonal_system(self) -> DiagonalSystem:
+        """Discretised in float64: decays stay so, coefficients are rounded to the working precision."""
+        wide, dtype = self._wide_dtype, self._math_dtype
+        rate_real = self._tile(-torch.exp(self.inv_w_real.to(wide)))
+        rate_imag = self._tile(self.w_imag.to(wide))
+        discretize = discretize_zoh if self.discretization == "zoh" else discretize_bilinear
+        dt = torch.exp(self.log_dt.to(wide)).unsqueeze(-1)
+        decay_real, decay_imag, unit_real, unit_imag = discretize(rate_real, rate_imag, dt)
+        inputs = self._tile_pairs(self.B, wide)[0]
+        input_real, input_imag = complex_multiply(inputs[..., 0], inputs[..., 1], unit_real, unit_imag)
+        output = 2 * self.C.to(dtype)
+        return DiagonalSystem(
+            decay_real, decay_imag, input_real.to(dtype), input_imag.to(dtype), output[..., 0], output[..., 1]
+        )
+
+    def _raw_c(self) -> torch.Tensor:
+        """C, (c, H, M, 2) in float64; recovered from C-tilde when that is what is stored."""
+        output = self.C.to(self._wide_dtype)
+        truncated_for = self._truncated_for()
+        return output if truncated_for == 0 else recover_c(output, self._dplr_system(self._wide_dtype), truncated_for)
+
+    # ------------------------------------------------------------------------------------------------------- kernel
+
+    def kernel(self, length: int) -> torch.Tensor:
+        """Convolution kernel of the first `length` taps (fewer when the reach is shorter): (c or 2c, H, taps)."""
+        reach = length if self.ssm_type == "s4d" or self.max_length is None else min(length, self.max_length)
+        found = self._cache.get("kernel")
+        if found is not None and found[1].shape[-1] < reach:
+            del self._cache["kernel"]  # a longer kernel has the shorter one as its prefix
+        return self._cached("kernel", lambda: self._compute_kernel(reach))[..., :reach]
+
+    def _compute_kernel(self, length: int) -> torch.Tensor:
+        if self.ssm_type == "s4d":
+            return system_kernel(self._diagonal_system(), length)
+        dtype, truncated_for = self._math_dtype, self._truncated_for()
+        if 0 < length <= truncated_for:
+            return dplr_kernel_from_nodes(self.C.to(dtype), self._dplr_system(dtype), truncated_for, length)
+        dense = dplr_dense(self._dplr_system(self._wide_dtype))
+        return dplr_kernel(self._raw_c(), dense, length).to(dtype)
+
+    # ------------------------------------------------------------------------------------------------------ forward
+
+    def forward(
+        self, hidden_states: torch.Tensor, initial_state: torch.Tensor | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply the layer to a sequence, or to the next chunk of one.
+
+        Args:
+            hidden_states: (B, L, H), padded positions zeroed.
+            initial_state: (B, H, M, 2), state after the previous chunk, or None at the start.
+            return_state: also return the state after the last token. With a state in or out, "s4" computes the
+                untruncated recurrence, so that every split of a sequence gives the same result.
+
+        Returns:
+            Outputs (B, L, c H), channel-major, in the dtype of the input; and the state, or None.
+
+        Raises:
+            ValueError: if a state is asked of a bidirectional layer, or shapes do not fit.
+        """
+        self._check_inputs(hidden_states, initial_state, return_state)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            inputs = hidden_states.transpose(1, 2).to(self._math_dtype)  # (B, H, L)
+            state = None
+            if initial_state is None and not return_state:
+                outputs = self._convolve(inputs)
+            elif self.ssm_type == "s4":
+                dense = self._cached("dense", lambda: dplr_dense(self._dplr_system(self._wide_dtype)))
+                outputs, state = dplr_scan(inputs, self._cached("raw_c", self._raw_c), dense, initial_state)
+            else:
+                system = self._cached("system", self._diagonal_system)
+                outputs = self._convolve(inputs)
+                if initial_state is not None:
+                    initial_state = initial_state.to(inputs.dtype)
+                    outputs = outputs + initial_state_response(system, initial_state, inputs.shape[-1])
+                state = diagonal_final_state(inputs, system, initial_state) if return_state else None
+            outputs = outputs + self.D.to(inputs.dtype).unsqueeze(-1) * inputs.unsqueeze(1)  # (B, c, H, L)
+            outputs = outputs.flatten(1, 2).transpose(1, 2).to(hidden_states.dtype)
+        return outputs, state if return_state else None
+
+    def _convolve(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, H, L) -> (B, c, H, L) by convolution with the kernel."""
+        length = inputs.shape[-1]
+        if self.ssm_type == "s4" and self.max_length is not None and length > self.max_length:
+            if not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"The input has {length} tokens but the state space layer reaches only {self.max_length} back; "
+                    "longer dependencies are cut off. Raise `ssm_max_length` in the config to at least the input length."
+                )
+        kernel = self.kernel(length)
+        if self.bidirectional:
+            return bidirectional_fft_conv(inputs.unsqueeze(1), kernel[: self.channels], kernel[self.channels :])
+        return causal_fft_conv(inputs.unsqueeze(1), kernel)
+
+    def step(
+        self, hidden_states: torch.Tensor, state: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token of the exact recurrence, O(N) per feature.
+
+        Args:
+            hidden_states: (B, 1, H).
+            state: (B, H, M, 2), or None at the start.
+
+        Returns:
+            Output (B, 1, c H) and the next state.
+        """
+        self._check_inputs(hidden_states, state, True)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            inputs = hidden_states[:, 0].to(self._math_dtype)  # (B, H)
+            if self.ssm_type == "s4d":
+                outputs, state = diagonal_step(inputs, self._cached("system", self._diagonal_system), state)
+            else:
+                constants, output = self._cached("step", self._step_constants)
+                state = None if state is None else state.to(inputs.dtype)
+                outputs, state = dplr_step(inputs, output, constants, state)
+            outputs = outputs + self.D.to(inputs.dtype) * inputs.unsqueeze(1)  # (B, c, H)
+            return outputs.flatten(1).unsqueeze(1).to(hidden_states.dtype), state
+
+    def _step_constants(self) -> tuple[Any, torch.Tensor]:
+        constants = dplr_step_constants(self._dplr_system(self._wide_dtype))
+        dtype = self._math_dtype
+        return type(constants)(*(tensor.to(dtype) for tensor in constants)), self._raw_c().to(dtype)
+
+    def _check_inputs(self, hidden_states: torch.Tensor, state: torch.Tensor | None, with_state: bool) -> None:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size or hidden_states.shape[1] == 0:
+            raise ValueError(
+                f"`hidden_states` must have shape (batch, length >= 1, {self.hidden_size}); "
+                f"got {tuple(hidden_states.shape)}."
+            )
+        if self.bidirectional and (with_state or state is not None):
+            raise ValueError("A bidirectional state space layer has no state: call it on whole sequences only.")
+        expected = (hidden_states.shape[0], self.hidden_size, self.state_size // 2, 2)
+        if state is not None and state.shape != expected:
+            raise ValueError(f"The state must have shape {expected}; got {tuple(state.shape)}.")
+
+
+def _read_length(layer: StateSpaceLayer) -> int:
+    """`kernel_length` as a number, read from the device only after it changed."""
+    buffer = layer.kernel_length
+    if buffer.is_meta:
+        return layer._initial_kernel_length
+    key = (buffer.data_ptr(), buffer._version)
+    found = layer._cache.get("kernel_length")
+    if found is None or found[0] != key:
+        found = layer._cache["kernel_length"] = (key, int(buffer))
+    return found[1]
+
+
+class _PlainInit:
+    """The three initialisers `StateSpaceLayer.initialize` needs, without any regard to loaded values."""
+
+    normal_ = staticmethod(nn.init.normal_)
+    uniform_ = staticmethod(nn.init.uniform_)
+
+    @staticmethod
+    def copy_(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(other)
+
+
+def _check_arguments(
+    hidden_size: int,
+    state_size: int,
+    ssm_type: str,
+    init: str,
+    num_copies: int,
+    channels: int,
+    dt_min: float,
+    dt_max: float,
+    max_length: int | None,
+    rank: int,
+    discretization: str,
+) -> None:
+    if ssm_type not in _INITIAL_KINDS:
+        raise ValueError(f"`ssm_type` must be one of {sorted(_INITIAL_KINDS)}; got {ssm_type!r}.")
+    if init not in _INITIAL_KINDS[ssm_type]:
+        raise ValueError(f"`init` must be one of {_INITIAL_KINDS[ssm_type]} for ssm_type {ssm_type!r}; got {init!r}.")
+    if state_size < 2 or state_size % 2:
+        raise ValueError(f"`state_size` must be even and at least 2 (modes come in pairs); got {state_size}.")
+    if hidden_size < 1 or num_copies < 1 or hidden_size % num_copies:
+        raise ValueError(f"`num_copies` must be a divisor of hidden_size {hidden_size}, or None; got {num_copies}.")
+    if channels < 1 or rank < 1:
+        raise ValueError(f"`channels` and `rank` must be positive; got {channels} and {rank}.")
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"`dt_min` and `dt_max` must satisfy 0 < dt_min <= dt_max; got {dt_min} and {dt_max}.")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"`max_length` must be a positive number of tokens, or None; got {max_length}.")
+    if discretization not in ("zoh", "bilinear"):
+        raise ValueError(f"`discretization` must be 'zoh' or 'bilinear'; got {discretization!r}.")
