@@ -1,0 +1,145 @@
+"""The one table of architectures: configuration -> heads -> Auto classes. Nothing else registers anything.
+
+A new architecture adds one `Architecture` entry here; `import hf_hybrid` registers it, and every test that runs over all
+architectures finds it through `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model type.
+
+    Args:
+        model_type: the name in `config.json`.
+        config: "module:class", the module relative to this package.
+        modeling: module that defines the model classes.
+        heads: name of the Auto class -> name of the model class.
+    """
+
+    model_type: str
+    config: str
+    modeling: str
+    heads: dict[str, str]
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        model_type="spade",
+        config="configuration.configuration_spade:SpadeConfig",
+        modeling="modeling.modeling_spade",
+        heads={
+            "AutoModel": "SpadeModel",
+            "AutoModelForSeq2SeqLM": "SpadeForConditionalGeneration",
+            "AutoModelForSequenceClassification": "SpadeForSequenceClassification",
+            "AutoModelForTokenClassification": "SpadeForTokenClassification",
+            "AutoModelForQuestionAnswering": "SpadeForQuestionAnswering",
+            "AutoModelForTextEncoding": "SpadeEncoderModel",
+        },
+    ),
+    Architecture(
+        model_type="spade_lm",
+        config="configuration.configuration_spade:SpadeLMConfig",
+        modeling="modeling.modeling_spade_lm",
+        heads={
+            "AutoModel": "SpadeLMModel",
+            "AutoModelForCausalLM": "SpadeLMForCausalLM",
+            "AutoModelForSequenceClassification": "SpadeLMForSequenceClassification",
+        },
+    ),
+)
+
+
+def public_classes() -> dict[str, str]:
+    """Public class name -> module (relative to this package) that defines it."""
+    names: dict[str, str] = {}
+    for architecture in ARCHITECTURES:
+        config_module, config_name = architecture.config.split(":")
+        names[config_name] = config_module
+        names.update(dict.fromkeys(architecture.heads.values(), architecture.modeling))
+    return names
+
+
+def _load(module: str, name: str) -> type:
+    return getattr(import_module(f".{module}", __package__), name)
+
+
+def load_config_class(architecture: Architecture) -> type:
+    """The configuration class of an architecture."""
+    return _load(*architecture.config.split(":"))
+
+
+def load_heads(architecture: Architecture) -> Iterator[tuple[str, type]]:
+    """Pairs of Auto class name and model class."""
+    for auto_name, class_name in architecture.heads.items():
+        yield auto_name, _load(architecture.modeling, class_name)
+
+
+def _register_configs() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    for architecture in ARCHITECTURES:
+        AutoConfig.register(architecture.model_type, load_config_class(architecture), exist_ok=True)
+
+
+def _register_models() -> None:
+    _register_configs()
+    modeling_auto = import_module("transformers.models.auto.modeling_auto")
+    for architecture in ARCHITECTURES:
+        config_class = load_config_class(architecture)
+        for auto_name, model_class in load_heads(architecture):
+            getattr(modeling_auto, auto_name).register(config_class, model_class, exist_ok=True)
+
+
+class _RegisterAfterImport(MetaPathFinder):
+    """Runs a registration right after a module of Transformers was imported.
+
+    The Auto classes pull in torch and take seconds to import. Waiting until somebody asks for them keeps `import hf_hybrid`
+    as quick as `import transformers`.
+    """
+
+    def __init__(self, actions: dict[str, Callable[[], None]]) -> None:
+        self.actions = actions
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        action = self.actions.pop(fullname, None)
+        if action is None:
+            return None
+        spec = find_spec(fullname)  # the finders behind this one: the name was popped, so this one passes
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_then_register(module: ModuleType) -> None:
+            execute(module)
+            action()
+
+        spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Registers every architecture with the Auto classes: now if they are imported already, else as soon as they are."""
+    waiting = {}
+    for module, action in (
+        ("transformers.models.auto.configuration_auto", _register_configs),
+        ("transformers.models.auto.modeling_auto", _register_models),
+    ):
+        if module in sys.modules:
+            action()
+        else:
+            waiting[module] = action
+    if waiting:
+        sys.meta_path.insert(0, _RegisterAfterImport(waiting))

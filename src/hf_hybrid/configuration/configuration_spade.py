@@ -1,0 +1,407 @@
+"""Configurations of SPADE, the State Space Augmented Transformer (arXiv 2212.08136).
+
+`SpadeConfig` describes the encoder-decoder, `SpadeLMConfig` the decoder-only language model. The defaults of both are the
+settings for *new* models (pre-norm, RMSNorm, gated feed-forward, a trainable diagonal SSM); `.official()` gives the settings
+of the published code, under which official checkpoints reproduce their outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+FEED_FORWARD_TYPES = ("relu", "gelu", "gated-gelu", "gated-silu")
+
+
+def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
+
+
+def _check_at_least(config: PreTrainedConfig, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")
+
+
+def _check_layer_list(name: str, indices: list[int], num_layers: int, depth_name: str) -> None:
+    wrong = [index for index in indices if not 0 <= index < num_layers]
+    if wrong:
+        raise ValueError(
+            f"`{name}` names layer {wrong[0]}, but `{depth_name}` is {num_layers}: accepted are 0 to {num_layers - 1}."
+        )
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"`{name}` names a layer twice: {indices}.")
+
+
+def _check_common(config: SpadeConfig | SpadeLMConfig) -> None:
+    """Rules that the encoder-decoder and the language model share."""
+    _check_at_least(config, 1, "vocab_size", "d_model", "d_ff", "num_heads", "attention_window", "ssm_max_length")
+    _check_at_least(config, 2, "relative_attention_num_buckets", "ssm_state_size")
+    for name in ("dropout_rate", "attention_dropout", "activation_dropout", "classifier_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {getattr(config, name)}.")
+    if config.ssm_state_size % 2:
+        raise ValueError(
+            f"`ssm_state_size` counts real states and must be even (half of them are stored); got {config.ssm_state_size}."
+        )
+    copies = config.ssm_num_copies
+    if copies is not None and (copies < 1 or config.d_model % copies):
+        raise ValueError(f"`ssm_num_copies` must divide `d_model` ({config.d_model}); got {copies}.")
+    if not 0 < config.ssm_dt_min <= config.ssm_dt_max:
+        raise ValueError(
+            f"`ssm_dt_min` and `ssm_dt_max` must satisfy 0 < dt_min <= dt_max; got {config.ssm_dt_min} and {config.ssm_dt_max}."
+        )
+    if config.ssm_stop_gradient and config.ssm_trainable:
+        raise ValueError(
+            "`ssm_stop_gradient=True` lets no gradient reach the SSM, so `ssm_trainable=True` would train nothing: "
+            "set one of them to False."
+        )
+    if config.ssm_type == "s4" and config.ssm_init != "legs":
+        raise ValueError(
+            f"`ssm_type='s4'` is defined for `ssm_init='legs'` only; got {config.ssm_init!r}. Use ssm_type='s4d'."
+        )
+    if config.relative_attention_max_distance <= config.relative_attention_num_buckets // 4:
+        raise ValueError(
+            f"`relative_attention_max_distance` ({config.relative_attention_max_distance}) must exceed a quarter of "
+            f"`relative_attention_num_buckets` ({config.relative_attention_num_buckets}), where the logarithmic buckets begin."
+        )
+    _check_choice("feed_forward_proj", config.feed_forward_proj, FEED_FORWARD_TYPES)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and not 0 <= token < config.vocab_size:
+            raise ValueError(f"`{name}` is {token}, outside the vocabulary of {config.vocab_size} tokens.")
+
+
+@strict
+class SpadeConfig(PreTrainedConfig):
+    """Configuration of the SPADE encoder-decoder.
+
+    The encoder uses local attention in every layer and adds a bidirectional state space model (SSM) in `ssm_layers`; the
+    decoder uses full causal attention and cross-attention.
+
+    Args:
+        vocab_size: tokens in the vocabulary, sentinels included.
+        d_model: width of the residual stream.
+        d_kv: width of one attention head; `num_heads * d_kv` must equal `d_model`.
+        d_ff: inner width of the feed-forward layers.
+        encoder_layers, decoder_layers: depths.
+        num_heads: attention heads of every layer.
+        attention_window: tokens that a query sees on each side of itself (radius r, `local_attention_type="window"`), or the
+            tokens of a chunk ("chunk").
+        local_attention_type: "window" or "chunk".
+        position_encoding: inside the local attention: "bias" (T5 buckets), "rotary" or "none".
+        relative_attention_num_buckets, relative_attention_max_distance: T5 bucket parameters.
+        share_relative_bias: one table for all encoder layers instead of one per layer.
+        ssm_layers: encoder layers that hold an SSM beside their attention.
+        ssm_combine: "concat" (linear of both), "gated" (the same, times a sigmoid gate), "add" (fixed weights), "stack"
+            (attention over the SSM output).
+        ssm_add_weight: weight of the SSM branch under "add".
+        ssm_type: "s4d" (diagonal, zero-order hold) or "s4" (diagonal plus low rank, bilinear; the published form).
+        ssm_init: "legs", "lin" or "inv" (the last two for "s4d").
+        ssm_state_size: real states per channel, N (even; N/2 conjugate pairs are stored).
+        ssm_num_copies: independent copies of the state matrix; None means one per channel.
+        ssm_dt_min, ssm_dt_max: range of the initial step sizes.
+        ssm_max_length: tokens that the kernel of "s4" reaches, on each side; longer inputs are processed, with the reach
+            truncated. "s4d" reaches over any length.
+        ssm_trainable: False keeps the SSM as a fixed filter bank (its tensors are then buffers).
+        ssm_stop_gradient: no gradient through the SSM to the layer input (published encoder-decoder).
+        norm_first: normalise before each sublayer (pre-norm) instead of after it.
+        norm_type, layer_norm_eps: "rms_norm" or "layer_norm", and its epsilon.
+        embedding_norm: normalise the embeddings.
+        use_final_norm: normalise the output of encoder and decoder.
+        feed_forward_proj: "relu", "gelu" (exact), "gated-gelu" (tanh form, as T5) or "gated-silu".
+        feed_forward_bias: biases in the feed-forward layers. None: biases exactly where the published code has them.
+        attention_bias: biases in the decoder attention (the encoder never has them).
+        dropout_rate, attention_dropout, activation_dropout, classifier_dropout: probabilities.
+        max_position_embeddings: rows of the decoder's learned position table = longest target; None: no table (only with
+            `decoder_attention_window`, whose attention has relative positions).
+        decoder_attention_window: None for full causal self-attention in the decoder; r for a window of r past tokens.
+        decoder_ssm_layers: decoder layers with a causal SSM (needs `decoder_attention_window`).
+        scale_logits: multiply the tied logits by d_model ** -0.5.
+        initializer_scheme: "normal" (std `initializer_range`, residual projections scaled by depth) or "official" (the
+            distributions of the published code, std-1 embeddings times `initializer_factor`).
+        classifier_pooling: "mean", "first" or "last" real token.
+    """
+
+    model_type = "spade"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "encoder_layers",
+        "head_dim": "d_kv",
+        "intermediate_size": "d_ff",
+    }
+
+    vocab_size: int = 32128
+    d_model: int = 768
+    d_kv: int = 64
+    d_ff: int = 3072
+    encoder_layers: int = 12
+    decoder_layers: int = 12
+    num_heads: int = 12
+    attention_window: int = 128
+    local_attention_type: Literal["window", "chunk"] = "window"
+    position_encoding: Literal["bias", "rotary", "none"] = "bias"
+    rotary_base: float | int = 10000.0
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    share_relative_bias: bool = False
+    ssm_layers: list[int] | None = None
+    ssm_combine: Literal["concat", "gated", "add", "stack"] = "concat"
+    ssm_add_weight: float | int = 0.5
+    ssm_type: Literal["s4", "s4d"] = "s4d"
+    ssm_init: Literal["legs", "lin", "inv"] = "legs"
+    ssm_state_size: int = 64
+    ssm_num_copies: int | None = None
+    ssm_dt_min: float | int = 1e-3
+    ssm_dt_max: float | int = 1e-1
+    ssm_max_length: int = 16384
+    ssm_trainable: bool = True
+    ssm_stop_gradient: bool = False
+    norm_first: bool = True
+    norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
+    layer_norm_eps: float = 1e-6
+    embedding_norm: bool = True
+    use_final_norm: bool = True
+    feed_forward_proj: str = "gated-gelu"
+    feed_forward_bias: bool | None = None
+    attention_bias: bool = False
+    dropout_rate: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.1
+    classifier_pooling: Literal["mean", "first", "last"] = "mean"
+    max_position_embeddings: int | None = 1024
+    decoder_attention_window: int | None = None
+    decoder_ssm_layers: list[int] | None = None
+    tie_word_embeddings: bool = True
+    scale_logits: bool = False
+    initializer_scheme: Literal["normal", "official"] = "normal"
+    initializer_range: float = 0.02
+    initializer_factor: float | int = 1.0
+    is_encoder_decoder: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    decoder_start_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.ssm_layers is None:
+            self.ssm_layers = [0]
+        if self.decoder_ssm_layers is None:
+            self.decoder_ssm_layers = []
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def official(cls, **overrides: Any) -> SpadeConfig:
+        """The settings of the published encoder-decoder code (post-norm, frozen S4 in encoder layer 0), with `overrides`."""
+        settings: dict[str, Any] = {
+            "d_model": 512,
+            "d_ff": 2048,
+            "encoder_layers": 6,
+            "decoder_layers": 6,
+            "num_heads": 8,
+            "ssm_type": "s4",
+            "ssm_trainable": False,
+            "ssm_stop_gradient": True,
+            "ssm_max_length": 512,
+            "norm_first": False,
+            "norm_type": "layer_norm",
+            "use_final_norm": False,
+            "feed_forward_proj": "relu",
+            "attention_dropout": 0.1,
+            "activation_dropout": 0.1,
+            "classifier_pooling": "first",
+            "max_position_embeddings": 512,
+            "initializer_scheme": "official",
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+        }
+        return cls(**(settings | overrides))
+
+    def validate_architecture(self) -> None:
+        """Checks that fields fit together; called on construction and on saving."""
+        _check_common(self)
+        _check_at_least(
+            self, 1, "encoder_layers", "decoder_layers", "max_position_embeddings", "decoder_attention_window"
+        )
+        if self.num_heads * self.d_kv != self.d_model:
+            raise ValueError(
+                f"`num_heads` * `d_kv` must equal `d_model`; got {self.num_heads} * {self.d_kv} != {self.d_model}."
+            )
+        if self.position_encoding == "rotary" and self.d_kv % 2:
+            raise ValueError(f"`position_encoding='rotary'` needs an even `d_kv`; got {self.d_kv}.")
+        _check_layer_list("ssm_layers", self.ssm_layers, self.encoder_layers, "encoder_layers")
+        _check_layer_list("decoder_ssm_layers", self.decoder_ssm_layers, self.decoder_layers, "decoder_layers")
+        if self.decoder_ssm_layers and self.decoder_attention_window is None:
+            raise ValueError(
+                "`decoder_ssm_layers` needs `decoder_attention_window`: the SSM stands beside local attention."
+            )
+        if self.max_position_embeddings is None and self.decoder_attention_window is None:
+            raise ValueError(
+                "`max_position_embeddings=None` leaves the decoder without positions: set `decoder_attention_window`, or a "
+                "table size."
+            )
+
+
+@strict
+class SpadeLMConfig(PreTrainedConfig):
+    """Configuration of the decoder-only SPADE language model; fields not listed here mean what they mean in `SpadeConfig`.
+
+    Args:
+        num_layers: depth.
+        attention_window: past tokens that a query sees besides itself (radius r), or the tokens of a chunk.
+        share_relative_bias: one table of relative biases, used by all layers (published form).
+        ssm_max_length: reach of an "s4" kernel in the parallel form; generation continues the untruncated recurrence.
+        scale_embedding: multiply the embeddings by sqrt(d_model).
+        adaptive_cutoffs: None for a plain tied head; otherwise the band limits of adaptive input and softmax
+            (arXiv 1809.10853), each band `adaptive_factor` times narrower than the one before.
+        adaptive_dropout: dropout inside the adaptive softmax.
+        tie_adaptive_projections: the softmax reuses the input projections of the tail bands.
+        scale_attention, scale_feed_forward, scale_residuals, scale_heads: NormFormer options (arXiv 2110.09456).
+    """
+
+    model_type = "spade_lm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "d_ff",
+    }
+
+    vocab_size: int = 32128
+    d_model: int = 768
+    d_ff: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    attention_window: int = 511
+    local_attention_type: Literal["window", "chunk"] = "window"
+    position_encoding: Literal["bias", "rotary", "none"] = "bias"
+    rotary_base: float | int = 10000.0
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    share_relative_bias: bool = True
+    ssm_layers: list[int] | None = None
+    ssm_combine: Literal["concat", "gated", "add", "stack"] = "concat"
+    ssm_add_weight: float | int = 0.5
+    ssm_type: Literal["s4", "s4d"] = "s4d"
+    ssm_init: Literal["legs", "lin", "inv"] = "legs"
+    ssm_state_size: int = 64
+    ssm_num_copies: int | None = None
+    ssm_dt_min: float | int = 1e-3
+    ssm_dt_max: float | int = 1e-1
+    ssm_max_length: int = 16384
+    ssm_trainable: bool = True
+    ssm_stop_gradient: bool = False
+    norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
+    layer_norm_eps: float = 1e-6
+    use_final_norm: bool = True
+    feed_forward_proj: str = "gated-gelu"
+    feed_forward_bias: bool | None = None
+    scale_embedding: bool = False
+    adaptive_cutoffs: list[int] | None = None
+    adaptive_factor: int = 4
+    adaptive_dropout: float | int = 0.0
+    tie_adaptive_projections: bool = True
+    scale_attention: bool = False
+    scale_feed_forward: bool = False
+    scale_residuals: bool = False
+    scale_heads: bool = False
+    dropout_rate: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.1
+    tie_word_embeddings: bool = True
+    scale_logits: bool = False
+    initializer_scheme: Literal["normal", "official"] = "normal"
+    initializer_range: float = 0.02
+    initializer_factor: float | int = 1.0
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.ssm_layers is None:
+            self.ssm_layers = [0]
+        super().__post_init__(**kwargs)
+
+    @property
+    def d_kv(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.num_heads
+
+    @classmethod
+    def official(cls, **overrides: Any) -> SpadeLMConfig:
+        """The settings of the published WikiText-103 language model, with `overrides`."""
+        settings: dict[str, Any] = {
+            "vocab_size": 267744,
+            "d_model": 1024,
+            "d_ff": 4096,
+            "num_layers": 16,
+            "num_heads": 8,
+            "ssm_type": "s4",
+            "ssm_max_length": 3072,
+            "norm_type": "layer_norm",
+            "layer_norm_eps": 1e-5,
+            "use_final_norm": False,
+            "feed_forward_proj": "relu",
+            "scale_embedding": True,
+            "adaptive_cutoffs": [20000, 60000],
+            "adaptive_dropout": 0.2,
+            "dropout_rate": 0.3,
+            "attention_dropout": 0.1,
+            "activation_dropout": 0.1,
+            "initializer_scheme": "official",
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        }
+        return cls(**(settings | overrides))
+
+    def validate_architecture(self) -> None:
+        """Checks that fields fit together; called on construction and on saving."""
+        _check_common(self)
+        _check_at_least(self, 1, "num_layers")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"`num_heads` must divide `d_model` ({self.d_model}); got {self.num_heads}.")
+        if self.position_encoding == "rotary" and self.d_kv % 2:
+            raise ValueError(
+                f"`position_encoding='rotary'` needs an even head width d_model / num_heads; got {self.d_kv}."
+            )
+        _check_layer_list("ssm_layers", self.ssm_layers, self.num_layers, "num_layers")
+        if self.scale_heads and self.ssm_layers:
+            raise ValueError(
+                "`scale_heads` is not defined for layers with an SSM: set it to False, or `ssm_layers=[]`."
+            )
+        if self.adaptive_cutoffs is not None:
+            self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        limits = [0, *self.adaptive_cutoffs, self.vocab_size]
+        if len(limits) < 3 or any(low >= high for low, high in zip(limits, limits[1:])):
+            raise ValueError(
+                f"`adaptive_cutoffs` must be a rising list of token ids between 0 and `vocab_size` ({self.vocab_size}); got "
+                f"{self.adaptive_cutoffs}."
+            )
+        if self.adaptive_factor < 1 or self.d_model // self.adaptive_factor ** len(self.adaptive_cutoffs) < 1:
+            raise ValueError(
+                f"`adaptive_factor` ({self.adaptive_factor}) leaves no width for the last of {len(self.adaptive_cutoffs) + 1} "
+                f"bands at `d_model` {self.d_model}."
+            )
+        if not self.tie_word_embeddings:
+            raise ValueError(
+                "`adaptive_cutoffs` needs `tie_word_embeddings=True`: the adaptive softmax reuses the embeddings."
+            )
+
+
+__all__ = ["SpadeConfig", "SpadeLMConfig"]

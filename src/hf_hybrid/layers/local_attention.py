@@ -1,0 +1,164 @@
+"""Multi-head self-attention within a window or a chunk, linear in the sequence length.
+
+Shapes: B batch, L tokens, D hidden size, n heads, d head width, r radius.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..ops.local_attention import cached_local_attention, chunk_attention, local_attention
+from ..ops.relative_position import apply_rotary, relative_bias_vector, rotary_cos_sin
+
+KeyValueStore = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class LocalSelfAttention(nn.Module):
+    """Attention of each token to its neighbours: `|i - j| <= window`, or the tokens of the same chunk of `window` tokens.
+
+    Args:
+        hidden_size: D.
+        num_heads: n, divides D.
+        window: radius r ("window") or tokens per chunk ("chunk").
+        attention_type: "window" or "chunk".
+        is_causal: only the past and the token itself are visible.
+        position_encoding: "bias" (T5 relative buckets, arXiv 1910.10683), "rotary" (arXiv 2104.09864) or "none".
+        has_bias_table: own table of relative biases; without one, `forward` takes the vector of another layer.
+        num_buckets, max_distance: bucket parameters.
+        rotary_base: base of the rotary frequencies.
+        dropout: probability on the attention weights.
+        output_norm: optional norm of the result (NormFormer).
+        scale_heads: a learned factor per head on the result, viewed as heads (NormFormer).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        window: int,
+        *,
+        attention_type: str = "window",
+        is_causal: bool = False,
+        position_encoding: str = "bias",
+        has_bias_table: bool = True,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        rotary_base: float = 10000.0,
+        dropout: float = 0.0,
+        output_norm: nn.Module | None = None,
+        scale_heads: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.window = window
+        self.attention_type = attention_type
+        self.is_causal = is_causal
+        self.position_encoding = position_encoding
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.rotary_base = rotary_base
+        self.dropout = dropout
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        if position_encoding == "bias" and has_bias_table:
+            self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
+        self.output_norm = output_norm
+        self.head_scale = nn.Parameter(torch.ones(num_heads)) if scale_heads else None
+
+    @property
+    def reach(self) -> int:
+        """Largest distance between a query and a key that it sees."""
+        return self.window if self.attention_type == "window" else self.window - 1
+
+    def bias_vector(self) -> torch.Tensor | None:
+        """Bias per head and offset j - i from -reach to +reach, (n, 2 reach + 1); causal windows end at 0, (n, reach + 1)."""
+        if self.position_encoding != "bias" or not hasattr(self, "relative_attention_bias"):
+            return None
+        vector = relative_bias_vector(
+            self.relative_attention_bias.weight,
+            radius=self.reach,
+            causal=self.is_causal,
+            max_distance=self.max_distance,
+        )
+        if (
+            self.is_causal and self.attention_type == "chunk"
+        ):  # chunks are indexed by both directions; the future is masked
+            vector = F.pad(vector, (0, self.reach))
+        return vector
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = projected.shape
+        return projected.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)  # (B, n, L, d)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(B, n, L, d) queries over (B, n, keys, d), the cached ones included."""
+        batch, _, keys, _ = key.shape
+        common: dict = {
+            "bias": bias,
+            "key_mask": None if key_mask is None else key_mask[:, -keys:],
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if self.attention_type == "window":
+            if keys > query.shape[2]:
+                return cached_local_attention(query, key, value, radius=self.window, **common)
+            return local_attention(query, key, value, radius=self.window, causal=self.is_causal, **common)
+        if positions is not None:
+            common["positions"] = positions[:, -keys:].expand(batch, -1)
+        if keys > query.shape[2]:
+            return cached_local_attention(query, key, value, chunk_size=self.window, **common)
+        return chunk_attention(query, key, value, chunk_size=self.window, causal=self.is_causal, **common)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        store: KeyValueStore | None = None,
+    ) -> torch.Tensor:
+        """Attends.
+
+        Args:
+            hidden_states: (B, L, D).
+            key_mask: (B, keys) bool, True at real tokens, or None. `keys` is L, or with `store` the stored tokens plus L.
+            bias: relative bias vector of another layer, used when this layer has no table.
+            positions: (1 or B, keys) int64 logical positions (real tokens counted from 0); needed for rotary positions, for
+                chunks with `store`, and for chunks of rows that are padded on the left.
+            store: takes the new keys and values (B, n, L, d), returns all visible ones (B, n, keys, d); None without cache.
+
+        Returns:
+            (B, L, D).
+        """
+        batch, length, width = hidden_states.shape
+        query = self._split_heads(self.q_proj(hidden_states))
+        key = self._split_heads(self.k_proj(hidden_states))
+        value = self._split_heads(self.v_proj(hidden_states))
+        if self.position_encoding == "rotary":
+            cos, sin = rotary_cos_sin(positions[:, -length:], self.head_dim, self.rotary_base)
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        own_bias = self.bias_vector()
+        bias = own_bias if own_bias is not None else bias
+        if store is not None:
+            key, value = store(key, value)
+        attended = self._attend(query, key, value, bias, key_mask, positions)
+        attended = self.o_proj(attended.transpose(1, 2).reshape(batch, length, width))
+        if self.head_scale is not None:
+            attended = (attended.view(batch, length, self.num_heads, -1) * self.head_scale[:, None]).view(
+                batch, length, width
+            )
+        return attended if self.output_norm is None else self.output_norm(attended)

@@ -1,0 +1,103 @@
+"""Checks and small computations on model inputs that several architectures share."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_inputs(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    vocab_size: int | None,
+    *,
+    past: int = 0,
+    prefix: str = "",
+) -> torch.Tensor | None:
+    """Checks the inputs of a forward pass and returns the padding mask as booleans.
+
+    Args:
+        input_ids: (B, L) int, or None with `inputs_embeds` (B, L, D).
+        attention_mask: (B, past + L), nonzero at real tokens, or None.
+        vocab_size: ids must be smaller; checked on the CPU only, where it costs no synchronisation. None: not checked.
+        past: tokens already in the cache.
+        prefix: prepended to the argument names in messages ("decoder_").
+
+    Returns:
+        The mask as bool, or None.
+
+    Raises:
+        ValueError: both or neither input, an empty one, ids outside the vocabulary, a mask of the wrong shape.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(f"Pass exactly one of `{prefix}input_ids` and `{prefix}inputs_embeds`.")
+    inputs = input_ids if input_ids is not None else inputs_embeds
+    name = f"{prefix}input_ids" if input_ids is not None else f"{prefix}inputs_embeds"
+    expected_dims = 2 if input_ids is not None else 3
+    if inputs.dim() != expected_dims:
+        raise ValueError(
+            f"`{name}` must have {expected_dims} dimensions (batch first); got shape {tuple(inputs.shape)}."
+        )
+    batch, length = inputs.shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError(f"`{name}` is empty (shape {tuple(inputs.shape)}): pass at least one row of one token.")
+    if input_ids is not None and vocab_size is not None:
+        _check_ids(input_ids, vocab_size, name)
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
+        cached = f" ({past} of them cached)" if past else ""
+        raise ValueError(
+            f"`{prefix}attention_mask` has shape {tuple(attention_mask.shape)}, but `{name}` needs {(batch, past + length)}: "
+            f"one entry per token{cached}, 1 for real tokens and 0 for padding."
+        )
+    return attention_mask.to(device=inputs.device, dtype=torch.bool)
+
+
+def _check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    lowest, highest = torch.aminmax(input_ids)
+    if lowest < 0 or highest >= vocab_size:
+        wrong = int(lowest) if lowest < 0 else int(highest)
+        raise ValueError(
+            f"`{name}` contains the id {wrong}, outside the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1}). "
+            "Tokenizer and model must belong together; a larger tokenizer needs `model.resize_token_embeddings`."
+        )
+
+
+def logical_positions(mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
+    """Position of each token among the real tokens of its row: (B, length), or (1, length) without mask.
+
+    Padding before the first real token has position -1.
+    """
+    if mask is None:
+        return torch.arange(length, device=device).unsqueeze(0)
+    return mask.long().cumsum(-1) - 1
+
+
+def pool_tokens(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """One vector per row from its real tokens: their mean, the first or the last of them.
+
+    Args:
+        hidden_states: (B, L, D).
+        mask: (B, L), nonzero at real tokens, or None. A row without real tokens gives zeros ("mean") or its first token.
+        pooling: "mean", "first" or "last".
+
+    Returns:
+        (B, D).
+    """
+    batch, length, _ = hidden_states.shape
+    if mask is None:
+        mask = hidden_states.new_ones(batch, length, dtype=torch.bool)
+    if pooling == "mean":
+        weights = mask.to(hidden_states.dtype).unsqueeze(-1)
+        return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    places = torch.arange(length, device=hidden_states.device)
+    if pooling == "first":
+        rows = torch.where(mask.bool(), places, length - 1).amin(-1)
+    elif pooling == "last":
+        rows = torch.where(mask.bool(), places, 0).amax(-1)
+    else:
+        raise ValueError(f"`pooling` must be 'mean', 'first' or 'last'; got {pooling!r}.")
+    return hidden_states[torch.arange(batch, device=hidden_states.device), rows]

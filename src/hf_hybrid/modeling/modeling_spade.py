@@ -1,0 +1,695 @@
+"""SPADE encoder-decoder (State Space Augmented Transformer, arXiv 2212.08136).
+
+The encoder attends locally (window or chunk) in every layer; some layers, by default the bottom one, add a bidirectional
+state space model that sees the whole input. The decoder attends to its past and to the encoder output. Time and memory of
+the encoder are linear in the input length.
+
+Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_spade import SpadeConfig
+from ..layers.feed_forward import FeedForward
+from ..layers.local_attention import LocalSelfAttention
+from ..layers.norms import build_norm
+from ..layers.ssm import StateSpaceLayer
+from .cache import full_cache, local_cache, refuse_cache_implementation
+from .inputs import check_inputs, logical_positions, pool_tokens
+from .losses import token_cross_entropy
+from .spade_layers import SpadeAttention, SpadeMixer, build_feed_forward
+
+
+class SpadeEncoderLayer(GradientCheckpointingLayer):
+    """Mixer and feed-forward sublayer, each y = x + dropout(f(norm(x))), or post-norm y = norm(x + dropout(f(x)))."""
+
+    def __init__(self, config: SpadeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.mixer = SpadeMixer(
+            config,
+            window=config.attention_window,
+            has_ssm=layer_idx in config.ssm_layers,
+            is_causal=False,
+            has_bias_table=layer_idx == 0 or not config.share_relative_bias,
+        )
+        self.mixer_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.feed_forward = build_feed_forward(config, default_bias=False)
+        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        if self.norm_first:
+            mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions)
+            hidden_states = hidden_states + self.dropout(mixed)
+            return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        mixed = self.mixer(hidden_states, key_mask, bias, positions)
+        hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
+        return self.feed_forward_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
+
+
+class SpadeDecoderLayer(GradientCheckpointingLayer):
+    """Self-attention (full, or local with an optional SSM), cross-attention and feed-forward sublayer."""
+
+    def __init__(self, config: SpadeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.norm_first = config.norm_first
+        self.is_local = config.decoder_attention_window is not None
+        if self.is_local:
+            self.self_attention = SpadeMixer(
+                config,
+                window=config.decoder_attention_window,
+                has_ssm=layer_idx in config.decoder_ssm_layers,
+                is_causal=True,
+                has_bias_table=True,
+            )
+        else:
+            self.self_attention = SpadeAttention(config, layer_idx, is_cross_attention=False)
+        self.cross_attention = SpadeAttention(config, layer_idx, is_cross_attention=True)
+        self.feed_forward = build_feed_forward(config, default_bias=config.attention_bias)
+        self.self_attention_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.cross_attention_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        self_attention_mask: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        def attend_to_self(states: torch.Tensor) -> torch.Tensor:
+            if not self.is_local:
+                return self.self_attention(
+                    states, attention_mask=self_attention_mask, past_key_values=past_key_values, **kwargs
+                )[0]
+            cache = None if past_key_values is None else past_key_values.self_attention_cache
+            return self.self_attention(states, self_attention_mask, None, positions, cache, self.layer_idx)
+
+        def attend_to_source(states: torch.Tensor) -> torch.Tensor:
+            return self.cross_attention(
+                states, encoder_hidden_states, cross_attention_mask, past_key_values=past_key_values, **kwargs
+            )[0]
+
+        sublayers = (
+            (attend_to_self, self.self_attention_norm),
+            (attend_to_source, self.cross_attention_norm),
+            (self.feed_forward, self.feed_forward_norm),
+        )
+        for sublayer, norm in sublayers:
+            if self.norm_first:
+                hidden_states = hidden_states + self.dropout(sublayer(norm(hidden_states)))
+            else:
+                hidden_states = norm(hidden_states + self.dropout(sublayer(hidden_states)))
+        return hidden_states
+
+
+class SpadeClassificationHead(nn.Module):
+    """dropout, linear, tanh, dropout, linear on the pooled encoder output."""
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, D) to (B, num_labels)."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+
+
+class SpadePreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the interface to Transformers, for both SPADE models."""
+
+    config: SpadeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpadeEncoderLayer", "SpadeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["ssm"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, StateSpaceLayer):
+            module.initialize(init)
+        elif isinstance(module, LocalSelfAttention) and module.head_scale is not None:
+            init.ones_(module.head_scale)
+        if self.config.initializer_scheme == "official":
+            self._init_official(module)
+        elif isinstance(module, FeedForward):
+            self._scale_residual_projection(module.wo)
+        elif isinstance(module, (LocalSelfAttention, SpadeAttention)):
+            self._scale_residual_projection(module.o_proj)
+
+    def _scale_residual_projection(self, projection: nn.Linear) -> None:
+        """Projections onto the residual stream start smaller, so that its variance does not grow with depth."""
+        depth = max(self.config.encoder_layers, self.config.decoder_layers)
+        init.normal_(projection.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(2 * depth))
+
+    def _init_official(self, module: nn.Module) -> None:
+        """Distributions of the published encoder-decoder; query weights are scaled down twice there."""
+        config, factor = self.config, self.config.initializer_factor
+        narrow = factor * config.d_model**-0.5
+        if isinstance(module, LocalSelfAttention):
+            init.normal_(module.q_proj.weight, mean=0.0, std=factor * (config.d_model * config.d_kv) ** -0.5)
+            for projection in (module.k_proj, module.v_proj, module.o_proj):
+                init.normal_(projection.weight, mean=0.0, std=narrow)
+            if hasattr(module, "relative_attention_bias"):
+                init.normal_(module.relative_attention_bias.weight, mean=0.0, std=narrow)
+        elif isinstance(module, FeedForward):
+            inner = [module.wi_0, module.wi_1] if module.is_gated else [module.wi]
+            for projection in inner:
+                init.normal_(projection.weight, mean=0.0, std=narrow)
+            init.normal_(module.wo.weight, mean=0.0, std=factor * config.d_ff**-0.5)
+        elif isinstance(module, SpadeAttention):
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+                init.uniform_(projection.weight, -(config.d_model**-0.5), config.d_model**-0.5)
+        elif isinstance(module, SpadeMixer) and hasattr(module, "aggregate"):
+            limit = (2 * config.d_model) ** -0.5
+            init.uniform_(module.aggregate.weight, -limit, limit)
+        elif isinstance(module, SpadeEncoder):
+            init.normal_(module.embed_tokens.weight, mean=0.0, std=factor)
+        elif isinstance(module, SpadeDecoder) and module.embed_positions is not None:
+            init.normal_(module.embed_positions.weight, mean=0.0, std=narrow)
+            if not getattr(module.embed_positions.weight, "_is_hf_initialized", False):
+                init.zeros_(module.embed_positions.weight[module.embed_positions.padding_idx])
+
+
+class SpadeEncoder(SpadePreTrainedModel):
+    """Embedding, local-attention layers with SSMs in `config.ssm_layers`, optional final norm."""
+
+    main_input_name = "input_ids"
+    _can_record_outputs = {"hidden_states": SpadeEncoderLayer}
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        eps = config.layer_norm_eps
+        self.embedding_norm = build_norm(config.norm_type, config.d_model, eps) if config.embedding_norm else None
+        self.layers = nn.ModuleList(SpadeEncoderLayer(config, index) for index in range(config.encoder_layers))
+        self.final_norm = build_norm(config.norm_type, config.d_model, eps) if config.use_final_norm else None
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """Encodes.
+
+        Args:
+            input_ids: (B, L); or `inputs_embeds` (B, L, D).
+            attention_mask: (B, L), 1 at real tokens; padding may stand on either side.
+
+        Raises:
+            ValueError: empty input, ids outside the vocabulary, a mask of another shape.
+        """
+        mask = check_inputs(input_ids, inputs_embeds, attention_mask, self.config.vocab_size)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = inputs_embeds if self.embedding_norm is None else self.embedding_norm(inputs_embeds)
+        hidden_states = self.dropout(hidden_states)
+        positions = None
+        if self.config.position_encoding == "rotary" or self.config.local_attention_type == "chunk":
+            positions = logical_positions(mask, hidden_states.shape[1], device=hidden_states.device)
+        shared_bias = None
+        if self.config.share_relative_bias:
+            shared_bias = self.layers[0].mixer.attention.bias_vector()
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, shared_bias, positions, **kwargs)
+        if self.final_norm is not None:
+            hidden_states = self.dropout(self.final_norm(hidden_states))
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class SpadeDecoder(SpadePreTrainedModel):
+    """Decoder layers over embedded targets, with learned positions that count real tokens from row 2."""
+
+    _position_offset = 2
+    _can_record_outputs = {
+        "hidden_states": SpadeDecoderLayer,
+        "attentions": OutputRecorder(SpadeAttention, index=1, layer_name="self_attention"),
+        "cross_attentions": OutputRecorder(SpadeAttention, index=1, layer_name="cross_attention"),
+    }
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        rows = config.max_position_embeddings
+        self.embed_positions = (
+            None
+            if rows is None
+            else nn.Embedding(rows + self._position_offset, config.d_model, padding_idx=self._position_offset - 1)
+        )
+        eps = config.layer_norm_eps
+        self.embedding_norm = build_norm(config.norm_type, config.d_model, eps) if config.embedding_norm else None
+        self.layers = nn.ModuleList(SpadeDecoderLayer(config, index) for index in range(config.decoder_layers))
+        self.final_norm = build_norm(config.norm_type, config.d_model, eps) if config.use_final_norm else None
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def build_cache(self) -> EncoderDecoderCache:
+        """Empty cache: growing keys and values, or a window and states when the decoder attends locally."""
+        config = self.config
+        if config.decoder_attention_window is None:
+            own = full_cache(config.decoder_layers)
+        else:
+            visible = config.decoder_attention_window + (config.local_attention_type == "window")
+            own = local_cache(config.decoder_layers, visible, config.decoder_ssm_layers)
+        return EncoderDecoderCache(own, full_cache(config.decoder_layers))
+
+    def _embed_positions(
+        self, mask: torch.Tensor | None, past: int, length: int, device: torch.device
+    ) -> torch.Tensor:
+        limit = self.config.max_position_embeddings
+        if past + length > limit:
+            raise ValueError(
+                f"The decoder input has {past + length} tokens, but its position table ends at `max_position_embeddings` = "
+                f"{limit}: shorten the target (`max_length`), or train with a larger table."
+            )
+        positions = logical_positions(mask, past + length, device=device)[:, past:]
+        rows = positions.clamp(min=0) + self._position_offset
+        if mask is not None:
+            rows = rows.masked_fill(~mask[:, past:], self._position_offset - 1)
+        return self.embed_positions(rows)
+
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decodes (B, T, D) embedded targets; `attention_mask` covers cached and new tokens, (B, past + T)."""
+        if use_cache and past_key_values is None:
+            past_key_values = self.build_cache()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length = inputs_embeds.shape[1]
+        mask = check_inputs(None, inputs_embeds, attention_mask, None, past=past, prefix="decoder_")
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self._embed_positions(mask, past, length, inputs_embeds.device)
+        if self.embedding_norm is not None:
+            hidden_states = self.embedding_norm(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        positions = None
+        if self.config.decoder_attention_window is not None:
+            self_attention_mask = mask
+            positions = logical_positions(mask, past + length, device=inputs_embeds.device)
+        else:
+            self_attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=mask,
+                past_key_values=None if past_key_values is None else past_key_values.self_attention_cache,
+            )
+        cross_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                encoder_hidden_states,
+                self_attention_mask,
+                cross_attention_mask,
+                positions,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        if self.final_norm is not None:
+            hidden_states = self.dropout(self.final_norm(hidden_states))
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+
+class SpadeEncoderModel(SpadePreTrainedModel):
+    """The bare encoder: `last_hidden_state` (B, L, D)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.encoder = SpadeEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """See `SpadeEncoder.forward`."""
+        return self.encoder(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class SpadeModel(SpadePreTrainedModel):
+    """Encoder and decoder without a head. One embedding table serves both."""
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.encoder = SpadeEncoder(config)
+        self.decoder = SpadeDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqModelOutput:
+        """Encodes `input_ids` (B, L), unless `encoder_outputs` is given, and decodes `decoder_input_ids` (B, T).
+
+        Args:
+            attention_mask: (B, L), 1 at real source tokens; either side may be padded.
+            decoder_attention_mask: (B, past + T), 1 at real target tokens. Without it every target token counts as real;
+                right padding then changes nothing for the real ones.
+            past_key_values: cache of an earlier call.
+            use_cache: return the cache; default `config.use_cache` outside training.
+
+        Raises:
+            ValueError: see `SpadeEncoder.forward`; also a target longer than the position table.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        if decoder_inputs_embeds is None:
+            check_inputs(decoder_input_ids, None, None, self.config.vocab_size, prefix="decoder_")
+            decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
+        source = encoder_outputs.last_hidden_state
+        if source.shape[0] != decoder_inputs_embeds.shape[0]:
+            raise ValueError(
+                f"The decoder input has {decoder_inputs_embeds.shape[0]} rows but the encoder output has {source.shape[0]}; "
+                "both must share the batch dimension."
+            )
+        decoder_outputs = self.decoder(
+            decoder_inputs_embeds,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=source,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=source,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class SpadeForConditionalGeneration(SpadePreTrainedModel, GenerationMixin):
+    """Encoder-decoder with a (tied) language model head: span corruption, summarization, translation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.model = SpadeModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_encoder(self, *args: object, **kwargs: object) -> nn.Module:
+        return self.model.encoder
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.decoder
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B, T) shifted right behind `decoder_start_token_id`; -100 becomes padding."""
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError(
+                "`labels` need `decoder_start_token_id` and `pad_token_id` in the configuration to build decoder inputs; got "
+                f"{start} and {pad}."
+            )
+        shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, pad)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        if self.config.decoder_attention_window is not None:
+            refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
+        if generation_config.cache_implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = self.model.decoder.build_cache()
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        """Scores or generates targets; arguments as in `SpadeModel.forward`.
+
+        Args:
+            labels: (B, T) target ids, -100 ignored; they also give `decoder_input_ids` when none are passed.
+            num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
+
+        Returns:
+            `logits` (B, T, V), and with `labels` the mean cross-entropy as `loss`.
+        """
+        if labels is not None:
+            use_cache = False if use_cache is None else use_cache
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if self.config.scale_logits:
+            hidden_states = hidden_states * self.config.d_model**-0.5
+        logits = self.lm_head(hidden_states)
+        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+class SpadeEncoderHead(SpadePreTrainedModel):
+    """Common part of the heads on the encoder: the encoder under the name that checkpoints of all SPADE models share."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SpadeEncoderModel(config)
+
+
+class SpadeForSequenceClassification(SpadeEncoderHead):
+    """Classification or regression of the pooled encoder output (`config.classifier_pooling`)."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.classifier = SpadeClassificationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """`logits` (B, num_labels); `labels` (B,) int for classes, float for regression, (B, num_labels) for multi-label."""
+        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        pooled = pool_tokens(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
+        logits = self.classifier(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SpadeForTokenClassification(SpadeEncoderHead):
+    """A label for every source token."""
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.d_model, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
+        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SpadeForQuestionAnswering(SpadeEncoderHead):
+    """Start and end of the answer inside the source."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.d_model, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """`start_logits` and `end_logits` (B, L); the positions (B,) are token indices, outside the input = ignored."""
+        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "SpadeEncoderModel",
+    "SpadeForConditionalGeneration",
+    "SpadeForQuestionAnswering",
+    "SpadeForSequenceClassification",
+    "SpadeForTokenClassification",
+    "SpadeModel",
+    "SpadePreTrainedModel",
+]

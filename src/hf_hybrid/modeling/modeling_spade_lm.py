@@ -1,0 +1,384 @@
+"""Decoder-only SPADE language model (arXiv 2212.08136, section 4): causal local attention, and an SSM in some layers.
+
+Generation keeps, per layer, the keys and values of the last `attention_window` tokens, (B, n, r, d) each, and per SSM layer a
+state of (B, D, N/2, 2) float32 numbers. The size does not depend on the length of the text.
+
+Shapes: B batch, L tokens, D hidden size, N state size, n heads, d head width, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration.configuration_spade import SpadeLMConfig
+from ..layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from ..layers.feed_forward import FeedForward
+from ..layers.local_attention import LocalSelfAttention
+from ..layers.norms import build_norm
+from ..layers.ssm import StateSpaceLayer
+from .cache import local_cache, refuse_cache_implementation
+from .inputs import check_inputs, logical_positions, pool_tokens
+from .spade_layers import SpadeMixer, build_feed_forward
+
+
+class SpadeLMLayer(GradientCheckpointingLayer):
+    """x + dropout(mixer(norm(x))), then s * x + dropout(feed_forward(norm(x))) with s = 1 or learned (NormFormer)."""
+
+    def __init__(self, config: SpadeLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.mixer = SpadeMixer(
+            config,
+            window=config.attention_window,
+            has_ssm=layer_idx in config.ssm_layers,
+            is_causal=True,
+            has_bias_table=layer_idx == 0 or not config.share_relative_bias,
+            output_norm=config.scale_attention,
+            scale_heads=config.scale_heads,
+        )
+        self.mixer_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.feed_forward = build_feed_forward(config, default_bias=False, inner_norm=config.scale_feed_forward)
+        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.residual_scale = nn.Parameter(torch.ones(config.d_model)) if config.scale_residuals else None
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions, past_key_values, self.layer_idx)
+        hidden_states = hidden_states + self.dropout(mixed)
+        residual = hidden_states if self.residual_scale is None else hidden_states * self.residual_scale
+        return residual + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+
+
+class SpadeLMPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the interface to Transformers."""
+
+    config: SpadeLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpadeLMLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["ssm"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _is_stateful = True  # a recurrent state cannot be rolled back
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, StateSpaceLayer):
+            module.initialize(init)
+        elif isinstance(module, LocalSelfAttention) and module.head_scale is not None:
+            init.ones_(module.head_scale)
+        elif isinstance(module, SpadeLMLayer) and module.residual_scale is not None:
+            init.ones_(module.residual_scale)
+        if config.initializer_scheme == "official":
+            self._init_official(module)
+            return
+        residual_std = config.initializer_range / math.sqrt(2 * config.num_layers)
+        if isinstance(module, FeedForward):
+            init.normal_(module.wo.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, LocalSelfAttention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+
+    def _init_official(self, module: nn.Module) -> None:
+        """Distributions of the published language model."""
+        if isinstance(module, LocalSelfAttention):
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.xavier_uniform_(projection.weight, gain=2**-0.5)
+            init.xavier_uniform_(module.o_proj.weight)
+            if hasattr(module, "relative_attention_bias"):
+                init.normal_(module.relative_attention_bias.weight, mean=0.0, std=1.0)
+        elif isinstance(module, (FeedForward, SpadeMixer)):
+            for name, projection in module.named_children():
+                if isinstance(projection, nn.Linear) and (isinstance(module, FeedForward) or name == "aggregate"):
+                    limit = projection.in_features**-0.5
+                    init.uniform_(projection.weight, -limit, limit)
+                    if projection.bias is not None:
+                        init.uniform_(projection.bias, -limit, limit)
+        elif isinstance(module, AdaptiveEmbedding):
+            for projection in module.projections:
+                init.xavier_uniform_(projection.weight)
+        elif isinstance(module, nn.Embedding) and module.num_embeddings != self.config.relative_attention_num_buckets:
+            init.normal_(module.weight, mean=0.0, std=module.embedding_dim**-0.5)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+
+
+class SpadeLMModel(SpadeLMPreTrainedModel):
+    """The bare decoder-only model: `last_hidden_state` (B, L, D)."""
+
+    _can_record_outputs = {"hidden_states": SpadeLMLayer}
+
+    def __init__(self, config: SpadeLMConfig) -> None:
+        super().__init__(config)
+        if config.adaptive_cutoffs is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
+        else:
+            self.embed_tokens = AdaptiveEmbedding(
+                config.vocab_size,
+                config.d_model,
+                config.adaptive_cutoffs,
+                config.adaptive_factor,
+                padding_idx=config.pad_token_id,
+            )
+        self.layers = nn.ModuleList(SpadeLMLayer(config, index) for index in range(config.num_layers))
+        self.final_norm = (
+            build_norm(config.norm_type, config.d_model, config.layer_norm_eps) if config.use_final_norm else None
+        )
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
+        if self.config.adaptive_cutoffs is not None:
+            raise ValueError(
+                "`resize_token_embeddings` is not defined for adaptive embeddings (`adaptive_cutoffs`): a new vocabulary needs "
+                "new bands, so build a new model."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def build_cache(self) -> Cache:
+        """Empty cache of constant size (see the module docstring)."""
+        config = self.config
+        visible = config.attention_window + (config.local_attention_type == "window")
+        return local_cache(config.num_layers, visible, config.ssm_layers)
+
+    def _positions(
+        self, mask: torch.Tensor | None, past: int, length: int, device: torch.device
+    ) -> torch.Tensor | None:
+        """Logical positions of the visible cached tokens and the new ones, for the layers that need them."""
+        config = self.config
+        if config.position_encoding != "rotary" and config.local_attention_type != "chunk":
+            return None
+        return logical_positions(mask, past + length, device=device)[:, -(config.attention_window + length) :]
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Runs over a text, or over its next tokens.
+
+        Args:
+            input_ids: (B, L), L >= 1, with or without a cache; or `inputs_embeds` (B, L, D).
+            attention_mask: (B, past + L), 1 at real tokens; either side may be padded.
+            past_key_values: cache of an earlier call.
+            use_cache: return the cache; default `config.use_cache` outside training.
+
+        Raises:
+            ValueError: empty input, ids outside the vocabulary, a mask of another shape.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = self.build_cache()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = check_inputs(input_ids, inputs_embeds, attention_mask, self.config.vocab_size, past=past)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.scale_embedding:
+            hidden_states = hidden_states * math.sqrt(self.config.d_model)
+        hidden_states = self.dropout(hidden_states)
+        positions = self._positions(mask, past, hidden_states.shape[1], hidden_states.device)
+        shared_bias = None
+        if self.config.share_relative_bias:
+            shared_bias = self.layers[0].mixer.attention.bias_vector()
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, mask, shared_bias, positions, past_key_values=past_key_values, **kwargs
+            )
+        if self.final_norm is not None:
+            hidden_states = self.final_norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
+    """Language model with a plain head, or the adaptive softmax (then `logits` are log-probabilities)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SpadeLMConfig) -> None:
+        super().__init__(config)
+        self.model = SpadeLMModel(config)
+        if config.adaptive_cutoffs is None:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        else:
+            self._tied_weights_keys = {}
+            tail_widths = [table.embedding_dim for table in self.model.embed_tokens.embeddings][1:]
+            self.lm_head = AdaptiveSoftmax(
+                config.d_model,
+                tail_widths,
+                dropout=config.adaptive_dropout,
+                tie_projections=config.tie_adaptive_projections,
+            )
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.lm_head if self.config.adaptive_cutoffs is None else None
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
+        if self.config.adaptive_cutoffs is not None:
+            return self.model.resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
+        model_kwargs["past_key_values"] = self.model.build_cache()
+
+    def _adaptive_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        targets = labels[:, 1:].reshape(-1)
+        total = self.lm_head.negative_log_likelihood(
+            hidden_states[:, :-1].reshape(targets.shape[0], -1), targets, self.model.embed_tokens
+        )
+        return total / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Scores or continues a text; arguments as in `SpadeLMModel.forward`.
+
+        Args:
+            labels: (B, L) ids, unshifted; -100 is ignored.
+            logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
+            num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
+
+        Returns:
+            `logits` (B, L, V), and with `labels` the mean next-token cross-entropy as `loss`. In training the adaptive softmax
+            evaluates only what the loss needs, and `logits` is None.
+        """
+        if labels is not None:
+            use_cache = False if use_cache is None else use_cache
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = None, None
+        if self.config.adaptive_cutoffs is not None:
+            if labels is not None:
+                loss = self._adaptive_loss(hidden_states, labels, num_items_in_batch)
+            if not (self.training and labels is not None):
+                logits = self.lm_head(hidden_states[:, kept], self.model.embed_tokens)
+        else:
+            scale = self.config.d_model**-0.5 if self.config.scale_logits else 1.0
+            logits = self.lm_head(hidden_states[:, kept] * scale if scale != 1.0 else hidden_states[:, kept])
+            if labels is not None:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SpadeLMForSequenceClassification(SpadeLMPreTrainedModel):
+    """Classification or regression from the last real token of each row."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
+
+    def __init__(self, config: SpadeLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SpadeLMModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.d_model, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """`logits` (B, num_labels); without `attention_mask`, trailing `pad_token_id` tokens count as padding."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),
+            **kwargs,
+        )
+        mask = attention_mask
+        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask = input_ids != self.config.pad_token_id
+        elif mask is not None:
+            mask = mask[:, -outputs.last_hidden_state.shape[1] :]
+        logits = self.score(self.dropout(pool_tokens(outputs.last_hidden_state, mask, "last")))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "SpadeLMForCausalLM",
+    "SpadeLMForSequenceClassification",
+    "SpadeLMModel",
+    "SpadeLMPreTrainedModel",
+]

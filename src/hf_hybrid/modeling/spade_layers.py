@@ -1,0 +1,221 @@
+"""Building blocks of both SPADE models: the mixer of local attention and state space model, full attention, feed-forward.
+
+Shapes: B batch, L tokens, T target tokens, D hidden size, n heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
+from ..layers.feed_forward import FeedForward
+from ..layers.local_attention import LocalSelfAttention
+from ..layers.norms import build_norm
+from ..layers.ssm import StateSpaceLayer
+from .cache import read_state, write_state
+
+
+class SpadeMixer(nn.Module):
+    """Local attention, with or without a state space model beside it (section 3 of arXiv 2212.08136).
+
+    With h the layer input, g = norm(SSM(h)) and a = norm(attention(h)):
+    concat: W [g; a] + b; gated: sigmoid(W' [g; a] + b') * (W [g; a] + b); add: w g + (1 - w) a;
+    stack: attention(SSM(h)). Padded positions are zeroed before the SSM.
+    """
+
+    def __init__(
+        self,
+        config: SpadeConfig | SpadeLMConfig,
+        *,
+        window: int,
+        has_ssm: bool,
+        is_causal: bool,
+        has_bias_table: bool,
+        output_norm: bool = False,
+        scale_heads: bool = False,
+    ) -> None:
+        super().__init__()
+        width = config.d_model
+        self.combine = config.ssm_combine
+        self.add_weight = config.ssm_add_weight
+        self.stop_gradient = config.ssm_stop_gradient
+        self.is_causal = is_causal
+        self.attention = LocalSelfAttention(
+            width,
+            config.num_heads,
+            window,
+            attention_type=config.local_attention_type,
+            is_causal=is_causal,
+            position_encoding=config.position_encoding,
+            has_bias_table=has_bias_table,
+            num_buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+            rotary_base=config.rotary_base,
+            dropout=config.attention_dropout,
+            output_norm=build_norm(config.norm_type, width, config.layer_norm_eps) if output_norm else None,
+            scale_heads=scale_heads,
+        )
+        self.ssm = self._build_ssm(config, bidirectional=not is_causal) if has_ssm else None
+        if has_ssm and self.combine != "stack":
+            self.norm_global = build_norm(config.norm_type, width, config.layer_norm_eps)
+            self.norm_local = build_norm(config.norm_type, width, config.layer_norm_eps)
+        if has_ssm and self.combine in ("concat", "gated"):
+            self.aggregate = nn.Linear(2 * width, width)
+        if has_ssm and self.combine == "gated":
+            self.aggregate_gate = nn.Linear(2 * width, width)
+
+    @staticmethod
+    def _build_ssm(config: SpadeConfig | SpadeLMConfig, bidirectional: bool) -> StateSpaceLayer:
+        return StateSpaceLayer(
+            config.d_model,
+            config.ssm_state_size,
+            ssm_type=config.ssm_type,
+            init=config.ssm_init,
+            num_copies=config.ssm_num_copies,
+            bidirectional=bidirectional,
+            dt_min=config.ssm_dt_min,
+            dt_max=config.ssm_dt_max,
+            max_length=config.ssm_max_length,
+            trainable=config.ssm_trainable,
+        )
+
+    def _run_ssm(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, cache: Cache | None, layer_idx: int
+    ) -> torch.Tensor:
+        if token_mask is not None:
+            hidden_states = hidden_states.masked_fill(~token_mask.unsqueeze(-1), 0)
+        state = read_state(cache, layer_idx) if cache is not None else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
+            if cache is not None and state is not None and hidden_states.shape[1] == 1:
+                output, state = self.ssm.step(hidden_states, state)
+            else:
+                output, state = self.ssm(hidden_states, initial_state=state, return_state=cache is not None)
+        if cache is not None:
+            write_state(cache, layer_idx, state)
+        return output
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        layer_idx: int = 0,
+    ) -> torch.Tensor:
+        """(B, L, D) to (B, L, D); `key_mask` (B, past + L) bool, `positions` as in `LocalSelfAttention`."""
+        store: Callable | None = None
+        if past_key_values is not None:
+
+            def store(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return past_key_values.update(key, value, layer_idx)
+
+        if self.ssm is None:
+            return self.attention(hidden_states, key_mask, bias, positions, store)
+        token_mask = None if key_mask is None else key_mask[:, -hidden_states.shape[1] :]
+        distant = self._run_ssm(hidden_states, token_mask, past_key_values, layer_idx)
+        if self.combine == "stack":
+            return self.attention(distant, key_mask, bias, positions, store)
+        distant = self.norm_global(distant)
+        near = self.norm_local(self.attention(hidden_states, key_mask, bias, positions, store))
+        if self.combine == "add":
+            return self.add_weight * distant + (1 - self.add_weight) * near
+        both = torch.cat([distant, near], dim=-1)
+        combined = self.aggregate(both)
+        return combined if self.combine == "concat" else torch.sigmoid(self.aggregate_gate(both)) * combined
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T scaling + mask) v, with the weights; (B, n, T, d) to (B, T, n, d)."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SpadeAttention(nn.Module):
+    """Full multi-head attention of the decoder: causal over its own tokens, or over the encoder output."""
+
+    def __init__(self, config: SpadeConfig, layer_idx: int, is_cross_attention: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_cross_attention = is_cross_attention
+        self.is_causal = not is_cross_attention
+        self.head_dim = config.d_kv
+        self.scaling = config.d_kv**-0.5
+        width, bias = config.d_model, config.attention_bias
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.o_proj = nn.Linear(width, width, bias=bias)
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _keys_and_values(
+        self, source: torch.Tensor, past_key_values: EncoderDecoderCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_cross_attention and past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
+        if past_key_values is None:
+            return key, value
+        if self.is_cross_attention:
+            past_key_values.is_updated[self.layer_idx] = True
+            return past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+        return past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) to ((B, T, D), weights or None); `source` (B, L, D) is the encoder output for cross-attention."""
+        query = self._split_heads(self.q_proj(hidden_states))
+        key, value = self._keys_and_values(hidden_states if source is None else source, past_key_values)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1).contiguous()), weights
+
+
+def build_feed_forward(
+    config: SpadeConfig | SpadeLMConfig, *, default_bias: bool, inner_norm: bool = False
+) -> FeedForward:
+    """Feed-forward layer; without `config.feed_forward_bias`, ungated ones have biases and gated ones `default_bias`."""
+    bias = config.feed_forward_bias
+    if bias is None:
+        bias = default_bias or not config.feed_forward_proj.startswith("gated-")
+    return FeedForward(
+        config.d_model,
+        config.d_ff,
+        kind=config.feed_forward_proj,
+        bias=bias,
+        dropout=config.activation_dropout,
+        inner_norm=build_norm(config.norm_type, config.d_ff, config.layer_norm_eps) if inner_norm else None,
+    )
