@@ -28,10 +28,19 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase
 
-PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "</s>", "<unk>"
+from .special_tokens import EOS_TOKEN, padded_vocab_size, sentinel_ids, wrap_backend
+
+__all__ = [
+    "padded_vocab_size",
+    "sentinel_ids",
+    "tokenizer_from_sentencepiece",
+    "train_sentencepiece_model",
+    "train_sentencepiece_tokenizer",
+]
+
 NORMALIZATIONS = ("nfkc", "nfkc_cf", "identity")
 
 _SEPARATOR = "\x01"  # deleted by every character map of `_character_rules`
@@ -255,33 +264,7 @@ def tokenizer_from_sentencepiece(
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS_TOKEN}", pair=f"$A {EOS_TOKEN} $B {EOS_TOKEN}", special_tokens=[(EOS_TOKEN, 1)]
     )
-    return _wrap(backend, TokenizersBackend, num_sentinels, model_max_length)
-
-
-def _wrap(
-    backend: Tokenizer,
-    tokenizer_class: type[TokenizersBackend],
-    num_sentinels: int,
-    model_max_length: int | None,
-    **options: object,
-) -> TokenizersBackend:
-    """Adds the special tokens and sentinels and hands the backend to a Transformers class."""
-    sentinels = [f"<extra_id_{index}>" for index in reversed(range(num_sentinels))]
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *sentinels)]
-    )
-    if model_max_length is not None:
-        options["model_max_length"] = model_max_length
-    return tokenizer_class(
-        tokenizer_object=backend,
-        pad_token=PAD_TOKEN,
-        eos_token=EOS_TOKEN,
-        unk_token=UNK_TOKEN,
-        extra_special_tokens=sentinels,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        **options,
-    )
+    return wrap_backend(backend, num_sentinels=num_sentinels, model_max_length=model_max_length)
 
 
 def train_sentencepiece_tokenizer(
@@ -305,33 +288,3 @@ def train_sentencepiece_tokenizer(
     """
     model = train_sentencepiece_model(texts, vocab_size=vocab_size, **training_options)  # type: ignore[arg-type]
     return tokenizer_from_sentencepiece(model, num_sentinels=num_sentinels, model_max_length=model_max_length)
-
-
-def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of `<extra_id_0>`, `<extra_id_1>` ... in this order, found by name.
-
-    Raises:
-        ValueError: the tokenizer has no sentinels, or their ids do not descend one by one (span corruption relies on it).
-    """
-    vocabulary = tokenizer.get_vocab()
-    ids = []
-    while (token := f"<extra_id_{len(ids)}>") in vocabulary:
-        ids.append(vocabulary[token])
-    if not ids:
-        raise ValueError(
-            "`tokenizer` has no sentinel tokens (`<extra_id_0>`, `<extra_id_1>` ...), which span corruption needs. Train one "
-            "with `train_sentencepiece_tokenizer(..., num_sentinels=1024)`, or add them with "
-            "`tokenizer.add_special_tokens({'extra_special_tokens': [f'<extra_id_{i}>' for i in reversed(range(1024))]})` and "
-            "resize the embeddings of the model."
-        )
-    if any(later != earlier - 1 for earlier, later in zip(ids, ids[1:])):
-        raise ValueError(
-            f"The ids of the sentinels of `tokenizer` must descend one by one from `<extra_id_0>`; they begin {ids[:4]}. Add them "
-            "in the order `<extra_id_N-1>` ... `<extra_id_0>`."
-        )
-    return ids
-
-
-def padded_vocab_size(tokenizer: PreTrainedTokenizerBase, multiple: int = 64) -> int:
-    """Size for the embedding of a model: `len(tokenizer)` rounded up to a multiple, which matrix products prefer."""
-    return -(-len(tokenizer) // multiple) * multiple
