@@ -1,0 +1,418 @@
+"""What all recipes share: reading arguments, building tokenizer and model, running a Trainer, leaving the records."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
+
+from ..hub import EvaluationResult, ModelCard, write_model_card
+from ..training.run_folder import (
+    ENVIRONMENT_FILE,
+    LOSS_CURVE_FILE,
+    RunFolder,
+    check_checkpoint,
+    describe_environment,
+    is_main_process,
+)
+from ..viz import plot_loss_curves
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY_MULTIPLE = 64  # rows of the embedding table are padded to a multiple of this
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type], args: Sequence[str] | Mapping[str, Any] | None, description: str | None
+) -> tuple[Any, ...]:
+    """Fill dataclasses from flags, from a YAML or JSON file followed by flags that override it, or from a mapping.
+
+    Args:
+        dataclass_types: one instance of each is returned, in this order.
+        args: list of command line words; a mapping of option names to values; None = the words of this process.
+        description: shown by `--help`.
+
+    Raises:
+        ValueError: the file cannot be read or is no mapping.
+    """
+    parser = HfArgumentParser(dataclass_types, description=description)
+    if isinstance(args, Mapping):
+        words = _to_flags(args)
+    else:
+        words = list(sys.argv[1:] if args is None else args)
+        if words and words[0].endswith((".yaml", ".yml", ".json")):
+            words = _to_flags(_read_options(Path(words[0]))) + words[1:]
+    return parser.parse_args_into_dataclasses(args=words)
+
+
+def _read_options(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"The option file {path} cannot be read: {error}.") from error
+    if path.suffix == ".json":
+        options = json.loads(text)
+    else:
+        import yaml
+
+        options = yaml.safe_load(text)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"The option file {path} must hold `name: value` pairs at its top level.")
+    return options
+
+
+def _to_flags(options: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, Mapping):
+            words.append(json.dumps(value))
+        elif isinstance(value, (list, tuple)):
+            words += [str(item) for item in value]
+        else:
+            words.append(str(value))
+    return words
+
+
+def resolved_arguments(*dataclasses_: Any) -> dict[str, Any]:
+    """All options of a run in one flat dictionary, for `arguments.json`."""
+    resolved: dict[str, Any] = {}
+    for group in dataclasses_:
+        is_training = isinstance(group, TrainingArguments)
+        resolved.update(group.to_dict() if is_training else {f.name: getattr(group, f.name) for f in fields(group)})
+    return resolved
+
+
+def split_names(names: Sequence[str] | str | None) -> list[str]:
+    """Several names given as separate words, separated by commas, or both; an existing path is never split."""
+    names = [names] if isinstance(names, str) else list(names or [])
+    split: list[str] = []
+    for name in names:
+        split += [name] if Path(name).exists() else [part.strip() for part in name.split(",") if part.strip()]
+    return split
+
+
+def set_up_logging(training_args: TrainingArguments | None = None) -> None:
+    """Log to standard error: everything from the main process, warnings from the others."""
+    level = logging.INFO if is_main_process() else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
+    logging.getLogger("hf_hybrid").setLevel(level)
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "absl", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if training_args is not None:
+        transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer, model
+
+
+@dataclass
+class NewModelArguments:
+    """Which model to train: a checkpoint, or a fresh one from a configuration."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to continue from (folder or Hub name). Default: a new model."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a new model: a model type, a folder, or a Hub name."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'Fields of the configuration, e.g. "d_model=256,encoder_layers=4,ssm_layers=[0,1]".'},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer (folder or Hub name). Default: that of the checkpoint."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """Read `"a=1,b=[0,1],c=name"`; values are JSON where they can be, else plain words.
+
+    Raises:
+        ValueError: an entry has no `=`.
+    """
+    overrides: dict[str, Any] = {}
+    # A comma separates entries when a `name=` follows it, so lists need no quoting.
+    for entry in filter(None, re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text or "")):
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not name:
+            raise ValueError(f"`config_overrides` must look like `name=value,name=value`; got {entry!r}.")
+        try:
+            overrides[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return overrides
+
+
+def load_tokenizer(name_or_path: str | None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        ValueError: no name was given, or it cannot be loaded.
+    """
+    if name_or_path is None:
+        raise ValueError("`tokenizer` is required for a new model: a folder or a Hub name (see `train_tokenizer`).")
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`tokenizer` {name_or_path!r} cannot be loaded: {error}") from error
+
+
+def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) -> PreTrainedConfig:
+    """A configuration by model type, folder or Hub name, with changed fields.
+
+    Raises:
+        ValueError: the configuration cannot be loaded or has no such field.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    is_type = name_or_path in CONFIG_MAPPING and not Path(name_or_path).exists()
+    try:
+        base = AutoConfig.for_model(name_or_path) if is_type else AutoConfig.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}") from error
+    unknown = sorted(name for name in overrides if not hasattr(base, name))
+    if unknown:
+        raise ValueError(
+            f"`config_overrides` names {unknown}, which {type(base).__name__} does not have. Fields: "
+            + ", ".join(sorted(key for key in base.to_dict() if not key.startswith("_")))
+            + "."
+        )
+    if is_type:
+        return type(base)(**overrides)
+    return type(base).from_dict({**base.to_dict(), **overrides})
+
+
+def padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of an embedding table for a tokenizer: its ids, rounded up."""
+    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def build_new_or_pretrained(
+    auto_class: type, arguments: NewModelArguments, tokenizer: PreTrainedTokenizerBase, default_type: str
+) -> PreTrainedModel:
+    """The model to pretrain: loaded, or new with a vocabulary for the tokenizer.
+
+    Args:
+        auto_class: e.g. `AutoModelForSeq2SeqLM`.
+        arguments: which model.
+        tokenizer: gives vocabulary size and special tokens of a new model.
+        default_type: model type of a new model when no configuration is named.
+
+    Raises:
+        ValueError: options contradict each other, a checkpoint is damaged, or its vocabulary is too small.
+    """
+    overrides = parse_overrides(arguments.config_overrides)
+    if arguments.model_name_or_path is not None:
+        if arguments.config_name or overrides:
+            raise ValueError("`config_name` and `config_overrides` describe a new model; drop `model_name_or_path`.")
+        model = load_model(auto_class, arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
+        if model.config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} ids but the model only {model.config.vocab_size}: use the "
+                "tokenizer of the checkpoint."
+            )
+        return model
+    specials: dict[str, Any] = {"vocab_size": padded_vocabulary(tokenizer)}
+    if tokenizer.pad_token_id is not None:
+        specials["pad_token_id"] = tokenizer.pad_token_id
+    specials["eos_token_id"] = tokenizer.eos_token_id
+    name = arguments.config_name or default_type
+    config = load_config(name, {**specials, **overrides}, trust_remote_code=arguments.trust_remote_code)
+    if config.is_encoder_decoder and "decoder_start_token_id" not in overrides:
+        config.decoder_start_token_id = tokenizer.pad_token_id
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"`vocab_size` {config.vocab_size} is smaller than the tokenizer ({len(tokenizer)} ids).")
+    return auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
+
+
+def load_model(auto_class: type, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint through an Auto class, with a clear error for a damaged or missing one.
+
+    Raises:
+        ValueError: nothing can be loaded from there.
+    """
+    if Path(name_or_path).is_dir():
+        check_checkpoint(name_or_path)
+    try:
+        return auto_class.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: {error}"
+        ) from error
+
+
+def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str, remedy: str) -> None:
+    """Refuse targets that the decoder has no positions for, before training begins.
+
+    Raises:
+        ValueError: `target_length` exceeds `max_position_embeddings`.
+    """
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows is not None and target_length > rows:
+        raise ValueError(
+            f"{what} have up to {target_length} tokens, but the decoder's position table has {rows} rows "
+            f"(`max_position_embeddings`). Lower `{remedy}`, or train a new model with a longer table "
+            f"(`config_overrides max_position_embeddings={target_length}`)."
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass
+class RunReport:
+    """What a recipe knows about its run, for the records.
+
+    Attributes:
+        description: sentences for the model card.
+        task_type: Hub task of the results.
+        data_name: name of the evaluation data in the results.
+        auto_class: Auto class that loads the checkpoint.
+        pipeline_tag: Hub pipeline, if one fits.
+        training_data: description of the training data.
+        lengths: lengths of inputs and targets.
+        datasets: Hub names among the data.
+        base_model: Hub name of the initial checkpoint, if any.
+        metrics: additional numbers for `metrics.json`.
+        result_names: keys of the final evaluation metrics that go into the card -> their names there.
+    """
+
+    description: str
+    task_type: str
+    data_name: str
+    auto_class: str
+    pipeline_tag: str | None = None
+    training_data: str = ""
+    lengths: str = ""
+    datasets: Sequence[str] = ()
+    base_model: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    result_names: Mapping[str, str] = field(default_factory=lambda: {"eval_loss": "loss"})
+
+
+def train_and_record(
+    trainer: Trainer, folder: RunFolder, arguments: Mapping[str, Any], report: RunReport, evaluate: Any = None
+) -> dict[str, Any]:
+    """Train (or continue), evaluate, save, and leave every record of the run in its folder.
+
+    Args:
+        trainer: ready to train.
+        folder: checked before anything expensive began.
+        arguments: all resolved options.
+        report: see `RunReport`; its metrics are added.
+        evaluate: callable returning the final metrics; default `trainer.evaluate`.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    with folder.recording(arguments):
+        resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        if evaluate is not None:
+            evaluation = evaluate()
+        else:
+            evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        metrics = {
+            **{key: value for key, value in result.metrics.items() if key != "total_flos"},
+            **evaluation,
+            **report.metrics,
+            "steps": trainer.state.global_step,
+            "epoch": trainer.state.epoch,
+            "input_tokens_seen": trainer.state.num_input_tokens_seen,
+            "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        }
+        folder.write_metrics(metrics)
+        if is_main_process():
+            trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
+            plot_loss_curves(trainer.state.log_history, folder.path / LOSS_CURVE_FILE)
+            write_model_card(make_card(trainer, folder, report, metrics), folder.path)
+            logger.info("Everything about this run is in %s", folder.path)
+        trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def make_card(trainer: Trainer, folder: RunFolder, report: RunReport, metrics: Mapping[str, Any]) -> ModelCard:
+    """Fill the model card from the run."""
+    environment_file = folder.path / ENVIRONMENT_FILE
+    environment = json.loads(environment_file.read_text()) if environment_file.is_file() else describe_environment()
+    args, config = trainer.args, trainer.model.config
+    minutes = metrics.get("train_runtime", 0.0) / 60
+    versions = environment["versions"]
+    return ModelCard(
+        model_name=folder.path.resolve().name,
+        description=report.description,
+        model_type=config.model_type,
+        architecture=type(trainer.model).__name__,
+        num_parameters=metrics["num_parameters"],
+        auto_class=report.auto_class,
+        task_type=report.task_type,
+        pipeline_tag=report.pipeline_tag,
+        datasets=report.datasets,
+        base_model=report.base_model,
+        training_data=report.training_data,
+        lengths=report.lengths,
+        training={
+            "optimizer steps": f"{trainer.state.global_step:,}",
+            "input tokens seen": f"{trainer.state.num_input_tokens_seen:,}",
+            "batch (sequences per step)": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "optimizer": getattr(args.optim, "value", args.optim),
+            "learning rate": args.learning_rate,
+            "learning rate of state space parameters": getattr(args, "ssm_learning_rate", None) or args.learning_rate,
+            "schedule": f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, warm-up {args.warmup_steps}",
+            "weight decay": args.weight_decay,
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "seed": args.seed,
+            "minutes of this run": f"{minutes:.1f}",
+            "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
+        },
+        environment={
+            "hardware": ", ".join(environment["accelerators"])
+            or f"{environment['processor']}, {environment['torch_threads']} threads",
+            "processes": environment["world_size"],
+            "revision of hf_hybrid": environment["git_revision"] or versions.get("hf_hybrid"),
+            **{name: versions.get(name) for name in ("torch", "transformers", "datasets")},
+        },
+        results=[
+            EvaluationResult(name, float(metrics[key]), report.data_name)
+            for key, name in report.result_names.items()
+            if isinstance(metrics.get(key), (int, float))
+        ],
+    )
+
+
+def hub_names(sources: Sequence[str]) -> list[str]:
+    """The names among data or model sources that are no local paths."""
+    return [name for name in sources if not os.path.exists(name)]
+
+
+def display_names(sources: Sequence[str]) -> str:
+    """Sources as they may appear in a public card: Hub names, or the last part of a local path."""
+    return ", ".join(Path(name).name if os.path.exists(name) else name for name in sources)

@@ -1,0 +1,142 @@
+"""Pretrain an encoder-decoder by span corruption (T5 objective, arXiv 1910.10683 section 3.1.4) on raw text.
+
+    python -m hf_hybrid.recipes.pretrain_span_corruption --data corpus.txt --tokenizer tokenizer/ \
+        --config_overrides "d_model=256,num_heads=4,d_ff=1024,encoder_layers=4,decoder_layers=4" \
+        --input_length 512 --max_steps 1000 --learning_rate 1e-3 --output_dir runs/pretrain
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, default_data_collator, set_seed
+
+from ..data.span_corruption import SpanCorruptionDataset, span_corruption_lengths
+from ..tokenization.sentencepiece_tokenizer import sentinel_ids
+from ..training.arguments import HybridTrainingArguments
+from ..training.run_folder import RunFolder
+from ..training.trainer import HybridTrainer
+from .common import (
+    NewModelArguments,
+    RunReport,
+    build_new_or_pretrained,
+    check_decoder_table,
+    display_names,
+    hub_names,
+    load_tokenizer,
+    parse_arguments,
+    resolved_arguments,
+    set_up_logging,
+    train_and_record,
+)
+from .pretraining_data import PretrainingDataArguments, load_token_splits, spread
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SpanCorruptionArguments(PretrainingDataArguments):
+    """Data of the run and its noise."""
+
+    input_length: int = field(
+        default=512, metadata={"help": "Tokens of the corrupted input, end of sequence included."}
+    )
+    noise_density: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    mean_span_length: float = field(default=3.0, metadata={"help": "Mean length of a masked span, in tokens."})
+
+
+@dataclass
+class SpanCorruptionTrainingArguments(HybridTrainingArguments):
+    """Training options; defaults for pretraining from scratch."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    ssm_learning_rate: float | None = field(
+        default=1e-3, metadata={"help": "Peak learning rate of the state space parameters (no weight decay)."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
+    logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every this many steps."})
+    save_steps: float = field(default=1000, metadata={"help": "Save a checkpoint every this many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
+
+
+def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the recipe; see `--help` for the options.
+
+    Args:
+        args: command line words, a mapping of options, or None for the words of this process.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
+        FileExistsError: the output folder is not empty.
+    """
+    data_args, model_args, training_args = parse_arguments(
+        (SpanCorruptionArguments, NewModelArguments, SpanCorruptionTrainingArguments), args, __doc__
+    )
+    set_up_logging(training_args)
+    folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
+    tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+    lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
+    set_seed(training_args.seed)
+    model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_type="spade")
+    check_decoder_table(model.config, lengths.target_length, "The span-corruption targets", "input_length")
+    train_dataset, eval_dataset, corpus = build_datasets(data_args, tokenizer, training_args.seed)
+    trainer = HybridTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    report = RunReport(
+        description=(
+            f"A {model.config.model_type} encoder-decoder pretrained by span corruption (noise density "
+            f"{data_args.noise_density}, mean span {data_args.mean_span_length}). It fills in masked spans; fine-tune it "
+            "for a task."
+        ),
+        task_type="text-generation",
+        data_name=display_names(data_args.validation_data or data_args.data) + " (held-out text)",
+        auto_class="AutoModelForSeq2SeqLM",
+        training_data=f"{display_names(data_args.data)} ({corpus})",
+        datasets=hub_names(data_args.data),
+        lengths=f"inputs of {data_args.input_length} tokens, targets of {lengths.target_length}",
+        metrics={"target_length": lengths.target_length, "corpus": corpus},
+        result_names={"eval_loss": "loss"},
+    )
+    return train_and_record(trainer, folder, resolved_arguments(data_args, model_args, training_args), report)
+
+
+def build_datasets(
+    arguments: SpanCorruptionArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[Dataset, Dataset, str]:
+    """Training set (new noise in each epoch), evaluation set (fixed noise) and a description of the text."""
+    options = {
+        "input_length": arguments.input_length,
+        "noise_density": arguments.noise_density,
+        "mean_span_length": arguments.mean_span_length,
+        "sentinel_ids": sentinel_ids(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "seed": seed,
+    }
+    train, validation = load_token_splits(arguments, tokenizer)
+    evaluation: Dataset = SpanCorruptionDataset(validation.tokens, resample_each_epoch=False, **options)
+    if len(evaluation) > arguments.max_validation_segments:
+        evaluation = Subset(evaluation, spread(len(evaluation), arguments.max_validation_segments))
+    return SpanCorruptionDataset(train.tokens, **options), evaluation, str(train)
+
+
+if __name__ == "__main__":
+    main()

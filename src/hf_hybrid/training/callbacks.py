@@ -1,0 +1,69 @@
+"""Trainer callbacks: a time limit, and the epoch number for data sets that draw anew each epoch."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TimeLimitCallback(TrainerCallback):
+    """Stop after a number of minutes, with a last checkpoint.
+
+    The clock of the main process decides for all processes, so that all stop at the same step.
+
+    Args:
+        minutes: wall-clock time from the start of training, evaluations included.
+
+    Raises:
+        ValueError: `minutes` is not positive.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        if not minutes > 0:
+            raise ValueError(f"`max_minutes` must be positive; got {minutes}.")
+        self.seconds = 60.0 * minutes
+        self.elapsed_fraction = 0.0  # of the limit, the same number in every process
+        self._start = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        self._start = time.monotonic()
+        self.elapsed_fraction = 0.0
+        return control
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        fraction = (time.monotonic() - self._start) / self.seconds
+        if dist.is_available() and dist.is_initialized():
+            shared = torch.tensor(fraction, dtype=torch.float64, device=args.device)
+            dist.broadcast(shared, src=0)
+            fraction = shared.item()
+        self.elapsed_fraction = fraction
+        if fraction >= 1.0:
+            control.should_training_stop = True
+            control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+            control.should_log = True
+        return control
+
+
+class DatasetEpochCallback(TrainerCallback):
+    """Tell the training set which epoch begins.
+
+    Accelerate forwards the epoch to the sampler or to the data set, not to both, in distributed runs; a data set that
+    draws its noise from (seed, epoch, index) needs it always.
+    """
+
+    def __init__(self, dataset: object) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
+        return control

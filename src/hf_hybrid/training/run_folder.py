@@ -1,0 +1,273 @@
+"""The folder a run writes: who may write into it, and the records every run leaves there.
+
+A run leaves the checkpoint and its tokenizer, `arguments.json` (every resolved option), `environment.json` (versions,
+hardware, git revision, command), `metrics.json`, `loss_curve.png` and a model card `README.md`. A folder that already
+holds something is refused unless the run resumes, so that no result is ever overwritten. Only the main process of a
+distributed run writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS_FILE = "arguments.json"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.json"
+LOSS_CURVE_FILE = "loss_curve.png"
+
+RECORDED_PACKAGES = (
+    "hf_hybrid",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+)
+
+# Options that may differ between a run and its continuation without changing what is trained.
+_FREE_ON_RESUME = frozenset(
+    "resume_from_checkpoint max_steps num_train_epochs max_minutes logging_steps save_steps save_total_limit eval_steps "
+    "eval_strategy save_strategy disable_tqdm report_to run_name local_rank dataloader_num_workers log_level "
+    "per_device_eval_batch_size output_dir".split()
+)
+
+
+def is_main_process() -> bool:
+    """True in the one process of a distributed run that writes files."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class RunFolder:
+    """Rules and records of one output folder.
+
+    Args:
+        path: the output folder; it is created when the first record is written.
+        resume: None (a fresh run), `"last"` (or `"true"`: the newest checkpoint of the folder), or the path of a
+            checkpoint folder.
+
+    Raises:
+        FileExistsError: the folder is not empty and the run does not resume.
+        ValueError: the path is a file, or there is no checkpoint to resume from, or it is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume: str | bool | None = None) -> None:
+        self.path = Path(path)
+        self.resume_checkpoint = self._find_checkpoint(resume)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"`output_dir` must be a folder; {self.path} is a file. Choose another path.")
+        # The main process decides: by the time the others look, it may have started to write.
+        occupied = is_main_process() and self.path.is_dir() and any(self.path.iterdir())
+        if occupied and self.resume_checkpoint is None:
+            raise FileExistsError(
+                f"`output_dir` {self.path} is not empty. Choose a new folder, empty this one, or continue its run "
+                "with `--resume_from_checkpoint last`."
+            )
+
+    def _find_checkpoint(self, resume: str | bool | None) -> Path | None:
+        if resume is None or resume is False or str(resume).lower() in ("", "none", "false"):
+            return None
+        if resume is True or str(resume).lower() in ("last", "true"):
+            from transformers.trainer_utils import get_last_checkpoint
+
+            newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+            if newest is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint` is set but {self.path} holds no checkpoint-<step> folder. Leave it out "
+                    "to start a new run."
+                )
+            checkpoint = Path(newest)
+        else:
+            checkpoint = Path(resume)
+            if not checkpoint.is_dir():
+                raise ValueError(
+                    f"`resume_from_checkpoint` must be `last` or a checkpoint folder; {checkpoint} is no folder."
+                )
+        check_checkpoint(checkpoint, resumable=True)
+        return checkpoint
+
+    @contextlib.contextmanager
+    def recording(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Write the opening records; withdraw them if the run fails before its first checkpoint."""
+        if not is_main_process():
+            yield
+            return
+        self._warn_about_changes(arguments)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / ARGUMENTS_FILE, arguments)
+        write_json(self.path / ENVIRONMENT_FILE, describe_environment())
+        try:
+            yield
+        except BaseException:
+            if self.resume_checkpoint is None and not any(self.path.glob("checkpoint-*")):
+                for name in (ARGUMENTS_FILE, ENVIRONMENT_FILE):
+                    (self.path / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # something else is in there: leave it
+                    self.path.rmdir()
+            raise
+
+    def _warn_about_changes(self, arguments: Mapping[str, Any]) -> None:
+        previous_file = self.path / ARGUMENTS_FILE
+        if self.resume_checkpoint is None or not previous_file.is_file():
+            return
+        with contextlib.suppress(json.JSONDecodeError):
+            previous, current = json.loads(previous_file.read_text()), to_json(arguments)
+            changed = sorted(
+                key
+                for key in previous.keys() & current.keys()
+                if previous[key] != current[key] and key not in _FREE_ON_RESUME
+            )
+            for key in changed:
+                logger.warning("Resuming with `%s` = %r, it was %r.", key, current[key], previous[key])
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write `metrics.json` (main process only)."""
+        if is_main_process():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / METRICS_FILE, metrics)
+
+
+def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> None:
+    """Refuse a checkpoint that cannot be read, before anything expensive starts.
+
+    Args:
+        folder: a local checkpoint folder.
+        resumable: also require the state a training run needs to continue.
+
+    Raises:
+        ValueError: a file is missing, truncated or not what its name says; the message names it.
+    """
+    folder = Path(folder)
+    names = ["config.json"] + (["trainer_state.json"] if resumable else [])
+    index = folder / "model.safetensors.index.json"
+    names += [index.name] if index.is_file() else []
+    parsed = {}
+    for name in names:
+        try:
+            parsed[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"The checkpoint file {folder / name} is corrupt: {error}. Copy it again.") from error
+    if index.name in parsed:
+        weights = sorted({*parsed[index.name].get("weight_map", {}).values()})
+    else:
+        weights = ["model.safetensors"]
+    if resumable:
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} cannot be resumed: {name} is missing (was it saved with save_only_model?)."
+                )
+    for name in weights:
+        _check_safetensors(folder / name)
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not a complete checkpoint: {path.name} is missing.")
+    try:
+        with safe_open(str(path), framework="pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"The checkpoint file {path} is corrupt or truncated ({error}). Copy it again, or use another checkpoint."
+        ) from error
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, hardware, git revision and command of this process."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerators": accelerators,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "git_revision": git_revision(),
+        "versions": versions,
+    }
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def git_revision() -> str | None:
+    """Commit of the source tree this package runs from (`-dirty` when tracked files differ), None without one."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(package), *command], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "__init__.py"):  # inside somebody else's repository, e.g. in a virtual environment
+            return None
+        revision = git("rev-parse", "HEAD")
+        return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def to_json(value: Any) -> Any:
+    """The same value in JSON types; non-finite numbers become None, everything unknown its `str`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, enum.Enum):
+        return to_json(value.value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # NumPy scalar
+        return to_json(value.item())
+    return str(value)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

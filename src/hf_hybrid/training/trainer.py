@@ -1,0 +1,118 @@
+"""Trainers that know the parameter groups of hybrid models, a time limit, and how fast they are."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Seq2SeqTrainer, Trainer
+
+from .callbacks import DatasetEpochCallback, TimeLimitCallback
+from .parameter_groups import parameter_groups
+
+
+class HybridTrainer(Trainer):
+    """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
+
+    The arguments are those of `Trainer`; pass `HybridTrainingArguments` as `args` for the additional options.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._time_limit: TimeLimitCallback | None = None
+        if getattr(self.args, "max_minutes", None) is not None:
+            self._time_limit = TimeLimitCallback(self.args.max_minutes)
+            self.add_callback(self._time_limit)
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(DatasetEpochCallback(self.train_dataset))
+        self._interval_start: tuple[float, int] | None = None
+        self._paused_seconds = 0.0
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer from `parameter_groups`; optimizers that choose their own groups keep them."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            target = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            chooses_groups = {"params", "model", "optimizer_dict"} & options.keys()
+            is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+            if is_plain and not chooses_groups:
+                groups = parameter_groups(
+                    target,
+                    learning_rate=self.args.learning_rate,
+                    weight_decay=self.args.weight_decay,
+                    ssm_learning_rate=getattr(self.args, "ssm_learning_rate", None),
+                )
+                self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the scheduler; under a time limit it reaches its end when the time is over.
+
+        The factor of step s becomes f(max(s, S·t/T)) for a schedule f over S steps and t of T minutes passed.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._time_limit is not None and isinstance(scheduler, LambdaLR):
+            scheduler.lr_lambdas = [
+                self._follow_time(factor, num_training_steps, self._time_limit) for factor in scheduler.lr_lambdas
+            ]
+        return scheduler
+
+    @staticmethod
+    def _follow_time(
+        factor: Callable[[int], float], num_training_steps: int, limit: TimeLimitCallback
+    ) -> Callable[[int], float]:
+        def follow(step: int) -> float:
+            return factor(max(step, min(num_training_steps, int(num_training_steps * limit.elapsed_fraction))))
+
+        return follow
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the throughput since the previous log (evaluations and checkpoints not counted); stop on a lost loss.
+
+        Raises:
+            FloatingPointError: the training loss is no longer finite.
+        """
+        if "loss" in logs:
+            now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+            if self._interval_start is not None and tokens > self._interval_start[1]:
+                seconds = now - self._interval_start[0] - self._paused_seconds
+                logs["tokens_per_second"] = round((tokens - self._interval_start[1]) / max(seconds, 1e-9), 1)
+            self._interval_start, self._paused_seconds = (now, tokens), 0.0
+        super().log(logs, start_time)
+        if not self.args.logging_nan_inf_filter and not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"The training loss is {logs['loss']} at step {self.state.global_step}. Lower `learning_rate` or "
+                "`max_grad_norm`, lengthen `warmup_steps`, or train in float32 or bf16 instead of fp16."
+            )
+
+    def train(self, *args, **kwargs):
+        """Train; see the library's `Trainer.train`."""
+        self._interval_start = None
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """One forward and backward pass; the first one starts the clock of the throughput."""
+        if self._interval_start is None:
+            self._interval_start, self._paused_seconds = (time.perf_counter(), self.state.num_input_tokens_seen), 0.0
+        return super().training_step(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Evaluate; the time it takes does not count as training time."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._paused_seconds += time.perf_counter() - start
+        return metrics
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        start = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        self._paused_seconds += time.perf_counter() - start
+
+
+class HybridSeq2SeqTrainer(HybridTrainer, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` (generation in the evaluation) with the additions of `HybridTrainer`."""
