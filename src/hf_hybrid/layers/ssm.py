@@ -130,6 +130,7 @@ class StateSpaceLayer(nn.Module):
         self._initial_kernel_length = kernel_length
         self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self._loads = 0
         self.reset_parameters()
 
     def _register(self, name: str, *shape: int) -> None:
@@ -188,6 +189,10 @@ class StateSpaceLayer(nn.Module):
         self._cache.clear()
         return super()._apply(keep_precision, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._loads += 1
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
 
@@ -225,7 +230,7 @@ class StateSpaceLayer(nn.Module):
 
     def _truncated_for(self) -> int:
         """Value of the `kernel_length` buffer as a Python number."""
-        return _read_length(self)
+        return _read_length(self, self._loads)
 
     # ------------------------------------------------------------------------------------------------------ systems
 
@@ -381,8 +386,12 @@ class StateSpaceLayer(nn.Module):
             raise ValueError(f"The state must have shape {expected}; got {tuple(state.shape)}.")
 
 
-def _read_length(layer: StateSpaceLayer) -> int:
-    """`kernel_length` as a number, read from the device only after it changed."""
+@torch.compiler.assume_constant_result
+def _read_length(layer: StateSpaceLayer, loads: int) -> int:
+    """`kernel_length` as a number, read from the device only after it changed.
+
+    The compiler runs this once and takes the result for a constant; `loads` makes it look again after a load.
+    """
     buffer = layer.kernel_length
     if buffer.is_meta:
         return layer._initial_kernel_length

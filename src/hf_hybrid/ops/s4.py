@@ -404,7 +404,7 @@ def dplr_scan(
     columns, _ = krylov(dense.transition, dense.inputs, block)  # (H, N, b)
     power = matrix_power(dense.transition, block).to(dtype)
     reverse = columns.flip(-1).mT.to(dtype)  # (H, b, N): weight of token j in the state after the block
-    n_full, rest = divmod(length, block)
+    n_full, rest = length // block, length % block  # no divmod: it does not trace
     sequence = inputs.to(dtype).transpose(0, 1)  # (H, B, L)
     state = inputs.new_zeros(features, batch, columns.shape[1], dtype=dtype)
     if initial_state is not None:
