@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -204,9 +205,10 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
             + ", ".join(sorted(key for key in base.to_dict() if not key.startswith("_")))
             + "."
         )
-    if is_type:
-        return type(base)(**overrides)
-    return type(base).from_dict({**base.to_dict(), **overrides})
+    try:
+        return type(base)(**overrides) if is_type else type(base).from_dict({**base.to_dict(), **overrides})
+    except StrictDataclassError as error:
+        raise ValueError(f"`config_overrides` do not fit together: {error.__cause__ or error}") from error
 
 
 def padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

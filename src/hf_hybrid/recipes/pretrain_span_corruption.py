@@ -89,6 +89,13 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
+    available = len(sentinel_ids(tokenizer))
+    if available < lengths.num_spans:
+        raise ValueError(
+            f"Inputs of {data_args.input_length} tokens hide {lengths.num_spans} spans and need as many sentinels; the "
+            f"tokenizer has {available}. Train it with `num_sentinels` >= {lengths.num_spans}, lower `input_length`, or "
+            "raise `mean_span_length`."
+        )
     set_seed(training_args.seed)
     model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_type="spade")
     check_decoder_table(model.config, lengths.target_length, "The span-corruption targets", "input_length")
