@@ -205,6 +205,7 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
             + ", ".join(sorted(key for key in base.to_dict() if not key.startswith("_")))
             + "."
         )
+    overrides = {type(base).attribute_map.get(name, name): value for name, value in overrides.items()}
     try:
         return type(base)(**overrides) if is_type else type(base).from_dict({**base.to_dict(), **overrides})
     except StrictDataclassError as error:

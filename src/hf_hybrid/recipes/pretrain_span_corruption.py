@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from ..data.span_corruption import SpanCorruptionDataset, span_corruption_lengths
-from ..tokenization.sentencepiece_tokenizer import sentinel_ids
-from ..training.arguments import HybridTrainingArguments
+from ..data.streaming import SpanCorruptionStream
+from ..tokenization.special_tokens import sentinel_ids
+from ..training.arguments import PretrainingArguments
 from ..training.run_folder import RunFolder
 from ..training.trainer import HybridTrainer
 from .common import (
@@ -33,7 +34,14 @@ from .common import (
     set_up_logging,
     train_and_record,
 )
-from .pretraining_data import PretrainingDataArguments, load_token_splits, spread
+from .pretraining_data import (
+    SHUFFLE_WINDOW,
+    PretrainingDataArguments,
+    TokenSplit,
+    check_length_of_run,
+    limited,
+    load_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,26 +55,6 @@ class SpanCorruptionArguments(PretrainingDataArguments):
     )
     noise_density: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
     mean_span_length: float = field(default=3.0, metadata={"help": "Mean length of a masked span, in tokens."})
-
-
-@dataclass
-class SpanCorruptionTrainingArguments(HybridTrainingArguments):
-    """Training options; defaults for pretraining from scratch."""
-
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    ssm_learning_rate: float | None = field(
-        default=1e-3, metadata={"help": "Peak learning rate of the state space parameters (no weight decay)."}
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
-    logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every this many steps."})
-    save_steps: float = field(default=1000, metadata={"help": "Save a checkpoint every this many steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -83,9 +71,10 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         FileExistsError: the output folder is not empty.
     """
     data_args, model_args, training_args = parse_arguments(
-        (SpanCorruptionArguments, NewModelArguments, SpanCorruptionTrainingArguments), args, __doc__
+        (SpanCorruptionArguments, NewModelArguments, PretrainingArguments), args, __doc__
     )
     set_up_logging(training_args)
+    check_length_of_run(data_args, training_args)
     folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
@@ -130,19 +119,22 @@ def build_datasets(
     arguments: SpanCorruptionArguments, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[Dataset, Dataset, str]:
     """Training set (new noise in each epoch), evaluation set (fixed noise) and a description of the text."""
-    options = {
+    options: dict[str, Any] = {
         "input_length": arguments.input_length,
         "noise_density": arguments.noise_density,
         "mean_span_length": arguments.mean_span_length,
         "sentinel_ids": sentinel_ids(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
         "seed": seed,
     }
-    train, validation = load_token_splits(arguments, tokenizer)
-    evaluation: Dataset = SpanCorruptionDataset(validation.tokens, resample_each_epoch=False, **options)
-    if len(evaluation) > arguments.max_validation_segments:
-        evaluation = Subset(evaluation, spread(len(evaluation), arguments.max_validation_segments))
-    return SpanCorruptionDataset(train.tokens, **options), evaluation, str(train)
+    eos = tokenizer.eos_token_id
+    text = load_text(arguments, tokenizer)
+    train: Dataset
+    if isinstance(text.train, TokenSplit):
+        train = SpanCorruptionDataset(text.train.tokens, eos_token_id=eos, **options)
+    else:
+        train = SpanCorruptionStream(text.train, tokenizer, shuffle_window=SHUFFLE_WINDOW, repeat=True, **options)
+    evaluation = SpanCorruptionDataset(text.validation.tokens, eos_token_id=eos, resample_each_epoch=False, **options)
+    return train, limited(evaluation, arguments.max_validation_segments), str(text)
 
 
 if __name__ == "__main__":

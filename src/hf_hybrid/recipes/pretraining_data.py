@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.loading import load_text_source
 from ..data.token_corpus import tokenize_corpus
+from ..training.arguments import HybridTrainingArguments
 from ..training.run_folder import is_main_process
 from .common import split_names
 
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNLIMITED_STEPS = 10_000_000  # of a run that only a time limit ends
+SHUFFLE_WINDOW = 512  # segments of a stream that are shuffled together
 HELD_OUT_CHARACTERS = 2_000_000  # at most, of a single long document
 
 
@@ -41,6 +48,10 @@ class PretrainingDataArguments:
         default=0.02, metadata={"help": "Share of the documents held out where a source has no validation split."}
     )
     max_validation_segments: int = field(default=512, metadata={"help": "Evaluate on at most this many segments."})
+    held_out_documents: int = field(
+        default=200,
+        metadata={"help": "Streaming: documents of validation text, taken off the beginning where there is no split."},
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read and tokenize while training; needs `max_steps` or `max_minutes`."}
     )
@@ -66,29 +77,58 @@ class TokenSplit:
         return f"{self.num_documents:,} documents, {self.num_bytes:,} bytes, {self.tokens.size:,} tokens"
 
 
-def load_token_splits(
-    arguments: PretrainingDataArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TokenSplit, TokenSplit]:
-    """Read and tokenize the training and the validation text.
+@dataclass
+class PretrainingText:
+    """Training text, as tokens or (streaming) as documents, and tokenized validation text."""
+
+    train: TokenSplit | IterableDataset
+    validation: TokenSplit
+
+    def __str__(self) -> str:
+        return str(self.train) if isinstance(self.train, TokenSplit) else "streamed"
+
+
+def load_text(arguments: PretrainingDataArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainingText:
+    """Read the training and the validation text; tokenize all of it, or (streaming) only the validation text.
 
     Raises:
         ValueError: a source cannot be read, or holds no text.
     """
+    if arguments.streaming:
+        stream, held_out = _load_stream(arguments)
+        return PretrainingText(stream, tokenize([held_out], tokenizer, "validation text"))
     train, validation = load_documents(arguments)
-    return tokenize(train, tokenizer, "training text"), tokenize(validation, tokenizer, "validation text")
+    return PretrainingText(
+        tokenize(train, tokenizer, "training text"), tokenize(validation, tokenizer, "validation text")
+    )
+
+
+def check_length_of_run(arguments: PretrainingDataArguments, training_args: HybridTrainingArguments) -> None:
+    """A stream has no end: see to it that the run has one.
+
+    Raises:
+        ValueError: streaming with neither `max_steps` nor `max_minutes`.
+    """
+    if not arguments.streaming or training_args.max_steps > 0:
+        return
+    if training_args.max_minutes is None:
+        raise ValueError("`streaming` needs `max_steps` or `max_minutes`: a stream has no known length.")
+    training_args.max_steps = UNLIMITED_STEPS
+
+
+def _loader(arguments: PretrainingDataArguments) -> Callable[..., Any]:
+    return partial(load_text_source, text_column=arguments.text_column, config_name=arguments.dataset_config)
 
 
 def load_documents(arguments: PretrainingDataArguments) -> tuple[list[Dataset], list[Dataset]]:
     """The training and validation documents of every source, as data sets with the one column `text`."""
-    options = {"text_column": arguments.text_column, "config_name": arguments.dataset_config}
-    train = [load_text_source(name, "train", **options) for name in arguments.data]
+    load = _loader(arguments)
+    train = [load(name, "train") for name in arguments.data]
     if arguments.validation_data is not None:
-        return train, [
-            _validation_split(name, options) or load_text_source(name, **options) for name in arguments.validation_data
-        ]
+        return train, [_validation_split(name, load) or load(name) for name in arguments.validation_data]
     validation = []
     for index, name in enumerate(arguments.data):
-        own = _validation_split(name, options)
+        own = _validation_split(name, load)
         if own is None:
             train[index], own = hold_out(train[index], arguments.validation_fraction)
             logger.info("%s has no validation split: %d documents are held out of training.", name, len(own))
@@ -96,15 +136,45 @@ def load_documents(arguments: PretrainingDataArguments) -> tuple[list[Dataset], 
     return train, validation
 
 
-def _validation_split(name: str, options: dict) -> Dataset | None:
+def _validation_split(name: str, load: Callable[..., Any], **options: Any) -> Any | None:
     """The `validation` split of a folder or Hub data set; None where there is none."""
     if Path(name).is_file():
         return None
     try:
-        return load_text_source(name, "validation", **options)
+        return load(name, "validation", **options)
     except ValueError as error:
         logger.debug("no validation split: %s", error)
         return None
+
+
+def _load_stream(arguments: PretrainingDataArguments) -> tuple[IterableDataset, Dataset]:
+    """The training documents as a stream, and the first documents of the validation text in memory."""
+    from datasets import concatenate_datasets
+
+    load = partial(_loader(arguments), streaming=True)
+    stream = load(arguments.data, "train")
+    if arguments.validation_data is not None:
+        held_out = [_validation_split(name, load) or load(name) for name in arguments.validation_data]
+    else:
+        held_out = [split for name in arguments.data if (split := _validation_split(name, load)) is not None]
+    count = arguments.held_out_documents
+    if held_out:
+        return stream, concatenate_datasets([first_texts(split, count) for split in held_out])
+    logger.info("No validation split: the first %d documents are held out of training.", count)
+    rest = stream.skip(count)
+    if next(iter(rest), None) is None:
+        raise ValueError(
+            f"The stream ends within the {count} documents held out for validation. Lower `held_out_documents`, pass "
+            "`validation_data`, or read the data without `streaming`."
+        )
+    return rest, first_texts(stream, count)
+
+
+def first_texts(documents: Iterable[dict], limit: int) -> Dataset:
+    """The first documents of a stream, in memory."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"text": [row["text"] for row in islice(documents, limit)]})
 
 
 def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
@@ -156,31 +226,9 @@ def tokenize(documents: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, n
     return split
 
 
-def stream_texts(arguments: PretrainingDataArguments) -> IterableDataset:
-    """The training documents as a stream with the one column `text`."""
-    return load_text_source(
-        arguments.data,
-        "train",
-        text_column=arguments.text_column,
-        config_name=arguments.dataset_config,
-        streaming=True,
-    )
-
-
-def first_texts(documents: Iterable[dict], limit: int) -> Dataset:
-    """The first documents of a stream, in memory."""
-    from datasets import Dataset
-
-    texts = []
-    for row in documents:
-        texts.append(row["text"])
-        if len(texts) >= limit:
-            break
-    if not texts:
-        raise ValueError("The validation text is empty.")
-    return Dataset.from_dict({"text": texts})
-
-
-def spread(available: int, wanted: int) -> list[int]:
-    """Indices of `wanted` samples spread evenly over `available` ones."""
-    return [index * available // wanted for index in range(wanted)]
+def limited(dataset: TorchDataset, limit: int) -> TorchDataset:
+    """The data set, or `limit` of its samples spread evenly over it."""
+    available = len(dataset)  # type: ignore[arg-type]
+    if available <= limit:
+        return dataset
+    return Subset(dataset, [index * available // limit for index in range(limit)])

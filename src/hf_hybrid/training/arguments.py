@@ -33,3 +33,23 @@ class HybridTrainingArguments(TrainingArguments):
 @dataclass
 class HybridSeq2SeqTrainingArguments(HybridTrainingArguments, Seq2SeqTrainingArguments):
     """The same for sequence-to-sequence training with generation in the evaluation."""
+
+
+@dataclass
+class PretrainingArguments(HybridTrainingArguments):
+    """The same with defaults for pretraining from scratch."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    ssm_learning_rate: float | None = field(
+        default=1e-3, metadata={"help": "Peak learning rate of the state space parameters (no weight decay)."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
+    logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every this many steps."})
+    save_steps: float = field(default=1000, metadata={"help": "Save a checkpoint every this many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})

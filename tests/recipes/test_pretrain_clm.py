@@ -1,0 +1,88 @@
+"""Causal language modelling, end to end on a toy corpus."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_hybrid.hub import model_card_problems
+from hf_hybrid.recipes.pretrain_clm import language_metrics, main
+from hf_hybrid.recipes.pretraining_data import TokenSplit
+
+TINY_LM = "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=2,attention_window=8,ssm_state_size=4"
+
+
+@pytest.fixture
+def pretraining(options, corpus, tokenizer_folder) -> dict:
+    return {
+        **options,
+        "data": [str(corpus)],
+        "tokenizer": str(tokenizer_folder),
+        "config_overrides": TINY_LM,
+        "block_length": 32,
+        "eval_strategy": "no",
+        "max_validation_segments": 6,
+    }
+
+
+def test_perplexity_and_bits_per_byte_are_reported(pretraining, tmp_path):
+    metrics = main(pretraining)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    expected = metrics["eval_loss"] / math.log(2) / metrics["bytes_per_token"]
+    assert metrics["bits_per_byte"] == pytest.approx(expected)
+    assert model_card_problems((tmp_path / "run" / "README.md").read_text()) == []
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "spade_lm"
+
+
+def test_one_byte_per_token():
+    split = TokenSplit(np.zeros(10, np.int64), num_bytes=10, num_documents=1)
+    assert language_metrics(math.log(2), split) == pytest.approx({"perplexity": 2.0, "bits_per_byte": 1.0})
+
+
+def test_streaming_resumes_bitwise(pretraining, tmp_path):
+    base = {**pretraining, "streaming": True, "held_out_documents": 3, "max_steps": 6, "save_steps": 4}
+    base["config_overrides"] += ",dropout_rate=0.1"
+    main(base)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "run" / "checkpoint-4", resumed / "checkpoint-4")
+    main({**base, "output_dir": str(resumed), "resume_from_checkpoint": "last"})
+    straight, continued = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", resumed))
+    assert all(torch.equal(straight[name], continued[name]) for name in straight)
+
+
+def test_streaming_needs_an_end(pretraining):
+    with pytest.raises(ValueError, match="`streaming` needs `max_steps`"):
+        main({**pretraining, "streaming": True, "max_steps": -1})
+
+
+def test_a_stream_that_is_held_out_whole_is_refused(pretraining):
+    with pytest.raises(ValueError, match="held_out_documents"):
+        main({**pretraining, "streaming": True})
+
+
+def test_streaming_ends_with_the_time(pretraining, tmp_path):
+    metrics = main({**pretraining, "streaming": True, "held_out_documents": 3, "max_steps": -1, "max_minutes": 0.03})
+    assert metrics["steps"] >= 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["corpus"] == "streamed"
+
+
+def test_another_architecture_trains_too(pretraining):
+    overrides = (
+        "hidden_size=16,num_attention_heads=2,num_key_value_heads=2,intermediate_size=32,num_hidden_layers=1,"
+        "max_position_embeddings=64"
+    )
+    metrics = main({**pretraining, "config_name": "llama", "config_overrides": overrides})
+    assert metrics["steps"] == 3
+
+
+def test_blocks_longer_than_the_position_table_are_refused(pretraining):
+    overrides = "n_embd=16,n_head=2,n_layer=1,n_positions=16"
+    with pytest.raises(ValueError, match="16 rows"):
+        main({**pretraining, "config_name": "gpt2", "config_overrides": overrides})
