@@ -1,0 +1,575 @@
+"""Official SPADE checkpoints to ours and back, without loss (arXiv 2212.08136).
+
+Two official formats exist:
+
+* the encoder-decoder (`namisan/mt-dnn`, branch `msrt5`): a Transformers-style `config.json` and a state dict with names
+  such as `encoder.block.0.layer.0.SelfAttention.q.weight`;
+* the language model (`microsoft/EfficientLongSequenceModeling`): a fairseq checkpoint, whose command-line options are the
+  configuration, with names such as `decoder.layers.0.self_attn.q.weight`.
+
+Tensors are renamed, never changed. In particular the output matrix of an S4 layer stays what it is: raw (C) when the
+accompanying length `L` is 0, or truncated for the length `L` (C-tilde) when it is positive; the length travels with it as
+`kernel_length`. Tied tensors, which the official formats store several times, are checked, stored once, and written
+again on export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
+from ..modeling.modeling_spade import SpadeForConditionalGeneration
+from ..modeling.modeling_spade_lm import SpadeLMForCausalLM
+from .common import StateDict, TensorNames, tensors_from_official, tensors_to_official
+
+logger = logging.get_logger(__name__)
+
+OFFICIAL_MODEL_TYPE = "msrlongt5"
+
+# ------------------------------------------------------------------------------------- configuration, encoder-decoder
+
+# Official option: (our field, official default).
+_ENCODER_DECODER_OPTIONS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 32128),
+    "d_model": ("d_model", 512),
+    "d_kv": ("d_kv", 64),
+    "d_ff": ("d_ff", 2048),
+    "num_layers": ("encoder_layers", 6),
+    "num_decoder_layers": ("decoder_layers", None),
+    "num_heads": ("num_heads", 8),
+    "local_radius": ("attention_window", 128),
+    "relative_attention_num_buckets": ("relative_attention_num_buckets", 32),
+    "relative_attention_max_distance": ("relative_attention_max_distance", 128),
+    "s4_state_dim": ("ssm_state_size", 64),
+    "s4_n_ssm": ("ssm_num_copies", 768),
+    "s4_dt_min": ("ssm_dt_min", 1e-3),
+    "s4_dt_max": ("ssm_dt_max", 1e-1),
+    "normalize_before": ("norm_first", False),
+    "have_bias": ("attention_bias", False),
+    "feed_forward_proj": ("feed_forward_proj", "relu"),
+    "layer_norm_epsilon": ("layer_norm_eps", 1e-6),
+    "dropout_rate": ("dropout_rate", 0.1),
+    "initializer_factor": ("initializer_factor", 1.0),
+    "max_position_embeddings": ("max_position_embeddings", 512),
+    "tie_word_embeddings": ("tie_word_embeddings", True),
+    "use_cache": ("use_cache", True),
+    "pad_token_id": ("pad_token_id", 1),
+    "bos_token_id": ("bos_token_id", 0),
+    "eos_token_id": ("eos_token_id", 2),
+}
+
+# Options that have one supported value.
+_ENCODER_DECODER_FIXED: dict[str, Any] = {
+    "s4_channels": 1,
+    "s4_use_residual_dropout": False,
+    "decoder_roberta_lm_head": False,
+}
+_ENCODER_DECODER_PERIOD = 1000  # the official constant `s4_every_n_layers`: an SSM in layer 0 only
+
+# -------------------------------------------------------------------------------------- configuration, language model
+
+_LANGUAGE_MODEL_OPTIONS: dict[str, tuple[str, Any]] = {
+    "decoder_embed_dim": ("d_model", 512),
+    "decoder_ffn_embed_dim": ("d_ff", 2048),
+    "decoder_layers": ("num_layers", 6),
+    "decoder_attention_heads": ("num_heads", 8),
+    "local_radius": ("attention_window", 127),
+    "relative_attention_num_buckets": ("relative_attention_num_buckets", 32),
+    "relative_attention_max_distance": ("relative_attention_max_distance", 128),
+    "s4_local_combine": ("ssm_combine", "add"),
+    "s4_weight": ("ssm_add_weight", 0.5),
+    "s4_state_dim": ("ssm_state_size", 64),
+    "s4_n_ssm": ("ssm_num_copies", 1),
+    "s4_dt_min": ("ssm_dt_min", 1e-3),
+    "s4_dt_max": ("ssm_dt_max", 1e-1),
+    "activation_fn": ("feed_forward_proj", "relu"),
+    "dropout": ("dropout_rate", 0.1),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "activation_dropout": ("activation_dropout", 0.0),
+    "adaptive_softmax_dropout": ("adaptive_dropout", 0.0),
+    "tie_adaptive_proj": ("tie_adaptive_projections", False),
+    "scale_attn": ("scale_attention", False),
+    "scale_fc": ("scale_feed_forward", False),
+    "scale_resids": ("scale_residuals", False),
+    "scale_heads": ("scale_heads", False),
+}
+
+# Options that have one supported value, and their defaults in fairseq.
+_LANGUAGE_MODEL_FIXED: dict[str, tuple[Any, Any]] = {
+    "attention_type": ("local", "full"),
+    "decoder_normalize_before": (True, True),
+    "no_token_positional_embeddings": (True, False),
+    "character_embeddings": (False, False),
+    "layernorm_embedding": (False, False),
+    "quant_noise_pq": (0, 0),
+    "base_layers": (0, 0),
+    "s4_channels": (1, 1),
+}
+_LANGUAGE_MODEL_PERIOD = 100  # `s4_every_n_layers` of the published run
+_DEFAULT_MAX_TARGET_POSITIONS = 1024
+
+# Fields that only concern training from scratch or heads; the official formats know nothing of them.
+_NEUTRAL_FIELDS = {
+    "initializer_scheme",
+    "initializer_range",
+    "classifier_dropout",
+    "classifier_pooling",
+    "use_cache",
+    "is_encoder_decoder",
+    "ssm_init",
+}
+
+
+def _check_fixed(options: Mapping[str, Any], name: str, supported: Any, default: Any) -> None:
+    value = options.get(name, default)
+    if value is None:
+        value = default
+    if value != supported:
+        raise ValueError(f"The official option `{name}={value!r}` is not supported; only {supported!r} is.")
+
+
+def _ssm_layers(period: int, depth: int) -> list[int]:
+    if not isinstance(period, int) or period < 1:
+        raise ValueError(f"The official option `s4_every_n_layers` must be a positive integer; got {period!r}.")
+    return list(range(0, depth, period))
+
+
+def _period(config: SpadeConfig | SpadeLMConfig, depth: int, usual: int) -> int:
+    """`s4_every_n_layers` for a list of SSM layers."""
+    layers = sorted(config.ssm_layers)
+    period = max(usual, depth) if layers == [0] else (layers[1] - layers[0] if len(layers) > 1 else 0)
+    if period < 1 or list(range(0, depth, period)) != layers:
+        raise ValueError(
+            f"`ssm_layers={config.ssm_layers}` has no counterpart in the official SPADE, whose SSM layers are 0, k, 2k, … for "
+            f"one k, up to the last of the {depth} layers."
+        )
+    return period
+
+
+def _encoder_decoder_from_official(official: Mapping[str, Any]) -> SpadeConfig:
+    for name, supported in _ENCODER_DECODER_FIXED.items():
+        _check_fixed(official, name, supported, supported)
+    options = {name: official.get(name, default) for name, (_, default) in _ENCODER_DECODER_OPTIONS.items()}
+    if options["num_decoder_layers"] is None:
+        options["num_decoder_layers"] = options["num_layers"]
+    fields = {field: options[name] for name, (field, _) in _ENCODER_DECODER_OPTIONS.items()}
+    fields["ssm_max_length"] = fields["max_position_embeddings"]
+    fields["attention_dropout"] = fields["activation_dropout"] = fields["dropout_rate"]
+    fields["ssm_layers"] = _ssm_layers(
+        official.get("s4_every_n_layers", _ENCODER_DECODER_PERIOD), fields["encoder_layers"]
+    )
+    # The official configuration has no default; its tokens follow fairseq, which starts with the end-of-sentence token.
+    start = official.get("decoder_start_token_id")
+    fields["decoder_start_token_id"] = fields["eos_token_id"] if start is None else start
+    return SpadeConfig.official(**fields)
+
+
+def _encoder_decoder_to_official(config: SpadeConfig) -> dict[str, Any]:
+    options = {name: getattr(config, field) for name, (field, _) in _ENCODER_DECODER_OPTIONS.items()}
+    if options["s4_n_ssm"] is None:
+        options["s4_n_ssm"] = config.d_model
+    return options | {
+        "model_type": OFFICIAL_MODEL_TYPE,
+        "is_encoder_decoder": True,
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "s4_every_n_layers": _period(config, config.encoder_layers, _ENCODER_DECODER_PERIOD),
+        "s4_lr": {"A": 0.0, "B": 0.0, "dt": None},
+        **_ENCODER_DECODER_FIXED,
+    }
+
+
+def _integers(value: Any, name: str) -> list[int] | None:
+    """A list of integers from fairseq's text ("20000,60000"), or from a list."""
+    if value is None or value == "":
+        return None
+    try:
+        items = value.strip("[]() ").split(",") if isinstance(value, str) else list(value)
+        return [int(item) for item in items]
+    except (TypeError, ValueError):
+        raise ValueError(f"The official option `{name}` must be a list of integers; got {value!r}.") from None
+
+
+def _adaptive_fields(official: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Adaptive input and softmax; both or neither, with the same bands."""
+    cutoffs = _integers(official.get("adaptive_softmax_cutoff"), "adaptive_softmax_cutoff")
+    has_adaptive_input = bool(official.get("adaptive_input", False))
+    if has_adaptive_input != (cutoffs is not None):
+        raise ValueError(
+            f"The official options `adaptive_input={has_adaptive_input}` and `adaptive_softmax_cutoff={cutoffs}` are only "
+            "supported together."
+        )
+    if cutoffs is None:
+        tied = bool(official.get("share_decoder_input_output_embed", False))
+        return {"adaptive_cutoffs": None, "tie_word_embeddings": tied}
+    _check_fixed(official, "tie_adaptive_weights", True, False)
+    input_cutoffs = _integers(official.get("adaptive_input_cutoff"), "adaptive_input_cutoff")
+    factor = official.get("adaptive_softmax_factor", 4)
+    input_factor = official.get("adaptive_input_factor", 4)
+    if input_cutoffs != cutoffs or input_factor != factor:
+        raise ValueError(
+            "Adaptive input and softmax must have the same bands: `adaptive_input_cutoff` and `adaptive_softmax_cutoff` are "
+            f"{input_cutoffs} and {cutoffs}, `adaptive_input_factor` and `adaptive_softmax_factor` {input_factor} and {factor}."
+        )
+    bands = cutoffs[:-1] if cutoffs[-1] == vocab_size else cutoffs  # fairseq accepts both spellings
+    return {"adaptive_cutoffs": bands, "adaptive_factor": int(factor), "tie_word_embeddings": True}
+
+
+def _language_model_from_official(official: Mapping[str, Any], vocab_size: int | None) -> SpadeLMConfig:
+    for name, (supported, default) in _LANGUAGE_MODEL_FIXED.items():
+        _check_fixed(official, name, supported, default)
+    vocab_size = official.get("vocab_size") if vocab_size is None else vocab_size
+    if vocab_size is None:
+        raise ValueError(
+            "`vocab_size` is needed: the options of a fairseq checkpoint do not contain it (see `vocabulary_size`)."
+        )
+    fields = {field: official.get(name, default) for name, (field, default) in _LANGUAGE_MODEL_OPTIONS.items()}
+    width = fields["d_model"]
+    for name in ("decoder_input_dim", "decoder_output_dim"):
+        _check_fixed(official, name, width, width)
+    if not fields["activation_dropout"]:
+        fields["activation_dropout"] = official.get("relu_dropout") or 0.0
+    reach = official.get("max_target_positions")
+    if reach is None:
+        reach = official.get("tokens_per_sample")
+    fields["ssm_max_length"] = _DEFAULT_MAX_TARGET_POSITIONS if reach is None else reach
+    fields["ssm_layers"] = _ssm_layers(official.get("s4_every_n_layers", 1), fields["num_layers"])
+    fields["position_encoding"] = "bias" if official.get("use_relative_attention", False) else "none"
+    fields["use_final_norm"] = not official.get("no_decoder_final_norm", False)
+    fields["scale_embedding"] = not official.get("no_scale_embedding", False)
+    return SpadeLMConfig.official(**(fields | _adaptive_fields(official, vocab_size)), vocab_size=vocab_size)
+
+
+def _language_model_to_official(config: SpadeLMConfig) -> dict[str, Any]:
+    options = {name: getattr(config, field) for name, (field, _) in _LANGUAGE_MODEL_OPTIONS.items()}
+    if options["s4_n_ssm"] is None:
+        options["s4_n_ssm"] = config.d_model
+    options |= {name: supported for name, (supported, _) in _LANGUAGE_MODEL_FIXED.items()}
+    adaptive = config.adaptive_cutoffs is not None
+    cutoffs = ",".join(map(str, config.adaptive_cutoffs)) if adaptive else None
+    return options | {
+        "arch": "spade_lm",
+        "task": "spade_language_modeling",
+        "decoder_input_dim": config.d_model,
+        "decoder_output_dim": config.d_model,
+        "max_target_positions": config.ssm_max_length,
+        "tokens_per_sample": config.ssm_max_length,
+        "s4_every_n_layers": _period(config, config.num_layers, _LANGUAGE_MODEL_PERIOD),
+        "s4_lr": None,
+        "use_relative_attention": config.position_encoding == "bias",
+        "no_decoder_final_norm": not config.use_final_norm,
+        "no_scale_embedding": not config.scale_embedding,
+        "share_decoder_input_output_embed": config.tie_word_embeddings and not adaptive,
+        "adaptive_input": adaptive,
+        "tie_adaptive_weights": adaptive,
+        "adaptive_input_cutoff": cutoffs,
+        "adaptive_softmax_cutoff": cutoffs,
+        "adaptive_input_factor": config.adaptive_factor,
+        "adaptive_softmax_factor": config.adaptive_factor,
+    }
+
+
+# ------------------------------------------------------------------------------------------- configuration, both ways
+
+
+def is_language_model(official: Mapping[str, Any]) -> bool:
+    """Whether official options belong to the fairseq language model (else: to the encoder-decoder).
+
+    Raises:
+        ValueError: they belong to neither.
+    """
+    if str(official.get("arch", "")).startswith("spade_lm") or "decoder_embed_dim" in official:
+        return True
+    if official.get("model_type") == OFFICIAL_MODEL_TYPE or "d_model" in official:
+        return False
+    raise ValueError(
+        "These options are neither those of the official SPADE encoder-decoder (`model_type` 'msrlongt5') nor those of its "
+        f"language model (`arch` 'spade_lm…', `decoder_embed_dim`); found {sorted(official)[:20]}."
+    )
+
+
+def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None = None) -> SpadeConfig | SpadeLMConfig:
+    """Our configuration from official options.
+
+    Args:
+        official: contents of `config.json` (encoder-decoder), or the options of a fairseq checkpoint (language model).
+            Absent options have their official defaults; options that only concern training are ignored.
+        vocab_size: for the language model, whose options do not contain it.
+
+    Raises:
+        ValueError: an option has a value that has no counterpart; the message names it.
+    """
+    if is_language_model(official):
+        return _language_model_from_official(official, vocab_size)
+    if official.get("pad_token_id", 1) != 1:
+        logger.warning(
+            "The official decoder takes id 1 for padding in its positions whatever `pad_token_id` is; here, positions follow "
+            f"`pad_token_id={official['pad_token_id']}`."
+        )
+    return _encoder_decoder_from_official(official)
+
+
+def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
+    """Fields that change the model, with equivalent spellings made equal."""
+    own = {field.name for field in dataclasses.fields(config)} & set(vars(type(config)).get("__annotations__", {}))
+    values = {name: getattr(config, name) for name in sorted(own - _NEUTRAL_FIELDS)}
+    values["ssm_num_copies"] = config.ssm_num_copies or config.d_model
+    values["ssm_layers"] = sorted(config.ssm_layers)
+    if values["feed_forward_bias"] and not config.feed_forward_proj.startswith("gated-"):
+        values["feed_forward_bias"] = None
+    if config.position_encoding != "rotary":
+        del values["rotary_base"]
+    if config.position_encoding == "none":
+        del values["share_relative_bias"]
+    if config.ssm_combine != "add":
+        del values["ssm_add_weight"]
+    if config.model_type == "spade_lm":
+        del values["initializer_factor"]
+        if config.adaptive_cutoffs is None:
+            for name in ("adaptive_factor", "adaptive_dropout", "tie_adaptive_projections"):
+                del values[name]
+    return values
+
+
+def config_to_official(config: SpadeConfig | SpadeLMConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Official options from our configuration; `config_from_official` gives the configuration back.
+
+    Args:
+        config: a configuration that has an official form (see `SpadeConfig.official`).
+        base: official options to start from, so that those which only concern training are kept. When they already
+            describe `config`, they are returned unchanged.
+
+    Raises:
+        ValueError: a field has no counterpart in the official code; the message names it.
+    """
+    vocab_size = config.vocab_size if config.model_type == "spade_lm" else None
+    if base is not None and _comparable(config_from_official(base, vocab_size=vocab_size)) == _comparable(config):
+        return dict(base)
+    if config.model_type == "spade_lm":
+        official = _language_model_to_official(config)
+    else:
+        official = _encoder_decoder_to_official(config)
+    try:
+        restored = _comparable(config_from_official(official, vocab_size=vocab_size))
+    except ValueError as error:
+        raise ValueError(f"This configuration has no official form: {error}") from error
+    for name, value in _comparable(config).items():
+        if name not in restored or restored[name] != value:
+            raise ValueError(
+                f"`{name}={value!r}` has no counterpart in the official SPADE"
+                + (f", which has {restored[name]!r} there." if name in restored else ".")
+            )
+    return dict(base or {}) | official
+
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+_SSM_LEAVES = ("C", "log_dt", "B", "P", "inv_w_real", "w_imag")
+
+
+def _norm(official: str, ours: str) -> dict[str, str]:
+    return {f"{official}.{leaf}": f"{ours}.{leaf}" for leaf in ("weight", "bias")}
+
+
+def _linear(official: str, ours: str, bias: bool) -> dict[str, str]:
+    return {f"{official}.{leaf}": f"{ours}.{leaf}" for leaf in (("weight", "bias") if bias else ("weight",))}
+
+
+def _attention(official: str, ours: str, bias: bool = False) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for letter in "qkvo":
+        names |= _linear(f"{official}.{letter}", f"{ours}.{letter}_proj", bias)
+    return names
+
+
+def _ssm(official: str, ours: str) -> dict[str, str]:
+    names = {f"{official}.s4.D": f"{ours}.D", f"{official}.s4.kernel.kernel.L": f"{ours}.kernel_length"}
+    return names | {f"{official}.s4.kernel.kernel.{leaf}": f"{ours}.{leaf}" for leaf in _SSM_LEAVES}
+
+
+def _mixer_extras(official: str, ours: str, combine: str) -> dict[str, str]:
+    """Norms and linear map of a layer with an SSM."""
+    names: dict[str, str] = {}
+    if combine != "stack":
+        names |= _norm(f"{official}.norm_global", f"{ours}.norm_global")
+        names |= _norm(f"{official}.norm_local", f"{ours}.norm_local")
+    if combine == "concat":
+        names |= _linear(f"{official}.aggregate", f"{ours}.aggregate", True)
+    return names
+
+
+def _encoder_decoder_names(config: SpadeConfig) -> TensorNames:
+    embedding = "model.encoder.embed_tokens.weight"
+    names = {"shared.weight": embedding, "decoder.pos_embed.weight": "model.decoder.embed_positions.weight"}
+    gated = config.feed_forward_proj.startswith("gated-")
+
+    def feed_forward(official: str, ours: str, bias: bool) -> dict[str, str]:
+        found = _norm(f"{official}.layer_norm", f"{ours}.feed_forward_norm")
+        for projection in ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"):
+            found |= _linear(f"{official}.DenseReluDense.{projection}", f"{ours}.feed_forward.{projection}", bias)
+        return found
+
+    for stack in ("encoder", "decoder"):
+        names |= _norm(f"{stack}.first_layer_norm", f"model.{stack}.embedding_norm")
+    for index in range(config.encoder_layers):
+        block, layer = f"encoder.block.{index}.layer", f"model.encoder.layers.{index}"
+        names |= _attention(f"{block}.0.SelfAttention", f"{layer}.mixer.attention")
+        table = "relative_attention_bias.weight"
+        names[f"{block}.0.SelfAttention.{table}"] = f"{layer}.mixer.attention.{table}"
+        names |= _norm(f"{block}.0.layer_norm", f"{layer}.mixer_norm")
+        if index in config.ssm_layers:
+            names |= _mixer_extras(f"{block}.0", f"{layer}.mixer", config.ssm_combine)
+            names |= _ssm(f"{block}.0.s4", f"{layer}.mixer.ssm")
+        names |= feed_forward(f"{block}.1", layer, bias=not gated)
+    for index in range(config.decoder_layers):
+        block, layer = f"decoder.block.{index}.layer", f"model.decoder.layers.{index}"
+        names |= _attention(f"{block}.0.SelfAttention", f"{layer}.self_attention", config.attention_bias)
+        names |= _norm(f"{block}.0.layer_norm", f"{layer}.self_attention_norm")
+        names |= _attention(f"{block}.1.EncDecAttention", f"{layer}.cross_attention", config.attention_bias)
+        names |= _norm(f"{block}.1.layer_norm", f"{layer}.cross_attention_norm")
+        names |= feed_forward(f"{block}.2", layer, bias=config.attention_bias or not gated)
+    aliases = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")}
+    if not config.tie_word_embeddings:
+        return TensorNames(names | {"lm_head.weight": "lm_head.weight"}, aliases)
+    return TensorNames(names, aliases | {"lm_head.weight": "shared.weight"}, our_aliases={"lm_head.weight": embedding})
+
+
+def _language_model_head(config: SpadeLMConfig) -> TensorNames:
+    """Embeddings and output layer."""
+    constants = {"decoder.version": torch.tensor([3.0])}
+    if config.adaptive_cutoffs is None:
+        official, ours, head = (
+            "decoder.embed_tokens.weight",
+            "model.embed_tokens.weight",
+            "decoder.output_projection.weight",
+        )
+        if config.tie_word_embeddings:
+            return TensorNames({official: ours}, {head: official}, constants, {"lm_head.weight": ours})
+        return TensorNames({official: ours, head: "lm_head.weight"}, {}, constants)
+    softmax, embedding = "decoder.adaptive_softmax", "decoder.embed_tokens.embeddings"
+    names = {f"{softmax}.head.class_proj.weight": "lm_head.class_proj.weight"}
+    aliases = {f"{softmax}.head.word_proj.weight": f"{embedding}.0.0.weight"}
+    for band in range(len(config.adaptive_cutoffs) + 1):
+        names[f"{embedding}.{band}.0.weight"] = f"model.embed_tokens.embeddings.{band}.weight"
+        names[f"{embedding}.{band}.1.weight"] = f"model.embed_tokens.projections.{band}.weight"
+        if band == 0:
+            continue
+        tail = f"{softmax}.tail.{band - 1}"
+        aliases[f"{tail}.2.weight"] = f"{embedding}.{band}.0.weight"
+        if config.tie_adaptive_projections:
+            aliases[f"{tail}.0.weight"] = f"{embedding}.{band}.1.weight"
+        else:
+            names[f"{tail}.0.weight"] = f"lm_head.tail_projections.{band - 1}.weight"
+    constants[f"{softmax}.version"] = torch.tensor([1])
+    for module in ("decoder.embed_tokens", f"{softmax}.head"):
+        constants[f"{module}._float_tensor"] = torch.zeros(1)
+    return TensorNames(names, aliases, constants)
+
+
+def _language_model_names(config: SpadeLMConfig) -> TensorNames:
+    head = _language_model_head(config)
+    names = dict(head.ours)
+    for index in range(config.num_layers):
+        official, ours = f"decoder.layers.{index}", f"model.layers.{index}"
+        names |= _attention(f"{official}.self_attn", f"{ours}.mixer.attention")
+        if config.position_encoding == "bias" and index == 0:
+            table = "relative_attention_bias.weight"
+            names[f"{official}.self_attn.{table}"] = f"{ours}.mixer.attention.{table}"
+        names |= _norm(f"{official}.self_attn_layer_norm", f"{ours}.mixer_norm")
+        names |= _norm(f"{official}.final_layer_norm", f"{ours}.feed_forward_norm")
+        names |= _linear(f"{official}.fc1", f"{ours}.feed_forward.wi", True)
+        names |= _linear(f"{official}.fc2", f"{ours}.feed_forward.wo", True)
+        if index in config.ssm_layers:
+            names |= _mixer_extras(official, f"{ours}.mixer", config.ssm_combine)
+            names |= _ssm(f"{official}.s4_module", f"{ours}.mixer.ssm")
+        if config.scale_attention:
+            names |= _norm(f"{official}.attn_ln", f"{ours}.mixer.attention.output_norm")
+        if config.scale_feed_forward:
+            names |= _norm(f"{official}.ffn_layernorm", f"{ours}.feed_forward.inner_norm")
+        if config.scale_residuals:
+            names[f"{official}.w_resid"] = f"{ours}.residual_scale"
+        if config.scale_heads:
+            names[f"{official}.c_attn"] = f"{ours}.mixer.attention.head_scale"
+    if config.use_final_norm:
+        names |= _norm("decoder.layer_norm", "model.final_norm")
+    return dataclasses.replace(head, ours=names)
+
+
+def tensor_names(config: SpadeConfig | SpadeLMConfig) -> TensorNames:
+    """Names of all tensors in both formats.
+
+    Raises:
+        ValueError: the configuration has no official form.
+    """
+    config_to_official(config)
+    return _language_model_names(config) if config.model_type == "spade_lm" else _encoder_decoder_names(config)
+
+
+def model_class(config: SpadeConfig | SpadeLMConfig) -> type:
+    """The model that holds all tensors of an official checkpoint."""
+    return SpadeLMForCausalLM if config.model_type == "spade_lm" else SpadeForConditionalGeneration
+
+
+def _shapes(config: SpadeConfig | SpadeLMConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int:
+    """Number of tokens of an official language model, from its embedding tables.
+
+    Raises:
+        ValueError: the state dict holds no embedding.
+    """
+    tables = [
+        tensor
+        for name, tensor in state.items()
+        if name == "decoder.embed_tokens.weight"
+        or (name.startswith("decoder.embed_tokens.embeddings.") and name.endswith(".0.weight"))
+    ]
+    if not tables:
+        raise ValueError("The checkpoint holds no embedding (`decoder.embed_tokens…`): it is no SPADE language model.")
+    return sum(table.shape[0] for table in tables)
+
+
+def state_dict_from_official(state: Mapping[str, torch.Tensor], config: SpadeConfig | SpadeLMConfig) -> StateDict:
+    """Tensors of `model_class(config)` from those of an official checkpoint. Nothing is copied or changed.
+
+    Raises:
+        ValueError: tensors are missing, superfluous, of another shape, or tied ones differ; the message names them.
+    """
+    return tensors_from_official(state, tensor_names(config), "the official checkpoint", _shapes(config))
+
+
+def state_dict_to_official(
+    state: Mapping[str, torch.Tensor], config: SpadeConfig | SpadeLMConfig, *, with_copies: bool = True
+) -> StateDict:
+    """Tensors of an official checkpoint from those of `model_class(config)`.
+
+    Args:
+        state: our state dict, with or without the tied copies.
+        config: the configuration; must have an official form.
+        with_copies: also write what the official formats store besides: tied tensors again, and version marks.
+
+    Raises:
+        ValueError: as `state_dict_from_official`, or the configuration has no official form.
+    """
+    names = tensor_names(config)
+    return tensors_to_official(state, names, "the checkpoint", _shapes(config), with_copies=with_copies)
+
+
+__all__ = [
+    "config_from_official",
+    "config_to_official",
+    "is_language_model",
+    "model_class",
+    "state_dict_from_official",
+    "state_dict_to_official",
+    "tensor_names",
+    "vocabulary_size",
+]
