@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import (
     Cache,
-    DynamicLayer,
+    DynamicCache,
     DynamicSlidingWindowLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
@@ -51,9 +51,9 @@ def local_cache(num_layers: int, visible_tokens: int, recurrent_layers: list[int
     )
 
 
-def full_cache(num_layers: int) -> Cache:
-    """Cache of a stack of full-attention layers: every key and value is kept."""
-    return Cache(layers=[DynamicLayer() for _ in range(num_layers)])
+def full_cache() -> Cache:
+    """Cache of a stack of full-attention layers: every key and value is kept, and can be taken back (assisted decoding)."""
+    return DynamicCache()
 
 
 def read_state(cache: Cache | None, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:

@@ -294,11 +294,11 @@ class SpadeDecoder(SpadePreTrainedModel):
         """Empty cache: growing keys and values, or a window and states when the decoder attends locally."""
         config = self.config
         if config.decoder_attention_window is None:
-            own = full_cache(config.decoder_layers)
+            own = full_cache()
         else:
             visible = config.decoder_attention_window + (config.local_attention_type == "window")
             own = local_cache(config.decoder_layers, visible, config.decoder_ssm_layers)
-        return EncoderDecoderCache(own, full_cache(config.decoder_layers))
+        return EncoderDecoderCache(own, full_cache())
 
     def _embed_positions(
         self, mask: torch.Tensor | None, past: int, length: int, device: torch.device
@@ -488,6 +488,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SpadeModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._is_stateful = config.decoder_attention_window is not None  # windows and states cannot be rolled back
         self.post_init()
 
     def get_encoder(self, *args: object, **kwargs: object) -> nn.Module:
@@ -506,6 +507,12 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, GenerationMixin):
             )
         shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, pad)
+
+    def create_masks_for_generate(
+        self, *, attention_mask: torch.Tensor | None, **kwargs: object
+    ) -> torch.Tensor | None:
+        """Keeps the padding mask, which the decoder positions are counted from; the decoder builds the causal mask itself."""
+        return attention_mask
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         if model_kwargs.get("past_key_values") is not None:

@@ -1,0 +1,209 @@
+"""Small models of every architecture, for the tests that run over all of them.
+
+A new architecture joins every parametrised test by its entry in `hf_hybrid.auto.ARCHITECTURES` and one dictionary of small
+settings here: the first variant is its default, the others switch the options on that change how a forward pass runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_hybrid.auto import ARCHITECTURES, Architecture, load_config_class, load_heads
+from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
+
+VOCABULARY = 40
+NO_DROPOUT = {"dropout_rate": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "classifier_dropout": 0.0}
+
+_SPADE = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_heads": 2,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "attention_window": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "ssm_state_size": 8,
+    "ssm_max_length": 128,
+    "max_position_embeddings": 96,
+    **NO_DROPOUT,
+}
+_SPADE_LM = {name: _SPADE[name] for name in _SPADE if name in SpadeLMConfig.__dataclass_fields__} | {"num_layers": 2}
+
+_LOCAL_DECODER = {"decoder_attention_window": 3, "decoder_ssm_layers": [0], "max_position_embeddings": None}
+
+VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
+    "spade": {
+        "default": lambda **kwargs: SpadeConfig(**(_SPADE | kwargs)),
+        "official": lambda **kwargs: SpadeConfig.official(**(_SPADE | {"d_kv": 8} | kwargs)),
+        "chunk_gated": lambda **kwargs: SpadeConfig(
+            **_SPADE | {"local_attention_type": "chunk", "ssm_combine": "gated", "scale_logits": True} | kwargs
+        ),
+        "rotary_add": lambda **kwargs: SpadeConfig(
+            **_SPADE
+            | {"position_encoding": "rotary", "ssm_combine": "add", "ssm_layers": [0, 2], "norm_type": "layer_norm"}
+            | {"norm_first": False, "attention_bias": True, "tie_word_embeddings": False}
+            | kwargs
+        ),
+        "stack_s4": lambda **kwargs: SpadeConfig(
+            **_SPADE | {"ssm_combine": "stack", "ssm_type": "s4", "share_relative_bias": True} | kwargs
+        ),
+        "local_decoder": lambda **kwargs: SpadeConfig(**(_SPADE | _LOCAL_DECODER | kwargs)),
+        "local_decoder_chunk": lambda **kwargs: SpadeConfig(
+            **_SPADE
+            | _LOCAL_DECODER
+            | {"local_attention_type": "chunk", "position_encoding": "rotary", "decoder_ssm_layers": [0, 1]}
+            | kwargs
+        ),
+    },
+    "spade_lm": {
+        "default": lambda **kwargs: SpadeLMConfig(**(_SPADE_LM | kwargs)),
+        "official": lambda **kwargs: SpadeLMConfig.official(
+            **_SPADE_LM | {"adaptive_cutoffs": [12, 25], "adaptive_factor": 2, "adaptive_dropout": 0.0} | kwargs
+        ),
+        "chunk_gated": lambda **kwargs: SpadeLMConfig(
+            **_SPADE_LM
+            | {"local_attention_type": "chunk", "attention_window": 4, "ssm_combine": "gated", "scale_logits": True}
+            | {"share_relative_bias": False}
+            | kwargs
+        ),
+        "rotary_add": lambda **kwargs: SpadeLMConfig(
+            **_SPADE_LM
+            | {"position_encoding": "rotary", "ssm_combine": "add", "ssm_layers": [0, 1], "norm_type": "layer_norm"}
+            | {"tie_word_embeddings": False}
+            | kwargs
+        ),
+        "stack_s4": lambda **kwargs: SpadeLMConfig(
+            **_SPADE_LM | {"ssm_combine": "stack", "ssm_type": "s4", "ssm_num_copies": 4} | kwargs
+        ),
+        "normformer": lambda **kwargs: SpadeLMConfig(
+            **_SPADE_LM
+            | {"scale_attention": True, "scale_feed_forward": True, "scale_residuals": True, "ssm_trainable": False}
+            | kwargs
+        ),
+        "attention_only": lambda **kwargs: SpadeLMConfig(
+            **_SPADE_LM
+            | {"ssm_layers": [], "scale_heads": True, "adaptive_cutoffs": [20], "tie_adaptive_projections": False}
+            | kwargs
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model class in one variant."""
+
+    model_type: str
+    auto_name: str
+    variant: str
+
+    @property
+    def architecture(self) -> Architecture:
+        return next(found for found in ARCHITECTURES if found.model_type == self.model_type)
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        return dict(load_heads(self.architecture))[self.auto_name]
+
+    def config(self, **overrides: Any) -> PreTrainedConfig:
+        return VARIANTS[self.model_type][self.variant](**overrides)
+
+    def model(self, **overrides: Any) -> PreTrainedModel:
+        """The model in evaluation mode, its parameters moved away from their initial values."""
+        return perturb(self.model_class(self.config(**overrides))).eval()
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether a forward pass takes decoder inputs."""
+        return "decoder_input_ids" in inspect.signature(self.model_class.forward).parameters
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model has one causal stack, with a cache."""
+        return not self.is_seq2seq and "past_key_values" in inspect.signature(self.model_class.forward).parameters
+
+    def inputs(self, batch: int = 2, length: int = 11, target: int = 6) -> dict[str, torch.Tensor]:
+        """Random inputs of the forward pass without padding; ids above those of the special tokens."""
+        inputs = {"input_ids": random_ids(batch, length)}
+        if self.is_seq2seq:
+            inputs["decoder_input_ids"] = random_ids(batch, target)
+        return inputs
+
+    def labels(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Labels that fit the head, or nothing for a bare model."""
+        batch, length = inputs["input_ids"].shape
+        if self.auto_name == "AutoModelForSeq2SeqLM":
+            return {"labels": random_ids(*inputs["decoder_input_ids"].shape)}
+        if self.auto_name == "AutoModelForCausalLM":
+            return {"labels": inputs["input_ids"].clone()}
+        if self.auto_name == "AutoModelForSequenceClassification":
+            return {"labels": torch.arange(batch) % 2}
+        if self.auto_name == "AutoModelForTokenClassification":
+            return {"labels": torch.randint(2, (batch, length))}
+        if self.auto_name == "AutoModelForQuestionAnswering":
+            return {"start_positions": torch.arange(batch), "end_positions": torch.arange(batch) + 1}
+        return {}
+
+
+def all_variants(auto_name: str | None = None) -> list[Case]:
+    """Every variant of every architecture that has the head `auto_name` (None: a head that exercises all of the model)."""
+    cases = []
+    for architecture in ARCHITECTURES:
+        generative = {"AutoModelForSeq2SeqLM", "AutoModelForCausalLM"} & architecture.heads.keys()
+        head = auto_name or (sorted(generative)[0] if generative else "AutoModel")
+        if head in architecture.heads:
+            cases += [Case(architecture.model_type, head, variant) for variant in VARIANTS[architecture.model_type]]
+    return cases
+
+
+def all_heads() -> list[Case]:
+    """Every head of every architecture, in the default variant."""
+    return [
+        Case(architecture.model_type, auto_name, next(iter(VARIANTS[architecture.model_type])))
+        for architecture in ARCHITECTURES
+        for auto_name in architecture.heads
+    ]
+
+
+def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
+    """`@parametrize(cases)` gives the test an argument `case`, with readable names."""
+    identifiers = [f"{case.model_type}-{case.auto_name.removeprefix('AutoModel')}-{case.variant}" for case in cases]
+    return pytest.mark.parametrize("case", cases, ids=[name.replace("--", "-") for name in identifiers])
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, seed: int = 1) -> Any:
+    """Moves all parameters away from their initial values: zeros, ones and tiny values would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        if ".ssm." in name:
+            parameter.add_(noise, alpha=0.1)
+        elif parameter.dim() == 1:
+            parameter.add_(noise, alpha=0.2)
+        else:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def random_ids(batch: int, length: int) -> torch.Tensor:
+    """Ids that are no special tokens."""
+    return torch.randint(3, VOCABULARY, (batch, length))
+
+
+def main_output(outputs: ModelOutput) -> torch.Tensor:
+    """The tensor that the head is for."""
+    if "start_logits" in outputs:
+        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=-1)
+    return outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
