@@ -129,7 +129,7 @@ def _part_starts(keys: np.ndarray, stream: int, total: int, parts: int) -> tuple
     return starts, np.cumsum(is_start, axis=1, dtype=np.int64) - 1
 
 
-def _check_sentinels(sentinel_ids: Sequence[int], needed: int, segment_length: int) -> int:
+def check_sentinels(sentinel_ids: Sequence[int], needed: int, segment_length: int) -> int:
     """Returns the id of the first sentinel."""
     if len(sentinel_ids) == 0:
         raise ValueError("`sentinel_ids` is empty; pass `sentinel_ids(tokenizer)` of a tokenizer that has sentinels.")
@@ -193,7 +193,7 @@ def corrupt_spans(
     batch, length = segments.shape
     lengths = _lengths_of_segment(length, noise_density, mean_span_length)
     noise, spans, kept = lengths.num_noise_tokens, lengths.num_spans, length - lengths.num_noise_tokens
-    first_sentinel = _check_sentinels(sentinel_ids, spans, length)
+    first_sentinel = check_sentinels(sentinel_ids, spans, length)
     _check_tokens(segments, first_sentinel, len(sentinel_ids))
 
     with np.errstate(over="ignore"):
@@ -296,7 +296,7 @@ class SpanCorruptionDataset(Dataset):
         resample_each_epoch: bool = True,
     ) -> None:
         self.lengths = span_corruption_lengths(input_length, noise_density, mean_span_length)
-        _check_sentinels(sentinel_ids, self.lengths.num_spans, self.lengths.segment_length)
+        check_sentinels(sentinel_ids, self.lengths.num_spans, self.lengths.segment_length)
         self.blocks = TokenBlocks(tokens, self.lengths.segment_length)
         self.sentinel_ids = list(sentinel_ids)
         self.eos_token_id = eos_token_id

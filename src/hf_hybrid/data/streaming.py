@@ -1,0 +1,313 @@
+"""Training samples from a stream of documents: tokenise, pack, corrupt, shard and resume at the same sample.
+
+For corpora that should not be tokenised beforehand. Documents are read in order, joined with `</s>` and cut into blocks. The
+sequence of samples is a function of (documents, seed, epoch) and of the shard alone, and `state_dict` describes a
+place in it: after `load_state_dict` the next sample is bit for bit the one that would have come.
+
+Sharding. The workers of a DataLoader share the documents among them. Processes do not, unless `rank` and `world_size` are
+given: the Trainer (Accelerate) already deals the samples of an iterable data set out to its processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from .packing import concatenate_documents
+from .span_corruption import check_sentinels, corrupt_spans, sample_keys, span_corruption_lengths
+from .token_corpus import document_batches, encode_documents, end_of_document
+
+_CHUNK = 64  # samples made at a time
+_BATCH_CHARACTERS = 200_000  # characters tokenised at a time
+
+Documents = Iterable[Any] | Callable[[], Iterator[Any]]
+
+
+class _DocumentSource:
+    """Documents of one shard, from the beginning or from a stored position.
+
+    Map-style data sets and lists are indexed; `datasets` streams use their own state; anything else is read again up to the
+    position, as is a stream with a shuffle buffer, whose state does not hold the buffer.
+    """
+
+    def __init__(self, documents: Documents, rank: int, world_size: int) -> None:
+        if isinstance(documents, (str, bytes)):
+            raise ValueError("`documents` is a single string; pass a list of documents.")
+        if _is_one_shot(documents):
+            raise ValueError(
+                "`documents` is an iterator, which can be read only once; pass a list, a data set, or a function that returns "
+                "a new iterator at each call."
+            )
+        self.rank, self.world_size = rank, world_size
+        self.is_stream = hasattr(documents, "load_state_dict") and hasattr(documents, "set_epoch")
+        if self.is_stream and world_size > 1:
+            from datasets.distributed import split_dataset_by_node
+
+            documents = split_dataset_by_node(documents, rank=rank, world_size=world_size)
+        # Iterations of one `datasets` stream share their state inside: keep a stream of our own.
+        self.documents = copy.deepcopy(documents) if self.is_stream else documents
+        self.has_state = self.is_stream and not _has_shuffle_buffer(documents)
+
+    def shard(self) -> tuple[int, int]:
+        """(index, count) among all processes and DataLoader workers."""
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker is not None else (1, 0)
+        return self.rank * workers + worker_id, self.world_size * workers
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.is_stream:
+            self.documents.set_epoch(epoch)  # type: ignore[union-attr]
+
+    def read(self, position: dict[str, Any] | None) -> tuple[Iterator[Any], Callable[[], dict[str, Any]]]:
+        """Returns the documents after `position` and a function that tells the position reached so far."""
+        read = 0 if position is None else position["documents"]
+        source = self.documents
+        index, count = self.shard()
+        if self.has_state:
+            # `load_state_dict` lasts for all later iterations of an object, and `copy.copy` of a stream is the stream itself.
+            source = object.__new__(type(source))
+            source.__dict__.update(self.documents.__dict__)
+            if position is not None and position["source"] is not None:
+                source.load_state_dict(position["source"])  # type: ignore[union-attr]
+            iterator = iter(source)  # type: ignore[arg-type]
+        elif self.is_stream:  # its own workers share it
+            iterator = itertools.islice(iter(source), read, None)  # type: ignore[arg-type]
+        elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+            iterator = (source[i] for i in range(index + read * count, len(source), count))
+        else:
+            fresh = iter(source() if callable(source) else source)
+            iterator = itertools.islice(fresh, index + read * count, None, count)
+
+        done = read
+
+        def counted() -> Iterator[Any]:
+            nonlocal done
+            for document in iterator:
+                done += 1
+                yield document
+
+        def position_now() -> dict[str, Any]:
+            state = source.state_dict() if self.has_state and done > 0 else None  # type: ignore[union-attr]
+            return {"documents": done, "source": copy.deepcopy(state)}
+
+        return counted(), position_now
+
+
+def _is_one_shot(documents: object) -> bool:
+    """Whether the object is an iterator that can be read only once."""
+    return hasattr(documents, "__next__")
+
+
+def _has_shuffle_buffer(stream: object) -> bool:
+    layer = getattr(stream, "_ex_iterable", None)
+    while layer is not None:
+        if "Shuffle" in type(layer).__name__ and "Buffer" in type(layer).__name__:
+            return True
+        layer = getattr(layer, "ex_iterable", None)
+    return False
+
+
+class PackedStream(IterableDataset):
+    """Blocks of packed documents as a stream; the base of the causal and the span-corruption streams.
+
+    Args:
+        documents: strings or rows with a column `text`: a list, a `datasets` data set (streamed or not), another iterable that can be
+            read repeatedly, or a function that returns a new iterator.
+        tokenizer: a fast tokenizer with an end-of-sequence token.
+        block_length: tokens per block.
+        seed: of the order within windows (and of the noise, in the subclass).
+        shuffle_window: shuffle the blocks within windows of this many; 0 keeps their order. Neighbouring blocks of a long
+            document are alike, so a window of a few hundred makes better batches.
+        repeat: begin again at the end, with the next epoch, for ever. Use it with `max_steps`: the Trainer then resumes at the
+            right place by skipping samples, whatever the number of epochs.
+        rank: number of this process, when the documents are to be shared among processes here.
+        world_size: number of processes for `rank`.
+
+    Raises:
+        ValueError: a one-shot iterator, a tokenizer without end-of-sequence token, or a bad argument.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        block_length: int,
+        seed: int = 0,
+        shuffle_window: int = 0,
+        repeat: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if block_length < 1:
+            raise ValueError(f"`block_length` must be positive; got {block_length}.")
+        if shuffle_window < 0:
+            raise ValueError(f"`shuffle_window` must be zero or a positive number of blocks; got {shuffle_window}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` must lie in [0, world_size); got rank {rank} of {world_size}.")
+        self.source = _DocumentSource(documents, rank, world_size)
+        self.tokenizer = tokenizer
+        self.eos_token_id = end_of_document(tokenizer)
+        self.block_length = block_length
+        self.seed = seed
+        self.shuffle_window = shuffle_window
+        self.repeat = repeat
+        self.epoch = 0
+        self._place: dict[str, Any] = self._beginning(0)
+        self._pending: dict[str, Any] | None = None
+
+    @staticmethod
+    def _beginning(epoch: int) -> dict[str, Any]:
+        """Place at the start of an epoch. `carry` holds the tokens left over by earlier windows, `first` is the number of
+        the first sample of the window, and `emitted` how many of the window have been given."""
+        return {"epoch": epoch, "position": None, "carry": [], "first": 0, "emitted": 0}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration (noise, order, and the shuffling of a `datasets` stream)."""
+        if self._pending is not None and self._pending["epoch"] != epoch:
+            self._pending = None
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place after the sample given last, made of plain numbers, lists and dictionaries."""
+        return copy.deepcopy(self._pending if self._pending is not None else self._place)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next iteration continue after a stored place.
+
+        Raises:
+            ValueError: not a state of `state_dict`.
+        """
+        if not isinstance(state, dict) or set(state) != set(self._beginning(0)):
+            raise ValueError(
+                f"`state` must be what `state_dict` returned, with the keys {sorted(self._beginning(0))}."
+            )
+        self._pending = copy.deepcopy(state)
+        self.epoch = state["epoch"]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        place = self._pending if self._pending is not None else self._beginning(self.epoch)
+        self._pending = None
+        while True:
+            self._place = place
+            yield from self._epoch_samples()
+            is_empty = self._place["first"] == 0
+            if is_empty and self.source.shard()[1] == 1:
+                raise ValueError(
+                    f"`documents` hold fewer tokens than one block of {self.block_length}. Use more text or a shorter length."
+                )
+            if is_empty or not self.repeat:  # one shard of several may be empty
+                return
+            place = self._beginning(self._place["epoch"] + 1)
+
+    def _epoch_samples(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Samples from `self._place` to the end of its epoch, with `self._place` kept up to date."""
+        place = self._place
+        self.source.set_epoch(place["epoch"])
+        documents, position_now = self.source.read(place["position"])
+        batches = document_batches(documents, characters=_BATCH_CHARACTERS, limit=256)
+        shard, num_shards = self.source.shard()
+        at_end = False
+        while not at_end:
+            tokens = np.asarray(place["carry"], dtype=np.int64)
+            wanted = max(self.shuffle_window, 1) * self.block_length
+            parts, size = [tokens], len(tokens)
+            while size < wanted:
+                texts = next(batches, None)
+                if texts is None:
+                    at_end = True
+                    break
+                parts.append(concatenate_documents(encode_documents(self.tokenizer, texts), self.eos_token_id))
+                size += len(parts[-1])
+            tokens = np.concatenate(parts)
+            count = len(tokens) // self.block_length
+            blocks = tokens[: count * self.block_length].reshape(count, self.block_length)
+            numbers = place["first"] + np.arange(count)
+            if self.shuffle_window:
+                order = np.argsort(sample_keys(self.seed + 1, place["epoch"], numbers * num_shards + shard))
+                blocks, numbers = blocks[order], numbers[order]
+            after = {
+                "epoch": place["epoch"],
+                "position": position_now(),
+                "carry": tokens[count * self.block_length :].tolist(),
+                "first": place["first"] + count,
+                "emitted": 0,
+            }
+            for start in range(place["emitted"], count, _CHUNK):
+                part = slice(start, start + _CHUNK)
+                samples = self.make_samples(blocks[part], numbers[part] * num_shards + shard, place["epoch"])
+                for number, sample in enumerate(samples, start + 1):
+                    self._place = after if number == count else {**place, "emitted": number}
+                    yield sample
+            place = self._place = after
+
+    def make_samples(self, blocks: np.ndarray, indices: np.ndarray, epoch: int) -> Sequence[dict[str, torch.Tensor]]:
+        """Turns blocks (B, block_length) with their sample numbers (B,) into samples."""
+        raise NotImplementedError
+
+
+class CausalBlockStream(PackedStream):
+    """Blocks for causal language modelling: `input_ids` and `labels`, equal, both (block_length,). The models shift the labels."""
+
+    def make_samples(self, blocks: np.ndarray, indices: np.ndarray, epoch: int) -> Sequence[dict[str, torch.Tensor]]:
+        return [{"input_ids": row, "labels": row.clone()} for row in torch.from_numpy(blocks.copy()).unbind(0)]
+
+
+class SpanCorruptionStream(PackedStream):
+    """Span corruption over a stream of documents: `input_ids` (input_length,) and `labels`.
+
+    Args:
+        documents: see `PackedStream`.
+        tokenizer: a fast tokenizer with an end-of-sequence token and sentinels.
+        input_length: tokens of the model's input.
+        sentinel_ids: ids of the sentinels; None finds them by name.
+        noise_density: share of the tokens that are hidden.
+        mean_span_length: mean length of a hidden span, in tokens.
+        options: `seed`, `shuffle_window`, `repeat`, `rank` and `world_size` of `PackedStream`.
+
+    Raises:
+        ValueError: no or too few sentinels, or as in `PackedStream`.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        input_length: int,
+        sentinel_ids: Sequence[int] | None = None,
+        noise_density: float = 0.15,
+        mean_span_length: float = 3.0,
+        **options: Any,
+    ) -> None:
+        if sentinel_ids is None:
+            from ..tokenization.special_tokens import sentinel_ids as find_sentinel_ids
+
+            sentinel_ids = find_sentinel_ids(tokenizer)
+        self.lengths = span_corruption_lengths(input_length, noise_density, mean_span_length)
+        check_sentinels(sentinel_ids, self.lengths.num_spans, self.lengths.segment_length)
+        super().__init__(documents, tokenizer, block_length=self.lengths.segment_length, **options)
+        self.sentinel_ids = list(sentinel_ids)
+        self.noise_density = noise_density
+        self.mean_span_length = mean_span_length
+
+    def make_samples(self, blocks: np.ndarray, indices: np.ndarray, epoch: int) -> Sequence[dict[str, torch.Tensor]]:
+        input_ids, labels = corrupt_spans(
+            blocks,
+            sentinel_ids=self.sentinel_ids,
+            eos_token_id=self.eos_token_id,
+            keys=sample_keys(self.seed, epoch, indices),
+            noise_density=self.noise_density,
+            mean_span_length=self.mean_span_length,
+        )
+        return [
+            {"input_ids": inputs, "labels": target}
+            for inputs, target in zip(torch.from_numpy(input_ids).unbind(0), torch.from_numpy(labels).unbind(0))
+        ]
