@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_hybrid.auto import ARCHITECTURES, Architecture, load_config_class, load_heads
+from hf_hybrid.auto import ARCHITECTURES, Architecture, load_heads
 from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 
 VOCABULARY = 40
