@@ -20,7 +20,14 @@ from hf_hybrid.conversion.spade import (
     tensor_names,
     vocabulary_size,
 )
-from hf_hybrid.ops.s4 import truncate_c
+from hf_hybrid.ops.s4 import (
+    DplrSystem,
+    dplr_dense,
+    matrix_power,
+    output_from_real_basis,
+    output_to_real_basis,
+    truncate_c,
+)
 
 Tensors = Mapping[str, torch.Tensor]
 Found = dict[str, tuple[torch.Tensor, torch.Tensor | None]]  # output name: value, mask of real positions
@@ -108,6 +115,8 @@ def _encoder_decoder_outputs(model: torch.nn.Module, inputs: Tensors, steps: int
     ids, target_ids = inputs["input_ids"], inputs["decoder_input_ids"]
     source_mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids).bool()
     target_mask = target_ids != model.config.pad_token_id
+    if "decoder_attention_mask" in inputs:
+        target_mask &= inputs["decoder_attention_mask"].bool()
     common = {
         "attention_mask": source_mask.long(),
         "decoder_input_ids": target_ids,
@@ -121,7 +130,7 @@ def _encoder_decoder_outputs(model: torch.nn.Module, inputs: Tensors, steps: int
         )
         if layer.mixer.ssm is not None:
             recorder.output(f"enc{index}_s4", layer.mixer.ssm)
-    outputs = model(ids, labels=inputs["labels"], use_cache=True, output_hidden_states=True, **common)
+    outputs = model(ids, labels=inputs.get("labels"), use_cache=True, output_hidden_states=True, **common)
     found: Found = {name: (value, source_mask[..., None]) for name, value in recorder.values.items()}
     for index, states in enumerate(outputs.encoder_hidden_states):
         found[f"encoder_hidden.{index}"] = states, source_mask[..., None]
@@ -136,7 +145,8 @@ def _encoder_decoder_outputs(model: torch.nn.Module, inputs: Tensors, steps: int
             found[f"dec{index}_{kind}_k"] = layer.keys, mask[:, None, :, None]
             found[f"dec{index}_{kind}_v"] = layer.values, mask[:, None, :, None]
     found["logits"] = outputs.logits, target_mask[..., None]
-    found["loss"] = outputs.loss, None
+    if outputs.loss is not None:
+        found["loss"] = outputs.loss, None
     if steps:
         logits = _decode_stepwise(model, ids, source_mask, target_ids[:, :steps], target_mask[:, :steps])
         found["incremental_logits"] = logits, target_mask[:, :steps, None]
@@ -231,24 +241,41 @@ def _output_errors(model: torch.nn.Module, inputs: Tensors, stored: Tensors) -> 
     return errors
 
 
-def _post_errors(model: torch.nn.Module, stored: Tensors) -> dict[str, float]:
-    """C-tilde and kernel length that the official module has after its first forward pass.
+def _doubled(c_tilde: torch.Tensor, system: DplrSystem, length: int) -> torch.Tensor:
+    """C-tilde for twice the length: C~ (I + A^length)."""
+    row = output_to_real_basis(c_tilde)  # (S, H, N)
+    power = matrix_power(dplr_dense(system).transition, length)
+    return output_from_real_basis(row + torch.einsum("shn,hnm->shm", row, power))
 
-    It truncates a raw C for the greatest length, `ssm_max_length`, and leaves a truncated one as it is.
+
+def _post_c(layer: torch.nn.Module, greatest: int, used: int) -> tuple[torch.Tensor, int]:
+    """C-tilde and its length in the official module after a pass over `used` tokens.
+
+    A raw C is truncated for the greatest length; a truncated one that is too short is doubled until it suffices.
     """
+    length, system = int(layer.kernel_length), layer.dplr_system(torch.float64)
+    if length == 0:
+        return truncate_c(layer.C.double(), system, greatest), greatest
+    c_tilde = layer.C.double()
+    while length < min(used, greatest):
+        c_tilde, length = _doubled(c_tilde, system, length), 2 * length
+    return c_tilde, length
+
+
+def _post_errors(model: torch.nn.Module, inputs: Tensors, stored: Tensors) -> dict[str, float]:
+    """Tensors that the official module has changed in its first forward pass."""
     names, errors = tensor_names(model.config).ours, {}
+    used = inputs["tokens" if model.config.model_type == "spade_lm" else "input_ids"].shape[1]
     for name, expected in stored.items():
         if name not in names:
             continue
         path, leaf = names[name].rsplit(".", 1)
-        layer = model.get_submodule(path)
-        length = int(layer.kernel_length) or model.config.ssm_max_length
-        if leaf == "kernel_length":
-            actual = torch.tensor(length)
-        elif leaf == "C" and int(layer.kernel_length) == 0:
-            actual = truncate_c(layer.C.double(), layer._dplr_system(torch.float64), length).to(layer.C.dtype)
+        module = model.get_submodule(path)
+        if leaf in ("C", "kernel_length"):
+            c_tilde, length = _post_c(module, model.config.ssm_max_length, used)
+            actual = c_tilde if leaf == "C" else torch.tensor(length)
         else:
-            actual = getattr(layer, leaf)
+            actual = getattr(module, leaf)
         errors[f"post.{name}"] = largest_error(actual, expected)
     return errors
 
@@ -281,7 +308,7 @@ def _all_errors(config: Mapping[str, Any], tensors: Tensors, dtype: torch.dtype)
     model = _build(config, parameters, dtype)
     with torch.no_grad():
         errors = _output_errors(model, inputs, _part(tensors, "output."))
-    errors |= _post_errors(model, post)
+    errors |= _post_errors(model, inputs, post)
     if gradients:  # the stored ones hold C-tilde fixed, so it has to be the leaf
         errors |= _gradient_errors(_build(config, {**parameters, **post}, dtype), inputs, gradients)
     return errors, model.config

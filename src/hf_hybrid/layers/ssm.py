@@ -242,7 +242,7 @@ class StateSpaceLayer(nn.Module):
     def _tile_pairs(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.stack([self._tile(part.to(dtype)) for part in tensor.unbind(-1)], dim=-1)
 
-    def _dplr_system(self, dtype: torch.dtype) -> DplrSystem:
+    def dplr_system(self, dtype: torch.dtype) -> DplrSystem:
         rates = torch.stack([-torch.exp(self.inv_w_real.to(dtype)), self.w_imag.to(dtype)], dim=-1)
         return DplrSystem(
             self._tile_pairs(rates, dtype),
@@ -251,7 +251,7 @@ class StateSpaceLayer(nn.Module):
             torch.exp(self.log_dt.to(dtype)),
         )
 
-    def _diagonal_system(self) -> DiagonalSystem:
+    def diagonal_system(self) -> DiagonalSystem:
         """Discretised in float64: decays stay so, coefficients are rounded to the working precision."""
         wide, dtype = self._wide_dtype, self._math_dtype
         rate_real = self._tile(-torch.exp(self.inv_w_real.to(wide)))
@@ -266,11 +266,11 @@ class StateSpaceLayer(nn.Module):
             decay_real, decay_imag, input_real.to(dtype), input_imag.to(dtype), output[..., 0], output[..., 1]
         )
 
-    def _raw_c(self) -> torch.Tensor:
+    def raw_c(self) -> torch.Tensor:
         """C, (c, H, M, 2) in float64; recovered from C-tilde when that is what is stored."""
         output = self.C.to(self._wide_dtype)
         truncated_for = self._truncated_for()
-        return output if truncated_for == 0 else recover_c(output, self._dplr_system(self._wide_dtype), truncated_for)
+        return output if truncated_for == 0 else recover_c(output, self.dplr_system(self._wide_dtype), truncated_for)
 
     # ------------------------------------------------------------------------------------------------------- kernel
 
@@ -284,12 +284,12 @@ class StateSpaceLayer(nn.Module):
 
     def _compute_kernel(self, length: int) -> torch.Tensor:
         if self.ssm_type == "s4d":
-            return system_kernel(self._diagonal_system(), length)
+            return system_kernel(self.diagonal_system(), length)
         dtype, truncated_for = self._math_dtype, self._truncated_for()
         if 0 < length <= truncated_for:
-            return dplr_kernel_from_nodes(self.C.to(dtype), self._dplr_system(dtype), truncated_for, length)
-        dense = dplr_dense(self._dplr_system(self._wide_dtype))
-        return dplr_kernel(self._raw_c(), dense, length).to(dtype)
+            return dplr_kernel_from_nodes(self.C.to(dtype), self.dplr_system(dtype), truncated_for, length)
+        dense = dplr_dense(self.dplr_system(self._wide_dtype))
+        return dplr_kernel(self.raw_c(), dense, length).to(dtype)
 
     # ------------------------------------------------------------------------------------------------------ forward
 
@@ -317,10 +317,10 @@ class StateSpaceLayer(nn.Module):
             if initial_state is None and not return_state:
                 outputs = self._convolve(inputs)
             elif self.ssm_type == "s4":
-                dense = self._cached("dense", lambda: dplr_dense(self._dplr_system(self._wide_dtype)))
-                outputs, state = dplr_scan(inputs, self._cached("raw_c", self._raw_c), dense, initial_state)
+                dense = self._cached("dense", lambda: dplr_dense(self.dplr_system(self._wide_dtype)))
+                outputs, state = dplr_scan(inputs, self._cached("raw_c", self.raw_c), dense, initial_state)
             else:
-                system = self._cached("system", self._diagonal_system)
+                system = self._cached("system", self.diagonal_system)
                 outputs = self._convolve(inputs)
                 if initial_state is not None:
                     initial_state = initial_state.to(inputs.dtype)
@@ -360,7 +360,7 @@ class StateSpaceLayer(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             inputs = hidden_states[:, 0].to(self._math_dtype)  # (B, H)
             if self.ssm_type == "s4d":
-                outputs, state = diagonal_step(inputs, self._cached("system", self._diagonal_system), state)
+                outputs, state = diagonal_step(inputs, self._cached("system", self.diagonal_system), state)
             else:
                 constants, output = self._cached("step", self._step_constants)
                 state = None if state is None else state.to(inputs.dtype)
@@ -369,9 +369,9 @@ class StateSpaceLayer(nn.Module):
             return outputs.flatten(1).unsqueeze(1).to(hidden_states.dtype), state
 
     def _step_constants(self) -> tuple[Any, torch.Tensor]:
-        constants = dplr_step_constants(self._dplr_system(self._wide_dtype))
+        constants = dplr_step_constants(self.dplr_system(self._wide_dtype))
         dtype = self._math_dtype
-        return type(constants)(*(tensor.to(dtype) for tensor in constants)), self._raw_c().to(dtype)
+        return type(constants)(*(tensor.to(dtype) for tensor in constants)), self.raw_c().to(dtype)
 
     def _check_inputs(self, hidden_states: torch.Tensor, state: torch.Tensor | None, with_state: bool) -> None:
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size or hidden_states.shape[1] == 0:

@@ -31,8 +31,8 @@ def hippo_legs_dplr(state_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     """LegS as A = diag(w) - P P^* in the eigenbasis of its normal part.
 
     Returns:
-        w (M, 2), sorted by imaginary part, most negative first; P (1, M, 2); B (M, 2). The phase of each mode is that
-        of its eigenvector and therefore arbitrary; w, |P|, |B| and B conj(P) are not.
+        w (M, 2), sorted by imaginary part, most negative first; P (1, M, 2); B (M, 2). The phase of a mode is
+        arbitrary (here: the first component of its eigenvector is positive); w, |P|, |B| and B conj(P) are not.
 
     Raises:
         ValueError: if `state_size` is odd or smaller than 2.
@@ -44,7 +44,8 @@ def hippo_legs_dplr(state_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     skew = 0.5 * (normal - normal.T)  # normal = -I/2 + skew
     frequencies, vectors = torch.linalg.eigh(torch.complex(torch.zeros_like(skew), -skew))  # ascending
     half = state_size // 2
-    vectors = vectors[:, :half].conj()
+    vectors = vectors[:, :half]
+    vectors = (vectors * torch.sgn(vectors[0]).conj()).conj()  # first component real and positive
     rates = torch.stack([torch.full((half,), -0.5, dtype=torch.float64, device=_CPU), frequencies[:half]], dim=-1)
     low_rank = torch.view_as_real((vectors * rank_one[:, None]).sum(0))
     inputs = torch.view_as_real((vectors * drive[:, None]).sum(0))
