@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .relative_position import toeplitz_bias
+from .blocked_attention import PAIRS_AT_A_TIME, Blocks, blocked_attention
 
 
 def local_attention(
@@ -114,34 +114,25 @@ def chunk_attention(
             scale=scale,
             dropout_p=dropout_p,
         )
-    # Every chunk is one row of a batch in which all keys are visible (or those up to the query).
-    batch, heads, length, width = query.shape
+    length = query.shape[2]
     size = min(chunk_size, length)
-    count = -(-length // size)
-    padding = count * size - length
-    if key_mask is None and padding:
-        key_mask = torch.ones(batch, length, dtype=torch.bool, device=query.device)
-    if key_mask is not None:
-        key_mask = F.pad(key_mask, (0, padding)).view(batch * count, size)
-
-    def split(states: torch.Tensor) -> torch.Tensor:
-        return F.pad(states, (0, 0, 0, padding)).unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
-
-    if bias is not None:
-        bias = bias[:, chunk_size - size : chunk_size if causal else chunk_size - 1 + size]
-    outputs = _band_attention(
-        split(query),
-        split(key),
-        split(value),
-        size - 1,
-        0 if causal else size - 1,
-        bias=bias,
-        key_mask=key_mask,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
-    outputs = outputs.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
-    return outputs[:, :, :length]
+    bias = query.new_zeros(1, 2 * size - 1) if bias is None else bias[:, chunk_size - size : chunk_size + size - 1]
+    bias = bias[:, :size] if causal else bias
+    chunks = _into_blocks(query, 2, size)
+    # A block is a chunk, or a piece of it when the chunk is long.
+    rows = size if size * size <= PAIRS_AT_A_TIME else max(64, PAIRS_AT_A_TIME // size)
+    pieces = []
+    for start in range(0, size, rows):
+        piece = chunks[:, :, :, start : start + rows]
+        span = start + piece.shape[3] if causal else size
+        blocks = Blocks(period=size, span=span, front=0, shift=size - 1 - start)
+        pieces.append(
+            blocked_attention(
+                piece, key, value, blocks, bias=bias, key_mask=key_mask, scale=scale, dropout_p=dropout_p
+            )
+        )
+    outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
+    return outputs.flatten(2, 3)[:, :, :length]
 
 
 def cached_local_attention(
@@ -214,56 +205,49 @@ def _band_attention(
     scale: float | None,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Attention of query i to the keys i + s - left .. i + s + right, s = Lk - Lq, by scaled_dot_product_attention.
+    """Attention of query i to the keys `i + s - left .. i + s + right`, s = Lk - Lq.
 
-    `bias` is (n, left + right + 1); `segments` (B, Lk) restricts attention to keys of the query's own segment.
+    `bias` is (n, left + right + 1); `segments` (B, Lk) hides the keys of other segments than the query's own.
     """
-    batch, heads, num_queries, width = query.shape
-    num_keys = key.shape[2]
-    shift = num_keys - num_queries
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    ahead = num_keys - num_queries  # s
     # Offsets that no pair of tokens has are cut off the band.
-    new_left, new_right = min(left, num_keys - 1), min(right, num_queries - 1)
+    reach_left, reach_right = min(left, num_keys - 1), min(right, num_queries - 1)
     if bias is None:
-        bias = query.new_zeros(1, new_left + new_right + 1)
+        bias = query.new_zeros(1, reach_left + reach_right + 1)
     else:
-        bias = bias[:, left - new_left : left + 1 + new_right].to(query.dtype)
-    left, right = new_left, new_right
-
-    block = min(num_queries, max(left + 1, 64))
-    num_blocks = -(-num_queries // block)
-    span = block + left + right  # keys seen by a block
-    front = left - shift  # key slot 0 of block t is key t * block - front
-    back = num_blocks * block + left + right - front - num_keys
-    hidden = torch.finfo(query.dtype).min / 2  # finite: rows that see nothing stay free of NaN, forward and backward
-
-    # (B, n, blocks, w, d): overlapping strided views of the padded keys and values
-    keys = F.pad(key, (0, 0, front, back)).unfold(2, span, block).transpose(-1, -2)
-    values = F.pad(value, (0, 0, front, back)).unfold(2, span, block).transpose(-1, -2)
-    queries = F.pad(query, (0, 0, 0, num_blocks * block - num_queries)).unflatten(2, (num_blocks, block))
-
-    band = toeplitz_bias(bias, block, span, shift=0, fill=hidden)  # (n or 1, b, w)
-    if key_mask is None:
-        key_mask = torch.ones(batch, num_keys, dtype=torch.bool, device=query.device)
-    inside = toeplitz_bias(torch.ones_like(bias[:1], dtype=torch.bool), block, span, shift=0, fill=False)  # (1, b, w)
-    visible = F.pad(key_mask, (front, back)).unfold(1, span, block).unsqueeze(2) & inside  # (B, blocks, b, w)
-    if segments is not None:
-        key_segments = F.pad(segments, (front, back)).unfold(1, span, block)
-        query_segments = F.pad(segments[:, shift:], (0, num_blocks * block - num_queries))
-        query_segments = query_segments.unflatten(1, (num_blocks, block))
-        visible = visible & (query_segments.unsqueeze(-1) == key_segments.unsqueeze(-2))
-    mask = torch.where(visible.unsqueeze(2), band, hidden)  # (B, blocks, n or 1, b, w)
-
-    outputs = F.scaled_dot_product_attention(
-        queries.transpose(1, 2).flatten(0, 1),
-        keys.transpose(1, 2).flatten(0, 1),
-        values.transpose(1, 2).flatten(0, 1),
-        attn_mask=mask.flatten(0, 1),
-        dropout_p=dropout_p,
-        scale=scale,
+        bias = bias[:, left - reach_left : left + 1 + reach_right]
+    block = _block_length(reach_left, query.device)
+    span = block + reach_left + reach_right
+    if num_keys <= span and num_queries * num_keys <= PAIRS_AT_A_TIME:  # short: one block, which sees all keys
+        block = num_queries
+        blocks = Blocks(period=num_keys, span=num_keys, front=0, shift=reach_left - ahead)
+    else:
+        blocks = Blocks(period=block, span=span, front=reach_left - ahead, shift=0)
+    query = _into_blocks(query, 2, block)
+    pair = None if segments is None else (_into_blocks(segments[:, ahead:], 1, block), segments)
+    outputs = blocked_attention(
+        query, key, value, blocks, bias=bias, key_mask=key_mask, segments=pair, scale=scale, dropout_p=dropout_p
     )
-    outputs = outputs.unflatten(0, (batch, num_blocks))
-    outputs = outputs.masked_fill(~visible.any(-1)[:, :, None, :, None], 0)
-    return outputs.transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
+    return outputs.flatten(2, 3)[:, :, :num_queries]
+
+
+def _block_length(reach: int, device: torch.device) -> int:
+    """Queries in a block of window attention.
+
+    A block computes b + 2r keys for every query, of which 2r + 1 count: short blocks waste less, longer ones make
+    better products. Time on CPU at radius 127, forward and backward: b = 32 1.25, 64 1, 96 1.1, 128 1.15.
+    """
+    if device.type == "cpu":
+        return 64 if reach >= 32 else 32
+    return max(64, reach + 1)
+
+
+def _into_blocks(states: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Pads dimension `dim` at the end to a multiple of `size` and splits it into (blocks, size)."""
+    count = -(-states.shape[dim] // size)
+    padding = (0, 0) * (states.dim() - 1 - dim) + (0, count * size - states.shape[dim])
+    return F.pad(states, padding).unflatten(dim, (count, size))
 
 
 def local_attention_reference(

@@ -1,0 +1,324 @@
+"""Softmax attention of blocks of queries to slices of the keys: the engine of window and chunk attention.
+
+Every block of b queries sees w consecutive keys, with a bias (and a reach) that depends on the offset alone. Slices of
+neighbouring blocks may overlap; they are strided views of one padded copy.
+
+Shape letters: B batch, n heads, T blocks, b queries in a block, w keys in the slice of a block, d head width, Lk keys, m
+entries of the bias vector.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .relative_position import toeplitz_bias, toeplitz_bias_gradient
+
+PAIRS_AT_A_TIME = 1 << 20  # pairs of query and key whose scores exist at one time on CPU: 4 MB in float32
+
+
+class Blocks(NamedTuple):
+    """Where the keys of a block lie: slot c of block t holds key `t * period - front + c`, 0 <= c < span = w.
+
+    The bias of row a and slot c is entry `c - a + shift` of the bias vector; without such an entry the key is hidden.
+    """
+
+    period: int
+    span: int
+    front: int
+    shift: int
+
+
+def blocked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: Blocks,
+    *,
+    bias: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    segments: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Attention of blocks of queries to their slices of the keys.
+
+    On CPU the operator of this file, which never stores the scores; elsewhere, and in exported graphs,
+    `scaled_dot_product_attention`, whose kernels there accept a bias that needs a gradient.
+
+    Args:
+        query: (B, n, T, b, d).
+        key, value: (B, n, Lk, d).
+        blocks: the slices.
+        bias: (n, m), or (1, m) for all heads.
+        key_mask: (B, Lk) bool, True = token.
+        segments: integers (B, T, b) of the queries and (B, Lk) of the keys; keys of other segments are hidden.
+        scale: factor on the products of queries and keys; None = d ** -0.5.
+        dropout_p: probability of dropping an attention probability.
+
+    Returns:
+        (B, n, T, b, d) in the dtype of `query`; zeros for queries that see no key. Softmax in float32 or better.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.device.type != "cpu" or torch.compiler.is_exporting():
+        return _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
+    seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
+    query_segments, key_segments = (None, None) if segments is None else segments
+    tensors = (query, key, value, bias, key_mask, query_segments, key_segments, seed)
+    return _blocked_attention(*tensors, *blocks, scale, dropout_p)
+
+
+def _slots(states: torch.Tensor, dim: int, blocks: Blocks, num_blocks: int, fill: float = 0) -> torch.Tensor:
+    """Slices of all blocks, an overlapping view of the padded `states`: dimension Lk becomes T, and w is appended."""
+    back = (num_blocks - 1) * blocks.period + blocks.span - blocks.front - states.shape[dim]
+    amounts = (0, 0) * (states.dim() - 1 - dim) + (blocks.front, back)  # negative amounts crop
+    return F.pad(states, amounts, value=fill).unfold(dim, blocks.span, blocks.period)
+
+
+def _hidden_slots(key: torch.Tensor, key_mask: torch.Tensor | None, blocks: Blocks, num_blocks: int) -> torch.Tensor:
+    """(B, T, w) bool: slots that hold padding, or lie outside the sequence."""
+    if key_mask is None:
+        key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    return _slots(~key_mask, 1, blocks, num_blocks, fill=True)
+
+
+def _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p) -> torch.Tensor:
+    """One row of a batch of `scaled_dot_product_attention` per block, with an additive tensor of bias and mask."""
+    batch, _, num_blocks, num_rows, _ = query.shape
+    keys = _slots(key, 2, blocks, num_blocks).transpose(-1, -2)  # (B, n, T, w, d)
+    values = _slots(value, 2, blocks, num_blocks).transpose(-1, -2)
+    # Hidden scores are finite, so that rows which see nothing stay free of NaN both ways; they are zeroed at the end.
+    hiding = torch.finfo(query.dtype).min / 2
+    band = toeplitz_bias(bias.to(query.dtype), num_rows, blocks.span, shift=blocks.shift)  # (n or 1, b, w)
+    inside = toeplitz_bias(torch.ones_like(bias[:1]), num_rows, blocks.span, shift=blocks.shift) > 0
+    visible = inside & ~_hidden_slots(key, key_mask, blocks, num_blocks).unsqueeze(2)  # (B, T, b, w)
+    if segments is not None:
+        visible = visible & (segments[0].unsqueeze(-1) == _slots(segments[1], 1, blocks, num_blocks).unsqueeze(-2))
+    outputs = F.scaled_dot_product_attention(
+        query.transpose(1, 2).flatten(0, 1),
+        keys.transpose(1, 2).flatten(0, 1),
+        values.transpose(1, 2).flatten(0, 1),
+        attn_mask=torch.where(visible.unsqueeze(2), band, hiding).flatten(0, 1),
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    outputs = outputs.unflatten(0, (batch, num_blocks)).transpose(1, 2)
+    return outputs.masked_fill(~visible.any(-1)[:, None, :, :, None], 0)
+
+
+# The CPU operator. The fused CPU kernel of `scaled_dot_product_attention` takes neither a mask that needs a gradient
+# nor dropout; with a learned bias PyTorch falls back to a form that stores all scores in main memory. Here the scores
+# of a few blocks of one head at a time stay in cache through both products and the softmax; the backward pass computes
+# them again from the inputs, and sums their gradient over all blocks before the diagonals become the bias gradient.
+# It is one opaque operator for torch.compile, which would otherwise unroll the loop over parts. Its namespace is that
+# of the module, so that a second copy of this file (remote code beside the installed package) does not clash.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+class _Parts:
+    """The parts of one call: blocks of one head whose scores are made together.
+
+    Tensors are arranged as (n, rows, blocks, ...). Rows of the batch whose blocks share no key (chunks, short
+    sequences) are joined to a single row with more blocks, so that parts are as large as allowed.
+    """
+
+    def __init__(
+        self, query, key, value, bias, key_mask, query_segments, key_segments, seed, blocks, scale, dropout_p
+    ):
+        batch, heads, self.num_blocks, num_rows, _ = query.shape
+        self.blocks, self.scale, self.dropout_p = blocks, scale, dropout_p
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.joined = blocks.span <= blocks.period
+        self.grid = (1, batch * self.num_blocks) if self.joined else (batch, self.num_blocks)
+        self.heads = heads
+        self.queries = self.arrange(query)  # (n, rows, blocks, b, d)
+        self.keys, self.values = self._key_slots(key), self._key_slots(value)  # (n, rows, blocks, d, w)
+        # Out of reach is -inf, and every row has some key in reach; padding is finite, so that the softmax of a row
+        # with nothing but padding in reach is free of NaN (and then set to zero).
+        self.hiding = torch.finfo(self.dtype).min
+        self.band = toeplitz_bias(bias.to(self.dtype), num_rows, blocks.span, shift=blocks.shift, fill=-torch.inf)
+        self.hidden = _hidden_slots(key, key_mask, blocks, self.num_blocks).reshape(*self.grid, blocks.span)
+        self.segments = None
+        if query_segments is not None:
+            key_segments = _slots(key_segments, 1, blocks, self.num_blocks)
+            self.segments = tuple(part.reshape(*self.grid, -1) for part in (query_segments, key_segments))
+        self.generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+
+    def arrange(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, n, T, b, d) -> (n, rows, blocks, b, d)."""
+        return states.to(self.dtype).transpose(0, 1).reshape(self.heads, *self.grid, *states.shape[3:])
+
+    def restore(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Inverse of `arrange`."""
+        return states.view(self.heads, -1, self.num_blocks, *states.shape[3:]).transpose(0, 1).to(dtype)
+
+    def _key_slots(self, states: torch.Tensor) -> torch.Tensor:
+        slots = _slots(states.to(self.dtype).transpose(0, 1), 2, self.blocks, self.num_blocks)
+        return slots.reshape(self.heads, *self.grid, *slots.shape[3:]) if self.joined else slots
+
+    def __iter__(self) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor | None]]:
+        """(head, row, blocks, their probabilities, factors of dropout); blocks that see no key are left out."""
+        step = max(1, PAIRS_AT_A_TIME // self.band[0].numel())
+        for row in range(self.grid[0]):
+            seeing = (~self.hidden[row]).any(-1).nonzero()
+            start, stop = (int(seeing[0]), int(seeing[-1]) + 1) if len(seeing) else (0, 0)
+            for first in range(start, stop, step):
+                part = slice(first, min(first + step, stop))
+                masked, hidden = self._hidden(row, part)
+                for head in range(self.heads):
+                    probabilities = self._probabilities(head, row, part, masked, hidden)
+                    factors = None
+                    if self.generator is not None:
+                        factors = torch.empty_like(probabilities)
+                        factors.bernoulli_(1 - self.dropout_p, generator=self.generator).div_(1 - self.dropout_p)
+                    yield head, row, part, probabilities, factors
+
+    def _hidden(self, row: int, part: slice) -> tuple[slice, torch.Tensor]:
+        """The blocks of a part, counted from its first, that have hidden slots, and those slots: (blocks, b or 1, w)."""
+        hidden = self.hidden[row, part].unsqueeze(1)
+        if self.segments is not None:
+            query_segments, key_segments = (segments[row, part] for segments in self.segments)
+            hidden = hidden | (query_segments.unsqueeze(-1) != key_segments.unsqueeze(-2))
+        where = hidden.flatten(1).any(-1).nonzero()
+        masked = slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(0, 0)
+        return masked, hidden[masked]
+
+    def _probabilities(self, head: int, row: int, part: slice, masked: slice, hidden: torch.Tensor) -> torch.Tensor:
+        """Softmax of the scores of a part: (blocks, b, w). Rows that see no key are zero, as are their gradients."""
+        queries = self.queries[head, row, part]
+        band = self.band[head % self.band.shape[0]].expand(len(queries), -1, -1)
+        scores = torch.baddbmm(band, queries, self.keys[head, row, part], alpha=self.scale)
+        scores[masked].masked_fill_(hidden, self.hiding)
+        probabilities = torch.softmax(scores, dim=-1)
+        probabilities[masked].masked_fill_(hidden, 0)
+        return probabilities
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::blocked_attention", mutates_args=())
+def _blocked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    period: int,
+    span: int,
+    front: int,
+    shift: int,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        tensors = (query, key, value, bias, key_mask, query_segments, key_segments, seed)
+        parts = _Parts(*tensors, Blocks(period, span, front, shift), scale, dropout_p)
+        outputs = torch.zeros_like(parts.queries, memory_format=torch.contiguous_format)
+        for head, row, part, probabilities, factors in parts:
+            if factors is not None:
+                probabilities.mul_(factors)
+            torch.bmm(probabilities, parts.values[head, row, part].transpose(1, 2), out=outputs[head, row, part])
+        return parts.restore(outputs, query.dtype).contiguous()
+
+
+@_blocked_attention.register_fake
+def _(query, *arguments) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::blocked_attention_backward", mutates_args=())
+def _blocked_attention_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    period: int,
+    span: int,
+    front: int,
+    shift: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.autocast("cpu", enabled=False):
+        tensors = (query, key, value, bias, key_mask, query_segments, key_segments, seed)
+        parts = _Parts(*tensors, Blocks(period, span, front, shift), scale, dropout_p)
+        gradients = parts.arrange(gradient)
+        query_gradient = torch.zeros_like(parts.queries, memory_format=torch.contiguous_format)
+        key_gradient, value_gradient = _SlotGradient(parts, key), _SlotGradient(parts, value)
+        band_gradient = torch.zeros_like(parts.band)
+        for head, row, part, probabilities, factors in parts:
+            output_gradient = gradients[head, row, part]
+            dropped = probabilities if factors is None else probabilities * factors
+            value_gradient.add(head, row, part, torch.bmm(dropped.transpose(1, 2), output_gradient))
+            score_gradient = torch.bmm(output_gradient, parts.values[head, row, part])
+            if factors is not None:
+                score_gradient.mul_(factors)
+            # derivative of the softmax: p * (g - sum(p * g)), one pass
+            score_gradient = torch._softmax_backward_data(score_gradient, probabilities, -1, probabilities.dtype)
+            band_gradient[head % len(band_gradient)] += score_gradient.sum(0)
+            keys = parts.keys[head, row, part].transpose(1, 2)
+            torch.bmm(score_gradient, keys, out=query_gradient[head, row, part])
+            queries = parts.queries[head, row, part]
+            key_gradient.add(head, row, part, torch.bmm(score_gradient.transpose(1, 2), queries))
+        return (
+            parts.restore(query_gradient.mul_(scale), query.dtype).contiguous(),
+            key_gradient.total().mul_(scale).to(key.dtype),
+            value_gradient.total().to(value.dtype),
+            toeplitz_bias_gradient(band_gradient, bias.shape[-1], shift=shift).to(bias.dtype),
+        )
+
+
+@_blocked_attention_backward.register_fake
+def _(gradient, query, key, value, bias, *arguments) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, bias))
+
+
+class _SlotGradient:
+    """Gradient of keys or values, collected from the slices of the blocks, which may overlap."""
+
+    def __init__(self, parts: _Parts, states: torch.Tensor):
+        self.parts, self.length = parts, states.shape[2]
+        self.period = parts.blocks.period
+        self.pieces = -(-parts.blocks.span // self.period)  # periods touched by one slice
+        rows, num_blocks = parts.grid
+        width = states.shape[3]
+        self.sums = torch.zeros(parts.heads, rows, num_blocks + self.pieces - 1, self.period, width, dtype=parts.dtype)
+
+    def add(self, head: int, row: int, part: slice, gradient: torch.Tensor) -> None:
+        """Adds the gradient (blocks, w, d) of the slices of a part."""
+        for piece, section in enumerate(gradient.split(self.period, dim=1)):
+            self.sums[head, row, part.start + piece : part.stop + piece, : section.shape[1]] += section
+
+    def total(self) -> torch.Tensor:
+        """(B, n, Lk, d)."""
+        width = self.sums.shape[-1]
+        if self.parts.joined:
+            sums = self.sums.view(self.parts.heads, -1, self.parts.num_blocks * self.period, width)
+        else:
+            sums = self.sums.flatten(2, 3)
+        front = self.parts.blocks.front
+        sums = F.pad(sums, (0, 0, -front, front + self.length - sums.shape[2]))
+        return sums.transpose(0, 1).contiguous()
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.numbers = inputs[8:]
+
+
+def _backward(ctx, gradient):
+    gradients = _blocked_attention_backward(gradient, *ctx.saved_tensors, *ctx.numbers)
+    return *gradients, *(None,) * 10
+
+
+_blocked_attention.register_autograd(_backward, setup_context=_save_for_backward)
