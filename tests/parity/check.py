@@ -21,11 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_HERE = Path(__file__).resolve().parent
-for _folder in (_HERE, _HERE.parents[1] / "src"):  # adapters, and the package of this checkout
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
 import torch
 from comparison import Row
 from safetensors import safe_open
@@ -121,8 +116,17 @@ def print_report(report: Report) -> None:
         print(f"  FAIL: {report.problem}")
 
 
+def _use_this_checkout() -> None:
+    """Makes the adapters, and the package beside them rather than an installed one, importable."""
+    here = Path(__file__).resolve().parent
+    for folder in (here, here.parents[1] / "src"):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks the folders of the command line; returns the exit code."""
+    _use_this_checkout()
     parser = argparse.ArgumentParser(description="Compare with stored outputs of official implementations.")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folder of .safetensors files, read recursively")
     options = parser.parse_args(arguments)

@@ -20,9 +20,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
-from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
+from ..configuration.configuration_spade import FEED_FORWARD_TYPES, SpadeConfig, SpadeLMConfig
 from ..modeling.modeling_spade import SpadeForConditionalGeneration
 from ..modeling.modeling_spade_lm import SpadeLMForCausalLM
 from .common import StateDict, TensorNames, tensors_from_official, tensors_to_official
@@ -110,6 +111,8 @@ _LANGUAGE_MODEL_FIXED: dict[str, tuple[Any, Any]] = {
     "base_layers": (0, 0),
     "s4_channels": (1, 1),
 }
+_FAIRSEQ_ACTIVATIONS = ("relu", "gelu")
+_COMBINATIONS = ("concat", "add", "stack")
 _LANGUAGE_MODEL_PERIOD = 100  # `s4_every_n_layers` of the published run
 _DEFAULT_MAX_TARGET_POSITIONS = 1024
 
@@ -133,6 +136,28 @@ def _check_fixed(options: Mapping[str, Any], name: str, supported: Any, default:
         raise ValueError(f"The official option `{name}={value!r}` is not supported; only {supported!r} is.")
 
 
+def _check_choice(options: Mapping[str, Any], name: str, supported: tuple[str, ...], default: str) -> None:
+    value = options.get(name, default)
+    if value not in supported:
+        raise ValueError(
+            f"The official option `{name}={value!r}` is not supported; accepted are {', '.join(map(repr, supported))}."
+        )
+
+
+def _read_options(official: Mapping[str, Any], table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Values of our fields from the options of a table, or their defaults."""
+    fields = {}
+    for name, (field, default) in table.items():
+        value = official.get(name, default)
+        accepted = (int, float) if isinstance(default, float) else type(default)
+        if value is not None and default is not None and not isinstance(value, accepted):
+            raise ValueError(f"The official option `{name}` must be of type {type(default).__name__}; got {value!r}.")
+        fields[field] = value
+    if fields["ssm_num_copies"] == fields["d_model"]:
+        fields["ssm_num_copies"] = None  # one per channel
+    return fields
+
+
 def _ssm_layers(period: int, depth: int) -> list[int]:
     if not isinstance(period, int) or period < 1:
         raise ValueError(f"The official option `s4_every_n_layers` must be a positive integer; got {period!r}.")
@@ -154,10 +179,10 @@ def _period(config: SpadeConfig | SpadeLMConfig, depth: int, usual: int) -> int:
 def _encoder_decoder_from_official(official: Mapping[str, Any]) -> SpadeConfig:
     for name, supported in _ENCODER_DECODER_FIXED.items():
         _check_fixed(official, name, supported, supported)
-    options = {name: official.get(name, default) for name, (_, default) in _ENCODER_DECODER_OPTIONS.items()}
-    if options["num_decoder_layers"] is None:
-        options["num_decoder_layers"] = options["num_layers"]
-    fields = {field: options[name] for name, (field, _) in _ENCODER_DECODER_OPTIONS.items()}
+    _check_choice(official, "feed_forward_proj", FEED_FORWARD_TYPES, "relu")
+    fields = _read_options(official, _ENCODER_DECODER_OPTIONS)
+    if fields["decoder_layers"] is None:
+        fields["decoder_layers"] = fields["encoder_layers"]
     fields["ssm_max_length"] = fields["max_position_embeddings"]
     fields["attention_dropout"] = fields["activation_dropout"] = fields["dropout_rate"]
     fields["ssm_layers"] = _ssm_layers(
@@ -222,12 +247,14 @@ def _adaptive_fields(official: Mapping[str, Any], vocab_size: int) -> dict[str, 
 def _language_model_from_official(official: Mapping[str, Any], vocab_size: int | None) -> SpadeLMConfig:
     for name, (supported, default) in _LANGUAGE_MODEL_FIXED.items():
         _check_fixed(official, name, supported, default)
+    _check_choice(official, "activation_fn", _FAIRSEQ_ACTIVATIONS, "relu")
+    _check_choice(official, "s4_local_combine", _COMBINATIONS, "add")
     vocab_size = official.get("vocab_size") if vocab_size is None else vocab_size
     if vocab_size is None:
         raise ValueError(
             "`vocab_size` is needed: the options of a fairseq checkpoint do not contain it (see `vocabulary_size`)."
         )
-    fields = {field: official.get(name, default) for name, (field, default) in _LANGUAGE_MODEL_OPTIONS.items()}
+    fields = _read_options(official, _LANGUAGE_MODEL_OPTIONS)
     width = fields["d_model"]
     for name in ("decoder_input_dim", "decoder_output_dim"):
         _check_fixed(official, name, width, width)
@@ -245,6 +272,12 @@ def _language_model_from_official(official: Mapping[str, Any], vocab_size: int |
 
 
 def _language_model_to_official(config: SpadeLMConfig) -> dict[str, Any]:
+    for field, supported in (("ssm_combine", _COMBINATIONS), ("feed_forward_proj", _FAIRSEQ_ACTIVATIONS)):
+        if getattr(config, field) not in supported:
+            raise ValueError(
+                f"`{field}={getattr(config, field)!r}` has no counterpart in the official SPADE language model, which knows "
+                f"{', '.join(map(repr, supported))}."
+            )
     options = {name: getattr(config, field) for name, (field, _) in _LANGUAGE_MODEL_OPTIONS.items()}
     if options["s4_n_ssm"] is None:
         options["s4_n_ssm"] = config.d_model
@@ -303,14 +336,24 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
     Raises:
         ValueError: an option has a value that has no counterpart; the message names it.
     """
-    if is_language_model(official):
-        return _language_model_from_official(official, vocab_size)
-    if official.get("pad_token_id", 1) != 1:
-        logger.warning(
-            "The official decoder takes id 1 for padding in its positions whatever `pad_token_id` is; here, positions follow "
-            f"`pad_token_id={official['pad_token_id']}`."
-        )
-    return _encoder_decoder_from_official(official)
+    try:
+        if is_language_model(official):
+            return _language_model_from_official(official, vocab_size)
+        if official.get("pad_token_id", 1) != 1:
+            logger.warning(
+                "The official decoder takes id 1 for padding in its positions whatever `pad_token_id` is; here, positions "
+                f"follow `pad_token_id={official['pad_token_id']}`."
+            )
+        return _encoder_decoder_from_official(official)
+    except StrictDataclassError as error:
+        raise ValueError(f"The official options do not make a valid configuration. {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message; that of a strict dataclass only says that a check failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
 
 
 def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
@@ -358,10 +401,9 @@ def config_to_official(config: SpadeConfig | SpadeLMConfig, base: Mapping[str, A
     except ValueError as error:
         raise ValueError(f"This configuration has no official form: {error}") from error
     for name, value in _comparable(config).items():
-        if name not in restored or restored[name] != value:
+        if name in restored and restored[name] != value:
             raise ValueError(
-                f"`{name}={value!r}` has no counterpart in the official SPADE"
-                + (f", which has {restored[name]!r} there." if name in restored else ".")
+                f"`{name}={value!r}` has no counterpart in the official SPADE, which has {restored[name]!r} there."
             )
     return dict(base or {}) | official
 
