@@ -6,14 +6,10 @@ import pydoc_data.topics
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
+from hf_hybrid.configuration.configuration_spade import SpadeConfig
 from hf_hybrid.tokenization.sentencepiece_tokenizer import train_sentencepiece_tokenizer
-
-TINY_SPADE = (
-    "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=2,decoder_layers=1,attention_window=8,ssm_state_size=4,"
-    "max_position_embeddings=64"
-)
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +34,19 @@ def tokenizer(documents: list[str]) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """An untrained encoder-decoder with its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = SpadeConfig(
+        vocab_size=512, d_model=16, d_kv=8, d_ff=32, num_heads=2, encoder_layers=2, decoder_layers=1,
+        attention_window=8, ssm_state_size=4, max_position_embeddings=64,
+    )  # fmt: skip
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -6,15 +6,13 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_hybrid.hub import model_card_problems
-from hf_hybrid.recipes.pretrain_clm import language_metrics, main
-from hf_hybrid.recipes.pretraining_data import TokenSplit
+from hf_hybrid.recipes.pretrain_clm import main
 
 TINY_LM = "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=2,attention_window=8,ssm_state_size=4"
 
@@ -39,11 +37,6 @@ def test_perplexity_and_bits_per_byte_are_reported(pretraining, tmp_path):
     assert metrics["bits_per_byte"] == pytest.approx(expected)
     assert model_card_problems((tmp_path / "run" / "README.md").read_text()) == []
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "spade_lm"
-
-
-def test_one_byte_per_token():
-    split = TokenSplit(np.zeros(10, np.int64), num_bytes=10, num_documents=1)
-    assert language_metrics(math.log(2), split) == pytest.approx({"perplexity": 2.0, "bits_per_byte": 1.0})
 
 
 def test_streaming_resumes_bitwise(pretraining, tmp_path):

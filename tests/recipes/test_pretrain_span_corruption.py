@@ -7,12 +7,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY_SPADE
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes.pretrain_span_corruption import main
+
+TINY_SPADE = (
+    "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=2,decoder_layers=1,attention_window=8,ssm_state_size=4,"
+    "max_position_embeddings=64"
+)
 
 
 @pytest.fixture
@@ -122,7 +126,7 @@ def test_a_separate_validation_file(pretraining, tmp_path, corpus):
     [
         ({"tokenizer": None}, ValueError, "`tokenizer` is required"),
         ({"tokenizer": "/nowhere/tokenizer"}, ValueError, "cannot be loaded"),
-        ({"input_length": 1024}, ValueError, "57 spans.*has 32"),
+        ({"input_length": 1024}, ValueError, "57 hidden spans.*only 32"),
         ({"input_length": 400, "mean_span_length": 20.0}, ValueError, "max_position_embeddings"),
         ({"data": ["/nowhere.txt"]}, ValueError, "No such file"),
         ({"config_overrides": "d_modle=4"}, ValueError, "d_modle"),

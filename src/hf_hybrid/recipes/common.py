@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
@@ -59,7 +60,7 @@ def parse_arguments(
     Raises:
         ValueError: the file cannot be read or is no mapping.
     """
-    parser = HfArgumentParser(dataclass_types, description=description)
+    parser = HfArgumentParser(list(dataclass_types), description=description)  # type: ignore[arg-type]
     if isinstance(args, Mapping):
         words = _to_flags(args)
     else:
@@ -218,7 +219,7 @@ def padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def build_new_or_pretrained(
-    auto_class: type, arguments: NewModelArguments, tokenizer: PreTrainedTokenizerBase, default_type: str
+    auto_class: Any, arguments: NewModelArguments, tokenizer: PreTrainedTokenizerBase, default_type: str
 ) -> PreTrainedModel:
     """The model to pretrain: loaded, or new with a vocabulary for the tokenizer.
 
@@ -255,7 +256,7 @@ def build_new_or_pretrained(
     return auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
 
 
-def load_model(auto_class: type, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint through an Auto class, with a clear error for a damaged or missing one.
 
     Raises:
@@ -320,60 +321,109 @@ class RunReport:
     result_names: Mapping[str, str] = field(default_factory=lambda: {"eval_loss": "loss"})
 
 
-def train_and_record(
-    trainer: Trainer, folder: RunFolder, arguments: Mapping[str, Any], report: RunReport, evaluate: Any = None
+@dataclass
+class Job:
+    """What a recipe builds from its arguments: a trainer, what to say about it, and how to evaluate it.
+
+    Attributes:
+        trainer: with data sets, collator and metrics.
+        report: for the records.
+        evaluate: returns the final metrics; default `trainer.evaluate`.
+        write_results: called by the main process at the end with the folder, for additional files.
+    """
+
+    trainer: Trainer
+    report: RunReport
+    evaluate: Callable[[], dict[str, Any]] | None = None
+    write_results: Callable[[Path], None] | None = None
+
+    def final_metrics(self) -> dict[str, Any]:
+        """Evaluate, if there is anything to evaluate on."""
+        if self.trainer.eval_dataset is None:
+            return {}
+        return self.trainer.evaluate() if self.evaluate is None else self.evaluate()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is trained or evaluated."""
+        assert isinstance(self.trainer.model, PreTrainedModel)
+        return self.trainer.model
+
+    def num_parameters(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def run_recipe(
+    dataclass_types: Sequence[type],
+    build: Callable[..., Job],
+    args: Sequence[str] | Mapping[str, Any] | None,
+    description: str | None,
 ) -> dict[str, Any]:
-    """Train (or continue), evaluate, save, and leave every record of the run in its folder.
+    """The `main` of every training recipe: arguments, output folder, build, train, evaluate, save, records.
 
     Args:
-        trainer: ready to train.
-        folder: checked before anything expensive began.
-        arguments: all resolved options.
-        report: see `RunReport`; its metrics are added.
-        evaluate: callable returning the final metrics; default `trainer.evaluate`.
+        dataclass_types: data, model and training arguments, the last a `TrainingArguments`.
+        build: makes the job from one instance of each.
+        args: see `parse_arguments`.
+        description: shown by `--help`.
 
     Returns:
         The content of `metrics.json`.
+
+    Raises:
+        ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
+        FileExistsError: the output folder is not empty.
     """
-    with folder.recording(arguments):
-        resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
-        result = trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-        if evaluate is not None:
-            evaluation = evaluate()
-        else:
-            evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
-        metrics = {
-            **{key: value for key, value in result.metrics.items() if key != "total_flos"},
-            **evaluation,
-            **report.metrics,
-            "steps": trainer.state.global_step,
-            "epoch": trainer.state.epoch,
-            "input_tokens_seen": trainer.state.num_input_tokens_seen,
-            "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        }
-        folder.write_metrics(metrics)
-        if is_main_process():
-            trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
-            plot_loss_curves(trainer.state.log_history, folder.path / LOSS_CURVE_FILE)
-            write_model_card(make_card(trainer, folder, report, metrics), folder.path)
-            logger.info("Everything about this run is in %s", folder.path)
-        trainer.accelerator.wait_for_everyone()
+    groups = parse_arguments(dataclass_types, args, description)
+    training_args = groups[-1]
+    set_up_logging(training_args)
+    if training_args.output_dir is None:
+        raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
+    folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
+    set_seed(training_args.seed)
+    job = build(*groups)
+    with folder.recording(resolved_arguments(*groups)):
+        return _train_and_record(job, folder)
+
+
+def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
+    trainer = job.trainer
+    resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    metrics = {
+        **{key: value for key, value in result.metrics.items() if key != "total_flos"},
+        **job.final_metrics(),
+        **job.report.metrics,
+        "steps": trainer.state.global_step,
+        "epoch": trainer.state.epoch,
+        "input_tokens_seen": trainer.state.num_input_tokens_seen,
+        "num_parameters": job.num_parameters(),
+    }
+    folder.write_metrics(metrics)
+    if is_main_process():
+        trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
+        plot_loss_curves(trainer.state.log_history, folder.path / LOSS_CURVE_FILE)
+        write_model_card(make_card(job, folder, metrics), folder.path)
+        if job.write_results is not None:
+            job.write_results(folder.path)
+        logger.info("Everything about this run is in %s", folder.path)
+    trainer.accelerator.wait_for_everyone()
     return metrics
 
 
-def make_card(trainer: Trainer, folder: RunFolder, report: RunReport, metrics: Mapping[str, Any]) -> ModelCard:
+def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelCard:
     """Fill the model card from the run."""
     environment_file = folder.path / ENVIRONMENT_FILE
     environment = json.loads(environment_file.read_text()) if environment_file.is_file() else describe_environment()
-    args, config = trainer.args, trainer.model.config
-    minutes = metrics.get("train_runtime", 0.0) / 60
-    versions = environment["versions"]
+    report, versions = job.report, environment["versions"]
+    processor = f"{environment['processor']}, {environment['torch_threads']} threads"
     return ModelCard(
         model_name=folder.path.resolve().name,
         description=report.description,
-        model_type=config.model_type,
-        architecture=type(trainer.model).__name__,
+        model_type=str(job.model.config.model_type),
+        architecture=type(job.model).__name__,
         num_parameters=metrics["num_parameters"],
         auto_class=report.auto_class,
         task_type=report.task_type,
@@ -382,23 +432,9 @@ def make_card(trainer: Trainer, folder: RunFolder, report: RunReport, metrics: M
         base_model=report.base_model,
         training_data=report.training_data,
         lengths=report.lengths,
-        training={
-            "optimizer steps": f"{trainer.state.global_step:,}",
-            "input tokens seen": f"{trainer.state.num_input_tokens_seen:,}",
-            "batch (sequences per step)": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "optimizer": getattr(args.optim, "value", args.optim),
-            "learning rate": args.learning_rate,
-            "learning rate of state space parameters": getattr(args, "ssm_learning_rate", None) or args.learning_rate,
-            "schedule": f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, warm-up {args.warmup_steps}",
-            "weight decay": args.weight_decay,
-            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-            "seed": args.seed,
-            "minutes of this run": f"{minutes:.1f}",
-            "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
-        },
+        training=_training_rows(job.trainer, metrics),
         environment={
-            "hardware": ", ".join(environment["accelerators"])
-            or f"{environment['processor']}, {environment['torch_threads']} threads",
+            "hardware": ", ".join(environment["accelerators"]) or processor,
             "processes": environment["world_size"],
             "revision of hf_hybrid": environment["git_revision"] or versions.get("hf_hybrid"),
             **{name: versions.get(name) for name in ("torch", "transformers", "datasets")},
@@ -409,6 +445,25 @@ def make_card(trainer: Trainer, folder: RunFolder, report: RunReport, metrics: M
             if isinstance(metrics.get(key), (int, float))
         ],
     )
+
+
+def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    args = trainer.args
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    return {
+        "optimizer steps": f"{trainer.state.global_step:,}",
+        "input tokens seen": f"{trainer.state.num_input_tokens_seen:,}",
+        "batch (sequences per step)": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "optimizer": getattr(args.optim, "value", args.optim),
+        "learning rate": args.learning_rate,
+        "learning rate of state space parameters": getattr(args, "ssm_learning_rate", None) or args.learning_rate,
+        "schedule": f"{schedule}, warm-up {args.warmup_steps}",
+        "weight decay": args.weight_decay,
+        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "seed": args.seed,
+        "minutes of this run": f"{metrics.get('train_runtime', 0.0) / 60:.1f}",
+        "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
+    }
 
 
 def hub_names(sources: Sequence[str]) -> list[str]:

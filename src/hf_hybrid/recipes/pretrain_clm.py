@@ -7,20 +7,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator
 
 from ..data.packing import CausalBlockDataset
 from ..data.streaming import CausalBlockStream
+from ..metrics import bits_per_byte, perplexity
 from ..training.arguments import PretrainingArguments
-from ..training.run_folder import RunFolder
 from ..training.trainer import HybridTrainer
 from .common import (
+    Job,
     NewModelArguments,
     RunReport,
     build_new_or_pretrained,
@@ -28,10 +28,7 @@ from .common import (
     display_names,
     hub_names,
     load_tokenizer,
-    parse_arguments,
-    resolved_arguments,
-    set_up_logging,
-    train_and_record,
+    run_recipe,
 )
 from .pretraining_data import (
     SHUFFLE_WINDOW,
@@ -52,26 +49,18 @@ class CausalDataArguments(PretrainingDataArguments):
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `--help` for the options.
+    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
+    return run_recipe((CausalDataArguments, NewModelArguments, PretrainingArguments), build, args, __doc__)
 
-    Args:
-        args: command line words, a mapping of options, or None for the words of this process.
 
-    Returns:
-        The content of `metrics.json`.
+def build(data_args: CausalDataArguments, model_args: NewModelArguments, training_args: PretrainingArguments) -> Job:
+    """Model, blocks of tokens and trainer.
 
     Raises:
         ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
-        FileExistsError: the output folder is not empty.
     """
-    data_args, model_args, training_args = parse_arguments(
-        (CausalDataArguments, NewModelArguments, PretrainingArguments), args, __doc__
-    )
-    set_up_logging(training_args)
     check_length_of_run(data_args, training_args)
-    folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
-    set_seed(training_args.seed)
     model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_type="spade_lm")
     check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
     train_dataset, eval_dataset, text = build_datasets(data_args, tokenizer, training_args.seed)
@@ -83,6 +72,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
+    num_tokens, num_bytes = text.validation.tokens.size, text.validation.num_bytes
     report = RunReport(
         description=f"A {model.config.model_type} causal language model, trained on packed documents.",
         task_type="text-generation",
@@ -92,27 +82,17 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         training_data=f"{display_names(data_args.data)} ({text})",
         datasets=hub_names(data_args.data),
         lengths=f"blocks of {data_args.block_length} tokens",
-        metrics={"corpus": str(text), "bytes_per_token": text.validation.num_bytes / text.validation.tokens.size},
+        metrics={"corpus": str(text), "bytes_per_token": num_bytes / num_tokens},
         result_names={"eval_loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"},
     )
 
     def evaluate() -> dict[str, Any]:
         metrics = trainer.evaluate()
-        return {**metrics, **language_metrics(metrics["eval_loss"], text.validation)}
+        loss = metrics["eval_loss"]
+        # Tokens per byte of the whole validation text convert the unit; the ends of documents are part of the cost.
+        return {**metrics, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, num_tokens, num_bytes)}
 
-    arguments = resolved_arguments(data_args, model_args, training_args)
-    return train_and_record(trainer, folder, arguments, report, evaluate)
-
-
-def language_metrics(loss: float, validation: TokenSplit) -> dict[str, float]:
-    """Perplexity per token, and bits per byte of the validation text (documents' end tokens included in the cost).
-
-    Args:
-        loss: mean negative log-likelihood of a token, in nats.
-        validation: the text; its tokens per byte convert the unit.
-    """
-    bits = loss / math.log(2) * validation.tokens.size / validation.num_bytes
-    return {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
+    return Job(trainer, report, evaluate)
 
 
 def build_datasets(

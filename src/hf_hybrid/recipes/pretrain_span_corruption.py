@@ -7,21 +7,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, default_data_collator
 
-from ..data.span_corruption import SpanCorruptionDataset, span_corruption_lengths
+from ..data.span_corruption import SpanCorruptionDataset, check_sentinels, span_corruption_lengths
 from ..data.streaming import SpanCorruptionStream
 from ..tokenization.special_tokens import sentinel_ids
 from ..training.arguments import PretrainingArguments
-from ..training.run_folder import RunFolder
 from ..training.trainer import HybridTrainer
 from .common import (
+    Job,
     NewModelArguments,
     RunReport,
     build_new_or_pretrained,
@@ -29,10 +28,7 @@ from .common import (
     display_names,
     hub_names,
     load_tokenizer,
-    parse_arguments,
-    resolved_arguments,
-    set_up_logging,
-    train_and_record,
+    run_recipe,
 )
 from .pretraining_data import (
     SHUFFLE_WINDOW,
@@ -42,8 +38,6 @@ from .pretraining_data import (
     limited,
     load_text,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,37 +52,25 @@ class SpanCorruptionArguments(PretrainingDataArguments):
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `--help` for the options.
+    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
+    return run_recipe((SpanCorruptionArguments, NewModelArguments, PretrainingArguments), build, args, __doc__)
 
-    Args:
-        args: command line words, a mapping of options, or None for the words of this process.
 
-    Returns:
-        The content of `metrics.json`.
+def build(
+    data_args: SpanCorruptionArguments, model_args: NewModelArguments, training_args: PretrainingArguments
+) -> Job:
+    """Model, corrupted segments and trainer.
 
     Raises:
         ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
-        FileExistsError: the output folder is not empty.
     """
-    data_args, model_args, training_args = parse_arguments(
-        (SpanCorruptionArguments, NewModelArguments, PretrainingArguments), args, __doc__
-    )
-    set_up_logging(training_args)
     check_length_of_run(data_args, training_args)
-    folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
-    available = len(sentinel_ids(tokenizer))
-    if available < lengths.num_spans:
-        raise ValueError(
-            f"Inputs of {data_args.input_length} tokens hide {lengths.num_spans} spans and need as many sentinels; the "
-            f"tokenizer has {available}. Train it with `num_sentinels` >= {lengths.num_spans}, lower `input_length`, or "
-            "raise `mean_span_length`."
-        )
-    set_seed(training_args.seed)
+    check_sentinels(sentinel_ids(tokenizer), lengths.num_spans, lengths.segment_length)
     model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_type="spade")
     check_decoder_table(model.config, lengths.target_length, "The span-corruption targets", "input_length")
-    train_dataset, eval_dataset, corpus = build_datasets(data_args, tokenizer, training_args.seed)
+    train_dataset, eval_dataset, text = build_datasets(data_args, tokenizer, training_args.seed)
     trainer = HybridTrainer(
         model=model,
         args=training_args,
@@ -106,13 +88,12 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         task_type="text-generation",
         data_name=display_names(data_args.validation_data or data_args.data) + " (held-out text)",
         auto_class="AutoModelForSeq2SeqLM",
-        training_data=f"{display_names(data_args.data)} ({corpus})",
+        training_data=f"{display_names(data_args.data)} ({text})",
         datasets=hub_names(data_args.data),
         lengths=f"inputs of {data_args.input_length} tokens, targets of {lengths.target_length}",
-        metrics={"target_length": lengths.target_length, "corpus": corpus},
-        result_names={"eval_loss": "loss"},
+        metrics={"corpus": text, "target_length": lengths.target_length},
     )
-    return train_and_record(trainer, folder, resolved_arguments(data_args, model_args, training_args), report)
+    return Job(trainer, report)
 
 
 def build_datasets(

@@ -51,19 +51,29 @@ class TimeLimitCallback(TrainerCallback):
         return control
 
 
-class DatasetEpochCallback(TrainerCallback):
-    """Tell the training set which epoch begins.
+class EpochCallback(TrainerCallback):
+    """Tell data sets and samplers which epoch begins.
 
-    Accelerate forwards the epoch to the sampler or to the data set, not to both, in distributed runs; a data set that
-    draws its noise from (seed, epoch, index) needs it always.
+    Accelerate forwards the epoch to the sampler or to the data set, not to both, in distributed runs, and to neither
+    through the wrappers of a resumed one; whatever draws from (seed, epoch) needs it always.
+
+    Args:
+        targets: objects; those with a method `set_epoch` are told.
     """
 
-    def __init__(self, dataset: object) -> None:
-        self.dataset = dataset
+    def __init__(self, *targets: object) -> None:
+        self.targets: list[object] = []
+        for target in targets:
+            self.add(target)
+
+    def add(self, target: object) -> None:
+        """Tell one more object, if it listens."""
+        if hasattr(target, "set_epoch"):
+            self.targets.append(target)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> TrainerControl:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(int(state.epoch or 0))
+        for target in self.targets:
+            target.set_epoch(int(state.epoch or 0))  # type: ignore[attr-defined]
         return control

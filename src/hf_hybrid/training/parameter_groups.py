@@ -8,6 +8,7 @@ changes the time scales the layer was given), arXiv 2111.00396 appendix D.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -60,7 +61,7 @@ def parameter_groups(
     ):
         if value < 0:
             raise ValueError(f"`{argument}` must not be negative; got {value}.")
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "decay": {"name": "decay", "params": [], "lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"name": "no_decay", "params": [], "lr": learning_rate, "weight_decay": 0.0},
         "ssm": {"name": "ssm", "params": [], "lr": ssm_learning_rate, "weight_decay": 0.0},

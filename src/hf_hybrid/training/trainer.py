@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .callbacks import DatasetEpochCallback, TimeLimitCallback
+from .callbacks import EpochCallback, TimeLimitCallback
 from .parameter_groups import parameter_groups
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Batches of similar lengths in an order that depends on (seed, epoch) alone.
+
+    The library's sampler draws from the global generator, so a resumed epoch would see another order than the one
+    that was interrupted.
+    """
+
+    def __init__(self, *args, seed: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class HybridTrainer(Trainer):
@@ -26,8 +49,8 @@ class HybridTrainer(Trainer):
         if getattr(self.args, "max_minutes", None) is not None:
             self._time_limit = TimeLimitCallback(self.args.max_minutes)
             self.add_callback(self._time_limit)
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.add_callback(DatasetEpochCallback(self.train_dataset))
+        self._epochs = EpochCallback(self.train_dataset)
+        self.add_callback(self._epochs)
         self._interval_start: tuple[float, int] | None = None
         self._paused_seconds = 0.0
 
@@ -70,6 +93,21 @@ class HybridTrainer(Trainer):
             return factor(max(step, min(num_training_steps, int(num_training_steps * limit.elapsed_fraction))))
 
         return follow
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            sampler = EpochLengthSampler(batch, lengths=sampler.lengths, seed=seed)
+            self._epochs.add(sampler)
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        # Rows are always evaluated in their order, so that predictions can be laid beside them.
+        if eval_dataset is None or not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
+            return None
+        return SequentialSampler(eval_dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the throughput since the previous log (evaluations and checkpoints not counted); stop on a lost loss.
