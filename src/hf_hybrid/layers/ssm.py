@@ -191,6 +191,7 @@ class StateSpaceLayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._cache.clear()  # `assign=True` brings new tensors, which may lie where older ones lay
         self._loads += 1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,11 +209,15 @@ class StateSpaceLayer(nn.Module):
             return None
         return tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
-    def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Result of `compute`, kept while no tensor of the layer changes (evaluation and frozen layers only)."""
+    def _cached(self, name: str, compute: Callable[[], Any], variant: int = 0) -> Any:
+        """Result of `compute`, kept while neither `variant` nor a tensor of the layer changes.
+
+        Nothing is kept while gradients are tracked, nor in training unless the layer is frozen.
+        """
         key = self._cache_key()
         if key is None:
             return compute()
+        key = (variant, *key)
         found = self._cache.get(name)
         if found is None or found[0] != key:
             with torch.inference_mode(False), torch.no_grad():
@@ -277,10 +282,8 @@ class StateSpaceLayer(nn.Module):
     def kernel(self, length: int) -> torch.Tensor:
         """Convolution kernel of the first `length` taps (fewer when the reach is shorter): (c or 2c, H, taps)."""
         reach = length if self.ssm_type == "s4d" or self.max_length is None else min(length, self.max_length)
-        found = self._cache.get("kernel")
-        if found is not None and found[1].shape[-1] < reach:
-            del self._cache["kernel"]  # a longer kernel has the shorter one as its prefix
-        return self._cached("kernel", lambda: self._compute_kernel(reach))[..., :reach]
+        # Kept for one length: the prefix of a longer kernel differs in the last bits, and outputs would depend on the past.
+        return self._cached("kernel", lambda: self._compute_kernel(reach), reach)
 
     def _compute_kernel(self, length: int) -> torch.Tensor:
         if self.ssm_type == "s4d":
