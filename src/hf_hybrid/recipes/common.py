@@ -328,20 +328,27 @@ class Job:
     Attributes:
         trainer: with data sets, collator and metrics.
         report: for the records.
-        evaluate: returns the final metrics; default `trainer.evaluate`.
+        derive: computes further metrics from those of the evaluation.
         write_results: called by the main process at the end with the folder, for additional files.
     """
 
     trainer: Trainer
     report: RunReport
-    evaluate: Callable[[], dict[str, Any]] | None = None
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     write_results: Callable[[Path], None] | None = None
 
     def final_metrics(self) -> dict[str, Any]:
-        """Evaluate, if there is anything to evaluate on."""
-        if self.trainer.eval_dataset is None:
+        """Metrics of the final weights: those just logged where training ended with an evaluation, else measured."""
+        trainer = self.trainer
+        if trainer.eval_dataset is None:
             return {}
-        return self.trainer.evaluate() if self.evaluate is None else self.evaluate()
+        metrics: dict[str, Any] = {}
+        if trainer.state.global_step > 0 and not trainer.args.load_best_model_at_end:
+            for entry in trainer.state.log_history:
+                if entry.get("step") == trainer.state.global_step:
+                    metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
+        metrics = metrics or trainer.evaluate()
+        return {**metrics, **(self.derive(metrics) if self.derive is not None else {})}
 
     @property
     def model(self) -> PreTrainedModel:

@@ -86,13 +86,12 @@ def build(data_args: CausalDataArguments, model_args: NewModelArguments, trainin
         result_names={"eval_loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"},
     )
 
-    def evaluate() -> dict[str, Any]:
-        metrics = trainer.evaluate()
+    def derive(metrics: Mapping[str, Any]) -> dict[str, float]:
         loss = metrics["eval_loss"]
         # Tokens per byte of the whole validation text convert the unit; the ends of documents are part of the cost.
-        return {**metrics, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, num_tokens, num_bytes)}
+        return {"perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, num_tokens, num_bytes)}
 
-    return Job(trainer, report, evaluate)
+    return Job(trainer, report, derive)
 
 
 def build_datasets(

@@ -53,3 +53,25 @@ class PretrainingArguments(HybridTrainingArguments):
     save_steps: float = field(default=1000, metadata={"help": "Save a checkpoint every this many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
+
+
+@dataclass
+class FinetuningArguments(HybridTrainingArguments):
+    """The same with defaults for fine-tuning: one evaluation and checkpoint per epoch, batches of similar lengths."""
+
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every this many steps."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Keep this many checkpoints."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Order of the samples: group_by_length, random or sequential."}
+    )
+
+
+@dataclass
+class Seq2SeqFinetuningArguments(FinetuningArguments, HybridSeq2SeqTrainingArguments):
+    """Fine-tuning of sequence-to-sequence models, evaluated on generated text."""
+
+    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate on generated text."})
