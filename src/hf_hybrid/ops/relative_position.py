@@ -102,7 +102,8 @@ def toeplitz_bias(
     """
     first = shift - (num_rows - 1)  # smallest index used, in the lower left corner
     last = shift + num_columns - 1  # largest index used, in the upper right corner
-    extended = F.pad(vector, (-first, last + 1 - vector.shape[-1]), value=fill)  # a negative amount crops
+    before, after = max(0, -first), max(0, last + 1 - vector.shape[-1])
+    extended = F.pad(vector, (before, after), value=fill)[..., first + before : last + 1 + before]
     return extended.unfold(-1, num_columns, 1).flip(-2)
 
 
@@ -124,7 +125,8 @@ def toeplitz_bias_gradient(gradient: torch.Tensor, vector_length: int, *, shift:
     skewed = F.pad(gradient.flip(-2), (0, num_rows)).flatten(-2)[..., : num_rows * width]
     diagonals = skewed.unflatten(-1, (num_rows, width)).sum(-2)
     first = shift - (num_rows - 1)
-    return F.pad(diagonals, (first, vector_length - first - width))
+    before, after = max(0, first), max(0, vector_length - first - width)
+    return F.pad(diagonals, (before, after))[..., max(0, -first) :][..., :vector_length]
 
 
 def rotary_cos_sin(positions: torch.Tensor, head_dim: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
