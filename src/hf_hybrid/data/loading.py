@@ -190,6 +190,7 @@ def load_text_source(
 
 def _only_text(table, text_column: str | None, name: str):
     columns = table.column_names
+    datasets = _import_datasets()
     if columns is None:  # a stream whose features are unknown: look at its first row
         first = next(iter(table), None)
         if first is None:
@@ -219,4 +220,8 @@ def _only_text(table, text_column: str | None, name: str):
     if hasattr(table, "num_rows") and table.num_rows == 0:
         raise ValueError(f"{name} has no rows.")
     table = table.select_columns([text_column])
-    return table if text_column == "text" else table.rename_column(text_column, "text")
+    if text_column != "text":
+        table = table.rename_column(text_column, "text")
+    if table.features is None or table.features["text"].dtype == "string":
+        return table
+    return table.cast_column("text", datasets.Value("string"))  # readers differ: `large_string` from .csv

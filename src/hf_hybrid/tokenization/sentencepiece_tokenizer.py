@@ -26,6 +26,7 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -64,6 +65,7 @@ def _import_sentencepiece():
     return sentencepiece
 
 
+@lru_cache(maxsize=2)
 def _character_rules(normalization: str) -> dict[str, str]:
     """Map of single characters: compatibility form, optional case folding, white space to one kind, controls removed."""
     rules = {}
@@ -146,6 +148,7 @@ def train_sentencepiece_model(
             "hundred at least (8,000 to 32,000 for real corpora)."
         )
     sentencepiece = _import_sentencepiece()
+    sentencepiece.set_random_generator_seed(0)  # for the sample of lines
     sentences = _sentences(texts)
     first = next(sentences, None)
     if first is None:
@@ -191,7 +194,7 @@ def train_sentencepiece_model(
 
 
 def _with_exact_scores(model: bytes) -> bytes:
-    """Rounds the log-probabilities to multiples of 1/256.
+    """Rounds the log-probabilities to multiples of 1/256, and forgets the temporary file of the rules.
 
     Sums of such numbers are exact in float32 (sentencepiece) up to 65,536 and in float64 (tokenizers), so two segmentations
     of equal probability ("XX X X" and "X XX X") are a tie for both libraries, which break ties alike.
@@ -202,6 +205,7 @@ def _with_exact_scores(model: bytes) -> bytes:
     proto.ParseFromString(model)
     for piece in proto.pieces:
         piece.score = round(piece.score * 256) / 256
+    proto.normalizer_spec.normalization_rule_tsv = ""  # the name of a temporary file
     return proto.SerializeToString()
 
 
@@ -211,7 +215,7 @@ def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
         steps.append(normalizers.Replace(Regex(r"(?<=[^\x00-\x7F])(?=[^\x00-\x7F])"), _SEPARATOR))
         steps.append(normalizers.Precompiled(charsmap))
     steps += [
-        normalizers.Replace(Regex(r"^ +| +$"), ""),
+        normalizers.Replace(Regex(r"\A +| +\z"), ""),
         normalizers.Replace(Regex(" {2,}"), " "),
         normalizers.Prepend(_SPACE_SYMBOL),
         normalizers.Replace(" ", _SPACE_SYMBOL),
@@ -233,10 +237,14 @@ def tokenizer_from_sentencepiece(
         ValueError: the model is not a unigram model with pad 0, end of sequence 1 and unknown 2.
     """
     _import_sentencepiece()
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model if isinstance(model, bytes) else Path(model).read_bytes())
+    try:
+        proto.ParseFromString(model if isinstance(model, bytes) else Path(model).read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"`model` is not a sentencepiece model: {error}.") from error
     trainer = proto.trainer_spec
     if trainer.model_type != trainer.UNIGRAM or (trainer.pad_id, trainer.eos_id, trainer.unk_id) != (0, 1, 2):
         raise ValueError(
