@@ -92,8 +92,8 @@ def variant_config(options: dict[str, Any]) -> Any:
     return config_from_official(options, vocab_size=20 if "arch" in options else None)
 
 
-def random_official(options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A random official state dict, tied copies sharing memory as in the official files."""
+def random_official(options: dict[str, Any], *, with_copies: bool = True) -> dict[str, torch.Tensor]:
+    """A random official state dict; `with_copies`: with tied copies, sharing memory, and marks, as in the official files."""
     config = variant_config(options)
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(1)
@@ -103,7 +103,7 @@ def random_official(options: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    return state_dict_to_official(state, config)
+    return state_dict_to_official(state, config, with_copies=with_copies)
 
 
 def stored_parameters(name: str, *, after_forward: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from check import check_file
+from spade_vectors import _post_c
+
+from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
+from hf_hybrid.modeling.modeling_spade_lm import SpadeLMForCausalLM
+from hf_hybrid.ops.s4 import truncate_c
 
 FILES = sorted((Path(__file__).parent / "vectors" / "spade").glob("*.safetensors"))
 
@@ -20,3 +26,19 @@ def test_stored_vectors_are_reproduced(path):
     assert not report.problem
     assert report.rows
     assert not [row for row in report.rows if not row.is_ok]
+
+
+def test_a_truncated_matrix_is_doubled_like_the_official_one():
+    config = SpadeLMConfig.official(
+        vocab_size=20, d_model=4, d_ff=4, num_layers=1, num_heads=1, adaptive_cutoffs=None, ssm_state_size=8
+    )
+    layer = SpadeLMForCausalLM(config).double().model.layers[0].mixer.ssm
+    system = layer.dplr_system(torch.float64)
+    expected = truncate_c(layer.C, system, 40)
+    with torch.no_grad():
+        layer.C.copy_(truncate_c(layer.C, system, 10))
+        layer.kernel_length.fill_(10)
+        assert _post_c(layer, 64, 9)[1] == 10
+        actual, length = _post_c(layer, 64, 33)
+    assert length == 40
+    torch.testing.assert_close(actual, expected.detach(), rtol=1e-10, atol=1e-10)

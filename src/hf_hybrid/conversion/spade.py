@@ -166,7 +166,7 @@ def _ssm_layers(period: int, depth: int) -> list[int]:
 
 def _period(config: SpadeConfig | SpadeLMConfig, depth: int, usual: int) -> int:
     """`s4_every_n_layers` for a list of SSM layers."""
-    layers = sorted(config.ssm_layers)
+    layers = sorted(config.ssm_layers or [])
     period = max(usual, depth) if layers == [0] else (layers[1] - layers[0] if len(layers) > 1 else 0)
     if period < 1 or list(range(0, depth, period)) != layers:
         raise ValueError(
@@ -283,7 +283,7 @@ def _language_model_to_official(config: SpadeLMConfig) -> dict[str, Any]:
         options["s4_n_ssm"] = config.d_model
     options |= {name: supported for name, (supported, _) in _LANGUAGE_MODEL_FIXED.items()}
     adaptive = config.adaptive_cutoffs is not None
-    cutoffs = ",".join(map(str, config.adaptive_cutoffs)) if adaptive else None
+    cutoffs = ",".join(map(str, config.adaptive_cutoffs or [])) or None
     return options | {
         "arch": "spade_lm",
         "task": "spade_language_modeling",
@@ -361,7 +361,7 @@ def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
     own = {field.name for field in dataclasses.fields(config)} & set(vars(type(config)).get("__annotations__", {}))
     values = {name: getattr(config, name) for name in sorted(own - _NEUTRAL_FIELDS)}
     values["ssm_num_copies"] = config.ssm_num_copies or config.d_model
-    values["ssm_layers"] = sorted(config.ssm_layers)
+    values["ssm_layers"] = sorted(config.ssm_layers or [])
     if values["feed_forward_bias"] and not config.feed_forward_proj.startswith("gated-"):
         values["feed_forward_bias"] = None
     if config.position_encoding != "rotary":
@@ -370,7 +370,7 @@ def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
         del values["share_relative_bias"]
     if config.ssm_combine != "add":
         del values["ssm_add_weight"]
-    if config.model_type == "spade_lm":
+    if isinstance(config, SpadeLMConfig):
         del values["initializer_factor"]
         if config.adaptive_cutoffs is None:
             for name in ("adaptive_factor", "adaptive_dropout", "tie_adaptive_projections"):
@@ -389,10 +389,10 @@ def config_to_official(config: SpadeConfig | SpadeLMConfig, base: Mapping[str, A
     Raises:
         ValueError: a field has no counterpart in the official code; the message names it.
     """
-    vocab_size = config.vocab_size if config.model_type == "spade_lm" else None
+    vocab_size = config.vocab_size if isinstance(config, SpadeLMConfig) else None
     if base is not None and _comparable(config_from_official(base, vocab_size=vocab_size)) == _comparable(config):
         return dict(base)
-    if config.model_type == "spade_lm":
+    if isinstance(config, SpadeLMConfig):
         official = _language_model_to_official(config)
     else:
         official = _encoder_decoder_to_official(config)
@@ -463,7 +463,7 @@ def _encoder_decoder_names(config: SpadeConfig) -> TensorNames:
         table = "relative_attention_bias.weight"
         names[f"{block}.0.SelfAttention.{table}"] = f"{layer}.mixer.attention.{table}"
         names |= _norm(f"{block}.0.layer_norm", f"{layer}.mixer_norm")
-        if index in config.ssm_layers:
+        if index in (config.ssm_layers or []):
             names |= _mixer_extras(f"{block}.0", f"{layer}.mixer", config.ssm_combine)
             names |= _ssm(f"{block}.0.s4", f"{layer}.mixer.ssm")
         names |= feed_forward(f"{block}.1", layer, bias=not gated)
@@ -525,7 +525,7 @@ def _language_model_names(config: SpadeLMConfig) -> TensorNames:
         names |= _norm(f"{official}.final_layer_norm", f"{ours}.feed_forward_norm")
         names |= _linear(f"{official}.fc1", f"{ours}.feed_forward.wi", True)
         names |= _linear(f"{official}.fc2", f"{ours}.feed_forward.wo", True)
-        if index in config.ssm_layers:
+        if index in (config.ssm_layers or []):
             names |= _mixer_extras(official, f"{ours}.mixer", config.ssm_combine)
             names |= _ssm(f"{official}.s4_module", f"{ours}.mixer.ssm")
         if config.scale_attention:
@@ -548,12 +548,12 @@ def tensor_names(config: SpadeConfig | SpadeLMConfig) -> TensorNames:
         ValueError: the configuration has no official form.
     """
     config_to_official(config)
-    return _language_model_names(config) if config.model_type == "spade_lm" else _encoder_decoder_names(config)
+    return _language_model_names(config) if isinstance(config, SpadeLMConfig) else _encoder_decoder_names(config)
 
 
 def model_class(config: SpadeConfig | SpadeLMConfig) -> type:
     """The model that holds all tensors of an official checkpoint."""
-    return SpadeLMForCausalLM if config.model_type == "spade_lm" else SpadeForConditionalGeneration
+    return SpadeLMForCausalLM if isinstance(config, SpadeLMConfig) else SpadeForConditionalGeneration
 
 
 def _shapes(config: SpadeConfig | SpadeLMConfig) -> dict[str, torch.Size]:

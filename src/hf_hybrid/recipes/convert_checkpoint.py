@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 OFFICIAL_CONFIG_FILE = "official_config.json"  # the official options, kept beside our configuration
 FAIRSEQ_FILE = "checkpoint.pt"
 
-_CONFIGS = {"spade": SpadeConfig, "spade_lm": SpadeLMConfig}
+_CONFIGS: dict[str, Any] = {"spade": SpadeConfig, "spade_lm": SpadeLMConfig}
 _DIRECTIONS = ("from_official", "to_official")
 
 
