@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..ops.diagonal_scan import diagonal_scan
 from ..ops.diagonal_ssm import (
     DiagonalSystem,
     complex_multiply,
@@ -42,6 +43,9 @@ from ..ops.s4 import (
 )
 
 logger = logging.get_logger(__name__)
+
+_SCAN_LENGTH = 1024  # tokens from which the scan beats computing a kernel and convolving, measured on CPU
+_SCAN_LENGTH_CACHED = 4096  # the same with the kernel at hand
 
 _INITIAL_KINDS = {"s4": ("legs",), "s4d": ("legs", "lin", "inv", "real")}
 
@@ -317,7 +321,9 @@ class StateSpaceLayer(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             inputs = hidden_states.transpose(1, 2).to(self._math_dtype)  # (B, H, L)
             state = None
-            if initial_state is None and not return_state:
+            if self._use_scan(inputs, return_state):
+                outputs, state = self._scan(inputs, initial_state)
+            elif initial_state is None and not return_state:
                 outputs = self._convolve(inputs)
             elif self.ssm_type == "s4":
                 dense = self._cached("dense", lambda: dplr_dense(self.dplr_system(self._wide_dtype)))
@@ -332,6 +338,22 @@ class StateSpaceLayer(nn.Module):
             outputs = outputs + self.D.to(inputs.dtype).unsqueeze(-1) * inputs.unsqueeze(1)  # (B, c, H, L)
             outputs = outputs.flatten(1, 2).transpose(1, 2).to(hidden_states.dtype)
         return outputs, state if return_state else None
+
+    def _use_scan(self, inputs: torch.Tensor, return_state: bool) -> bool:
+        """Whether the grouped scan is faster than kernel plus FFT: long inputs on a CPU, outside compiled graphs."""
+        if self.ssm_type != "s4d" or inputs.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        has_kernel = not return_state and self._cache_key() is not None
+        return inputs.shape[-1] >= (_SCAN_LENGTH_CACHED if has_kernel else _SCAN_LENGTH)
+
+    def _scan(self, inputs: torch.Tensor, initial_state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        system = self._cached("system", self.diagonal_system)
+        forward, backward = system, None
+        if self.bidirectional:
+            real, imag = system.output_real, system.output_imag
+            forward = system._replace(output_real=real[: self.channels], output_imag=imag[: self.channels])
+            backward = (real[self.channels :], imag[self.channels :])
+        return diagonal_scan(inputs, forward, initial_state, backward_output=backward)
 
     def _convolve(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, H, L) -> (B, c, H, L) by convolution with the kernel."""
