@@ -1,0 +1,95 @@
+"""`torch.compile` in one graph, forward and backward, and `torch.export`: the same numbers as eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from factories import Case, main_output, parametrize
+
+ENCODERS = [Case("spade", "AutoModelForTextEncoding", variant) for variant in ("default", "official")]
+SEQ2SEQ = [Case("spade", "AutoModelForSeq2SeqLM", variant) for variant in ("default", "local_decoder_chunk")]
+CAUSAL = [Case("spade_lm", "AutoModelForCausalLM", variant) for variant in ("default", "official", "chunk_gated")]
+COMPILED = ENCODERS + SEQ2SEQ + CAUSAL
+
+
+def padded_inputs(case: Case) -> dict[str, torch.Tensor]:
+    inputs = case.inputs(length=21, target=6)
+    inputs["attention_mask"] = torch.ones(2, 21, dtype=torch.long)
+    inputs["attention_mask"][1, :4] = 0
+    return inputs | ({} if case.auto_name == "AutoModelForTextEncoding" else case.labels(inputs))
+
+
+def run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients."""
+    outputs = model(**inputs)
+    loss = outputs.loss if "loss" in outputs else main_output(outputs).square().mean()
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return loss.detach(), {name: grad for name, grad in zip(parameters, gradients) if grad is not None}
+
+
+def check_compiled_training(case: Case, backend: str) -> None:
+    torch._dynamo.reset()
+    model = case.model().train()
+    inputs = padded_inputs(case)
+    loss, gradients = run(model, inputs)
+    model.compile(fullgraph=True, backend=backend)
+    compiled_loss, compiled_gradients = run(model, inputs)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-5)
+    assert compiled_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@parametrize(COMPILED)
+def test_one_graph_forward_and_backward(case: Case) -> None:
+    check_compiled_training(case, "aot_eager")
+
+
+@pytest.mark.slow
+@parametrize(COMPILED)
+def test_inductor(case: Case) -> None:
+    check_compiled_training(case, "inductor")
+
+
+@parametrize([ENCODERS[1], CAUSAL[0]])
+def test_compiled_evaluation_follows_changed_weights(case: Case) -> None:
+    """The compiler may not freeze a kernel that was computed from the weights."""
+    torch._dynamo.reset()
+    model = case.model()
+    inputs = padded_inputs(case)
+    inputs.pop("labels", None)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        first = main_output(compiled(**inputs))
+        torch.testing.assert_close(first, main_output(model(**inputs)), rtol=1e-5, atol=1e-5)
+        for name, tensor in model.state_dict().items():
+            if name.endswith((".ssm.C", ".ssm.D", ".ssm.log_dt")):
+                tensor.add_(0.3)
+        second = main_output(compiled(**inputs))
+        torch.testing.assert_close(second, main_output(model(**inputs)), rtol=1e-5, atol=1e-5)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_dynamic_lengths() -> None:
+    torch._dynamo.reset()
+    case = CAUSAL[0]
+    model = case.model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for length in (12, 33, 50):
+            inputs = case.inputs(length=length)
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+@parametrize([ENCODERS[0], SEQ2SEQ[0], CAUSAL[0]])
+def test_export(case: Case) -> None:
+    model = case.model()
+    inputs = padded_inputs(case)
+    inputs.pop("labels", None)
+    with torch.no_grad():
+        program = torch.export.export(model, (), kwargs=inputs | {"use_cache": False}, strict=False)
+        other = padded_inputs(case)
+        other.pop("labels", None)
+        exported = main_output(program.module()(**other, use_cache=False))
+        torch.testing.assert_close(exported, main_output(model(**other)), rtol=1e-5, atol=1e-5)

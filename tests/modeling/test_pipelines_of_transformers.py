@@ -1,0 +1,66 @@
+"""The stock pipelines run these models as they run any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from factories import VOCABULARY, Case
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, pipeline
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+
+
+TEXTS = ["w3 w4 w5 w6 w7", "w8", "w9 w10 w11"]
+
+
+@pytest.mark.parametrize("variant", ["default", "rotary_add", "chunk_gated"])
+def test_text_generation(tokenizer: PreTrainedTokenizerFast, variant: str) -> None:
+    model = Case("spade_lm", "AutoModelForCausalLM", variant).model()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    single = [generator(text, **settings)[0]["generated_text"] for text in TEXTS]
+    batched = [result[0]["generated_text"] for result in generator(TEXTS, batch_size=3, **settings)]
+    assert batched == single
+    for text, result in zip(TEXTS, single):
+        assert result.startswith(text) and len(result) > len(text)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        generated = model.generate(ids, **settings)
+        assert result == tokenizer.decode(generated[0], skip_special_tokens=True)
+    beams = generator(TEXTS[0], num_beams=3, num_return_sequences=2, **settings)
+    assert len(beams) == 2
+
+
+@pytest.mark.parametrize("model_type", ["spade", "spade_lm"])
+def test_text_classification(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
+    model = Case(model_type, "AutoModelForSequenceClassification", "default").model(num_labels=3)
+    classifier = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
+    single = [classifier(text) for text in TEXTS]
+    for one, several in zip(single, classifier(TEXTS, batch_size=3)):
+        assert [entry["label"] for entry in one] == [entry["label"] for entry in several]
+        scores = torch.tensor([entry["score"] for entry in one])
+        torch.testing.assert_close(scores, torch.tensor([entry["score"] for entry in several]))
+        torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+
+
+def test_token_classification(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = Case("spade", "AutoModelForTokenClassification", "default").model()
+    tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, ignore_labels=[])
+    assert [len(entities) for entities in tagger(TEXTS)] == [5, 1, 3]
+
+
+def test_feature_extraction(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = Case("spade", "AutoModelForTextEncoding", "default").model()
+    extractor = pipeline("feature-extraction", model=model, tokenizer=tokenizer)
+    features = torch.tensor(extractor(TEXTS[0]))
+    assert features.shape == (1, 5, model.config.d_model)
