@@ -294,7 +294,8 @@ class StateSpaceLayer(nn.Module):
             return system_kernel(self.diagonal_system(), length)
         dtype, truncated_for = self._math_dtype, self._truncated_for()
         if 0 < length <= truncated_for:
-            return dplr_kernel_from_nodes(self.C.to(dtype), self.dplr_system(dtype), truncated_for, length)
+            wide = self._wide_dtype
+            return dplr_kernel_from_nodes(self.C.to(wide), self.dplr_system(wide), truncated_for, length).to(dtype)
         dense = dplr_dense(self.dplr_system(self._wide_dtype))
         return dplr_kernel(self.raw_c(), dense, length).to(dtype)
 

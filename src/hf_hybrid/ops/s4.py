@@ -187,6 +187,32 @@ def _half_angles(length: int, dtype: torch.dtype, device: torch.device) -> tuple
     return sine.to(dtype), cosine.to(dtype)
 
 
+def _cauchy_entries(rates: torch.Tensor, tau: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
+    """Real and imaginary parts of 1 / ((c^2 |w|^2 - tau^2) - 2 i c tau Re w), side by side, (H, M, 2K)."""
+    scaled = torch.linalg.vector_norm(rates, dim=-1, keepdim=True) * cosine  # (H, M, K)
+    difference = (scaled - tau.unsqueeze(1)) * (scaled + tau.unsqueeze(1))
+    slope = 2 * rates[..., :1] * (tau * cosine).unsqueeze(1)
+    inverse = (difference.square() + slope.square()).reciprocal()
+    return torch.cat([difference * inverse, slope * inverse], dim=-1)
+
+
+def _remove_rank_one(
+    real: torch.Tensor, imag: torch.Tensor, cosine: torch.Tensor, row: int, column: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sherman-Morrison: sums of the system after subtracting the rank-one term at (`row`, `column`) of the table."""
+    row_real, row_imag = real[:, row : row + 1], imag[:, row : row + 1]  # (H, 1, S+R, K)
+    column_real, column_imag = real[:, :, column : column + 1], imag[:, :, column : column + 1]
+    pivot_real = 1 + 2 * cosine * row_real[:, :, column : column + 1]
+    pivot_imag = 2 * cosine * row_imag[:, :, column : column + 1]
+    factor = 2 * cosine / (pivot_real.square() + pivot_imag.square())
+    ratio_real = (row_real * pivot_real + row_imag * pivot_imag) * factor
+    ratio_imag = (row_imag * pivot_real - row_real * pivot_imag) * factor
+    return (
+        real - (column_real * ratio_real - column_imag * ratio_imag),
+        imag - (column_real * ratio_imag + column_imag * ratio_real),
+    )
+
+
 def _node_spectrum(
     rates: torch.Tensor,
     low_rank: torch.Tensor,
@@ -202,44 +228,27 @@ def _node_spectrum(
 
         g_xy = sum_n (i tau Re v - c Re(v conj w)) / ((c^2 |w|^2 - tau^2) - 2 i c tau Re w)
 
-    one real batched product for all of them; nothing is divided by c, which vanishes at the Nyquist node.
+    one real batched product for all of them; nothing is divided by c, which vanishes at the Nyquist node. The fractions
+    are formed in the precision of the system, the sums in that of C-tilde.
     """
     sine, cosine = _half_angles(length, rates.dtype, rates.device)  # (K,)
     tau = (2 / dt).unsqueeze(-1) * sine  # (H, K)
-    damping = rates[..., :1]  # (H, M, 1)
-    modulus = torch.linalg.vector_norm(rates, dim=-1, keepdim=True)
-    scaled = modulus * cosine
-    difference = (scaled - tau.unsqueeze(1)) * (scaled + tau.unsqueeze(1))  # (H, M, K)
-    slope = 2 * damping * (tau * cosine).unsqueeze(1)
-    inverse = (difference.square() + slope.square()).reciprocal()
-    cauchy = torch.cat([difference * inverse, slope * inverse], dim=-1)  # (H, M, 2K)
+    cauchy = _cauchy_entries(rates, tau, cosine).to(output.dtype)
 
     left = torch.cat([inputs.unsqueeze(0), low_rank], dim=0).unsqueeze(1)  # (1+R, 1, H, M, 2)
     conjugate = torch.stack([low_rank[..., 0], -low_rank[..., 1]], dim=-1)
-    right = torch.cat([output, conjugate], dim=0).unsqueeze(0)  # (1, S+R, H, M, 2)
+    right = torch.cat([output.to(rates.dtype), conjugate], dim=0).unsqueeze(0)  # (1, S+R, H, M, 2)
     product_real = left[..., 0] * right[..., 0] - left[..., 1] * right[..., 1]
     product_imag = left[..., 0] * right[..., 1] + left[..., 1] * right[..., 0]
     turned = product_real * rates[..., 0] + product_imag * rates[..., 1]  # Re(v conj w)
-    weights = torch.stack([product_real, turned], dim=0).movedim(3, 0)  # (H, 2, 1+R, S+R, M)
-    shape = weights.shape[1:-1]
-    sums = (weights.flatten(1, -2) @ cauchy).unflatten(-1, (2, -1)).unflatten(1, shape)  # (H, 2, 1+R, S+R, 2, K)
-    tau = tau[:, None, None]
+    weights = torch.stack([product_real, turned], dim=0).movedim(3, 0).to(output.dtype)  # (H, 2, 1+R, S+R, M)
+    sums = (weights.flatten(1, -2) @ cauchy).unflatten(-1, (2, -1)).unflatten(1, weights.shape[1:-1])
+    sine, cosine, tau = sine.to(output.dtype), cosine.to(output.dtype), tau[:, None, None].to(output.dtype)
     real = -tau * sums[:, 0, ..., 1, :] - cosine * sums[:, 1, ..., 0, :]  # (H, 1+R, S+R, K)
     imag = tau * sums[:, 0, ..., 0, :] - cosine * sums[:, 1, ..., 1, :]
-
-    channels, rank = output.shape[0], low_rank.shape[0]
-    for index in range(rank):  # remove one rank-one term after the other (Sherman-Morrison)
-        row = (real[:, 1 + index : 2 + index], imag[:, 1 + index : 2 + index])
-        column = (real[:, :, channels + index, None], imag[:, :, channels + index, None])
-        pivot_real = 1 + 2 * cosine * row[0][:, :, channels + index, None]
-        pivot_imag = 2 * cosine * row[1][:, :, channels + index, None]
-        factor = 2 * cosine / (pivot_real.square() + pivot_imag.square())
-        ratio_real = (row[0] * pivot_real + row[1] * pivot_imag) * factor
-        ratio_imag = (row[1] * pivot_real - row[0] * pivot_imag) * factor
-        real, imag = (
-            real - (column[0] * ratio_real - column[1] * ratio_imag),
-            imag - (column[0] * ratio_imag + column[1] * ratio_real),
-        )
+    channels = output.shape[0]
+    for index in range(low_rank.shape[0]):
+        real, imag = _remove_rank_one(real, imag, cosine, 1 + index, channels + index)
     real, imag = real[:, 0, :channels].transpose(0, 1), imag[:, 0, :channels].transpose(0, 1)  # (S, H, K)
     return 2 * torch.stack([cosine * real - sine * imag, cosine * imag + sine * real], dim=-1)
 
@@ -255,8 +264,9 @@ def dplr_kernel_from_nodes(
     """Kernel of the truncated system from C-tilde, at exactly computed FFT nodes (arXiv 2111.00396, section 3 and appendix C).
 
     Args:
-        output_tilde: C-tilde for `internal_length`, (S, H, M, 2).
-        system: `DplrSystem`, same precision.
+        output_tilde: C-tilde for `internal_length`, (S, H, M, 2); its precision is that of the result.
+        system: `DplrSystem`. In float32 the kernel is good to 1e-5 at any length (the terms of the Woodbury identity
+            cancel); in float64, with a float64 C-tilde, to 1e-13.
         internal_length: number of nodes; the kernel is exact for that many taps.
         length: taps to return, at most `internal_length` (default: all).
         max_elements: bound on modes times nodes held at once; the features are processed in blocks, which are
