@@ -86,7 +86,8 @@ def _source_files(root: Path, max_bytes: int) -> list[Path]:
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     named = [(path.relative_to(root).as_posix(), path) for path in files]
-    chosen, size = [], 0
+    chosen: list[tuple[str, Path]] = []
+    size = 0
     for name, path in sorted(named, key=lambda item: (_share(item[0]), item[0])):
         size += path.stat().st_size
         if size > max_bytes and chosen:
@@ -178,6 +179,7 @@ def embedded_text_corpus(
     families: Sequence[str] = FAMILIES,
     max_source_bytes: int = 3_000_000,
     max_characters: int | None = None,
+    validation_share: float = 0.05,
     progress: bool = False,
 ) -> list[str]:
     """Documents for pretraining: the pages of the language reference, and the docstrings of each file joined.
@@ -187,6 +189,8 @@ def embedded_text_corpus(
         families: see `collect_docstrings`.
         max_source_bytes: see `collect_docstrings`.
         max_characters: stop after about this many characters; documents of all sources are taken evenly.
+        validation_share: share of the documents in `"validation"`. A smaller share is a part of a larger one, here and in the
+            two tasks below: what is `"train"` under 0.2 holds no file that is validation in any of them.
         progress: show a progress bar.
 
     Raises:
@@ -199,7 +203,7 @@ def embedded_text_corpus(
         by_file.setdefault(f"{item.family}/{item.module}", []).append(item.text)
     documents += [(name, "\n\n".join(texts)) for name, texts in by_file.items()]
     if split is not None:
-        documents = [item for item in documents if _split_of(item[0], 0.05) == split]
+        documents = [item for item in documents if _split_of(item[0], validation_share) == split]
     if max_characters is not None:
         chosen, size = set(), 0
         for name, text in sorted(documents, key=lambda item: _share(item[0], "order")):

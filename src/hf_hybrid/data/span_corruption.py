@@ -171,37 +171,34 @@ def corrupt_spans(
     Raises:
         ValueError: too few sentinels, a segment that already holds a sentinel or a negative id, or a wrong shape.
     """
-    if isinstance(segments, torch.Tensor):
-        arrays = corrupt_spans(
-            segments.cpu().numpy(),
-            sentinel_ids=sentinel_ids,
-            eos_token_id=eos_token_id,
-            keys=keys,
-            noise_density=noise_density,
-            mean_span_length=mean_span_length,
-        )
-        inputs, labels = (torch.from_numpy(array).to(segments.device) for array in arrays)
-        return inputs, labels
-    segments = np.asarray(segments)
+    array = segments.cpu().numpy() if isinstance(segments, torch.Tensor) else np.asarray(segments)
     keys = np.asarray(keys, dtype=np.uint64)
-    if segments.ndim != 2 or segments.shape[1] < 2 or keys.shape != segments.shape[:1]:
+    if array.ndim != 2 or array.shape[1] < 2 or keys.shape != array.shape[:1]:
         raise ValueError(
             "`segments` must have the shape (batch, tokens) with at least 2 tokens and `keys` the shape (batch,); got "
-            f"{segments.shape} and {keys.shape}."
+            f"{array.shape} and {keys.shape}."
         )
     _check_rates(noise_density, mean_span_length)
-    batch, length = segments.shape
-    lengths = _lengths_of_segment(length, noise_density, mean_span_length)
-    noise, spans, kept = lengths.num_noise_tokens, lengths.num_spans, length - lengths.num_noise_tokens
-    first_sentinel = check_sentinels(sentinel_ids, spans, length)
-    _check_tokens(segments, first_sentinel, len(sentinel_ids))
+    lengths = _lengths_of_segment(array.shape[1], noise_density, mean_span_length)
+    first_sentinel = check_sentinels(sentinel_ids, lengths.num_spans, lengths.segment_length)
+    _check_tokens(array, first_sentinel, len(sentinel_ids))
+    input_ids, labels = _corrupt_arrays(array, keys, lengths, first_sentinel, eos_token_id)
+    if isinstance(segments, torch.Tensor):
+        return torch.from_numpy(input_ids).to(segments.device), torch.from_numpy(labels).to(segments.device)
+    return input_ids, labels
 
+
+def _corrupt_arrays(
+    segments: np.ndarray, keys: np.ndarray, lengths: SpanCorruptionLengths, first_sentinel: int, eos_token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`corrupt_spans` on checked arrays: every token and sentinel is scattered to its place by rank and span."""
+    batch, length = segments.shape
+    noise, spans, kept = lengths.num_noise_tokens, lengths.num_spans, length - lengths.num_noise_tokens
     with np.errstate(over="ignore"):
         noise_starts, noise_span = _part_starts(keys, 1, noise, spans)
         kept_starts, kept_span = _part_starts(keys, 2, kept, spans)
-    kept_ends = np.concatenate(
-        [kept_starts[:, 1:], np.full((batch, 1), kept)], axis=1
-    )  # kept tokens before noise span k
+    # Kept tokens before noise span k: (B, s).
+    kept_ends = np.concatenate([kept_starts[:, 1:], np.full((batch, 1), kept)], axis=1)
     span = np.arange(spans)
     row = np.arange(batch)[:, None]
 

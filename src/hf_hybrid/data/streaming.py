@@ -68,17 +68,17 @@ class _DocumentSource:
     def read(self, position: dict[str, Any] | None) -> tuple[Iterator[Any], Callable[[], dict[str, Any]]]:
         """Returns the documents after `position` and a function that tells the position reached so far."""
         read = 0 if position is None else position["documents"]
-        source = self.documents
+        source: Any = self.documents
         index, count = self.shard()
         if self.has_state:
             # `load_state_dict` lasts for all later iterations of an object, and `copy.copy` of a stream is the stream itself.
             source = object.__new__(type(source))
             source.__dict__.update(self.documents.__dict__)
             if position is not None and position["source"] is not None:
-                source.load_state_dict(position["source"])  # type: ignore[union-attr]
-            iterator = iter(source)  # type: ignore[arg-type]
+                source.load_state_dict(position["source"])
+            iterator = iter(source)
         elif self.is_stream:  # its own workers share it
-            iterator = itertools.islice(iter(source), read, None)  # type: ignore[arg-type]
+            iterator = itertools.islice(iter(source), read, None)
         elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
             iterator = (source[i] for i in range(index + read * count, len(source), count))
         else:
@@ -94,7 +94,7 @@ class _DocumentSource:
                 yield document
 
         def position_now() -> dict[str, Any]:
-            state = source.state_dict() if self.has_state and done > 0 else None  # type: ignore[union-attr]
+            state = source.state_dict() if self.has_state and done > 0 else None
             return {"documents": done, "source": copy.deepcopy(state)}
 
         return counted(), position_now

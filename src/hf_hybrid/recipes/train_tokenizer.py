@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from ..data.loading import load_text_source
 from ..tokenization.sentencepiece_tokenizer import (
@@ -27,6 +26,7 @@ from ..tokenization.sentencepiece_tokenizer import (
     tokenizer_from_sentencepiece,
     train_sentencepiece_model,
 )
+from .common import parse_arguments, set_up_logging, split_names
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class TrainTokenizerArguments:
 
     train_file: list[str] = field(
         metadata={
-            "help": "Text files, .json/.jsonl/.csv/.tsv/.parquet files, folders of them, or names of data sets of the Hub."
+            "help": "Text files, .json/.jsonl/.csv/.tsv/.parquet files, folders of them, or names of data sets of the Hub, "
+            "separated by spaces or commas."
         }
     )
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
@@ -67,7 +68,7 @@ class TrainTokenizerArguments:
 
 def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterator[str]:
     data = load_text_source(
-        args.train_file,
+        split_names(args.train_file),
         args.split,
         text_column=args.text_column,
         config_name=args.config_name,
@@ -83,18 +84,21 @@ def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterato
         yield text
 
 
-def main(args: TrainTokenizerArguments | Sequence[str] | None = None) -> dict:
+def main(args: TrainTokenizerArguments | Sequence[str] | Mapping[str, Any] | None = None) -> dict:
     """Trains the tokenizer, writes the folder and returns a few figures about it.
 
     Args:
-        args: the arguments, or a command line; None reads `sys.argv`.
+        args: the arguments, a command line (flags, or a YAML or JSON file) or a mapping; None reads `sys.argv`.
 
     Raises:
         ValueError: the output folder is not empty, or the data cannot be used; nothing is written then.
     """
-    if not isinstance(args, TrainTokenizerArguments):
-        (args,) = HfArgumentParser(TrainTokenizerArguments).parse_args_into_dataclasses(args=args)
-    output = Path(args.output_dir)
+    if isinstance(args, TrainTokenizerArguments):
+        options = args
+    else:
+        (options,) = parse_arguments([TrainTokenizerArguments], args, __doc__)
+    set_up_logging()
+    output = Path(options.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"`output_dir` {output} exists and is not an empty folder; choose another one or empty it first."
@@ -103,25 +107,25 @@ def main(args: TrainTokenizerArguments | Sequence[str] | None = None) -> dict:
     started = time.perf_counter()
     counts = {"documents": 0, "characters": 0}
     model = train_sentencepiece_model(
-        _documents(args, counts),
-        vocab_size=args.vocab_size,
-        normalization=args.normalization,
-        character_coverage=args.character_coverage,
-        max_sentences=args.max_sentences,
-        split_digits=args.split_digits,
-        num_threads=args.num_threads,
+        _documents(options, counts),
+        vocab_size=options.vocab_size,
+        normalization=options.normalization,
+        character_coverage=options.character_coverage,
+        max_sentences=options.max_sentences,
+        split_digits=options.split_digits,
+        num_threads=options.num_threads,
     )
     tokenizer = tokenizer_from_sentencepiece(
-        model, num_sentinels=args.num_sentinels, model_max_length=args.model_max_length
+        model, num_sentinels=options.num_sentinels, model_max_length=options.model_max_length
     )
     metrics = {
         **counts,
-        "pieces": args.vocab_size,
+        "pieces": options.vocab_size,
         "vocab_size": len(tokenizer),
         "padded_vocab_size": padded_vocab_size(tokenizer),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    _write(output, model, tokenizer, metrics, args)
+    _write(output, model, tokenizer, metrics, options)
     logger.info("Tokenizer with %d ids written to %s", len(tokenizer), output)
     return metrics
 
@@ -145,5 +149,4 @@ def _write(output: Path, model: bytes, tokenizer, metrics: dict, args: TrainToke
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     main()

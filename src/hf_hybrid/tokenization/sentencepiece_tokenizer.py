@@ -28,6 +28,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,18 @@ def _import_sentencepiece():
             'Training a tokenizer needs the `sentencepiece` library: pip install "hf_hybrid[train]".'
         ) from error
     return sentencepiece
+
+
+def _model_proto() -> Any:
+    """An empty message in the format of sentencepiece's model files."""
+    _import_sentencepiece()
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise ImportError(
+            'Reading a sentencepiece model needs the `protobuf` library: pip install "hf_hybrid[train]".'
+        ) from error
+    return sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=2)
@@ -199,9 +212,7 @@ def _with_exact_scores(model: bytes) -> bytes:
     Sums of such numbers are exact in float32 (sentencepiece) up to 65,536 and in float64 (tokenizers), so two segmentations
     of equal probability ("XX X X" and "X XX X") are a tie for both libraries, which break ties alike.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = _model_proto()
     proto.ParseFromString(model)
     for piece in proto.pieces:
         piece.score = round(piece.score * 256) / 256
@@ -236,14 +247,11 @@ def tokenizer_from_sentencepiece(
     Raises:
         ValueError: the model is not a unigram model with pad 0, end of sequence 1 and unknown 2.
     """
-    _import_sentencepiece()
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = _model_proto()
+    serialized = model if isinstance(model, bytes) else Path(model).read_bytes()
     try:
-        proto.ParseFromString(model if isinstance(model, bytes) else Path(model).read_bytes())
-    except DecodeError as error:
+        proto.ParseFromString(serialized)
+    except Exception as error:  # of protobuf, which is not always installed
         raise ValueError(f"`model` is not a sentencepiece model: {error}.") from error
     trainer = proto.trainer_spec
     if trainer.model_type != trainer.UNIGRAM or (trainer.pad_id, trainer.eos_id, trainer.unk_id) != (0, 1, 2):
@@ -254,8 +262,7 @@ def tokenizer_from_sentencepiece(
         )
     if num_sentinels < 0:
         raise ValueError(f"`num_sentinels` must be zero or positive; got {num_sentinels}.")
-    piece_type = sentencepiece_model_pb2.ModelProto.SentencePiece
-    matchable = (piece_type.NORMAL, piece_type.USER_DEFINED)
+    matchable = (type(proto).SentencePiece.NORMAL, type(proto).SentencePiece.USER_DEFINED)
     vocab = [(p.piece, p.score if p.type in matchable else _LITERAL_SCORE) for p in proto.pieces]
 
     backend = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=trainer.byte_fallback))

@@ -63,7 +63,7 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ValueError: the tokenizer has no sentinels, or their ids do not descend one by one (span corruption relies on it).
     """
     vocabulary = tokenizer.get_vocab()
-    ids = []
+    ids: list[int] = []
     while (token := f"<extra_id_{len(ids)}>") in vocabulary:
         ids.append(vocabulary[token])
     if not ids:
