@@ -32,7 +32,9 @@ from ..ops.diagonal_ssm import (
 from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
 from ..ops.hippo import hippo_legs_dplr, s4d_init
 from ..ops.s4 import (
+    DplrBlocks,
     DplrSystem,
+    dplr_blocks,
     dplr_dense,
     dplr_kernel,
     dplr_kernel_from_nodes,
@@ -206,27 +208,31 @@ class StateSpaceLayer(nn.Module):
         if torch.compiler.is_compiling():
             return None
         tensors = [*self._parameters.values(), *self._buffers.values()]
-        tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if tracked or (self.training and self.trainable):
+        if any(tensor.requires_grad for tensor in tensors) and (self.training or torch.is_grad_enabled()):
             return None
         if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
             return None
         return tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
-    def _cached(self, name: str, compute: Callable[[], Any], variant: int = 0) -> Any:
-        """Result of `compute`, kept while neither `variant` nor a tensor of the layer changes.
+    def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Result of `compute`, kept while no tensor of the layer changes.
 
-        Nothing is kept while gradients are tracked, nor in training unless the layer is frozen.
+        Nothing is kept while gradients are tracked, nor in training unless the tensors are frozen.
         """
         key = self._cache_key()
         if key is None:
             return compute()
-        key = (variant, *key)
         found = self._cache.get(name)
         if found is None or found[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 found = self._cache[name] = (key, compute())
         return found[1]
+
+    def train(self, mode: bool = True) -> StateSpaceLayer:
+        """Switch between training and evaluation; what was kept of trained tensors is dropped."""
+        if any(parameter.requires_grad for parameter in self._parameters.values()):
+            self._cache.clear()
+        return super().train(mode)
 
     @property
     def _math_dtype(self) -> torch.dtype:
@@ -285,9 +291,15 @@ class StateSpaceLayer(nn.Module):
 
     def kernel(self, length: int) -> torch.Tensor:
         """Convolution kernel of the first `length` taps (fewer when the reach is shorter): (c or 2c, H, taps)."""
-        reach = length if self.ssm_type == "s4d" or self.max_length is None else min(length, self.max_length)
-        # Kept for one length: the prefix of a longer kernel differs in the last bits, and outputs would depend on the past.
-        return self._cached("kernel", lambda: self._compute_kernel(reach), reach)
+        limit = self.max_length if self.ssm_type == "s4" else None
+        reach = length if limit is None else min(length, limit)
+        if self._cache_key() is None:
+            return self._compute_kernel(reach)
+        # Kept kernels have few different lengths. The prefix of a longer one differs in the last bits, so the length
+        # must follow from `reach` alone: outputs would otherwise depend on the lengths seen before.
+        kept = 1 << (reach - 1).bit_length()
+        kept = kept if limit is None else min(kept, limit)
+        return self._cached(f"kernel {kept}", lambda: self._compute_kernel(kept))[..., :reach]
 
     def _compute_kernel(self, length: int) -> torch.Tensor:
         if self.ssm_type == "s4d":
@@ -327,8 +339,7 @@ class StateSpaceLayer(nn.Module):
             elif initial_state is None and not return_state:
                 outputs = self._convolve(inputs)
             elif self.ssm_type == "s4":
-                dense = self._cached("dense", lambda: dplr_dense(self.dplr_system(self._wide_dtype)))
-                outputs, state = dplr_scan(inputs, self._cached("raw_c", self.raw_c), dense, initial_state)
+                outputs, state = dplr_scan(inputs, self._cached("blocks", self._blocks), initial_state)
             else:
                 system = self._cached("system", self.diagonal_system)
                 outputs = self._convolve(inputs)
@@ -393,6 +404,9 @@ class StateSpaceLayer(nn.Module):
                 outputs, state = dplr_step(inputs, output, constants, state)
             outputs = outputs + self.D.to(inputs.dtype) * inputs.unsqueeze(1)  # (B, c, H)
             return outputs.flatten(1).unsqueeze(1).to(hidden_states.dtype), state
+
+    def _blocks(self) -> DplrBlocks:
+        return dplr_blocks(self.raw_c(), dplr_dense(self.dplr_system(self._wide_dtype)), dtype=self._math_dtype)
 
     def _step_constants(self) -> tuple[Any, torch.Tensor]:
         constants = dplr_step_constants(self.dplr_system(self._wide_dtype))

@@ -16,10 +16,12 @@ References: arXiv 2111.00396 (S4); arXiv 2206.11893 (diagonal forms).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.utils.checkpoint
+from torch.utils.checkpoint import checkpoint
 
 
 class DplrSystem(NamedTuple):
@@ -122,16 +124,54 @@ def recover_c(output_tilde: torch.Tensor, system: DplrSystem, length: int) -> to
     return output_from_real_basis(torch.linalg.solve(identity - power, row, left=False).transpose(0, 1))
 
 
-def krylov(matrix: torch.Tensor, vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[v, A v, A^2 v, ...] of `count` columns by doubling, and A^c for the power of two c >= count."""
-    columns = vectors.unsqueeze(-1)
-    while columns.shape[-1] < count:
-        columns = torch.cat([columns, matrix @ columns], dim=-1)
-        matrix = matrix @ matrix
-    return columns[..., :count], matrix
+def _squares(matrix: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """[A, A^2, A^4, ..., A^count] for a power of two."""
+    powers = [matrix]
+    while count > 1:
+        powers.append(powers[-1] @ powers[-1])
+        count //= 2
+    return powers
 
 
-def dplr_kernel(output: torch.Tensor, dense: DenseSystem, length: int) -> torch.Tensor:
+def _grow_columns(squares: list[torch.Tensor], columns: torch.Tensor, count: int) -> torch.Tensor:
+    """[v, A v, ..., A^(count-1) v] from (..., N, 1), by doubling."""
+    for power in squares:
+        if columns.shape[-1] >= count:
+            break
+        columns = torch.cat([columns, power @ columns], dim=-1)
+    return columns[..., :count]
+
+
+def _grow_rows(squares: list[torch.Tensor], rows: torch.Tensor, count: int) -> torch.Tensor:
+    """[r, r A, ..., r A^(count-1)], (H, S, count, N), from (H, S, 1, N)."""
+    for power in squares:
+        if rows.shape[2] >= count:
+            break
+        grown = (rows.flatten(1, 2) @ power).unflatten(1, (rows.shape[1], -1))
+        rows = torch.cat([rows, grown], dim=2)
+    return rows[:, :, :count]
+
+
+def _over_features(
+    function: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], axes: Sequence[int], block: int, dim: int
+) -> torch.Tensor:
+    """Apply `function` to blocks of features and join along `dim`; several blocks are recomputed in the backward pass."""
+    features = tensors[0].shape[axes[0]]
+    if block >= features:
+        return function(*tensors)
+    keeps_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    results = []
+    for start in range(0, features, block):
+        size = min(block, features - start)
+        parts = [tensor.narrow(axis, start, size) for tensor, axis in zip(tensors, axes)]
+        if keeps_graph:
+            results.append(checkpoint(function, *parts, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(function(*parts))
+    return torch.cat(results, dim=dim)
+
+
+def dplr_kernel(output: torch.Tensor, dense: DenseSystem, length: int, *, max_elements: int = 1 << 20) -> torch.Tensor:
     """Untruncated kernel C A_bar^t B_bar, t < length, from raw C by the two-level product of Krylov vectors.
 
     With t = gC + j the kernel is (C A_bar^(gC)) (A_bar^j B_bar): both factors grow by doubling with the powers met while
@@ -141,6 +181,7 @@ def dplr_kernel(output: torch.Tensor, dense: DenseSystem, length: int) -> torch.
         output: C, (S, H, M, 2).
         dense: `DenseSystem`.
         length: number of taps.
+        max_elements: bound on matrix entries per power; the features are processed in blocks.
 
     Returns:
         (S, H, length).
@@ -149,16 +190,17 @@ def dplr_kernel(output: torch.Tensor, dense: DenseSystem, length: int) -> torch.
     while size * size < length:
         size *= 2
     groups = -(-length // size)
-    columns, power = krylov(dense.transition, dense.inputs, size)  # (H, N, C)
-    rows = output_to_real_basis(output).transpose(0, 1)  # (H, S, N)
-    features, channels, modes = rows.shape
-    rows = rows.unsqueeze(2)  # (H, S, 1, N)
-    while rows.shape[2] < groups:
-        grown = (rows.flatten(1, 2) @ power).unflatten(1, (channels, -1))
-        rows = torch.cat([rows, grown], dim=2)
-        power = power @ power if rows.shape[2] < groups else power
-    kernel = rows[:, :, :groups].reshape(features, channels * groups, modes) @ columns
-    return kernel.reshape(features, channels, groups * size)[..., :length].transpose(0, 1)
+
+    def block_kernel(output: torch.Tensor, transition: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        squares = _squares(transition, size)
+        columns = _grow_columns(squares, inputs.unsqueeze(-1), size)  # (H, N, C)
+        outer = _squares(squares[-1], groups)
+        rows = _grow_rows(outer, output_to_real_basis(output).transpose(0, 1).unsqueeze(2), groups)  # (H, S, G, N)
+        kernel = (rows.flatten(1, 2) @ columns).unflatten(1, (-1, groups)).flatten(2)
+        return kernel[..., :length].transpose(0, 1)
+
+    block = max(1, max_elements // dense.transition[0].numel())
+    return _over_features(block_kernel, (output, *dense), (1, 0, 0), block, dim=1)
 
 
 def dplr_kernel_reference(output: torch.Tensor, dense: DenseSystem, length: int) -> torch.Tensor:
@@ -281,28 +323,10 @@ def dplr_kernel_from_nodes(
     length = internal_length if length is None else length
     if not 1 <= length <= internal_length:
         raise ValueError(f"`length` must lie in 1..internal_length ({internal_length}); got {length}.")
-    features, modes = system.rates.shape[:2]
-    block = max(1, max_elements // (modes * (internal_length // 2 + 1)))
-    arguments = (system.rates, system.low_rank, system.inputs, output_tilde, system.dt)
-    spectra = []
-    for start in range(0, features, block):
-        part = slice(start, start + block)
-        pieces = (
-            arguments[0][part],
-            arguments[1][:, part],
-            arguments[2][part],
-            arguments[3][:, part],
-            arguments[4][part],
-        )
-        if block < features and torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces):
-            spectrum = torch.utils.checkpoint.checkpoint(
-                _node_spectrum, *pieces, internal_length, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            spectrum = _node_spectrum(*pieces, internal_length)
-        spectra.append(spectrum)
-    joined = spectra[0] if len(spectra) == 1 else torch.cat(spectra, dim=1)
-    return torch.fft.irfft(torch.view_as_complex(joined), n=internal_length)[..., :length]
+    block = max(1, max_elements // (system.rates.shape[1] * (internal_length // 2 + 1)))
+    tensors = (system.rates, system.low_rank, system.inputs, output_tilde, system.dt)
+    spectrum = _over_features(partial(_node_spectrum, length=internal_length), tensors, (0, 1, 0, 1, 0), block, dim=1)
+    return torch.fft.irfft(torch.view_as_complex(spectrum), n=internal_length)[..., :length]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,79 +412,77 @@ def dplr_dense_step(
     return outputs, from_real_basis(vector)
 
 
+class DplrBlocks(NamedTuple):
+    """Constants of `dplr_scan` for blocks of b tokens."""
+
+    arrival: torch.Tensor  # weight of token j in the state after the block, (H, b, N)
+    transitions: tuple[torch.Tensor, ...]  # transposed A_bar^(2^k), up to A_bar^b, (H, N, N)
+    responses: torch.Tensor  # C A_bar^(i+1), (H, S b, N)
+    toeplitz: torch.Tensor  # kernel within the block, (H, S b, b)
+
+
+def dplr_blocks(
+    output: torch.Tensor, dense: DenseSystem, *, block_size: int = 64, dtype: torch.dtype | None = None
+) -> DplrBlocks:
+    """Constants of the blocked scan, O(H N^3 log b): worth keeping between calls.
+
+    Args:
+        output: raw C, (S, H, M, 2).
+        dense: `DenseSystem`; float64 keeps its powers exact.
+        block_size: b, a power of two.
+        dtype: precision of the constants, default that of the system.
+
+    Raises:
+        ValueError: if `block_size` is not a power of two.
+    """
+    if block_size < 1 or block_size & (block_size - 1):
+        raise ValueError(f"`block_size` must be a power of two; got {block_size}.")
+    dtype = dense.transition.dtype if dtype is None else dtype
+    squares = _squares(dense.transition, block_size)
+    columns = _grow_columns(squares, dense.inputs.unsqueeze(-1), block_size)  # (H, N, b)
+    rows = output_to_real_basis(output).transpose(0, 1)  # (H, S, N)
+    responses = _grow_rows(squares, (rows @ dense.transition).unsqueeze(2), block_size).flatten(1, 2)
+    taps = rows @ columns  # (H, S, b)
+    lag = torch.arange(block_size, device=taps.device)
+    lag = lag[:, None] - lag
+    toeplitz = torch.where(lag >= 0, taps[..., lag.clamp_min(0)], 0.0).flatten(1, 2)
+    transitions = tuple(power.mT.to(dtype) for power in squares)
+    return DplrBlocks(columns.flip(-1).mT.to(dtype), transitions, responses.to(dtype), toeplitz.to(dtype))
+
+
 def dplr_scan(
-    inputs: torch.Tensor,
-    output: torch.Tensor | None,
-    dense: DenseSystem,
-    initial_state: torch.Tensor | None = None,
-    *,
-    block_size: int = 64,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+    inputs: torch.Tensor, blocks: DplrBlocks, initial_state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Untruncated recurrence over a sequence, in blocks: one product per block carries the state.
 
     Args:
-        inputs: u, (B, H, L).
-        output: raw C, (S, H, M, 2), or None to compute the state only.
-        dense: `DenseSystem` (float64 keeps the powers exact; results are cast to float32 or better of `inputs`).
+        inputs: u, (B, H, L), in the precision of `blocks`.
+        blocks: from `dplr_blocks`.
         initial_state: (B, H, M, 2) or None for zeros.
-        block_size: tokens per block.
 
     Returns:
-        Outputs (B, S, H, L) or None, and the final state (B, H, M, 2).
+        Outputs (B, S, H, L) and the final state (B, H, M, 2).
     """
     batch, features, length = inputs.shape
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
-    block = min(block_size, length)
-    columns, _ = krylov(dense.transition, dense.inputs, block)  # (H, N, b)
-    power = matrix_power(dense.transition, block).to(dtype)
-    reverse = columns.flip(-1).mT.to(dtype)  # (H, b, N): weight of token j in the state after the block
-    n_full, rest = length // block, length % block  # no divmod: it does not trace
-    sequence = inputs.to(dtype).transpose(0, 1)  # (H, B, L)
-    state = inputs.new_zeros(features, batch, columns.shape[1], dtype=dtype)
+    size, modes = blocks.arrival.shape[1:]
+    n_full, rest = length // size, length % size  # no divmod: it does not trace
+    state = inputs.new_zeros(features, batch, modes)
     if initial_state is not None:
-        state = to_real_basis(initial_state.to(dtype)).transpose(0, 1)
-    driven = sequence[..., : n_full * block].unflatten(-1, (n_full, block)).flatten(1, 2) @ reverse
-    driven = driven.unflatten(1, (batch, n_full))  # (H, B, n, N)
+        state = to_real_basis(initial_state.to(inputs.dtype)).transpose(0, 1)
+    groups = n_full + (rest > 0)
+    tokens = torch.nn.functional.pad(inputs.transpose(0, 1), (0, groups * size - length))
+    tokens = tokens.reshape(features, batch * groups, size)  # (H, B n, b)
+    driven = (tokens @ blocks.arrival).unflatten(1, (batch, groups))
     before = []
     for index in range(n_full):
         before.append(state)
-        state = state @ power.mT + driven[:, :, index]
+        state = state @ blocks.transitions[-1] + driven[:, :, index]
     if rest:
         before.append(state)
-        last = matrix_power(dense.transition, rest).to(dtype)
-        state = state @ last.mT + sequence[..., n_full * block :] @ reverse[:, -rest:]
-    final_state = from_real_basis(state.transpose(0, 1))
-    if output is None:
-        return None, final_state
-    rows = output_to_real_basis(output).transpose(0, 1)  # (H, S, N)
-    return _block_outputs(sequence, rows, dense, columns, torch.stack(before, dim=2), block), final_state
-
-
-def _block_outputs(
-    sequence: torch.Tensor,
-    rows: torch.Tensor,
-    dense: DenseSystem,
-    columns: torch.Tensor,
-    before: torch.Tensor,
-    block: int,
-) -> torch.Tensor:
-    """Outputs of every block from its tokens (Toeplitz product) and the state before it: (B, S, H, L)."""
-    features, batch, length = sequence.shape
-    channels = rows.shape[1]
-    dtype = sequence.dtype
-    grown = (rows @ dense.transition).unsqueeze(2)  # (H, S, j, N): C A_bar^(j+1)
-    power = dense.transition
-    while grown.shape[2] < block:
-        grown = torch.cat([grown, (grown.flatten(1, 2) @ power).unflatten(1, (channels, -1))], dim=2)
-        power = power @ power
-    responses = grown[:, :, :block].flatten(1, 2).to(dtype)  # (H, S b, N)
-    taps = (rows @ columns).to(dtype)  # (H, S, b)
-    lag = torch.arange(block, device=taps.device)
-    lag = lag[:, None] - lag
-    toeplitz = torch.where(lag >= 0, taps[..., lag.clamp_min(0)], 0.0).flatten(1, 2)  # (H, S b, b)
-    blocks = before.shape[2]
-    padded = torch.nn.functional.pad(sequence, (0, blocks * block - length))
-    padded = padded.unflatten(-1, (blocks, block)).flatten(1, 2)  # (H, B n, b)
-    result = padded @ toeplitz.mT + before.flatten(1, 2) @ responses.mT  # (H, B n, S b)
-    result = result.reshape(features, batch, blocks, channels, block).permute(1, 3, 0, 2, 4)
-    return result.reshape(batch, channels, features, blocks * block)[..., :length]
+        for bit, transition in enumerate(blocks.transitions):  # A_bar^rest by the binary digits of rest
+            state = state @ transition if rest >> bit & 1 else state
+        state = state + tokens.unflatten(1, (batch, groups))[:, :, -1, :rest] @ blocks.arrival[:, size - rest :]
+    met = torch.stack(before, dim=2).flatten(1, 2)  # (H, B n, N)
+    outputs = torch.baddbmm(tokens @ blocks.toeplitz.mT, met, blocks.responses.mT)  # (H, B n, S b)
+    outputs = outputs.view(features, batch, groups, -1, size).permute(1, 3, 0, 2, 4).flatten(3)[..., :length]
+    return outputs, from_real_basis(state.transpose(0, 1))
