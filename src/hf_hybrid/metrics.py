@@ -242,7 +242,7 @@ class Chrf(OfflineMetric):
         return {"score": CHRF(**options).corpus_score(list(predictions), _by_reference(references)).score}
 
 
-def _by_reference(references: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str | None]]:
+def _by_reference(references: Sequence[str] | Sequence[Sequence[str]]) -> list[Any]:
     """Rows of references as sacrebleu wants them: one list per reference number, None where a row has fewer."""
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
     if any(not row for row in rows):

@@ -186,8 +186,8 @@ def labels_of_model(config: PreTrainedConfig, column: str) -> Labels:
     """The labels a fine-tuned checkpoint predicts."""
     if config.num_labels == 1:
         return Labels(column, None)
-    names = [config.id2label[number] for number in range(config.num_labels)]
-    ids: dict[Any, int] = {number: number for number in range(config.num_labels)}
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    ids: dict[Any, int] = {number: number for number in range(len(names))}
     return Labels(column, names, {**ids, **{name: number for number, name in enumerate(names)}})
 
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .. import metrics as offline_metrics
 from ..training.arguments import Seq2SeqFinetuningArguments
@@ -129,6 +135,33 @@ def encode(
     return rows.map(tokenize, batched=True, batch_size=200, remove_columns=rows.column_names, desc=f"tokenize {what}")
 
 
+def set_generation(
+    model: PreTrainedModel, data_args: SummarizationArguments, training_args: Seq2SeqFinetuningArguments
+) -> None:
+    """Put the decoding options into the generation configuration, which is saved with the model.
+
+    Raises:
+        ValueError: options contradict each other, or exceed the decoder's positions.
+    """
+    if training_args.generation_max_length is None:
+        training_args.generation_max_length = data_args.max_target_length + 1  # the start token counts
+    longest = training_args.generation_max_length - 1
+    check_decoder_table(model.config, data_args.max_target_length, "Targets", "max_target_length")
+    check_decoder_table(model.config, longest, "Generated texts", "generation_max_length")
+    beams = training_args.generation_num_beams or 1
+    if data_args.length_penalty is not None and beams == 1:
+        raise ValueError("`length_penalty` acts on beam search: set `generation_num_beams` above 1 or leave it out.")
+    options = {
+        "num_beams": beams if beams > 1 else None,
+        "length_penalty": data_args.length_penalty,
+        "no_repeat_ngram_size": data_args.no_repeat_ngram_size,
+        "min_new_tokens": data_args.min_new_tokens,
+    }
+    for name, value in options.items():
+        if value is not None:
+            setattr(model.generation_config, name, value)
+
+
 class GenerationScorer:
     """ROUGE of generated ids against all references; keeps the decoded text of the last evaluation.
 
@@ -177,15 +210,7 @@ def build(
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     model = load_or_initialize(AutoModelForSeq2SeqLM, model_args)
     check_vocabulary(model, tokenizer)
-    if training_args.generation_max_length is None:
-        training_args.generation_max_length = data_args.max_target_length + 1  # the start token counts
-    check_decoder_table(model.config, data_args.max_target_length, "Targets", "max_target_length")
-    check_decoder_table(
-        model.config, training_args.generation_max_length - 1, "Generated texts", "generation_max_length"
-    )
-    for name in ("length_penalty", "no_repeat_ngram_size", "min_new_tokens"):
-        if (value := getattr(data_args, name)) is not None:
-            setattr(model.generation_config, name, value)
+    set_generation(model, data_args, training_args)
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only)
     rows = validation.get("")
     if rows is None:

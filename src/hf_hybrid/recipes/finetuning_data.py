@@ -97,14 +97,15 @@ def _load_validation(arguments: TableArguments) -> dict[str, Dataset]:
     sources = arguments.data or []
     if all(Path(source).is_file() for source in sources):  # a file has no splits
         return {}
-    try:
-        return {"": _load(sources, split, arguments)}
-    except ValueError as error:
-        logger.debug("no split %s: %s", split, error)
-    try:  # MNLI has two validation sets
-        return {name: _load(sources, f"{split}_{name}", arguments) for name in ("matched", "mismatched")}
-    except ValueError as error:
-        logger.debug("no matched and mismatched splits: %s", error)
+    single = {"": split}
+    mnli = {name: f"{split}_{name}" for name in ("matched", "mismatched")}  # two validation sets
+    # In a folder, files called validation_matched belong to the split `validation` as well: look for the two first.
+    is_local = all(Path(source).exists() for source in sources)
+    for splits in (mnli, single) if is_local else (single, mnli):
+        try:
+            return {name: _load(sources, of_name, arguments) for name, of_name in splits.items()}
+        except ValueError as error:
+            logger.debug("no splits %s: %s", ", ".join(splits.values()), error)
     return {}
 
 
@@ -160,7 +161,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     Raises:
         ValueError: the vocabulary of the model is smaller.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    size = int(model.config.vocab_size)
     if len(tokenizer) > size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} ids but the model only {size}: use the tokenizer of the checkpoint."

@@ -158,13 +158,12 @@ def load_generator(arguments: GenerateArguments, decoding: DecodingArguments) ->
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     check_decoder_table(config, decoding.max_new_tokens, "Generated texts", "max_new_tokens")
     options = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
-    model = load_model(auto_class, arguments.model_name_or_path, **options)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model: Any = load_model(auto_class, arguments.model_name_or_path, **options)
+    return model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def generate_batch(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     arguments: GenerateArguments,

@@ -53,17 +53,26 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     return run_recipe((CausalDataArguments, NewModelArguments, PretrainingArguments), build, args, __doc__)
 
 
-def build(data_args: CausalDataArguments, model_args: NewModelArguments, training_args: PretrainingArguments) -> Job:
+def build(
+    data_args: CausalDataArguments,
+    model_args: NewModelArguments,
+    training_args: PretrainingArguments,
+    *,
+    evaluate_only: bool = False,
+) -> Job:
     """Model, blocks of tokens and trainer.
 
     Raises:
         ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
     """
-    check_length_of_run(data_args, training_args)
+    if not evaluate_only:
+        check_length_of_run(data_args, training_args)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_type="spade_lm")
     check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
-    train_dataset, eval_dataset, text = build_datasets(data_args, tokenizer, training_args.seed)
+    train_dataset, eval_dataset, text = build_datasets(
+        data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
+    )
     trainer = HybridTrainer(
         model=model,
         args=training_args,
@@ -95,15 +104,15 @@ def build(data_args: CausalDataArguments, model_args: NewModelArguments, trainin
 
 
 def build_datasets(
-    arguments: CausalDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[Dataset, Dataset, PretrainingText]:
+    arguments: CausalDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int, *, evaluate_only: bool = False
+) -> tuple[Dataset | None, Dataset, PretrainingText]:
     """Blocks to train on, blocks to evaluate on, and the text they come from."""
-    text = load_text(arguments, tokenizer)
+    text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
     length = arguments.block_length
-    train: Dataset
+    train: Dataset | None = None
     if isinstance(text.train, TokenSplit):
         train = CausalBlockDataset(text.train.tokens, length)
-    else:
+    elif text.train is not None:
         options: dict[str, Any] = {"seed": seed, "shuffle_window": SHUFFLE_WINDOW, "repeat": True}
         train = CausalBlockStream(text.train, tokenizer, block_length=length, **options)
     evaluation = CausalBlockDataset(text.validation.tokens, length)

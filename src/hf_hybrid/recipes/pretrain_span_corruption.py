@@ -57,20 +57,27 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
 
 
 def build(
-    data_args: SpanCorruptionArguments, model_args: NewModelArguments, training_args: PretrainingArguments
+    data_args: SpanCorruptionArguments,
+    model_args: NewModelArguments,
+    training_args: PretrainingArguments,
+    *,
+    evaluate_only: bool = False,
 ) -> Job:
     """Model, corrupted segments and trainer.
 
     Raises:
         ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
     """
-    check_length_of_run(data_args, training_args)
+    if not evaluate_only:
+        check_length_of_run(data_args, training_args)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
     check_sentinels(sentinel_ids(tokenizer), lengths.num_spans, lengths.segment_length)
     model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_type="spade")
     check_decoder_table(model.config, lengths.target_length, "The span-corruption targets", "input_length")
-    train_dataset, eval_dataset, text = build_datasets(data_args, tokenizer, training_args.seed)
+    train_dataset, eval_dataset, text = build_datasets(
+        data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
+    )
     trainer = HybridTrainer(
         model=model,
         args=training_args,
@@ -97,8 +104,8 @@ def build(
 
 
 def build_datasets(
-    arguments: SpanCorruptionArguments, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[Dataset, Dataset, str]:
+    arguments: SpanCorruptionArguments, tokenizer: PreTrainedTokenizerBase, seed: int, *, evaluate_only: bool = False
+) -> tuple[Dataset | None, Dataset, str]:
     """Training set (new noise in each epoch), evaluation set (fixed noise) and a description of the text."""
     options: dict[str, Any] = {
         "input_length": arguments.input_length,
@@ -108,11 +115,11 @@ def build_datasets(
         "seed": seed,
     }
     eos = tokenizer.eos_token_id
-    text = load_text(arguments, tokenizer)
-    train: Dataset
+    text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
+    train: Dataset | None = None
     if isinstance(text.train, TokenSplit):
         train = SpanCorruptionDataset(text.train.tokens, eos_token_id=eos, **options)
-    else:
+    elif text.train is not None:
         train = SpanCorruptionStream(text.train, tokenizer, shuffle_window=SHUFFLE_WINDOW, repeat=True, **options)
     evaluation = SpanCorruptionDataset(text.validation.tokens, eos_token_id=eos, resample_each_epoch=False, **options)
     return train, limited(evaluation, arguments.max_validation_segments), str(text)

@@ -81,26 +81,31 @@ class TokenSplit:
 class PretrainingText:
     """Training text, as tokens or (streaming) as documents, and tokenized validation text."""
 
-    train: TokenSplit | IterableDataset
+    train: TokenSplit | IterableDataset | None
     validation: TokenSplit
 
     def __str__(self) -> str:
+        if self.train is None:
+            return f"evaluated on {self.validation}"
         return str(self.train) if isinstance(self.train, TokenSplit) else "streamed"
 
 
-def load_text(arguments: PretrainingDataArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainingText:
+def load_text(
+    arguments: PretrainingDataArguments, tokenizer: PreTrainedTokenizerBase, *, evaluate_only: bool = False
+) -> PretrainingText:
     """Read the training and the validation text; tokenize all of it, or (streaming) only the validation text.
+
+    With `evaluate_only` there is no training text.
 
     Raises:
         ValueError: a source cannot be read, or holds no text.
     """
     if arguments.streaming:
-        stream, held_out = _load_stream(arguments)
-        return PretrainingText(stream, tokenize([held_out], tokenizer, "validation text"))
-    train, validation = load_documents(arguments)
-    return PretrainingText(
-        tokenize(train, tokenizer, "training text"), tokenize(validation, tokenizer, "validation text")
-    )
+        stream, first = _load_stream(arguments)
+        return PretrainingText(None if evaluate_only else stream, tokenize([first], tokenizer, "validation text"))
+    train, held_out = load_documents(arguments)
+    validation = tokenize(held_out, tokenizer, "validation text")
+    return PretrainingText(None if evaluate_only else tokenize(train, tokenizer, "training text"), validation)
 
 
 def check_length_of_run(arguments: PretrainingDataArguments, training_args: HybridTrainingArguments) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,8 +47,9 @@ class HybridTrainer(Trainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._time_limit: TimeLimitCallback | None = None
-        if getattr(self.args, "max_minutes", None) is not None:
-            self._time_limit = TimeLimitCallback(self.args.max_minutes)
+        max_minutes = getattr(self.args, "max_minutes", None)
+        if max_minutes is not None:
+            self._time_limit = TimeLimitCallback(max_minutes)
             self.add_callback(self._time_limit)
         self._epochs = EpochCallback(self.train_dataset)
         self.add_callback(self._epochs)
@@ -57,7 +59,7 @@ class HybridTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer from `parameter_groups`; optimizers that choose their own groups keep them."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            target = self.model if model is None else model
+            target: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             chooses_groups = {"params", "model", "optimizer_dict"} & options.keys()
             is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)

@@ -1,0 +1,66 @@
+"""Two processes under torchrun train the same model as one, and only the first writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def launch(script: str, options: dict, processes: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [*(starter if processes > 1 else [sys.executable]), str(SCRIPTS / script), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def same_weights(first: Path, second: Path) -> None:
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_pretraining_on_two_processes(tmp_path, checkpoint, corpus):
+    options = {
+        "model_name_or_path": checkpoint, "data": corpus, "input_length": 32, "max_validation_segments": 16,
+        "max_steps": 6, "learning_rate": 1e-3, "use_cpu": True, "logging_steps": 1, "eval_strategy": "no",
+    }  # fmt: skip
+    launch("run_pretrain_span_corruption.py", {**options, "output_dir": tmp_path / "one"}, 1)
+    halves = {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    launch("run_pretrain_span_corruption.py", {**options, **halves}, 2)
+    same_weights(tmp_path / "one", tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert two["input_tokens_seen"] == one["input_tokens_seen"] == 6 * 8 * 32
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_summaries_on_two_processes(tmp_path, checkpoint):
+    rows = [{"document": "a list of keys " * (i + 1), "summary": f"list {i}"} for i in range(7)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "model_name_or_path": checkpoint, "data": tmp_path / "train.jsonl", "max_target_length": 8,
+        "validation_data": tmp_path / "validation.jsonl", "max_steps": 2, "use_cpu": True, "save_strategy": "no",
+        "per_device_eval_batch_size": 2, "max_minutes": 30,
+    }  # fmt: skip
+    launch("run_finetune_summarization.py", {**options, "output_dir": tmp_path / "two"}, 2)
+    predictions = (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["references"] for line in predictions] == [[row["summary"]] for row in rows]

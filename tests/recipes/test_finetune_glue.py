@@ -1,0 +1,224 @@
+"""Sequence classification and regression, end to end on toy rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from hf_hybrid.hub import model_card_problems
+from hf_hybrid.recipes import finetune_glue
+from hf_hybrid.recipes.finetune_glue import Labels, find_labels, find_text_columns, main
+
+GOOD, BAD = "the list is good and sorted", "this dictionary is bad"
+
+
+def sentiment_rows(count: int) -> list[dict]:
+    return [{"sentence": f"{(BAD, GOOD)[i % 2]} {i}", "label": i % 2, "idx": i} for i in range(count)]
+
+
+def write_split(folder, split, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_split(tmp_path / "data", "train", sentiment_rows(32))
+    write_split(tmp_path / "data", "validation", sentiment_rows(10))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def finetuning(options, checkpoint, data) -> dict:
+    return {
+        **options,
+        "model_name_or_path": str(checkpoint),
+        "data": [str(data)],
+        "max_length": 24,
+        "save_strategy": "no",
+    }
+
+
+def test_a_separable_task_is_learnt(finetuning, tmp_path):
+    changes = {"max_steps": 40, "learning_rate": 2e-2, "per_device_train_batch_size": 8}
+    metrics = main({**finetuning, **changes})
+    assert metrics["eval_accuracy"] == 1.0
+    assert metrics["majority_accuracy"] == 0.5
+    assert metrics["eval_samples"] == {"validation": 10}
+    run = tmp_path / "run"
+    card = (run / "README.md").read_text()
+    assert model_card_problems(card) == []
+    assert "| accuracy | 1 |" in card and "pipeline_tag: text-classification" in card
+    model = AutoModelForSequenceClassification.from_pretrained(run)
+    assert model.config.num_labels == 2 and model.config.id2label == {0: "0", 1: "1"}
+
+
+def test_pretrained_weights_are_used_unless_from_scratch(finetuning, tmp_path, checkpoint):
+    frozen = {**finetuning, "learning_rate": 0.0, "ssm_learning_rate": 0.0}
+    main({**frozen, "output_dir": str(tmp_path / "pretrained")})
+    main({**frozen, "output_dir": str(tmp_path / "scratch"), "from_scratch": True})
+    base, used, fresh = (
+        load_file(p / "model.safetensors") for p in (checkpoint, tmp_path / "pretrained", tmp_path / "scratch")
+    )
+    name = next(key for key in base if "encoder" in key and key.endswith("q_proj.weight"))
+    (key,) = [key for key in used if key.endswith(name.removeprefix("model."))]
+    assert torch.equal(base[name], used[key]) and not torch.equal(base[name], fresh[key])
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "expected"),
+    [
+        (("question", "sentence"), "qnli", {"eval_accuracy"}),
+        (("sentence1", "sentence2"), "mrpc", {"eval_accuracy", "eval_f1"}),
+        (("question1", "question2"), "qqp", {"eval_accuracy", "eval_f1"}),
+        (("premise", "hypothesis"), "rte", {"eval_accuracy"}),
+        (("sentence",), "cola", {"eval_matthews_correlation"}),
+    ],
+)
+def test_columns_and_metrics_of_the_tasks(finetuning, tmp_path, columns, task, expected):
+    rows = [{**dict.fromkeys(columns, GOOD), "label": i % 2} for i in range(8)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "pairs", split, rows)
+    metrics = main({**finetuning, "data": [str(tmp_path / "pairs")], "task": task, "max_steps": 1})
+    assert expected <= metrics.keys()
+
+
+def test_decimal_labels_mean_regression(finetuning, tmp_path):
+    rows = [{"sentence1": GOOD, "sentence2": BAD, "label": i / 2} for i in range(8)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "stsb", split, rows)
+    metrics = main({**finetuning, "data": [str(tmp_path / "stsb")], "max_steps": 2})
+    assert {"eval_pearson", "eval_spearmanr"} <= metrics.keys() and "majority_accuracy" not in metrics
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").config
+    assert config.num_labels == 1 and config.problem_type == "regression"
+
+
+def test_regression_accumulates_like_one_batch(finetuning, tmp_path):
+    rows = [{"sentence": f"{GOOD} {i}", "label": i / 2} for i in range(8)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "numbers", split, rows)
+    base = {
+        **finetuning,
+        "data": [str(tmp_path / "numbers")],
+        "max_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "warmup_steps": 0,
+        "optim": "sgd",
+        "learning_rate": 1e-2,
+    }
+    main({**base, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 8})
+    main({**base, "output_dir": str(tmp_path / "four"), "gradient_accumulation_steps": 4})
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    for name in one:
+        torch.testing.assert_close(four[name], one[name], rtol=1e-5, atol=1e-6)
+
+
+def test_names_are_classes(finetuning, tmp_path):
+    rows = [{"text": GOOD, "label": ("spam", "ham", "eggs")[i % 3]} for i in range(9)]
+    (tmp_path / "mail.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"data": [str(tmp_path / "mail.jsonl")], "validation_fraction": 0.34, "max_steps": 1}
+    metrics = main({**finetuning, **changes, "metrics": ["accuracy", "f1"]})
+    assert "eval_f1" in metrics
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").config
+    assert config.label2id == {"eggs": 0, "ham": 1, "spam": 2}
+
+
+def test_mnli_has_two_validation_sets(finetuning, tmp_path):
+    rows = [{"premise": GOOD, "hypothesis": BAD, "label": i % 3} for i in range(6)]
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        write_split(tmp_path / "mnli", split, rows)
+    metrics = main({**finetuning, "data": [str(tmp_path / "mnli")], "task": "mnli", "max_steps": 1})
+    assert {"eval_matched_accuracy", "eval_mismatched_accuracy"} <= metrics.keys()
+    assert "matched" in metrics["eval_samples"]
+
+
+def test_a_task_by_name_reads_the_hub_data(finetuning, monkeypatch, data):
+    asked = []
+
+    def fake(source, split="train", *, config_name=None, **options):
+        asked.append((source, config_name))
+        return load(str(data), split)
+
+    from hf_hybrid.recipes import finetuning_data
+
+    load = finetuning_data.load_table
+    monkeypatch.setattr(finetuning_data, "load_table", fake)
+    main({**finetuning, "data": None, "task": "sst2", "max_steps": 1})
+    assert set(map(str, asked)) == {str((["nyu-mll/glue"], "sst2"))}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": 7}, "Row 0 of the validation data has the label 7"),
+        ({"label": None}, "Row 0 of the validation data has the label None"),
+        ({"sentence": None}, "Row 0 of the validation data has no text"),
+    ],
+)
+def test_bad_validation_rows_are_named(finetuning, data, row, message):
+    write_split(data, "validation", [{"sentence": GOOD, "label": 0, **row}, *sentiment_rows(3)])
+    with pytest.raises(ValueError, match=message):
+        main(finetuning)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"sentence": GOOD, "label": 0}] * 4, "nothing to learn"),
+        ([{"sentence": GOOD, "label": -1}] * 4, "unlabelled"),
+        ([{"sentence": GOOD, "label": i * 100} for i in range(4)], "number the classes"),
+        ([{"sentence": GOOD, "target": 1}] * 4, "no column 'label'"),
+        ([{"body": GOOD, "label": i % 2} for i in range(4)], "No known text columns"),
+        ([{"sentence": GOOD, "label": None}] * 4, "holds no label"),
+    ],
+)
+def test_bad_training_data_is_explained(finetuning, data, rows, message):
+    write_split(data, "train", rows)
+    with pytest.raises(ValueError, match=message):
+        main(finetuning)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "snli"}, "`task` must be one of cola"),
+        ({"model_name_or_path": "/nowhere"}, "cannot be loaded"),
+        ({"text_columns": ["body"]}, "no column 'body'"),
+        ({"metrics": ["acc"]}, "Unknown metric"),
+        ({"data": None}, "`data` is required"),
+    ],
+)
+def test_bad_options_are_explained(finetuning, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        main({**finetuning, **changes})
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_a_validation_set_is_needed(finetuning, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, sentiment_rows(8))))
+    with pytest.raises(ValueError, match="validation_fraction"):
+        main({**finetuning, "data": [str(tmp_path / "rows.jsonl")]})
+
+
+def test_kinds_of_labels():
+    names = find_labels(
+        Dataset.from_dict({"label": [0, 1]}).cast_column("label", ClassLabel(names=["no", "yes"])), "label"
+    )
+    assert names == Labels("label", ["no", "yes"], {0: 0, 1: 1})
+    assert find_labels(Dataset.from_dict({"label": [True, False]}), "label").encode([True], "x") == [1]
+    numbers = find_labels(Dataset.from_dict({"label": [0.5, 1.0]}), "label")
+    assert numbers.is_regression and numbers.encode([2, 0.5], "x") == [2.0, 0.5]
+    with pytest.raises(ValueError, match="finite numbers"):
+        numbers.encode([float("nan")], "x")
+
+
+def test_pairs_are_preferred_to_single_columns():
+    rows = Dataset.from_dict({"question": ["a"], "sentence": ["b"], "label": [0]})
+    assert find_text_columns(rows, None) == ("question", "sentence")
+    assert find_text_columns(rows, ["sentence"]) == ("sentence", None)
+    assert finetune_glue.COLUMN_PAIRS[0] == ("sentence1", "sentence2")

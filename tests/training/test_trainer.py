@@ -1,0 +1,142 @@
+"""What `HybridTrainer` adds: groups, orders that survive resuming, throughput, refusal of a lost loss, the time limit."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_hybrid.training.arguments import HybridTrainingArguments
+from hf_hybrid.training.callbacks import EpochCallback, TimeLimitCallback
+from hf_hybrid.training.trainer import EpochLengthSampler, HybridTrainer
+
+
+class Numbers(Dataset):
+    """Rows whose value depends on the epoch."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.epochs: list[int] = []
+        self.value = value
+
+    def __len__(self) -> int:
+        return 8
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": torch.full((4,), self.value), "labels": torch.tensor(float(index))}
+
+
+class Model(nn.Module):
+    """A linear model with one state space tensor."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+        self.ssm = nn.ParameterDict({"C": nn.Parameter(torch.ones(2, 2))})
+
+    def forward(self, input_ids, labels):
+        predicted = self.linear(input_ids)[:, 0] * self.ssm["C"].mean()
+        return {"loss": (predicted - labels).square().mean(), "logits": predicted}
+
+
+def arguments(tmp_path, **options) -> HybridTrainingArguments:
+    base = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    return HybridTrainingArguments(output_dir=str(tmp_path / "run"), **{**base, **options})
+
+
+def test_the_optimizer_has_our_groups_and_the_schedule_keeps_them(tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-2, ssm_learning_rate=1e-3, weight_decay=0.1, max_steps=3)
+    trainer = HybridTrainer(model=Model(), args=args, train_dataset=Numbers())
+    trainer.train()
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert [group["initial_lr"] for group in groups.values()] == [1e-2, 1e-2, 1e-3]
+    assert [group["weight_decay"] for group in groups.values()] == [0.1, 0.0, 0.0]
+    assert all(group["lr"] == pytest.approx(0.0) for group in groups.values())
+
+
+def test_optimizers_with_their_own_groups_still_work(tmp_path):
+    trainer = HybridTrainer(
+        model=Model(), args=arguments(tmp_path, optim="adafactor", max_steps=1), train_dataset=Numbers()
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_plain_training_arguments_are_accepted(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, save_strategy="no")
+    HybridTrainer(model=Model(), args=args, train_dataset=Numbers()).train()
+
+
+def test_the_data_set_hears_of_every_epoch(tmp_path):
+    data = Numbers()
+    HybridTrainer(model=Model(), args=arguments(tmp_path, num_train_epochs=3), train_dataset=data).train()
+    assert sorted(set(data.epochs)) == [0, 1, 2]
+
+
+def test_throughput_is_logged(tmp_path):
+    trainer = HybridTrainer(model=Model(), args=arguments(tmp_path, logging_steps=1), train_dataset=Numbers())
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["tokens_per_second"] > 0 for entry in logged)
+    assert logged[-1]["num_input_tokens_seen"] == 3 * 8 * 4
+
+
+def test_a_lost_loss_stops_the_run(tmp_path):
+    trainer = HybridTrainer(
+        model=Model(), args=arguments(tmp_path, logging_steps=1), train_dataset=Numbers(float("nan"))
+    )
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1.*learning_rate"):
+        trainer.train()
+
+
+def test_length_batches_depend_on_seed_and_epoch_alone():
+    lengths = torch.randint(1, 50, (64,)).tolist()
+
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = EpochLengthSampler(4, lengths=lengths, seed=seed)
+        sampler.set_epoch(epoch)
+        torch.rand(torch.randint(1, 5, ()).item())  # the global generator does not matter
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
+    assert sorted(order(3, 0)) == list(range(64))
+
+
+def test_evaluation_keeps_the_order_of_the_rows(tmp_path):
+    args = arguments(tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
+    trainer = HybridTrainer(model=Model(), args=args, train_dataset=Numbers(), eval_dataset=Numbers())
+    assert trainer.predict(Numbers()).label_ids.tolist() == list(range(8))
+
+
+def test_the_time_limit_asks_for_a_checkpoint(tmp_path):
+    callback = TimeLimitCallback(1e-9)
+    args = arguments(tmp_path, save_strategy="steps")
+    callback.on_train_begin(args, TrainerState(), TrainerControl())
+    control = callback.on_step_end(args, TrainerState(), TrainerControl())
+    assert control.should_training_stop and control.should_save
+    assert callback.elapsed_fraction > 1
+    with pytest.raises(ValueError, match="`max_minutes` must be positive"):
+        TimeLimitCallback(0)
+
+
+def test_the_schedule_follows_the_time():
+    limit = types.SimpleNamespace(elapsed_fraction=0.0)
+    factor = HybridTrainer._follow_time(lambda step: 1 - step / 100, 100, limit)
+    assert factor(10) == pytest.approx(0.9)
+    limit.elapsed_fraction = 0.5
+    assert factor(10) == pytest.approx(0.5) and factor(70) == pytest.approx(0.3)
+    limit.elapsed_fraction = 2.0
+    assert factor(10) == pytest.approx(0.0)
+
+
+def test_objects_without_epochs_are_ignored():
+    assert EpochCallback(object(), None).targets == []
