@@ -37,10 +37,11 @@ def local_cache(num_layers: int, visible_tokens: int, recurrent_layers: list[int
 
     Args:
         num_layers: depth of the stack.
-        visible_tokens: tokens that a query sees, itself included; the last `visible_tokens - 1` are kept.
+        visible_tokens: tokens that a query sees, itself included; the last `visible_tokens - 1` are kept, at least one.
         recurrent_layers: layers that also keep a recurrent state.
     """
     recurrent = set(recurrent_layers)
+    visible_tokens = max(visible_tokens, 2)  # the library keeps `[-visible_tokens + 1 :]`, which is everything for 1
     return Cache(
         layers=[
             SlidingRecurrentLayer(sliding_window=visible_tokens)
@@ -67,6 +68,18 @@ def write_state(cache: Cache, layer_idx: int, state: torch.Tensor, state_idx: in
     """Stores the recurrent state of a layer. The library marks a state as present only when a convolution wrote it."""
     cache.update_recurrent_state(state, layer_idx, state_idx=state_idx)
     cache.layers[layer_idx].has_previous_state[state_idx] = True
+
+
+def check_local_cache(cache: Cache, recurrent_layers: list[int], num_layers: int) -> None:
+    """Raises ValueError for a cache that `local_cache` did not make, or made for another model."""
+    layers = getattr(cache, "layers", [])
+    recurrent = [index for index, layer in enumerate(layers) if isinstance(layer, SlidingRecurrentLayer)]
+    if len(layers) != num_layers or recurrent != sorted(recurrent_layers):
+        raise ValueError(
+            f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the windows and recurrent states "
+            f"of this model, {num_layers} layers with states in {sorted(recurrent_layers)}: pass the cache of an earlier "
+            "call, or leave `past_key_values` unset."
+        )
 
 
 def refuse_cache_implementation(name: str | None, model_name: str) -> None:

@@ -36,7 +36,7 @@ from ..layers.feed_forward import FeedForward
 from ..layers.local_attention import LocalSelfAttention
 from ..layers.norms import build_norm
 from ..layers.ssm import StateSpaceLayer
-from .cache import full_cache, local_cache, refuse_cache_implementation
+from .cache import check_local_cache, full_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
 from .losses import token_cross_entropy
 from .spade_layers import SpadeAttention, SpadeMixer, build_feed_forward
@@ -300,6 +300,14 @@ class SpadeDecoder(SpadePreTrainedModel):
             own = local_cache(config.decoder_layers, visible, config.decoder_ssm_layers)
         return EncoderDecoderCache(own, full_cache())
 
+    def _check_cache(self, cache: EncoderDecoderCache) -> None:
+        if not isinstance(cache, EncoderDecoderCache):
+            raise ValueError(
+                f"`past_key_values` must be an EncoderDecoderCache, as an earlier call returns it; got {type(cache).__name__}."
+            )
+        if self.config.decoder_attention_window is not None:
+            check_local_cache(cache.self_attention_cache, self.config.decoder_ssm_layers, self.config.decoder_layers)
+
     def _embed_positions(
         self, mask: torch.Tensor | None, past: int, length: int, device: torch.device
     ) -> torch.Tensor:
@@ -329,6 +337,8 @@ class SpadeDecoder(SpadePreTrainedModel):
         """Decodes (B, T, D) embedded targets; `attention_mask` covers cached and new tokens, (B, past + T)."""
         if use_cache and past_key_values is None:
             past_key_values = self.build_cache()
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = inputs_embeds.shape[1]
         mask = check_inputs(None, inputs_embeds, attention_mask, None, past=past, prefix="decoder_")
@@ -449,10 +459,11 @@ class SpadeModel(SpadePreTrainedModel):
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        check_inputs(decoder_input_ids, decoder_inputs_embeds, None, self.config.vocab_size, prefix="decoder_")
         if decoder_inputs_embeds is None:
-            check_inputs(decoder_input_ids, None, None, self.config.vocab_size, prefix="decoder_")
             decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
         source = encoder_outputs.last_hidden_state
+        check_inputs(None, source, attention_mask, None)
         if source.shape[0] != decoder_inputs_embeds.shape[0]:
             raise ValueError(
                 f"The decoder input has {decoder_inputs_embeds.shape[0]} rows but the encoder output has {source.shape[0]}; "

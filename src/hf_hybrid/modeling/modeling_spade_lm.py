@@ -31,7 +31,7 @@ from ..layers.feed_forward import FeedForward
 from ..layers.local_attention import LocalSelfAttention
 from ..layers.norms import build_norm
 from ..layers.ssm import StateSpaceLayer
-from .cache import local_cache, refuse_cache_implementation
+from .cache import check_local_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
 from .spade_layers import SpadeMixer, build_feed_forward
 
@@ -195,12 +195,14 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
             use_cache: return the cache; default `config.use_cache` outside training.
 
         Raises:
-            ValueError: empty input, ids outside the vocabulary, a mask of another shape.
+            ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another kind.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = self.build_cache()
+        if past_key_values is not None:
+            check_local_cache(past_key_values, self.config.ssm_layers, self.config.num_layers)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = check_inputs(input_ids, inputs_embeds, attention_mask, self.config.vocab_size, past=past)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
