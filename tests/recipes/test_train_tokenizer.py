@@ -30,7 +30,7 @@ def text_folder(tmp_path):
 def test_command_line_trains_and_saves(text_folder, tmp_path):
     output = tmp_path / "new" / "tokenizer"
     command = [
-        "--train_file",
+        "--data",
         str(text_folder),
         "--vocab_size",
         "400",
@@ -65,7 +65,7 @@ def test_several_sources_streaming_and_limit(text_folder, tmp_path):
     output.mkdir()  # an empty folder is welcome
     metrics = main(
         TrainTokenizerArguments(
-            train_file=[str(rows)],
+            data=[str(rows)],
             output_dir=str(output),
             vocab_size=400,
             text_column="body",
@@ -83,7 +83,7 @@ def test_help_names_the_options(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for option in ("--train_file", "--vocab_size", "--num_sentinels", "--output_dir", "--streaming"):
+    for option in ("--data", "--vocab_size", "--num_sentinels", "--output_dir", "--streaming"):
         assert option in text
 
 
@@ -105,5 +105,5 @@ def test_bad_input_leaves_nothing_behind(tmp_path, name, content, options, messa
         path.write_text(content)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
-        main(["--train_file", str(path), "--vocab_size", "400", "--output_dir", str(tmp_path / "out"), *options])
+        main(["--data", str(path), "--vocab_size", "400", "--output_dir", str(tmp_path / "out"), *options])
     assert sorted(tmp_path.iterdir()) == before

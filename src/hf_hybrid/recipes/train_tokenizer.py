@@ -1,7 +1,7 @@
 """Trains a SentencePiece-unigram tokenizer with sentinels on text files, local data-set folders or Hub data sets.
 
 Example:
-    python -m hf_hybrid.recipes.train_tokenizer --train_file books/ notes.txt --vocab_size 8000 --output_dir my_tokenizer
+    python -m hf_hybrid.recipes.train_tokenizer --data books/ notes.txt --vocab_size 8000 --output_dir my_tokenizer
 
 The folder then loads with `AutoTokenizer.from_pretrained("my_tokenizer")`. It also holds the model in sentencepiece's own format.
 """
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class TrainTokenizerArguments:
     """Arguments of the recipe."""
 
-    train_file: list[str] = field(
+    data: list[str] = field(
         metadata={
             "help": "Text files, .json/.jsonl/.csv/.tsv/.parquet files, folders of them, or names of data sets of the Hub, "
             "separated by spaces or commas."
@@ -68,7 +68,7 @@ class TrainTokenizerArguments:
 
 def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterator[str]:
     data = load_text_source(
-        split_names(args.train_file),
+        split_names(args.data),
         args.split,
         text_column=args.text_column,
         config_name=args.config_name,
