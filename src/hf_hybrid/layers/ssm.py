@@ -137,6 +137,7 @@ class StateSpaceLayer(nn.Module):
         self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
         self._cache: dict[str, tuple[Any, Any]] = {}
         self._loads = 0
+        self._length_read: tuple[Any, int] = (None, 0)
         self.reset_parameters()
 
     def _register(self, name: str, *shape: int) -> None:
@@ -198,10 +199,11 @@ class StateSpaceLayer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._cache.clear()  # `assign=True` brings new tensors, which may lie where older ones lay
+        self._length_read = (None, 0)
         self._loads += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_length_read": (None, 0)}
 
     def _cache_key(self) -> tuple[Any, ...] | None:
         """Identity and version of every tensor, or None when results must not be kept."""
@@ -299,6 +301,7 @@ class StateSpaceLayer(nn.Module):
         # must follow from `reach` alone: outputs would otherwise depend on the lengths seen before.
         kept = 1 << (reach - 1).bit_length()
         kept = kept if limit is None else min(kept, limit)
+        kept = min(kept, self._truncated_for()) if reach <= self._truncated_for() else kept
         return self._cached(f"kernel {kept}", lambda: self._compute_kernel(kept))[..., :reach]
 
     def _compute_kernel(self, length: int) -> torch.Tensor:
@@ -436,10 +439,9 @@ def _read_length(layer: StateSpaceLayer, loads: int) -> int:
     if buffer.is_meta:
         return layer._initial_kernel_length
     key = (buffer.data_ptr(), buffer._version)
-    found = layer._cache.get("kernel_length")
-    if found is None or found[0] != key:
-        found = layer._cache["kernel_length"] = (key, int(buffer))
-    return found[1]
+    if layer._length_read[0] != key:
+        layer._length_read = (key, int(buffer))
+    return layer._length_read[1]
 
 
 class _PlainInit:

@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-_LOG_UNDERFLOW = -1e4  # exp() of it is 0 in every dtype; keeps 0 * log_decay finite
-
 
 class DiagonalSystem(NamedTuple):
     """Discretised system of every channel; tensors (D, N), the output coefficients (D, N) or (S, D, N)."""
@@ -96,7 +94,10 @@ def discretize_bilinear(
     y = torch.zeros_like(x) if rate_imag is None else 0.5 * dt * rate_imag
     square = (1 - x).square() + y.square()
     gain = ((1 + x).square() + y.square()) / square  # |q|^2
-    log_real = 0.5 * torch.where(gain > 0.5, torch.log1p(4 * x / square), torch.log(gain)).clamp_min(_LOG_UNDERFLOW)
+    near_one = gain > 0.5
+    excess = torch.where(near_one, 4 * x / square, 0.0)  # gain - 1 without cancellation
+    log_gain = torch.log(gain.clamp_min(torch.finfo(gain.dtype).tiny))  # q = 0 must stay finite: 0 * log q is met
+    log_real = 0.5 * torch.where(near_one, torch.log1p(excess), log_gain)
     input_real = dt * (1 - x) / square
     if rate_imag is None:
         return log_real, None, input_real, None
