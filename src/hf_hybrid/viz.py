@@ -75,3 +75,94 @@ def plot_loss_curves(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     return path
+
+
+def effective_memory(kernel: Any, share: float = 0.95) -> Any:
+    """Smallest number of tokens that holds a share of the energy of each kernel.
+
+    Args:
+        kernel: (..., K) tensor, lag along the last axis.
+        share: of the summed squares, between 0 and 1.
+
+    Returns:
+        (...,) int64 tensor: lags 0 to m - 1 hold at least this share; 0 for a kernel of zeros.
+
+    Raises:
+        ValueError: `share` is out of range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"`share` must lie in (0, 1]; got {share}.")
+    energy = kernel.detach().double().square().cumsum(-1)
+    total = energy[..., -1:]
+    return ((energy < share * total).sum(-1) + 1) * (total.squeeze(-1) > 0)
+
+
+def time_constants(layer: Any) -> Any:
+    """Tokens after which each state of a `StateSpaceLayer` has decayed to 1/e: -1 / log|eigenvalue of A-bar|.
+
+    Args:
+        layer: a `StateSpaceLayer`, "s4d" or "s4".
+
+    Returns:
+        (H, M) tensor for "s4d" (one per conjugate pair), (H, N) for "s4".
+    """
+    import torch
+
+    with torch.no_grad():
+        if layer.ssm_type == "s4d":
+            log_decay = layer.diagonal_system().log_decay_real
+        else:
+            from .ops.s4 import dplr_dense
+
+            transition = dplr_dense(layer.dplr_system(torch.float64)).transition
+            log_decay = torch.linalg.eigvals(transition).abs().log()
+        return -1.0 / log_decay.clamp(max=-1e-12)
+
+
+def plot_state_space_channels(
+    layers: Mapping[str, Any], path: str | os.PathLike, *, length: int = 4096, share: float = 0.95
+) -> Path:
+    """Draw the decay spectrum and the effective memory of state space layers.
+
+    Left, the distribution of the time constants of all states: how fast single states forget. Right, how far the convolution
+    kernel of each channel reaches (95 % of its energy, both directions taken separately), channels sorted.
+
+    Args:
+        layers: label -> `StateSpaceLayer`, drawn over each other; at most four.
+        path: the PNG to write.
+        length: lags of the kernel that are looked at, in tokens.
+        share: of the energy that counts as the reach.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no layer, or more than four.
+    """
+    import numpy as np
+    import torch
+
+    colours = (TRAIN_COLOUR, EVALUATION_COLOUR, "#009E73", "#555555")
+    if not 1 <= len(layers) <= len(colours):
+        raise ValueError(f"`layers` must name 1 to {len(colours)} layers; got {len(layers)}.")
+    figure, spectrum = new_figure(10.0, 3.8)
+    spectrum.set_subplotspec(figure.add_gridspec(1, 2)[0])
+    reach = figure.add_subplot(1, 2, 2)
+    reach.spines[["top", "right"]].set_visible(False)
+    reach.grid(True, alpha=0.25, linewidth=0.6)
+    bins = np.logspace(-1, 5, 49)
+    for (label, layer), colour in zip(layers.items(), colours):
+        constants = time_constants(layer).flatten().clamp(bins[0], bins[-1]).numpy()
+        weights = np.full(constants.shape, 100.0 / constants.size)
+        spectrum.hist(constants, bins=bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=label)
+        with torch.no_grad():
+            tokens = effective_memory(layer.kernel(length).flatten(0, 1), share).sort().values.numpy()
+        channels = np.linspace(0, 100, len(tokens))
+        reach.plot(channels, tokens.clip(min=1), color=colour, linewidth=1.4, label=label)
+    spectrum.set(xscale="log", xlabel="time constant (tokens)", ylabel="states (%)")
+    spectrum.set_title("Decay spectrum", loc="left")
+    reach.set(yscale="log", xlabel="channels, sorted (%)", ylabel=f"tokens with {share:.0%} of the energy")
+    reach.set_title("Effective memory", loc="left")
+    reach.legend(frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    return path

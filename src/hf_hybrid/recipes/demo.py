@@ -1,0 +1,509 @@
+"""The demonstration: from the text that every Python installation carries to a pretrained, fine-tuned and reloaded SPADE.
+
+    python -m hf_hybrid.recipes.demo --output_dir demo-output
+
+In about five minutes on two processor cores, without a download: collect docstrings and the language reference, train a
+tokenizer, pretrain a small encoder-decoder by span corruption, fine-tune it to tell libraries apart and to write summary lines,
+each beside simple baselines, generate, and load the checkpoint in a clean process. The folder then holds the checkpoints
+with their model cards, `metrics.json` and `report.html`. All training goes through the same recipes as any other run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from ..training.arguments import FinetuningArguments, PretrainingArguments, Seq2SeqFinetuningArguments
+from ..training.run_folder import describe_environment, write_json
+from ..viz import plot_loss_curves, plot_state_space_channels
+from . import finetune_glue, finetune_summarization, pretrain_span_corruption, train_tokenizer
+from .common import Job, NewModelArguments, parse_arguments, run_recipe
+from .demo_data import (
+    CLASSIFICATION,
+    CORPUS,
+    SUMMARIZATION,
+    DataPlan,
+    classification_baselines,
+    lead_summaries,
+    read_rows,
+    rouge,
+    write_data,
+)
+from .demo_report import PICTURES, summary_lines, write_report
+from .demo_samples import fill_in_examples, generate_texts, reload_in_clean_process, span_corruption_figures
+from .finetuning_data import CheckpointArguments
+
+logger = logging.getLogger(__name__)
+
+_ARGUMENT_TYPES = {
+    pretrain_span_corruption.__name__: (
+        pretrain_span_corruption.SpanCorruptionArguments, NewModelArguments, PretrainingArguments
+    ),
+    finetune_glue.__name__: (finetune_glue.GlueArguments, CheckpointArguments, FinetuningArguments),
+    finetune_summarization.__name__: (
+        finetune_summarization.SummarizationArguments, CheckpointArguments, Seq2SeqFinetuningArguments
+    ),
+}  # fmt: skip
+
+OWN_DOCUMENT = (
+    "The file is opened for reading and every line is passed to the function. Lines that are empty are skipped. "
+    "If the file does not exist, an error is raised."
+)
+
+
+@dataclass
+class DemoArguments:
+    """The demonstration."""
+
+    output_dir: str = field(
+        default="demo-output", metadata={"help": "Folder to write; it must not exist or be empty."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of everything random."})
+    max_minutes: float = field(
+        default=5.5,
+        metadata={"help": "Time for everything. On a slow machine training phases are cut short to keep it."},
+    )
+    quick: bool = field(
+        default=False, metadata={"help": "Seconds instead of minutes: shows that everything works, learns nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.max_minutes > 0:
+            raise ValueError(f"`max_minutes` must be positive; got {self.max_minutes}.")
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """Sizes of one demonstration; the options of the phases are those of the recipes."""
+
+    data: DataPlan
+    tokenizer: Mapping[str, Any]
+    model: Mapping[str, Any]
+    pretraining: Mapping[str, Any]
+    classification: Mapping[str, Any]
+    summarization: Mapping[str, Any]
+
+
+FULL_PLAN = DemoPlan(
+    data=DataPlan(),
+    tokenizer={"vocab_size": 4000, "num_sentinels": 64, "max_sentences": 30_000},
+    model={
+        "d_model": 128,
+        "d_kv": 32,
+        "num_heads": 4,
+        "d_ff": 384,
+        "encoder_layers": 3,
+        "decoder_layers": 1,
+        "attention_window": 16,
+        "ssm_state_size": 16,
+        "dropout_rate": 0.0,
+        "max_position_embeddings": 128,
+    },  # fmt: skip
+    pretraining={
+        "input_length": 256,
+        "noise_density": 0.3,
+        "max_steps": 600,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16,
+        "max_validation_segments": 128,
+        "learning_rate": 3e-3,
+        "ssm_learning_rate": 3e-3,
+        "eval_steps": 150,
+        "logging_steps": 25,
+    },  # fmt: skip
+    classification={
+        "max_length": 96,
+        "num_train_epochs": 6,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 1e-3,
+        "logging_steps": 50,
+    },  # fmt: skip
+    summarization={
+        "max_source_length": 160,
+        "max_target_length": 32,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 48,
+        "learning_rate": 1.5e-3,
+        "logging_steps": 50,
+        "no_repeat_ngram_size": 3,
+    },  # fmt: skip
+)
+
+QUICK_PLAN = DemoPlan(
+    data=DataPlan(
+        families=("numpy", "sklearn"), max_source_bytes=1_000_000, max_characters=60_000, max_per_class=100, max_pairs=24,
+        max_evaluation=8,
+    ),
+    tokenizer={"vocab_size": 500, "num_sentinels": 32, "max_sentences": 1000},
+    model={
+        "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "encoder_layers": 1, "decoder_layers": 1, "attention_window": 8,
+        "ssm_state_size": 4, "dropout_rate": 0.0, "max_position_embeddings": 64,
+    },
+    pretraining={
+        "input_length": 64, "noise_density": 0.15, "max_steps": 4, "per_device_train_batch_size": 4, "max_validation_segments": 8, "eval_steps": 2,
+        "logging_steps": 1,
+    },
+    classification={"max_length": 32, "max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1},
+    summarization={
+        "max_source_length": 64, "max_target_length": 12, "max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1,
+    },
+)  # fmt: skip
+
+
+class Clock:
+    """The time that is left, and how it is dealt to the phases."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self.start = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Minutes since the beginning."""
+        return (time.monotonic() - self.start) / 60
+
+    def limit(self, share: float) -> float:
+        """Minutes that a phase may take: a share of what is left, and never nothing."""
+        return max(share * (self.minutes - self.elapsed()), 0.05)
+
+
+class Demo:
+    """One demonstration: its folder, its clock, what it measured.
+
+    Args:
+        args: see `DemoArguments`.
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+    """
+
+    def __init__(self, args: DemoArguments) -> None:
+        self.args = args
+        self.plan = QUICK_PLAN if args.quick else FULL_PLAN
+        self.path = Path(args.output_dir)
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise FileExistsError(
+                f"{self.path} exists and is not an empty folder. Remove it (rm -r {self.path}), or choose another one: "
+                "`make demo DEMO_OUTPUT=another-folder`, or `--output_dir another-folder`."
+            )
+        self.clock = Clock(args.max_minutes)
+        self.metrics: dict[str, Any] = {"seed": args.seed, "quick": args.quick, "environment": describe_environment()}
+        self.samples: dict[str, Any] = {}
+        self.phases: list[dict[str, Any]] = []
+        self.pretrained: Job | None = None
+        self.summarizer: Job | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Run all phases; returns what `metrics.json` holds."""
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("Collect the embedded corpus", self.collect),
+            ("Train a tokenizer", self.train_tokenizer),
+            ("Pretrain a SPADE by span corruption", self.pretrain),
+            ("Fine-tune: which library is this docstring from?", self.classify),
+            ("Fine-tune: write the summary line of a docstring", self.summarize),
+            ("Generate", self.generate),
+            ("Load the checkpoint in a clean process", self.reload),
+            ("Write the report", self.report),
+        ]
+        self.path.mkdir(parents=True, exist_ok=True)
+        for number, (title, step) in enumerate(steps, start=1):
+            _say(f"\n=== {number}/{len(steps)}  {title}  [{60 * self.clock.elapsed():.0f} s] ".ljust(100, "="))
+            self.phases.append({"name": title})
+            started = time.monotonic()
+            step()
+            self.phases[-1]["seconds"] = round(time.monotonic() - started, 1)
+        self.metrics["minutes"] = round(self.clock.elapsed(), 2)
+        write_json(self.path / "metrics.json", self.metrics)
+        _say("\n" + "\n".join(summary_lines(self.metrics, self.samples)))
+        _say(f"\nReport: {(self.path / 'report.html').resolve()}")
+        return self.metrics
+
+    # ---------------------------------------------------------------------------------------------------- phases
+
+    def collect(self) -> None:
+        """Files of all three tasks."""
+        self.metrics["data"] = write_data(self.path / "data", self.plan.data)
+        _say(_indented(self.metrics["data"]))
+
+    def train_tokenizer(self) -> None:
+        """A SentencePiece tokenizer on the pretraining text."""
+        options = {"data": self.path / "data" / CORPUS / "train.jsonl", "num_threads": torch.get_num_threads()}
+        self.metrics["tokenizer"] = train_tokenizer.main(
+            _flags({**options, "output_dir": self.path / "tokenizer", **self.plan.tokenizer})
+        )
+        _say(_indented(self.metrics["tokenizer"]))
+
+    def pretrain(self) -> None:
+        """Span corruption, compared with the entropy of its targets."""
+        overrides = ",".join(f"{name}={json.dumps(value)}" for name, value in self.plan.model.items())
+        job, metrics = self._run_recipe(
+            pretrain_span_corruption,
+            "pretrained",
+            0.5,
+            data=self.path / "data" / CORPUS,
+            tokenizer=self.path / "tokenizer",
+            config_overrides=overrides,
+            **self.plan.pretraining,
+        )
+        self.pretrained = job
+        metrics.update(span_corruption_figures(job))
+        metrics["noise_density"] = self.plan.pretraining["noise_density"]
+        metrics["attention_window"] = job.model.config.attention_window
+        lines = {"unigram entropy of the targets": metrics["unigram_entropy"]}
+        history = job.trainer.state.log_history
+        plot_loss_curves(history, self._picture("pretraining"), reference_lines=lines, title="Span corruption")
+        torch.manual_seed(self.args.seed)
+        fresh = AutoModelForSeq2SeqLM.from_config(job.model.config)
+        plot_state_space_channels(
+            {"new layer": _first_ssm(fresh), "after pretraining": _first_ssm(job.model)}, self._picture("state_space")
+        )
+        self.metrics["pretraining"] = metrics
+        _say(_indented({k: metrics[k] for k in ("eval_loss", "unigram_entropy", "text_loss", "text_entropy")}))
+
+    def classify(self) -> None:
+        """Classification through the GLUE recipe, beside majority and Naive Bayes on the same text."""
+        folder = self.path / "data" / CLASSIFICATION
+        job, metrics = self._run_recipe(
+            finetune_glue,
+            "classifier",
+            0.45,
+            data=folder,
+            model_name_or_path=self.path / "pretrained",
+            **self.plan.classification,
+        )
+        metrics["baselines"] = classification_baselines(folder, self.args.seed)
+        plot_loss_curves(job.trainer.state.log_history, self._picture("classification"), title="Classification")
+        self.metrics["classification"] = metrics
+        _say(_indented({"accuracy": metrics["eval_accuracy"], **metrics["baselines"]}))
+
+    def summarize(self) -> None:
+        """Summarization through its recipe, beside the first words of the document."""
+        folder = self.path / "data" / SUMMARIZATION
+        job, metrics = self._run_recipe(
+            finetune_summarization,
+            "summarizer",
+            0.5,
+            data=folder,
+            model_name_or_path=self.path / "pretrained",
+            **self.plan.summarization,
+        )
+        self.summarizer = job
+        leads, words = lead_summaries(folder)
+        rows = read_rows(folder / "validation.jsonl")
+        metrics["baselines"] = {"lead_words": words, **rouge(leads, [row["summary"] for row in rows])}
+        plot_loss_curves(job.trainer.state.log_history, self._picture("summarization"), title="Summarization")
+        self.metrics["summarization"] = metrics
+        written = read_rows(self.path / "summarizer" / finetune_summarization.PREDICTIONS_FILE)
+        self.samples["summaries"] = [
+            {**row, "lead": lead, "generated": prediction["prediction"]}
+            for row, lead, prediction in list(zip(rows, leads, written))[:: max(1, len(rows) // 6)][:6]
+        ]
+        scores = {"model": metrics["eval_rougeL"], f"first {words} words": metrics["baselines"]["rougeL"]}
+        _say(_indented({f"ROUGE-L, {name}": value for name, value in scores.items()}))
+
+    def generate(self) -> None:
+        """Hidden spans filled in by the pretrained model; summaries by beam search and by sampling."""
+        assert self.pretrained is not None and self.summarizer is not None
+        self.samples["fill_ins"] = fill_in_examples(self.pretrained, count=3)
+        document = next((row["document"] for row in self.samples["summaries"]), OWN_DOCUMENT)
+        self.samples["generated"] = []
+        for name, options in (
+            ("greedy", {}),
+            ("4 beams", {"num_beams": 4}),
+            ("sampling", {"do_sample": True, "top_p": 0.9}),
+        ):
+            torch.manual_seed(self.args.seed)
+            texts = generate_texts(self.summarizer, [OWN_DOCUMENT, document], **options)
+            self.samples["generated"] += [
+                {"method": name, "document": source, "text": text} for source, text in zip([OWN_DOCUMENT, document], texts)
+            ]  # fmt: skip
+        for sample in self.samples["generated"]:
+            _say(f"  [{sample['method']}] {sample['document'][:70]}... -> {sample['text']}")
+
+    def reload(self) -> None:
+        """Save and load: logits and generated ids of a clean process against those of the model in memory."""
+        assert self.summarizer is not None
+        documents = [OWN_DOCUMENT, *(row["document"] for row in self.samples["summaries"][:3])]
+        self.metrics["reload"] = reload_in_clean_process(self.summarizer, documents, self.path / "reload")
+        _say(_indented({k: self.metrics["reload"][k] for k in ("logits_equal", "generated_equal")}))
+
+    def report(self) -> None:
+        """Checks, sizes, `metrics.json` and `report.html`."""
+        self.metrics["phases"] = self.phases
+        self.metrics["peak_memory_mb"] = _peak_memory_mb()
+        self.metrics["folder_megabytes"] = {
+            folder.name: round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 2)
+            for folder in sorted(self.path.iterdir())
+            if folder.is_dir()
+        }
+        self.metrics["checks"] = _checks(self.metrics)
+        self.metrics["minutes"] = round(self.clock.elapsed(), 2)
+        write_json(self.path / "metrics.json", self.metrics)
+        write_json(self.path / "samples.json", self.samples)
+        write_report(self.path, self.metrics, self.samples)
+
+    # ---------------------------------------------------------------------------------------------------- helpers
+
+    def _picture(self, name: str) -> Path:
+        return self.path / PICTURES / f"{name}.png"
+
+    def _run_recipe(self, recipe: ModuleType, folder: str, share: float, **options: Any) -> tuple[Job, dict[str, Any]]:
+        """Run a training recipe as its `main` does, and keep its job."""
+        jobs: list[Job] = []
+
+        def build(*groups: Any) -> Job:
+            jobs.append(recipe.build(*groups))
+            return jobs[0]
+
+        options = {
+            "output_dir": self.path / folder,
+            "seed": self.args.seed,
+            "max_minutes": self.clock.limit(share),
+            "save_strategy": "no",
+            "report_to": "none",
+            "log_level": "warning",
+            **options,
+        }
+        metrics = run_recipe(
+            _ARGUMENT_TYPES[recipe.__name__], build, {k: _word(v) for k, v in options.items()}, recipe.__doc__
+        )
+        state = jobs[0].trainer.state
+        cut_short = state.global_step < state.max_steps
+        if cut_short:
+            _say(f"  cut short by the time limit: {state.global_step} of {state.max_steps} steps")
+        metrics.update(planned_steps=state.max_steps, cut_short=cut_short)
+        self.phases[-1].update(
+            steps=state.global_step,
+            planned_steps=state.max_steps,
+            cut_short=cut_short,
+            seconds_per_step=metrics["train_runtime"] / max(1, state.global_step),
+            tokens_per_second=metrics["input_tokens_seen"] / max(metrics["train_runtime"], 1e-9),
+        )
+        return jobs[0], metrics
+
+
+def _checks(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the demonstration claims, each with what was measured."""
+    loss, entropy = metrics["pretraining"]["eval_loss"], metrics["pretraining"]["unigram_entropy"]
+    accuracy, baselines = metrics["classification"]["eval_accuracy"], metrics["classification"]["baselines"]
+    summaries = metrics["summarization"]
+    lead = summaries["baselines"]["rougeL"]
+    return [
+        {
+            "claim": "The span-corruption loss is clearly below the unigram entropy of the targets (by 10 % or more)",
+            "passed": loss < 0.9 * entropy,
+            "measured": f"{loss:.3f} against {entropy:.3f} nats per token",
+        },
+        {
+            "claim": "The classifier beats the majority class",
+            "passed": accuracy > baselines["majority"],
+            "measured": f"{accuracy:.1%} against {baselines['majority']:.1%}",
+        },
+        {
+            "claim": "The classifier beats Naive Bayes on words and pairs of words",
+            "passed": accuracy > max(baselines["naive_bayes"], baselines["naive_bayes_default"]),
+            "measured": f"{accuracy:.1%} against {baselines['naive_bayes']:.1%} (smoothing chosen by cross-validation) "
+            f"and {baselines['naive_bayes_default']:.1%} (default smoothing)",
+        },
+        {
+            "claim": "The summaries beat the first words of the document (ROUGE-L)",
+            "passed": summaries["eval_rougeL"] > lead,
+            "measured": f"{summaries['eval_rougeL']:.1f} against {lead:.1f}",
+        },
+        {
+            "claim": "A clean process loads the checkpoint and computes the same logits, bit for bit",
+            "passed": metrics["reload"]["logits_equal"] and metrics["reload"]["generated_equal"],
+            "measured": metrics["reload"]["description"],
+        },
+    ]
+
+
+def _first_ssm(model: torch.nn.Module) -> torch.nn.Module:
+    from ..layers.ssm import StateSpaceLayer
+
+    return next(module for module in model.modules() if isinstance(module, StateSpaceLayer)).cpu()
+
+
+def _peak_memory_mb() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(used / (1e6 if sys.platform == "darwin" else 1e3), 1)
+
+
+def _word(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _indented(values: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"  {name.replace('_', ' ')}: {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
+    )
+
+
+@contextlib.contextmanager
+def _temporary_dataset_cache() -> Iterator[None]:
+    """Keep the tables that `datasets` prepares out of the user's cache."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory(prefix="hf_hybrid-demo-", ignore_cleanup_errors=True) as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder)
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = before
+            datasets.enable_progress_bars()
+
+
+def main(args: DemoArguments | Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the demonstration.
+
+    Args:
+        args: the arguments; a command line; a mapping of options; None reads `sys.argv`.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+        ValueError: an option is out of range, or the installation carries too little text.
+    """
+    if not isinstance(args, DemoArguments):
+        (args,) = parse_arguments((DemoArguments,), args, __doc__)
+    demo = Demo(args)
+    with _temporary_dataset_cache():
+        return demo.run()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FileExistsError as error:
+        sys.exit(str(error))

@@ -1,0 +1,182 @@
+"""Data of the demonstration, written from the embedded corpus as files that the recipes read, and simple baselines for it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import metrics as offline_metrics
+from ..data.corpus import (
+    FAMILIES,
+    embedded_classification_examples,
+    embedded_summarization_pairs,
+    embedded_text_corpus,
+)
+
+CORPUS, CLASSIFICATION, SUMMARIZATION = "corpus", "classification", "summarization"
+SPLITS = ("train", "validation")
+
+# Files of this share are validation in one of the tasks: pretraining never reads them.
+_HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """How much of the embedded corpus is used.
+
+    Attributes:
+        families: libraries whose docstrings are read.
+        max_source_bytes: bytes of source read per library.
+        max_characters: of the pretraining text; None for all.
+        max_per_class: examples of one class.
+        max_words: words of a docstring that the classifier, and its baselines, see.
+        max_pairs: (document, summary) pairs of training; None for all.
+        max_evaluation: rows of either task that are evaluated; None for all.
+    """
+
+    families: tuple[str, ...] = FAMILIES
+    max_source_bytes: int = 3_000_000
+    max_characters: int | None = None
+    max_per_class: int = 800
+    max_words: int = 60
+    max_pairs: int | None = None
+    max_evaluation: int | None = None
+
+
+def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
+    """Write `corpus/`, `classification/` and `summarization/`, each with `train.jsonl` and `validation.jsonl`.
+
+    Args:
+        folder: receives the three folders.
+        plan: how much to write.
+
+    Returns:
+        Counts for the records.
+
+    Raises:
+        ValueError: this installation carries too little text.
+    """
+    source: dict[str, Any] = {
+        "families": plan.families,
+        "max_source_bytes": plan.max_source_bytes,
+        "progress": True,
+    }
+    texts = {
+        "train": embedded_text_corpus(
+            "train", validation_share=_HELD_OUT, max_characters=plan.max_characters, **source
+        ),
+        "validation": embedded_text_corpus("validation", **source),
+    }
+    for split, documents in texts.items():
+        write_rows(folder / CORPUS / f"{split}.jsonl", ({"text": text} for text in documents))
+    limits = {"train": None, "validation": plan.max_evaluation}
+    classes, pairs = {}, {}
+    for split in SPLITS:
+        rows = embedded_classification_examples(split, max_per_class=plan.max_per_class, **source)
+        classes[split] = [
+            {"sentence": " ".join(str(row["sentence"]).split()[: plan.max_words]), "label": row["label_name"]}
+            for row in rows[: limits[split]]
+        ]
+        found = embedded_summarization_pairs(split, **source)
+        kept = _spread(found, plan.max_pairs if split == "train" else plan.max_evaluation)
+        pairs[split] = [{name: row[name] for name in ("document", "summary")} for row in kept]
+    if len({row["label"] for row in classes["train"]}) < 2 or not all([*classes.values(), *pairs.values()]):
+        raise ValueError(
+            "The installed libraries carry too few docstrings for the demonstration: install numpy, scikit-learn and torch "
+            'with their sources (`pip install "hf_hybrid[all]"`).'
+        )
+    for name, rows_of in ((CLASSIFICATION, classes), (SUMMARIZATION, pairs)):
+        for split in SPLITS:
+            write_rows(folder / name / f"{split}.jsonl", rows_of[split])
+    return {
+        "documents": {split: len(documents) for split, documents in texts.items()},
+        "characters": {split: sum(map(len, documents)) for split, documents in texts.items()},
+        "classification_rows": {split: len(rows) for split, rows in classes.items()},
+        "classes": dict(Counter(row["label"] for row in classes["train"]).most_common()),
+        "summarization_pairs": {split: len(rows) for split, rows in pairs.items()},
+    }
+
+
+def _spread(rows: Sequence[Any], limit: int | None) -> list[Any]:
+    """All rows, or `limit` of them spread evenly over the whole."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    return [rows[index * len(rows) // limit] for index in range(limit)]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines; folders are made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ------------------------------------------------------------------------------------------------------- baselines
+
+
+def classification_baselines(folder: Path, seed: int) -> dict[str, Any]:
+    """Accuracy of two baselines on the validation rows: the largest class, and multinomial Naive Bayes.
+
+    Naive Bayes counts words and pairs of words. Its smoothing is chosen by cross-validation on the training rows, which makes
+    it a stronger opponent than its default of 1 (reported too).
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.naive_bayes import MultinomialNB
+
+    rows = {split: read_rows(folder / f"{split}.jsonl") for split in SPLITS}
+    labels = {split: [row["label"] for row in part] for split, part in rows.items()}
+    vectorizer = CountVectorizer(ngram_range=(1, 2))
+    counts = {
+        "train": vectorizer.fit_transform([row["sentence"] for row in rows["train"]]),
+        "validation": vectorizer.transform([row["sentence"] for row in rows["validation"]]),
+    }
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    search = GridSearchCV(MultinomialNB(), {"alpha": [0.01, 0.03, 0.1, 0.3, 1.0]}, cv=folds)
+    search.fit(counts["train"], labels["train"])
+    plain = MultinomialNB().fit(counts["train"], labels["train"])
+    majority = Counter(labels["train"]).most_common(1)[0][0]
+    return {
+        "majority": labels["validation"].count(majority) / len(labels["validation"]),
+        "naive_bayes": float(search.score(counts["validation"], labels["validation"])),
+        "naive_bayes_alpha": search.best_params_["alpha"],
+        "naive_bayes_default": float(plain.score(counts["validation"], labels["validation"])),
+    }
+
+
+def lead_summaries(folder: Path) -> tuple[list[str], int]:
+    """The first words of every validation document, as many as training summaries have on average."""
+    train, validation = (read_rows(folder / f"{split}.jsonl") for split in SPLITS)
+    words = round(float(np.mean([len(row["summary"].split()) for row in train])))
+    return [" ".join(row["document"].split()[:words]) for row in validation], words
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """ROUGE F-measures in percent, as the summarization recipe computes them."""
+    scores = offline_metrics.load("rouge").compute(
+        predictions=list(predictions),
+        references=[[reference] for reference in references],
+        use_stemmer=True,
+        split_sentences=True,
+    )
+    return {name: 100.0 * float(value) for name, value in scores.items()}
+
+
+def entropy(tokens: np.ndarray) -> float:
+    """Entropy in nats of the distribution of the given ids: the loss of the best predictor that ignores all context."""
+    _, counts = np.unique(tokens, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,284 @@
+"""The report of the demonstration: one HTML file with its pictures inside, and the summary that is printed."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .demo_samples import fill_in_html
+
+PICTURES = "pictures"
+REPORT_FILE = "report.html"
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.7rem } h2 { margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem }
+table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .3rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: left; vertical-align: top }
+td.number { text-align: right; font-variant-numeric: tabular-nums } th { background: #f5f5f5 }
+img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption, .note { color: #555; font-size: .9rem }
+.yes { color: #00694a; font-weight: 600 } .no { color: #a63c00; font-weight: 600 }
+blockquote { margin: .8rem 0; padding: .6rem 1rem; background: #f7f7f7; border-left: 3px solid #bbb }
+del { background: #e8e8e8; color: #444 } ins { text-decoration: none; font-weight: 600 } ins.right { background: #c9efdf } ins.wrong { background: #fbdcc8 }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto }
+"""
+
+
+def write_report(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> Path:
+    """Write `report.html`, which needs no other file.
+
+    Args:
+        folder: of the demonstration, with its pictures.
+        metrics: the content of `metrics.json`.
+        samples: fill-ins, summaries and generated texts.
+    """
+    sections = [
+        _opening(metrics),
+        "<h2>What was checked</h2>" + _checks(metrics["checks"]),
+        "<h2>Results</h2>" + _results(metrics),
+        "<h2>Pretraining by span corruption</h2>" + _pretraining(folder, metrics, samples),
+        "<h2>The state space layer</h2>" + _state_space(folder, metrics),
+        "<h2>Classification: which library is this docstring from?</h2>" + _classification(folder, metrics),
+        "<h2>Summarization: the first sentence of a docstring from the rest</h2>"
+        + _summarization(folder, metrics, samples),
+        "<h2>Save and load</h2>" + _reload(metrics),
+        "<h2>Times and sizes</h2>" + _times(metrics),
+        "<h2>How to go on</h2>" + _next_steps(folder),
+    ]
+    title = "SPADE from raw text to a generated summary"
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>{_STYLE}</style></head>'
+        f"<body>\n<h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
+    )
+    path = folder / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def summary_lines(metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> list[str]:
+    """The closing lines of the run, for the terminal."""
+    lines = [f"Done in {metrics['minutes']:.1f} minutes. What was checked:"]
+    for check in metrics["checks"]:
+        lines.append(f"  {'yes' if check['passed'] else 'NO '}  {check['claim']}: {check['measured']}")
+    lines += [
+        f"  cut short by the time limit: {phase['name']}" for phase in metrics["phases"] if phase.get("cut_short")
+    ]
+    lines.append("Generated summaries:")
+    for sample in samples["generated"]:
+        lines.append(f"  [{sample['method']}] {_shortened(sample['document'], 90)}\n      -> {sample['text']}")
+    return lines
+
+
+def _shortened(text: str, limit: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Numbers are set to the right; strings that start with `<` are taken for HTML."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return (
+                f'<td class="number">{value:,.4g}</td>'
+                if isinstance(value, float)
+                else f'<td class="number">{value:,}</td>'
+            )
+        text = str(value)
+        return f"<td>{text if text.startswith('<') else html.escape(text)}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows) + "</table>"
+
+
+def _picture(folder: Path, name: str, caption: str) -> str:
+    path = folder / PICTURES / f"{name}.png"
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    caption = html.escape(caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _opening(metrics: Mapping[str, Any]) -> str:
+    environment = metrics["environment"]
+    versions = ", ".join(
+        f"{name} {environment['versions'].get(name)}" for name in ("hf_hybrid", "torch", "transformers")
+    )
+    device = (
+        ", ".join(environment["accelerators"]) or f"{environment['processor']}, {environment['torch_threads']} threads"
+    )
+    quick = (
+        "<p class='note'>This is the quick run: it shows that everything works and learns nothing.</p>"
+        if metrics["quick"]
+        else ""
+    )
+    cut = [phase["name"] for phase in metrics["phases"] if phase.get("cut_short")]
+    note = (
+        f"<p class='no'>Cut short by the time limit: {html.escape('; '.join(cut))}. With more time (<code>--max_minutes</code>) "
+        "these phases would have learned more.</p>"
+        if cut
+        else ""
+    )
+    return (
+        "<p>A small SPADE encoder-decoder (a state space model beside local attention, "
+        '<a href="https://arxiv.org/abs/2212.08136">arXiv 2212.08136</a>) was trained from random weights on the docstrings and '
+        "the language reference that this Python installation carries. It is real text of a narrow kind, and a tiny model: the "
+        "figures show that the parts work together, not what the architecture can do.</p>"
+        f"<p class='note'>{metrics['minutes']:.1f} minutes, seed {metrics['seed']}, {html.escape(device)}; {html.escape(versions)}; "
+        f"started {html.escape(environment['started'])}.</p>{quick}{note}"
+    )
+
+
+def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            "<span class='yes'>yes</span>" if check["passed"] else "<span class='no'>no, it did not</span>",
+            check["claim"],
+            check["measured"],
+        ]
+        for check in checks
+    ]
+    return _table(["", "claim", "measured"], rows)
+
+
+def _results(metrics: Mapping[str, Any]) -> str:
+    pretraining, classification, summaries = (
+        metrics[name] for name in ("pretraining", "classification", "summarization")
+    )
+    naive, lead = classification["baselines"], summaries["baselines"]
+    rows: list[list[Any]] = [
+        ["span corruption", "loss of all targets (nats)", pretraining["eval_loss"], pretraining["unigram_entropy"], "their unigram entropy"],
+        ["span corruption", "loss of the hidden text (nats)", pretraining["text_loss"], pretraining["text_entropy"], "its unigram entropy"],
+        ["span corruption", "hidden tokens guessed at once (%)", 100 * pretraining["text_accuracy"], 100 * pretraining["text_most_frequent"], "the most frequent token"],
+        ["classification", "accuracy (%)", 100 * classification["eval_accuracy"], 100 * naive["majority"], "largest class"],
+        ["", "", "", 100 * naive["naive_bayes_default"], "Naive Bayes, 1- and 2-grams, default smoothing"],
+        ["", "", "", 100 * naive["naive_bayes"], f"the same, smoothing {naive['naive_bayes_alpha']} by cross-validation"],
+    ]  # fmt: skip
+    for name in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+        rows.append(
+            ["summarization", f"ROUGE-{name[5:]}", summaries[f"eval_{name}"], lead[name], f"first {lead['lead_words']} words"]
+        )  # fmt: skip
+    return _table(["task", "measure", "model", "baseline", "which baseline"], rows) + (
+        "<p class='note'>All on held-out files. For the loss less is better, for the rest more. The texts of either task's "
+        "validation files were kept out of pretraining; Naive Bayes reads exactly the text that the classifier is given.</p>"
+    )
+
+
+def _pretraining(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
+    figures, data = metrics["pretraining"], metrics["data"]
+    text = (
+        f"<p>{figures['num_parameters']:,} parameters, {figures['steps']:,} steps, {figures['input_tokens_seen']:,} input tokens; "
+        f"corpus of {data['documents']['train']:,} documents and {data['characters']['train']:,} characters. Of each segment "
+        f"{figures['noise_density']:.0%} of the tokens are hidden, in spans of three on average; the decoder has to write them.</p>"
+    )
+    examples = "".join(f"<blockquote>{fill_in_html(parts)}</blockquote>" for parts in samples["fill_ins"])
+    legend = (
+        "<p>Held-out text with what was hidden (<del>grey</del>) and what the model writes instead "
+        '(<ins class="right">right</ins>, <ins class="wrong">something else</ins>; greedy, beginnings of segments):</p>'
+    )
+    return (
+        text
+        + _picture(folder, "pretraining", "Loss over the steps; dashed: what ignoring the input can reach")
+        + legend
+        + examples
+    )
+
+
+def _state_space(folder: Path, metrics: Mapping[str, Any]) -> str:
+    return (
+        "<p>The bottom encoder layer holds a two-sided state space model beside its local attention. Left: how fast single states "
+        "forget. Right: over how many tokens the kernel of each channel spreads; attention in this model looks "
+        f"{metrics['pretraining']['attention_window']} tokens to each side.</p>"
+        + _picture(folder, "state_space", "Decay spectrum and effective memory of the state space channels")
+    )
+
+
+def _classification(folder: Path, metrics: Mapping[str, Any]) -> str:
+    figures, data = metrics["classification"], metrics["data"]
+    rows = data["classification_rows"]
+    classes = ", ".join(f"{name} ({count})" for name, count in data["classes"].items())
+    passed = figures["eval_accuracy"] > max(
+        figures["baselines"][k] for k in ("majority", "naive_bayes", "naive_bayes_default")
+    )
+    verdict = (
+        "The fine-tuned model beats all baselines."
+        if passed
+        else "The fine-tuned model does <b>not</b> beat all baselines in this run."
+    )
+    return (
+        f"<p>{rows['train']:,} training and {rows['validation']:,} validation docstrings, from different files. Names of the "
+        f"libraries, code and lists of parameters are removed. Classes: {html.escape(classes)}. {verdict}</p>"
+        + _picture(folder, "classification", "Fine-tuning for classification")
+    )
+
+
+def _summarization(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
+    pairs = metrics["data"]["summarization_pairs"]
+    rows = [
+        [_shortened(row["document"], 260), row["summary"], row["generated"], row["lead"]] for row in samples["summaries"]
+    ]  # fmt: skip
+    generated = [[s["method"], _shortened(s["document"], 200), s["text"]] for s in samples["generated"]]
+    return (
+        f"<p>{pairs['train']:,} training and {pairs['validation']:,} validation pairs.</p>"
+        + _picture(folder, "summarization", "Fine-tuning for summarization")
+        + _table(["document", "its own first sentence", "model", "first words"], rows)
+        + "<p>Other ways to decode:</p>"
+        + _table(["method", "document", "model"], generated)
+    )
+
+
+def _reload(metrics: Mapping[str, Any]) -> str:
+    reload = metrics["reload"]
+    texts = "".join(f"<li>{html.escape(text)}</li>" for text in reload["texts"])
+    same = "the same, bit for bit" if reload["logits_equal"] else "<b>not</b> the same"
+    return (
+        "<p>A new Python process imported the package, loaded the summarizer with "
+        f"<code>AutoModelForSeq2SeqLM.from_pretrained</code> and computed {same}: {html.escape(reload['description'])}. The script is "
+        f"<code>reload/reload.py</code>. It generated:</p><ul>{texts}</ul>"
+    )
+
+
+def _times(metrics: Mapping[str, Any]) -> str:
+    rows = []
+    for phase in metrics["phases"]:
+        trained = "steps" in phase
+        rows.append(
+            [
+                phase["name"],
+                phase.get("seconds", ""),
+                f"{phase['steps']:,} of {phase['planned_steps']:,}" + (" (cut short)" if phase["cut_short"] else "") if trained else "",
+                phase["seconds_per_step"] if trained else "",
+                f"{phase['tokens_per_second']:,.0f}" if trained else "",
+            ]
+        )  # fmt: skip
+    memory = metrics["peak_memory_mb"]
+    sizes = [[name, size] for name, size in metrics["folder_megabytes"].items()]
+    return (
+        _table(["phase", "seconds", "steps", "seconds per step", "input tokens per second"], rows)
+        + f"<p>Peak memory: {'not measured' if memory is None else f'{memory:,.0f} MB'}. Training times include evaluation.</p>"
+        + _table(["folder", "MB"], sizes)
+    )
+
+
+def _next_steps(folder: Path) -> str:
+    name = html.escape(folder.name)
+    return f"""<p>The checkpoints are ordinary Transformers checkpoints; each folder has a model card.</p>
+<pre>import hf_hybrid
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}/summarizer")
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}/summarizer")
+inputs = tokenizer("The file is opened and every line is passed to the function.", return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs, max_length=32, num_beams=4), skip_special_tokens=True))</pre>
+<p>Pretrain on your own text (every recipe explains itself with <code>--help</code>):</p>
+<pre>python -m hf_hybrid.recipes.train_tokenizer --data my_texts/ --vocab_size 16000 --output_dir tokenizer
+python -m hf_hybrid.recipes.pretrain_span_corruption --data my_texts/ --tokenizer tokenizer --input_length 1024 \\
+    --config_overrides "d_model=512,num_heads=8,d_ff=1408,encoder_layers=6,decoder_layers=6" --max_steps 20000 --output_dir pretrained
+python -m hf_hybrid.recipes.finetune_glue --model_name_or_path {name}/pretrained --data {name}/data/classification \\
+    --from_scratch True --output_dir without-pretraining     # what is pretraining worth?</pre>
+"""
