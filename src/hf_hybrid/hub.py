@@ -204,10 +204,11 @@ def model_card_problems(text: str) -> list[str]:
         One sentence per problem; an empty list for a valid card.
     """
     from huggingface_hub import ModelCard as HubCard
+    from yaml import YAMLError
 
     try:
         data = HubCard(text, ignore_metadata_errors=False).data.to_dict()
-    except (ValueError, TypeError, KeyError) as error:
+    except (YAMLError, ValueError, TypeError, KeyError) as error:
         return [f"the YAML header cannot be read: {error}"]
     if not data:
         return ["the YAML header is missing"]

@@ -38,7 +38,7 @@ def same_weights(first: Path, second: Path) -> None:
 @pytest.mark.slow
 def test_pretraining_on_two_processes(tmp_path, checkpoint, corpus):
     options = {
-        "model_name_or_path": checkpoint, "data": corpus, "input_length": 32, "max_validation_segments": 16,
+        "model_name_or_path": checkpoint, "data": corpus, "input_length": 32, "max_validation_segments": 16, "validation_fraction": 0.2,
         "max_steps": 6, "learning_rate": 1e-3, "use_cpu": True, "logging_steps": 1, "eval_strategy": "no",
     }  # fmt: skip
     launch("run_pretrain_span_corruption.py", {**options, "output_dir": tmp_path / "one"}, 1)

@@ -36,6 +36,7 @@ from ..training.run_folder import (
     check_checkpoint,
     describe_environment,
     is_main_process,
+    peak_memory,
 )
 from ..viz import plot_loss_curves
 
@@ -406,7 +407,9 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "epoch": trainer.state.epoch,
         "input_tokens_seen": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": getattr(trainer, "tokens_per_second", None),
         "num_parameters": job.num_parameters(),
+        **peak_memory(),
     }
     folder.write_metrics(metrics)
     if is_main_process():

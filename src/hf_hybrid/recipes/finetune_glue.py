@@ -259,16 +259,18 @@ def build(
     model = load_or_initialize(AutoModelForSequenceClassification, model_args, **changes)
     check_vocabulary(model, tokenizer)
     columns = find_text_columns(next(iter(validation.values())) if train is None else train, data_args.text_columns)
-    encoded = {
-        name: encode(rows, columns, labels, tokenizer, data_args.max_length, "validation data")
-        for name, rows in validation.items()
-    }
+    with training_args.main_process_first(desc="tokenize"):
+        encoded = {
+            name: encode(rows, columns, labels, tokenizer, data_args.max_length, "validation data")
+            for name, rows in validation.items()
+        }
+        encoded_train = None
+        if train is not None:
+            encoded_train = encode(train, columns, labels, tokenizer, data_args.max_length, "training data")
     trainer = HybridTrainer(
         model=model,
         args=training_args,
-        train_dataset=None
-        if train is None
-        else encode(train, columns, labels, tokenizer, data_args.max_length, "training data"),
+        train_dataset=encoded_train,
         eval_dataset=encoded[""] if "" in encoded else encoded,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
         processing_class=tokenizer,

@@ -217,11 +217,14 @@ def build(
         raise ValueError("The data has several validation sets; name one with `validation_split`.")
     columns = find_columns(rows if train is None else train, data_args)
     scorer = GenerationScorer(tokenizer, references_of(rows, columns))
+    with training_args.main_process_first(desc="tokenize"):
+        encoded_train = None if train is None else encode(train, columns, tokenizer, data_args, "training data")
+        encoded_rows = encode(rows, columns, tokenizer, data_args, "validation data")
     trainer = HybridSeq2SeqTrainer(
         model=model,
         args=training_args,
-        train_dataset=None if train is None else encode(train, columns, tokenizer, data_args, "training data"),
-        eval_dataset=encode(rows, columns, tokenizer, data_args, "validation data"),
+        train_dataset=encoded_train,
+        eval_dataset=encoded_rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8),
         processing_class=tokenizer,
         compute_metrics=scorer if training_args.predict_with_generate else None,

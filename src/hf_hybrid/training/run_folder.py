@@ -221,6 +221,17 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def peak_memory() -> dict[str, int]:
+    """Largest memory of this process so far, in bytes: resident, and on the accelerator where there is one."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["peak_accelerator_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
 def _processor_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

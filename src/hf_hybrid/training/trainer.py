@@ -55,6 +55,12 @@ class HybridTrainer(Trainer):
         self.add_callback(self._epochs)
         self._interval_start: tuple[float, int] | None = None
         self._paused_seconds = 0.0
+        self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean input tokens per second over the logged intervals, evaluations and checkpoints not counted."""
+        return self._timed_tokens / self._timed_seconds if self._timed_seconds > 0 else None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer from `parameter_groups`; optimizers that choose their own groups keep them."""
@@ -120,8 +126,13 @@ class HybridTrainer(Trainer):
         if "loss" in logs:
             now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
             if self._interval_start is not None and tokens > self._interval_start[1]:
-                seconds = now - self._interval_start[0] - self._paused_seconds
-                logs["tokens_per_second"] = round((tokens - self._interval_start[1]) / max(seconds, 1e-9), 1)
+                seconds = max(now - self._interval_start[0] - self._paused_seconds, 1e-9)
+                new_tokens = tokens - self._interval_start[1]
+                logs["tokens_per_second"] = round(new_tokens / seconds, 1)
+                self._timed_tokens, self._timed_seconds = (
+                    self._timed_tokens + new_tokens,
+                    self._timed_seconds + seconds,
+                )
             self._interval_start, self._paused_seconds = (now, tokens), 0.0
         super().log(logs, start_time)
         if not self.args.logging_nan_inf_filter and not math.isfinite(logs.get("loss", 0.0)):

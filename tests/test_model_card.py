@@ -1,0 +1,66 @@
+"""Model cards: unknown values say so, and problems are found without a network."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard as HubCard
+
+from hf_hybrid.hub import UNKNOWN, EvaluationResult, ModelCard, model_card_problems, write_model_card
+
+
+def card(**changes) -> ModelCard:
+    fields = {
+        "model_name": "spade-tiny",
+        "description": "A tiny model.",
+        "model_type": "spade",
+        "architecture": "SpadeForConditionalGeneration",
+        "results": [EvaluationResult("accuracy", 0.5, "toy")],
+        "task_type": "text-classification",
+        "language": ["en"],
+        "license": "apache-2.0",
+    }
+    return ModelCard(**{**fields, **changes})
+
+
+def test_a_card_round_trips_through_the_hub_reader(tmp_path):
+    path = write_model_card(card(datasets=["nyu-mll/glue"], pipeline_tag="text-classification"), tmp_path)
+    data = HubCard.load(path).data
+    assert data.library_name == "transformers" and data.license == "apache-2.0" and data.datasets == ["nyu-mll/glue"]
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.5, "toy")
+
+
+def test_unknown_values_say_so():
+    text = card(results=[], training={"seed": None}).render()
+    assert model_card_problems(text) == []
+    assert f"| parameters | {UNKNOWN} |" in text and f"| seed | {UNKNOWN} |" in text
+    assert f"## Evaluation\n\n{UNKNOWN}" in text
+
+
+def test_the_paper_is_cited_by_architecture():
+    assert "2212.08136" in card().render()
+    assert f"## Citation\n\n{UNKNOWN}" in card(model_type="t5").render()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"license": "apache"}, "license 'apache'"),
+        ({"language": ["English"]}, "language 'English'"),
+        ({"pipeline_tag": "text2text"}, "pipeline_tag 'text2text'"),
+        ({"description": "TODO"}, "placeholder 'TODO'"),
+    ],
+)
+def test_problems_are_found_and_nothing_is_written(tmp_path, changes, problem):
+    assert any(problem in found for found in model_card_problems(card(**changes).render()))
+    with pytest.raises(ValueError, match="not valid"):
+        write_model_card(card(**changes), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_texts_without_a_readable_header_are_refused():
+    assert model_card_problems("# no header") == ["the YAML header is missing"]
+    (problem,) = model_card_problems("---\nlanguage: [en\n---\n# broken")
+    assert "cannot be read" in problem
+    malformed = "---\nlibrary_name: transformers\nmodel-index: 3\n---\n"
+    assert "cannot be read" in model_card_problems(malformed)[0]
