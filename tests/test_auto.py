@@ -1,0 +1,106 @@
+"""The table of architectures: complete, consistent and registered with every Auto class."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module, reload
+
+import pytest
+import transformers
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import hf_hybrid
+from hf_hybrid.auto import ARCHITECTURES, Architecture, load_config_class, load_heads, public_classes, register
+
+EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.model_type)
+
+
+@EVERY_ARCHITECTURE
+class TestArchitecture:
+    def test_configuration(self, architecture: Architecture) -> None:
+        config_class = load_config_class(architecture)
+        assert config_class.model_type == architecture.model_type
+        assert CONFIG_MAPPING[architecture.model_type] is config_class
+        assert type(transformers.AutoConfig.for_model(architecture.model_type)) is config_class
+
+    def test_heads(self, architecture: Architecture) -> None:
+        config_class = load_config_class(architecture)
+        for auto_name, model_class in load_heads(architecture):
+            assert issubclass(model_class, PreTrainedModel)
+            assert model_class.config_class is config_class
+            assert getattr(transformers, auto_name)._model_mapping[config_class] is model_class
+            generates = auto_name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+            assert issubclass(model_class, GenerationMixin) == generates
+
+    def test_modules_are_complete(self, architecture: Architecture) -> None:
+        """What a modeling module declares public is what the table registers, and the base class."""
+        module = import_module(f"hf_hybrid.{architecture.modeling}")
+        declared = {name for name in module.__all__ if not name.endswith("PreTrainedModel")}
+        assert declared == set(architecture.heads.values())
+
+    def test_class_names_of_the_library_are_left_alone(self, architecture: Architecture) -> None:
+        for class_name in architecture.heads.values():
+            assert not hasattr(transformers, class_name)
+
+
+def test_model_types_and_classes_are_unique() -> None:
+    types = [architecture.model_type for architecture in ARCHITECTURES]
+    classes = [name for architecture in ARCHITECTURES for name in architecture.heads.values()]
+    assert len(set(types)) == len(types) and len(set(classes)) == len(classes)
+
+
+def test_public_names_resolve() -> None:
+    assert set(public_classes()) < set(hf_hybrid.__all__)
+    for name in hf_hybrid.__all__:
+        assert getattr(hf_hybrid, name) is not None
+        assert name in dir(hf_hybrid)
+    namespace: dict = {}
+    exec("from hf_hybrid import *", namespace)
+    assert set(hf_hybrid.__all__) - {"__version__"} <= namespace.keys()
+    with pytest.raises(AttributeError, match="no attribute 'SpadeModl'; public names: .*SpadeModel"):
+        hf_hybrid.SpadeModl  # noqa: B018
+
+
+def test_registering_again_is_harmless() -> None:
+    before = len(sys.meta_path)
+    for _ in range(3):
+        register()
+        reload(hf_hybrid)
+    assert len(sys.meta_path) == before
+    config_class = load_config_class(ARCHITECTURES[0])
+    assert CONFIG_MAPPING[ARCHITECTURES[0].model_type] is config_class
+
+
+CHECK = """
+import transformers
+for model_type, auto_name, class_name in {heads!r}:
+    config = transformers.AutoConfig.for_model(model_type)
+    found = getattr(transformers, auto_name)._model_mapping[type(config)]
+    assert found.__name__ == class_name and found.__module__.startswith("hf_hybrid."), found
+"""
+HEADS = [
+    (architecture.model_type, auto_name, class_name)
+    for architecture in ARCHITECTURES
+    for auto_name, class_name in architecture.heads.items()
+]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hf_hybrid",
+        "import transformers, hf_hybrid",
+        "from transformers import AutoModel, AutoConfig; import hf_hybrid",
+        "from transformers import AutoConfig; import hf_hybrid; from transformers import AutoModelForCausalLM",
+        "import hf_hybrid, importlib; importlib.reload(hf_hybrid); import hf_hybrid",
+        "from hf_hybrid import SpadeConfig, SpadeForConditionalGeneration",
+        "from hf_hybrid.modeling.modeling_spade import SpadeModel",
+    ],
+)
+def test_registration_in_any_order_of_imports(imports: str) -> None:
+    """In a fresh process, whichever module was imported first."""
+    code = imports + CHECK.format(heads=HEADS)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
