@@ -67,7 +67,7 @@ def plot_loss_curves(
         axes.axhline(value, color="0.4", linestyle="--", linewidth=1.0)
         axes.annotate(label, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.3")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss (nats per target)")
+    axes.set_ylabel("loss")
     if title:
         axes.set_title(title, loc="left")
     axes.legend(frameon=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -388,6 +389,8 @@ def run_recipe(
     set_up_logging(training_args)
     if training_args.output_dir is None:
         raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
+    if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
+        raise ImportError('The loss curve of a run needs matplotlib: pip install "hf_hybrid[train]".')
     folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
     set_seed(training_args.seed)
     job = build(*groups)

@@ -110,7 +110,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def recording(self, arguments: Mapping[str, Any]) -> Iterator[None]:
-        """Write the opening records; withdraw them if the run fails before its first checkpoint."""
+        """Write the opening records; withdraw them if the run fails before it has left anything else."""
         if not is_main_process():
             yield
             return
@@ -121,11 +121,11 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            if self.resume_checkpoint is None and not any(self.path.glob("checkpoint-*")):
-                for name in (ARGUMENTS_FILE, ENVIRONMENT_FILE):
+            records = {ARGUMENTS_FILE, ENVIRONMENT_FILE}
+            if self.resume_checkpoint is None and {path.name for path in self.path.iterdir()} <= records:
+                for name in records:
                     (self.path / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # something else is in there: leave it
-                    self.path.rmdir()
+                self.path.rmdir()
             raise
 
     def _warn_about_changes(self, arguments: Mapping[str, Any]) -> None:

@@ -1,0 +1,62 @@
+"""Every recipe explains itself, and every script calls its recipe."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from hf_hybrid.recipes.common import parse_overrides, split_names
+
+SCRIPTS = sorted((Path(__file__).resolve().parents[2] / "scripts").glob("run_*.py"))
+TRAINING = ("pretrain_span_corruption", "pretrain_clm", "finetune_glue", "finetune_summarization")
+
+
+@pytest.mark.parametrize("name", [*TRAINING, "generate", "evaluate"])
+def test_help_is_complete(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        import_module(f"hf_hybrid.recipes.{name}").main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"hf_hybrid.recipes.{name}" in text
+    if name in TRAINING:
+        for option in ("--data", "--output_dir", "--seed", "--resume_from_checkpoint", "--max_minutes", "--max_steps"):
+            assert option in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_only_call_their_recipe(script):
+    name = script.stem.removeprefix("run_")
+    lines = [line for line in script.read_text().splitlines() if line.strip()]
+    assert lines == [f"from hf_hybrid.recipes.{name} import main", 'if __name__ == "__main__":', "    main()"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, {}),
+        ("a=1,b=[0,1],c=word", {"a": 1, "b": [0, 1], "c": "word"}),
+        ("a=True, b=None,c=1e-3", {"a": True, "b": None, "c": 1e-3}),
+        ("a=x,y", {"a": "x,y"}),
+    ],
+)
+def test_overrides(text, expected):
+    assert parse_overrides(text) == expected
+
+
+def test_names_are_split_at_commas_unless_they_exist(tmp_path):
+    odd = tmp_path / "a,b.txt"
+    odd.write_text("x")
+    assert split_names([str(odd), "c, d"]) == [str(odd), "c", "d"]
+    assert split_names("a,b") == ["a", "b"] and split_names(None) == []
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "just text"])
+def test_option_files_must_hold_a_mapping(tmp_path, content):
+    (tmp_path / "options.yaml").write_text(content)
+    main = import_module("hf_hybrid.recipes.pretrain_clm").main
+    with pytest.raises(ValueError, match="name: value"):
+        main([str(tmp_path / "options.yaml")])
+    with pytest.raises(ValueError, match="cannot be read"):
+        main([str(tmp_path / "missing.yaml")])
