@@ -47,8 +47,8 @@ def blocked_attention(
 ) -> torch.Tensor:
     """Attention of blocks of queries to their slices of the keys.
 
-    On CPU the operator of this file, which never stores the scores; elsewhere, and in exported graphs,
-    `scaled_dot_product_attention`, whose kernels there accept a bias that needs a gradient.
+    On CPU the operator of this file, which never stores the scores; elsewhere, in exported graphs, and for a single
+    block without gradient, `scaled_dot_product_attention`, whose other kernels accept a bias that needs a gradient.
 
     Args:
         query: (B, n, T, b, d).
@@ -64,7 +64,9 @@ def blocked_attention(
         (B, n, T, b, d) in the dtype of `query`; zeros for queries that see no key. Softmax in float32 or better.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.device.type != "cpu" or torch.compiler.is_exporting():
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, bias))
+    single = query.shape[2] == 1 and not trains and dropout_p == 0  # a decoding step: one call takes half the time
+    if query.device.type != "cpu" or torch.compiler.is_exporting() or single:
         return _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     query_segments, key_segments = (None, None) if segments is None else segments

@@ -246,8 +246,10 @@ def _block_length(reach: int, device: torch.device) -> int:
 def _into_blocks(states: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Pads dimension `dim` at the end to a multiple of `size` and splits it into (blocks, size)."""
     count = -(-states.shape[dim] // size)
-    padding = (0, 0) * (states.dim() - 1 - dim) + (0, count * size - states.shape[dim])
-    return F.pad(states, padding).unflatten(dim, (count, size))
+    missing = count * size - states.shape[dim]
+    if torch.compiler.is_compiling() or missing:  # eager: padding by nothing would copy
+        states = F.pad(states, (0, 0) * (states.dim() - 1 - dim) + (0, missing))
+    return states.unflatten(dim, (count, size))
 
 
 def local_attention_reference(
