@@ -119,8 +119,19 @@ class TestTokenLoss:
         loss, found = loss_and_gradients(model, **inputs, labels=labels, num_items_in_batch=torch.tensor(5))
         assert loss == 0
         assert not any(gradient.any() for gradient in found.values())
-        if not case.is_causal:
-            assert model(**inputs, labels=labels).loss == 0
+        assert model(**inputs, labels=labels).loss == 0
+
+    def test_a_single_token(self, case: Case) -> None:
+        """Causal models have nothing to predict there."""
+        model = case.model()
+        inputs = case.inputs(length=1, target=1)
+        loss = model(**inputs, **case.labels(inputs)).loss
+        assert loss.isfinite() and (loss == 0) == case.is_causal
+
+    def test_labels_of_another_shape(self, case: Case) -> None:
+        inputs = case.inputs(length=9, target=9)
+        with pytest.raises(ValueError):
+            case.model()(**inputs, labels=random_ids(2, 4))
 
 
 @parametrize(all_variants("AutoModelForSeq2SeqLM"))

@@ -6,6 +6,32 @@ import torch
 from torch.nn import functional as F
 
 
+def shift_labels(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Moves the labels of a causal model to the positions that predict them: (B, L) to (B, L), the last one ignored.
+
+    Args:
+        labels: (B, L) ids of the input itself, -100 is ignored.
+        shape: (B, L) of the hidden states.
+
+    Raises:
+        ValueError: `labels` have another shape.
+    """
+    if labels.shape != shape:
+        raise ValueError(f"`labels` must have the shape of the input, {tuple(shape)}; got {tuple(labels.shape)}.")
+    return F.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+def mean_over_labels(
+    total: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """A summed loss divided by `num_items_in_batch`, or by the number of labels that count (at least 1)."""
+    if num_items_in_batch is None:
+        return total / (labels != -100).sum().clamp(min=1)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
 def token_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
@@ -24,8 +50,4 @@ def token_cross_entropy(
     total = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100, reduction="sum"
     )
-    if num_items_in_batch is None:
-        return total / (labels != -100).sum().clamp(min=1)
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return mean_over_labels(total, labels, num_items_in_batch)

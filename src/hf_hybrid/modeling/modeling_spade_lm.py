@@ -33,6 +33,7 @@ from ..layers.norms import build_norm
 from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
+from .losses import mean_over_labels, shift_labels, token_cross_entropy
 from .spade_layers import SpadeMixer, build_feed_forward
 
 
@@ -263,11 +264,10 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
     def _adaptive_loss(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
-        targets = labels[:, 1:].reshape(-1)
-        total = self.lm_head.negative_log_likelihood(
-            hidden_states[:, :-1].reshape(targets.shape[0], -1), targets, self.model.embed_tokens
-        )
-        return total / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        """Mean of -log p(label) over the labels that count; `labels` (B, L) stand at the position that predicts them."""
+        targets = labels.to(hidden_states.device).flatten()
+        total = self.lm_head.negative_log_likelihood(hidden_states.flatten(0, 1), targets, self.model.embed_tokens)
+        return mean_over_labels(total, targets, num_items_in_batch)
 
     @can_return_tuple
     def forward(
@@ -304,6 +304,8 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if labels is not None:
+            labels = shift_labels(labels, hidden_states.shape[:2])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = None, None
         if self.config.adaptive_cutoffs is not None:
@@ -315,9 +317,7 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
             scale = self.config.d_model**-0.5 if self.config.scale_logits else 1.0
             logits = self.lm_head(hidden_states[:, kept] * scale if scale != 1.0 else hidden_states[:, kept])
             if labels is not None:
-                loss = self.loss_function(
-                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-                )
+                loss = token_cross_entropy(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
