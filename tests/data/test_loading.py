@@ -102,6 +102,11 @@ def test_missing_empty_and_broken(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match="Could not read"):
         load_text_source(tmp_path / "broken.parquet")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "train.csv").write_text("text,label\na,0\n")
+    (tmp_path / "mixed" / "train-more.tsv").write_text("text\tlabel\nb\t1\n")
+    with pytest.raises(ValueError, match=r"commas \(.csv\) and tabs \(.tsv\)"):
+        load_table(tmp_path / "mixed")
     with pytest.raises(ValueError, match="empty list"):
         load_text_source([])
     with pytest.raises(ValueError, match="neither an existing file or folder nor a data set of the Hub"):

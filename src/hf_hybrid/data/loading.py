@@ -128,6 +128,10 @@ def _load_files(datasets, files: list[Path], streaming: bool):
         raise ValueError(f"Unknown file format of {unknown}; accepted are {', '.join(_BUILDERS)} (also with .gz).")
     if empty := [str(path) for path in files if path.stat().st_size == 0]:
         raise ValueError(f"Empty file: {', '.join(empty)}.")
+    if len({".csv", ".tsv"} & {_suffix(path) for path in files}) == 2:
+        raise ValueError(
+            f"The files {', '.join(map(str, files))} mix commas (.csv) and tabs (.tsv); pass them as separate sources."
+        )
     (builder,) = builders
     options: dict[str, object] = {}
     if builder == "text":
