@@ -186,7 +186,8 @@ def generate_batch(
         ids = model.generate(**encoded, **decoding.options())
     new = ids[:, encoded["input_ids"].shape[1] :] if is_causal else ids[:, 1:]
     outputs = tokenizer.batch_decode(new, skip_special_tokens=True)
-    lengths = (new != model.generation_config.pad_token_id).sum(dim=1).tolist()
+    pad = model.generation_config.pad_token_id
+    lengths = (new != (-1 if pad is None else pad)).sum(dim=1).tolist()
     each = len(outputs) // len(texts)
     for number, text in enumerate(texts):
         rows = slice(number * each, (number + 1) * each)
