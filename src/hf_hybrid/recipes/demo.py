@@ -98,68 +98,46 @@ class DemoPlan:
 
 FULL_PLAN = DemoPlan(
     data=DataPlan(),
-    tokenizer={"vocab_size": 4000, "num_sentinels": 64, "max_sentences": 30_000},
+    tokenizer={"vocab_size": 2000, "num_sentinels": 48, "max_sentences": 30_000},
     model={
-        "d_model": 128,
-        "d_kv": 32,
-        "num_heads": 4,
-        "d_ff": 384,
-        "encoder_layers": 3,
-        "decoder_layers": 1,
-        "attention_window": 16,
-        "ssm_state_size": 16,
-        "dropout_rate": 0.0,
-        "max_position_embeddings": 128,
-    },  # fmt: skip
+        "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 384, "encoder_layers": 3, "decoder_layers": 1,
+        "attention_window": 16, "ssm_state_size": 16, "dropout_rate": 0.0, "initializer_range": 0.08,
+        "max_position_embeddings": 160,
+    },
     pretraining={
-        "input_length": 256,
-        "noise_density": 0.3,
-        "max_steps": 600,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 16,
-        "max_validation_segments": 128,
-        "learning_rate": 3e-3,
-        "ssm_learning_rate": 3e-3,
-        "eval_steps": 150,
-        "logging_steps": 25,
-    },  # fmt: skip
+        "input_length": 256, "noise_density": 0.3, "max_steps": 700, "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16, "max_validation_segments": 128, "learning_rate": 2e-3,
+        "ssm_learning_rate": 2e-3, "eval_steps": 175, "logging_steps": 25,
+    },
     classification={
-        "max_length": 96,
-        "num_train_epochs": 6,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 64,
-        "learning_rate": 1e-3,
-        "logging_steps": 50,
-    },  # fmt: skip
+        "max_length": 80, "num_train_epochs": 8, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
+        "learning_rate": 1e-3, "logging_steps": 50, "eval_strategy": "steps", "eval_steps": 200,
+    },
     summarization={
-        "max_source_length": 160,
-        "max_target_length": 32,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 48,
-        "learning_rate": 1.5e-3,
-        "logging_steps": 50,
-        "no_repeat_ngram_size": 3,
-    },  # fmt: skip
-)
+        "max_source_length": 128, "max_target_length": 32, "num_train_epochs": 3, "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 48, "learning_rate": 2e-3, "logging_steps": 50, "no_repeat_ngram_size": 3,
+        "eval_strategy": "no",
+    },
+)  # fmt: skip
 
 QUICK_PLAN = DemoPlan(
     data=DataPlan(
-        families=("numpy", "sklearn"), max_source_bytes=1_000_000, max_characters=60_000, max_per_class=100, max_pairs=24,
-        max_evaluation=8,
+        families=("numpy", "sklearn"), max_source_bytes=1_000_000, max_characters=60_000, max_per_class=50,
+        max_pairs=24, max_evaluation=8,
     ),
     tokenizer={"vocab_size": 500, "num_sentinels": 32, "max_sentences": 1000},
     model={
-        "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "encoder_layers": 1, "decoder_layers": 1, "attention_window": 8,
-        "ssm_state_size": 4, "dropout_rate": 0.0, "max_position_embeddings": 64,
+        "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "encoder_layers": 1, "decoder_layers": 1,
+        "attention_window": 8, "ssm_state_size": 4, "dropout_rate": 0.0, "max_position_embeddings": 64,
     },
     pretraining={
-        "input_length": 64, "noise_density": 0.15, "max_steps": 4, "per_device_train_batch_size": 4, "max_validation_segments": 8, "eval_steps": 2,
-        "logging_steps": 1,
+        "input_length": 64, "noise_density": 0.15, "max_steps": 4, "per_device_train_batch_size": 4,
+        "max_validation_segments": 8, "eval_steps": 2, "logging_steps": 1,
     },
     classification={"max_length": 32, "max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1},
     summarization={
-        "max_source_length": 64, "max_target_length": 12, "max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1,
+        "max_source_length": 64, "max_target_length": 12, "max_steps": 3, "per_device_train_batch_size": 8,
+        "logging_steps": 1,
     },
 )  # fmt: skip
 

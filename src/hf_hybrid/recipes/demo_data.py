@@ -34,7 +34,7 @@ class DataPlan:
         families: libraries whose docstrings are read.
         max_source_bytes: bytes of source read per library.
         max_characters: of the pretraining text; None for all.
-        max_per_class: examples of one class.
+        max_per_class: training examples of one class. Few labels and much text is where pretraining should help.
         max_words: words of a docstring that the classifier, and its baselines, see.
         max_pairs: (document, summary) pairs of training; None for all.
         max_evaluation: rows of either task that are evaluated; None for all.
@@ -43,8 +43,8 @@ class DataPlan:
     families: tuple[str, ...] = FAMILIES
     max_source_bytes: int = 3_000_000
     max_characters: int | None = None
-    max_per_class: int = 800
-    max_words: int = 60
+    max_per_class: int = 200
+    max_words: int = 40
     max_pairs: int | None = None
     max_evaluation: int | None = None
 
@@ -75,13 +75,13 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
     }
     for split, documents in texts.items():
         write_rows(folder / CORPUS / f"{split}.jsonl", ({"text": text} for text in documents))
-    limits = {"train": None, "validation": plan.max_evaluation}
     classes, pairs = {}, {}
     for split in SPLITS:
-        rows = embedded_classification_examples(split, max_per_class=plan.max_per_class, **source)
+        rows = embedded_classification_examples(split, max_per_class=4 * plan.max_per_class, **source)
+        rows = _first_of_each_class(rows, plan.max_per_class) if split == "train" else rows[: plan.max_evaluation]
         classes[split] = [
             {"sentence": " ".join(str(row["sentence"]).split()[: plan.max_words]), "label": row["label_name"]}
-            for row in rows[: limits[split]]
+            for row in rows
         ]
         found = embedded_summarization_pairs(split, **source)
         kept = _spread(found, plan.max_pairs if split == "train" else plan.max_evaluation)
@@ -101,6 +101,16 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
         "classes": dict(Counter(row["label"] for row in classes["train"]).most_common()),
         "summarization_pairs": {split: len(rows) for split, rows in pairs.items()},
     }
+
+
+def _first_of_each_class(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    seen: Counter[Any] = Counter()
+    kept = []
+    for row in rows:
+        seen[row["label"]] += 1
+        if seen[row["label"]] <= limit:
+            kept.append(row)
+    return kept
 
 
 def _spread(rows: Sequence[Any], limit: int | None) -> list[Any]:
