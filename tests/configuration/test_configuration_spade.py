@@ -90,6 +90,8 @@ WRONG_IN_BOTH = [
     ({"d_ff": 0}, "`d_ff` must be at least 1"),
     ({"relative_attention_max_distance": 8}, "`relative_attention_max_distance` .*must exceed"),
     ({"relative_attention_num_buckets": 1}, "`relative_attention_num_buckets` must be at least 2"),
+    ({"position_encoding": "rotary", "rotary_base": 0}, "`rotary_base` must be positive"),
+    ({"layer_norm_eps": -1e-6}, "`layer_norm_eps`"),
     ({"feed_forward_proj": "swish"}, "`feed_forward_proj` must be one of 'relu'"),
     ({"pad_token_id": 40000}, "`pad_token_id` is 40000, outside the vocabulary"),
     ({"eos_token_id": -1}, "`eos_token_id` is -1"),
@@ -111,6 +113,9 @@ def test_rules_of_both(config_class: type[PreTrainedConfig], fields: dict[str, A
     [
         ({"d_kv": 9}, r"`num_heads` \* `d_kv` must equal `d_model`; got 4 \* 9 != 32"),
         ({"num_heads": 32, "d_kv": 1, "position_encoding": "rotary"}, "'rotary'.*even"),
+        ({"relative_attention_num_buckets": 2}, "`relative_attention_num_buckets` must be even and at least 4"),
+        ({"relative_attention_num_buckets": 7}, "`relative_attention_num_buckets` must be even and at least 4"),
+        ({"relative_attention_max_distance": 16, "decoder_attention_window": 4}, "must exceed 16"),
         ({"decoder_ssm_layers": [0]}, "`decoder_ssm_layers` needs `decoder_attention_window`"),
         ({"decoder_ssm_layers": [2], "decoder_attention_window": 4}, "`decoder_ssm_layers` names layer 2"),
         ({"max_position_embeddings": None}, "`max_position_embeddings=None`.*`decoder_attention_window`"),
@@ -127,6 +132,8 @@ def test_rules_of_the_encoder_decoder(fields: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"relative_attention_max_distance": 16}, "`relative_attention_max_distance` .16. must exceed 16"),
+        ({"adaptive_cutoffs": [10], "adaptive_dropout": 1.5}, "`adaptive_dropout`"),
         ({"num_heads": 5}, r"`num_heads` must divide `d_model` \(32\); got 5"),
         ({"num_heads": 32, "position_encoding": "rotary"}, "'rotary'.*even"),
         ({"scale_heads": True}, "`scale_heads` is not defined for layers with an SSM"),

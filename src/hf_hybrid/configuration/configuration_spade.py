@@ -41,8 +41,8 @@ def _check_common(config: PreTrainedConfig) -> None:
     """Rules that the encoder-decoder and the language model share."""
     _check_at_least(config, 1, "vocab_size", "d_model", "d_ff", "num_heads", "attention_window", "ssm_max_length")
     _check_at_least(config, 2, "relative_attention_num_buckets", "ssm_state_size")
-    for name in ("dropout_rate", "attention_dropout", "activation_dropout", "classifier_dropout"):
-        if not 0 <= getattr(config, name) < 1:
+    for name in ("dropout_rate", "attention_dropout", "activation_dropout", "classifier_dropout", "adaptive_dropout"):
+        if not 0 <= getattr(config, name, 0) < 1:
             raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {getattr(config, name)}.")
     if config.ssm_state_size % 2:
         raise ValueError(
@@ -64,17 +64,33 @@ def _check_common(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"`ssm_type='s4'` is defined for `ssm_init='legs'` only; got {config.ssm_init!r}. Use ssm_type='s4d'."
         )
-    if config.relative_attention_max_distance <= config.relative_attention_num_buckets // 4:
-        raise ValueError(
-            f"`relative_attention_max_distance` ({config.relative_attention_max_distance}) must exceed a quarter of "
-            f"`relative_attention_num_buckets` ({config.relative_attention_num_buckets}), where the logarithmic buckets begin."
-        )
+    if config.position_encoding == "rotary" and not config.rotary_base > 0:
+        raise ValueError(f"`rotary_base` must be positive; got {config.rotary_base}.")
+    if config.layer_norm_eps < 0:
+        raise ValueError(f"`layer_norm_eps` must not be negative; got {config.layer_norm_eps}.")
     _check_choice("feed_forward_proj", config.feed_forward_proj, FEED_FORWARD_TYPES)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
         tokens = getattr(config, name, None)
         for token in tokens if isinstance(tokens, list) else [tokens]:
             if token is not None and not 0 <= token < config.vocab_size:
                 raise ValueError(f"`{name}` is {tokens}, outside the vocabulary of {config.vocab_size} tokens.")
+
+
+def _check_buckets(config: PreTrainedConfig, *, is_causal: bool) -> None:
+    """Relative biases need an exact and a logarithmic bucket per direction; see `relative_position_bucket`."""
+    if config.position_encoding != "bias":
+        return
+    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if not is_causal and (buckets < 4 or buckets % 2):
+        raise ValueError(
+            f"`relative_attention_num_buckets` must be even and at least 4, half for each direction; got {buckets}."
+        )
+    exact = buckets // 2 if is_causal else buckets // 4
+    if distance <= exact:
+        raise ValueError(
+            f"`relative_attention_max_distance` ({distance}) must exceed {exact}, the distance where the logarithmic ones of "
+            f"{buckets} `relative_attention_num_buckets` begin."
+        )
 
 
 @strict
@@ -250,6 +266,9 @@ class SpadeConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_heads` * `d_kv` must equal `d_model`; got {self.num_heads} * {self.d_kv} != {self.d_model}."
             )
+        _check_buckets(self, is_causal=False)
+        if self.decoder_attention_window is not None:
+            _check_buckets(self, is_causal=True)
         if self.position_encoding == "rotary" and self.d_kv % 2:
             raise ValueError(f"`position_encoding='rotary'` needs an even `d_kv`; got {self.d_kv}.")
         _check_layer_list("ssm_layers", self.ssm_layers, self.encoder_layers, "encoder_layers")
@@ -385,6 +404,7 @@ class SpadeLMConfig(PreTrainedConfig):
         """Checks that fields fit together; called on construction and on saving."""
         _check_common(self)
         _check_at_least(self, 1, "num_layers")
+        _check_buckets(self, is_causal=True)
         if self.d_model % self.num_heads:
             raise ValueError(f"`num_heads` must divide `d_model` ({self.d_model}); got {self.num_heads}.")
         if self.position_encoding == "rotary" and self.d_kv % 2:
