@@ -100,6 +100,8 @@ class AdaptiveSoftmax(nn.Module):
     ) -> torch.Tensor:
         """Sum of -log p(target); each tail is evaluated only for the tokens that it holds.
 
+        A compiled graph has fixed shapes: there every tail is evaluated for every token, as in `forward`.
+
         Args:
             hidden_states: (T, D).
             targets: (T,) ids; -100 is ignored.
@@ -108,6 +110,8 @@ class AdaptiveSoftmax(nn.Module):
         Returns:
             Scalar, float32 or better.
         """
+        if torch.compiler.is_compiling():
+            return F.nll_loss(self(hidden_states, embedding), targets, ignore_index=-100, reduction="sum")
         kept = targets != -100
         hidden_states, targets = hidden_states[kept], targets[kept]
         head = self._head(hidden_states, embedding)

@@ -1,0 +1,47 @@
+"""Memory grows linearly with the length of the input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from factories import Case, all_heads, parametrize
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import torch
+from factories import Case
+torch.set_num_threads(2)
+model = Case(*{case!r}).model({settings}).train()
+
+def peak_after(length):
+    ids = torch.randint(3, 40, (1, length))
+    target = dict(decoder_input_ids=ids[:, :8]) if {is_seq2seq} else {{}}
+    outputs = model(input_ids=ids, **target)
+    outputs[0].float().square().mean().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+base, short, long = (peak_after(length) for length in (1024, 16384, 32768))
+print((long - base) / (short - base))
+"""
+
+
+@pytest.mark.slow
+@parametrize([case for case in all_heads() if case.auto_name == "AutoModel"])
+@pytest.mark.parametrize(
+    "settings", ["d_ff=48", "ssm_type='s4', ssm_max_length=32768", "local_attention_type='chunk'"]
+)
+def test_training_memory_is_linear_in_the_length(case: Case, settings: str) -> None:
+    """Twice the input, from 16,384 to 32,768 tokens, takes at most 2.2 times the memory above that of 1,024."""
+    code = MEASURE.format(
+        folder=str(Path(__file__).parent),
+        case=(case.model_type, case.auto_name, case.variant),
+        settings=settings,
+        is_seq2seq=case.is_seq2seq,
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= 2.2
