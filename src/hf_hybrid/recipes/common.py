@@ -30,6 +30,7 @@ from transformers import (
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
 
 from ..hub import EvaluationResult, ModelCard, write_model_card
+from ..tokenization.special_tokens import padded_vocab_size
 from ..training.run_folder import (
     ENVIRONMENT_FILE,
     LOSS_CURVE_FILE,
@@ -42,9 +43,6 @@ from ..training.run_folder import (
 from ..viz import plot_loss_curves
 
 logger = logging.getLogger(__name__)
-
-VOCABULARY_MULTIPLE = 64  # rows of the embedding table are padded to a multiple of this
-
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -215,11 +213,6 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
         raise ValueError(f"`config_overrides` do not fit together: {error.__cause__ or error}") from error
 
 
-def padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows of an embedding table for a tokenizer: its ids, rounded up."""
-    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
 def build_new_or_pretrained(
     auto_class: Any, arguments: NewModelArguments, tokenizer: PreTrainedTokenizerBase, default_type: str
 ) -> PreTrainedModel:
@@ -245,7 +238,7 @@ def build_new_or_pretrained(
                 "tokenizer of the checkpoint."
             )
         return model
-    specials: dict[str, Any] = {"vocab_size": padded_vocabulary(tokenizer)}
+    specials: dict[str, Any] = {"vocab_size": padded_vocab_size(tokenizer)}
     if tokenizer.pad_token_id is not None:
         specials["pad_token_id"] = tokenizer.pad_token_id
     specials["eos_token_id"] = tokenizer.eos_token_id
