@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_hybrid.layers import ssm
@@ -47,6 +47,7 @@ def truncated(layer: StateSpaceLayer, length: int) -> StateSpaceLayer:
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("ssm_type", TYPES)
+@settings(max_examples=8)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), steps=st.integers(0, 3))
 def test_any_split_equals_one_pass(ssm_type: str, channels: int, lengths: list[int], steps: int) -> None:
     layer = make_layer(ssm_type, channels=channels)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,6 +83,7 @@ def test_dense_system_equals_its_definition(rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 2])
+@settings(max_examples=10)
 @given(internal=st.integers(1, 130), wanted=st.floats(0.01, 1.0), block=st.sampled_from([60, 1 << 20]))
 def test_kernel_routes_agree(rank: int, internal: int, wanted: float, block: int) -> None:
     """Definition, Krylov product, and truncated generating function at even and odd lengths (Nyquist node included)."""
@@ -141,6 +142,7 @@ def test_real_basis_round_trip() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3])
+@settings(max_examples=10)
 @given(length=st.integers(1, 60), block=st.sampled_from([1, 4, 16, 64]))
 def test_recurrences_agree(rank: int, length: int, block: int) -> None:
     """O(N) step, dense step and blocked scan, from an incoming state; and the convolution from none."""
@@ -165,6 +167,7 @@ def test_recurrences_agree(rank: int, length: int, block: int) -> None:
     torch.testing.assert_close(first, torch.einsum("shij,bhj->bshi", toeplitz, inputs), rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=10)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5))
 def test_any_split_equals_one_pass(lengths: list[int]) -> None:
     system, output = make_system()

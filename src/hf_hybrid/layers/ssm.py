@@ -135,7 +135,7 @@ class StateSpaceLayer(nn.Module):
         self._register("w_imag", num_copies, modes)
         self._initial_kernel_length = kernel_length
         self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
-        self._cache: dict[str, tuple[Any, Any]] = {}
+        self._cache: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}
         self._loads = 0
         self._length_read: tuple[Any, int] = (None, 0)
         self.reset_parameters()
@@ -214,7 +214,7 @@ class StateSpaceLayer(nn.Module):
             return None
         if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
             return None
-        return tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
+        return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
     def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
         """Result of `compute`, kept while no tensor of the layer changes.
@@ -226,8 +226,12 @@ class StateSpaceLayer(nn.Module):
             return compute()
         found = self._cache.get(name)
         if found is None or found[0] != key:
+            tensors = [
+                *self._parameters.values(),
+                *self._buffers.values(),
+            ]  # kept alive, so that no `id` is used again
             with torch.inference_mode(False), torch.no_grad():
-                found = self._cache[name] = (key, compute())
+                found = self._cache[name] = (key, compute(), tensors)
         return found[1]
 
     def train(self, mode: bool = True) -> StateSpaceLayer:
@@ -260,6 +264,7 @@ class StateSpaceLayer(nn.Module):
         return torch.stack([self._tile(part.to(dtype)) for part in tensor.unbind(-1)], dim=-1)
 
     def dplr_system(self, dtype: torch.dtype) -> DplrSystem:
+        """Continuous system of every feature in a precision ("s4")."""
         rates = torch.stack([-torch.exp(self.inv_w_real.to(dtype)), self.w_imag.to(dtype)], dim=-1)
         return DplrSystem(
             self._tile_pairs(rates, dtype),
@@ -269,7 +274,7 @@ class StateSpaceLayer(nn.Module):
         )
 
     def diagonal_system(self) -> DiagonalSystem:
-        """Discretised in float64: decays stay so, coefficients are rounded to the working precision."""
+        """Discretised system ("s4d"), formed in float64: decays stay so, coefficients are rounded to working precision."""
         wide, dtype = self._wide_dtype, self._math_dtype
         rate_real = self._tile(-torch.exp(self.inv_w_real.to(wide)))
         rate_imag = self._tile(self.w_imag.to(wide))
