@@ -68,7 +68,7 @@ class Environment:
         if stamp.exists() and stamp.read_text() == wanted:
             return executable
         print(f"making the environment of {self.name} in {folder}", file=sys.stderr)
-        venv.create(folder, clear=True, with_pip=True, symlinks=True)
+        venv.create(folder, clear=True, with_pip=bool(self.requirements), symlinks=True)
         if self.inherit:
             (packages,) = folder.glob("lib/python*/site-packages")
             (packages / "inherited.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -192,7 +192,6 @@ class Worker:
             command="start",
             module=str(contender.case.module),
             paths=[str(contender.sources), str(BENCHMARKS)],
-            threads=threads,
             clock=settings.clock,
         )
 
@@ -241,10 +240,15 @@ def compare(contenders: list[Contender], settings: Settings) -> list[dict[str, A
             for index in order:
                 seconds[index].append(workers[index].ask(command="time")["seconds"])
         ends = [worker.ask(command="memory") for worker in workers]
+        for worker, end in zip(workers, ends):
+            case, size = worker.contender.case, worker.contender.size
+            for key, function in (("work", case.work), ("memory_limit", case.memory_at_most)):
+                if function is not None:
+                    end[key] = worker.ask(command="call", function=function, size=size)["result"]
     finally:
         for worker in workers:
             worker.close()
-    return [
+    results = [
         {
             "contender": contender.name,
             "size": contender.size,
@@ -254,17 +258,23 @@ def compare(contenders: list[Contender], settings: Settings) -> list[dict[str, A
             "ratio": statistics.median(time / first for time, first in zip(own, seconds[0])),
             "peak_bytes": end["peak_bytes"],
             "growth_bytes": end["peak_bytes"] - start["before_bytes"],
+            "memory_limit": end.get("memory_limit"),
             "versions": end["versions"],
         }
         for contender, own, start, end in zip(contenders, seconds, starts, ends)
     ]
+    for result, end in zip(results, ends):
+        if "work" in end:
+            amount, unit = end["work"]
+            result |= {"rate": amount / result["median_s"], "unit": f"{unit}/s"}
+    return results
 
 
-def call_in_worker(case: Case, function: str, size: Size) -> Any:
-    """Calls a function of a case module in a fresh process; used for checks and amounts of work."""
-    worker = Worker(Contender(function, case, function, size), Settings())
+def check(case: Case) -> None:
+    """Runs the check of a case at its first size, in a fresh process."""
+    worker = Worker(Contender("check", case, case.check, case.sizes[0]), Settings())
     try:
-        return worker.ask(command="call", function=function, size=size)["result"]
+        worker.ask(command="call", function=case.check, size=case.sizes[0])
     finally:
         worker.close()
 
@@ -302,15 +312,11 @@ def run_case(
     report: dict[str, Any] = {"case": case.name, "timed": case.timed, "comparisons": [], "missed": []}
     try:
         progress(f"{case.name}: check")
-        call_in_worker(case, case.check, case.sizes[0])
+        check(case)
         for contenders in groups(case, revision, revision_name):
             shown = ", ".join(f"{c.name} {next(iter(c.size.values()))}" for c in contenders)
             progress(f"{case.name}: {shown}")
             results = compare(contenders, settings)
-            if case.work is not None:
-                for result in results:
-                    amount, unit = call_in_worker(case, case.work, result["size"])
-                    result["rate"], result["unit"] = amount / result["median_s"], f"{unit}/s"
             report["comparisons"].append(results)
             if revision is None:
                 report["missed"] += list(_missed(case, results))
@@ -331,7 +337,5 @@ def _missed(case: Case, results: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{ours['size']} -> {other['size']}: time x {other['ratio']:.2f}, at most {case.growth_at_most}"
     if case.rate_at_least is not None and ours["rate"] < case.rate_at_least:
         yield f"{ours['size']}: {ours['rate']:.3g} {ours['unit']}, at least {case.rate_at_least:.3g}"
-    if case.memory_at_most is not None:
-        limit = call_in_worker(case, case.memory_at_most, ours["size"])
-        if ours["growth_bytes"] > limit:
-            yield f"{ours['size']}: memory grew by {ours['growth_bytes']:.3g} bytes, at most {limit:.3g}"
+    if ours["memory_limit"] is not None and ours["growth_bytes"] > ours["memory_limit"]:
+        yield f"{ours['size']}: memory grew by {ours['growth_bytes']:.3g} bytes, at most {ours['memory_limit']:.3g}"

@@ -1,13 +1,13 @@
 """Process of one benchmark contender: reads requests as JSON lines from stdin, answers with JSON lines on stdout.
 
-    start   module, paths, threads, clock   imports the case module
+    start   module, paths, clock            imports the case module
     build   build, size                     makes the step
     run     times                           runs the step untimed; answers the memory before the first
     time                                    runs the step (several times when it is short), answers the seconds of one
     call    function, size                  answers the result of a function of the case module
     memory                                  answers the peak and the versions
 
-Runs in the environments of peers too: standard library, and torch.
+Runs in the environments of peers too: standard library only.
 """
 
 from __future__ import annotations
@@ -39,14 +39,11 @@ class Process:
         self.count = 1
         self.clock = time.perf_counter
 
-    def start(self, module: str, paths: list[str], threads: int, clock: str) -> dict[str, Any]:
+    def start(self, module: str, paths: list[str], clock: str) -> dict[str, Any]:
         sys.path[:0] = paths
-        import torch
         from harness import load_module
 
         self.clock = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)
         self.module = load_module(Path(module))
         return {}
 

@@ -1,0 +1,119 @@
+"""The benchmark runner on cases of milliseconds: results, checks, peers in their own environment, floors, the registry."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RUNNER = REPOSITORY / "benchmarks" / "run.py"
+
+CASES = """
+import time
+from harness import Case, Environment, Peer
+
+
+def ours(length):
+    return lambda: time.sleep(0.002 * length)
+
+
+def slower(length):
+    print("a library that prints must not disturb the protocol")
+    return lambda: time.sleep(0.02 * length)
+
+
+def where(length):
+    import sys
+
+    assert "runner-test" in sys.prefix, sys.prefix
+    import transformers  # inherited from the environment that runs the benchmark
+
+    return lambda: time.sleep(0.02 * length)
+
+
+def check(length):
+    return None
+
+
+def wrong(length):
+    raise AssertionError("not the reference's result")
+
+
+def work(length):
+    return length, "tokens"
+
+
+SIZES = ({"length": 1}, {"length": 2})
+CASES = (
+    Case("good", "a good case", "ours", SIZES, "check", work="work", rate_at_least=1e9,
+         peers=(Peer("slower", "slower", at_least=2.0, sizes=(0,)),
+                Peer("own", "where", environment=Environment("runner-test"), sizes=(0,)))),
+    Case("bad", "a case with a wrong result", "ours", SIZES, "wrong"),
+    Case("growing", "growth", "ours", SIZES, "check", growth_at_most=1.1),
+)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(RUNNER), *arguments], capture_output=True, text=True, cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "cases").mkdir()
+    (folder / "cases" / "tiny.py").write_text(CASES)
+    out = folder / "out"
+    options = ("--repeats", "2", "--threads", "1", "--out", str(out))
+    return run("--cases", str(folder / "cases"), *options), out
+
+
+def test_good_case_is_reported_with_its_peers(outcome):
+    process, out = outcome
+    record = json.loads((out / "results.json").read_text())
+    assert record["machine"]["cores"] >= 1 and record["machine"]["time"] and record["settings"]["repeats"] == 2
+    report = {report["case"]: report for report in record["results"]}["good"]
+    assert "error" not in report, process.stderr
+    first, second = report["comparisons"]
+    assert [result["contender"] for result in first] == ["ours", "slower", "own"]
+    assert [result["contender"] for result in second] == ["ours"]  # the peers run at the first size alone
+    ours, slower = first[:2]
+    assert len(ours["seconds"]) == 2 and ours["median_s"] >= 0.002
+    ratios = [late / early for late, early in zip(slower["seconds"], ours["seconds"])]
+    assert slower["ratio"] == pytest.approx(sum(ratios) / 2) and ours["ratio"] == 1
+    assert ours["peak_bytes"] > 2**20 and first[2]["versions"]["transformers"]
+    assert (out / "results.png").stat().st_size > 1000
+    assert len([line for line in report["missed"] if "tokens/s" in line]) == 2  # no rate reaches 1e9
+
+
+def test_case_with_a_wrong_result_is_not_reported(outcome):
+    process, out = outcome
+    (report,) = [r for r in json.loads((out / "results.json").read_text())["results"] if r["case"] == "bad"]
+    assert "not the reference's result" in report["error"] and "comparisons" not in report
+    assert process.returncode == 1
+    assert "NOT REPORTED" in process.stdout
+
+
+def test_growth_compares_neighbouring_sizes(outcome):
+    _, out = outcome
+    (report,) = [r for r in json.loads((out / "results.json").read_text())["results"] if r["case"] == "growing"]
+    ((small, large),) = report["comparisons"]
+    assert (small["size"], large["size"]) == ({"length": 1}, {"length": 2})
+    assert bool(report["missed"]) == (large["ratio"] > 1.1)
+
+
+def test_registry_of_the_project():
+    process = run("--list")
+    assert process.returncode == 0, process.stderr
+    names = {line.split()[0] for line in process.stdout.splitlines()}
+    assert {"diagonal-kernel", "s4-kernel", "local-attention", "spade-encoder-train", "span-corruption"} <= names
+
+
+def test_unknown_names_are_refused():
+    assert "unknown nothing" in run("--case", "nothing").stderr
+    assert "not a revision" in run("--case", "span-corruption", "--compare", "no-such-revision").stderr
