@@ -1,56 +1,49 @@
-"""The helpers behind the model inputs: positions and pooling, against loops over rows and tokens."""
+"""Checks of model inputs and labels, called directly."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hf_hybrid.modeling.inputs import check_inputs, logical_positions, pool_tokens
-
-MASKS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4)
-
-
-@given(mask=MASKS)
-def test_logical_positions_count_real_tokens(mask: list[list[bool]]) -> None:
-    positions = logical_positions(torch.tensor(mask), 6, torch.device("cpu"))
-    for row, found in zip(mask, positions.tolist()):
-        real = [position for position, keep in zip(found, row) if keep]
-        assert real == list(range(len(real)))
+from hf_hybrid.modeling.losses import check_class_labels, token_cross_entropy
 
 
-def test_logical_positions_without_padding() -> None:
-    assert logical_positions(None, 4, torch.device("cpu")).tolist() == [[0, 1, 2, 3]]
+def test_ids_of_a_wrong_type_are_named() -> None:
+    with pytest.raises(ValueError, match="`input_ids` must hold token ids of type int64 or int32; got torch.float32"):
+        check_inputs(torch.ones(1, 3), None, None, 10)
 
 
-@given(mask=MASKS, pooling=st.sampled_from(["mean", "first", "last"]))
-def test_pooling(mask: list[list[bool]], pooling: str) -> None:
-    states = torch.randn(len(mask), 6, 3)
-    pooled = pool_tokens(states, torch.tensor(mask), pooling)
-    assert pooled.isfinite().all()
-    for row, keep, vector in zip(states, mask, pooled):
-        real = row[torch.tensor(keep)]
-        if len(real):
-            expected = {"mean": real.mean(0), "first": real[0], "last": real[-1]}[pooling]
-            torch.testing.assert_close(vector, expected)
+def test_embeddings_of_a_wrong_width_are_named() -> None:
+    with pytest.raises(ValueError, match="`decoder_inputs_embeds` must be 8 wide"):
+        check_inputs(None, torch.ones(1, 3, 6), None, None, hidden_size=8, prefix="decoder_")
 
 
-def test_pooling_without_mask_and_with_a_wrong_name() -> None:
-    states = torch.randn(2, 5, 3)
-    torch.testing.assert_close(pool_tokens(states, None, "mean"), states.mean(1))
-    torch.testing.assert_close(pool_tokens(states, None, "last"), states[:, -1])
-    with pytest.raises(ValueError, match="`pooling`.*'max'"):
-        pool_tokens(states, None, "max")
+@pytest.mark.parametrize("wrong", [7, -1])
+def test_labels_outside_the_classes_are_named(wrong: int) -> None:
+    labels = torch.tensor([0, 6, -100, wrong])
+    with pytest.raises(ValueError, match=f"`labels` contain {wrong}; accepted are 0 to 6"):
+        check_class_labels(labels, 7)
+    with pytest.raises(ValueError, match=f"`labels` contain {wrong}"):
+        token_cross_entropy(torch.zeros(4, 7), labels)
 
 
-def test_mean_over_many_tokens_in_half_precision() -> None:
-    """More tokens than bf16 can count one by one: the mean still is one."""
-    pooled = pool_tokens(torch.ones(1, 4097, 2, dtype=torch.bfloat16), None, "mean")
-    torch.testing.assert_close(pooled, torch.ones(1, 2, dtype=torch.bfloat16))
+def test_labels_that_are_accepted() -> None:
+    check_class_labels(torch.tensor([0, 6, -100]), 7)
+    check_class_labels(torch.tensor([0.5, 9.0]), 2)  # regression and multi-label targets
+    check_class_labels(torch.tensor([4]), 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32, torch.int32])
-def test_masks_of_any_type(dtype: torch.dtype) -> None:
-    mask = torch.tensor([[0, 1, 1]]).to(dtype)
-    assert check_inputs(torch.tensor([[1, 2, 3]]), None, mask, 9).tolist() == [[False, True, True]]
+def test_logical_positions_count_real_tokens() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
+    assert logical_positions(mask, 4, mask.device).tolist() == [[-1, -1, 0, 1], [0, 1, 2, 2]]
+    assert logical_positions(None, 3, mask.device).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"), [("mean", [[2.5], [2.0]]), ("first", [[2.0], [1.0]]), ("last", [[3.0], [3.0]])]
+)
+def test_pooling_skips_padding_on_either_side(pooling: str, expected: list[list[float]]) -> None:
+    states = torch.tensor([[[0.0], [1.0], [2.0], [3.0]], [[1.0], [2.0], [3.0], [9.0]]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    torch.testing.assert_close(pool_tokens(states, mask, pooling), torch.tensor(expected))

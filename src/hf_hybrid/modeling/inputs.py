@@ -11,6 +11,7 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     vocab_size: int | None,
     *,
+    hidden_size: int | None = None,
     past: int = 0,
     prefix: str = "",
 ) -> torch.Tensor | None:
@@ -20,6 +21,7 @@ def check_inputs(
         input_ids: (B, L) int, or None with `inputs_embeds` (B, L, D).
         attention_mask: (B, past + L), nonzero at real tokens, or None.
         vocab_size: ids must be smaller; checked on the CPU only, where it costs no synchronisation. None: not checked.
+        hidden_size: width that `inputs_embeds` must have. None: not checked.
         past: tokens already in the cache.
         prefix: prepended to the argument names in messages ("decoder_").
 
@@ -27,7 +29,8 @@ def check_inputs(
         The mask as bool, or None.
 
     Raises:
-        ValueError: both or neither input, an empty one, ids outside the vocabulary, a mask of the wrong shape.
+        ValueError: both or neither input, an empty one, ids outside the vocabulary or of a wrong type, embeddings of the wrong
+            width, a mask of the wrong shape.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"Pass exactly one of `{prefix}input_ids` and `{prefix}inputs_embeds`.")
@@ -41,8 +44,12 @@ def check_inputs(
     batch, length = inputs.shape[:2]
     if batch == 0 or length == 0:
         raise ValueError(f"`{name}` is empty (shape {tuple(inputs.shape)}): pass at least one row of one token.")
+    if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`{name}` must hold token ids of type int64 or int32; got {input_ids.dtype}.")
     if input_ids is not None and vocab_size is not None:
         _check_ids(input_ids, vocab_size, name)
+    if inputs_embeds is not None and hidden_size is not None and inputs_embeds.shape[2] != hidden_size:
+        raise ValueError(f"`{name}` must be {hidden_size} wide, as the model is; got shape {tuple(inputs.shape)}.")
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
@@ -54,8 +61,13 @@ def check_inputs(
     return attention_mask.to(device=inputs.device, dtype=torch.bool)
 
 
+def can_read_values(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be looked at: eagerly on the CPU, where it costs no synchronisation."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def _check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not can_read_values(input_ids):
         return
     lowest, highest = torch.aminmax(input_ids)
     if lowest < 0 or highest >= vocab_size:

@@ -5,6 +5,21 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from .inputs import can_read_values
+
+
+def check_class_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Raises ValueError for integer labels outside 0 to `num_classes - 1`; -100 passes. Values are read on the CPU only."""
+    if labels.is_floating_point() or num_classes < 2 or not can_read_values(labels):
+        return
+    counted = labels[labels != -100]
+    if counted.numel() and (counted.min() < 0 or counted.max() >= num_classes):
+        wrong = int(counted.min()) if counted.min() < 0 else int(counted.max())
+        raise ValueError(
+            f"`labels` contain {wrong}; accepted are 0 to {num_classes - 1}, and -100 for positions to ignore. A classifier "
+            "takes its number of classes from `num_labels`."
+        )
+
 
 def shift_labels(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Moves the labels of a causal model to the positions that predict them: (B, L) to (B, L), the last one ignored.
@@ -46,6 +61,7 @@ def token_cross_entropy(
         Scalar in float32 or better.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    check_class_labels(labels, logits.shape[-1])
     labels = labels.to(logits.device)
     total = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100, reduction="sum"

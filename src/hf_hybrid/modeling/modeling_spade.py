@@ -38,8 +38,8 @@ from ..layers.norms import build_norm
 from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, full_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
-from .losses import token_cross_entropy
-from .spade_layers import SpadeAttention, SpadeMixer, build_feed_forward
+from .losses import check_class_labels, token_cross_entropy
+from .spade_layers import SpadeAttention, SpadeClassificationHead, SpadeMixer, build_feed_forward
 
 
 class SpadeEncoderLayer(GradientCheckpointingLayer):
@@ -138,20 +138,6 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-class SpadeClassificationHead(nn.Module):
-    """dropout, linear, tanh, dropout, linear on the pooled encoder output."""
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.d_model, config.num_labels)
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(B, D) to (B, num_labels)."""
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
-
-
 class SpadePreTrainedModel(PreTrainedModel):
     """Weight initialisation and the interface to Transformers, for both SPADE models."""
 
@@ -246,7 +232,9 @@ class SpadeEncoder(SpadePreTrainedModel):
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape.
         """
-        mask = check_inputs(input_ids, inputs_embeds, attention_mask, self.config.vocab_size)
+        mask = check_inputs(
+            input_ids, inputs_embeds, attention_mask, self.config.vocab_size, hidden_size=self.config.d_model
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         hidden_states = inputs_embeds if self.embedding_norm is None else self.embedding_norm(inputs_embeds)
@@ -459,7 +447,14 @@ class SpadeModel(SpadePreTrainedModel):
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
-        check_inputs(decoder_input_ids, decoder_inputs_embeds, None, self.config.vocab_size, prefix="decoder_")
+        check_inputs(
+            decoder_input_ids,
+            decoder_inputs_embeds,
+            None,
+            self.config.vocab_size,
+            hidden_size=self.config.d_model,
+            prefix="decoder_",
+        )
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
         source = encoder_outputs.last_hidden_state
@@ -633,6 +628,7 @@ class SpadeForSequenceClassification(SpadeEncoderHead):
         logits = self.classifier(pooled)
         loss = None
         if labels is not None:
+            check_class_labels(labels, self.num_labels)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

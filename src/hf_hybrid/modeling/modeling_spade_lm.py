@@ -33,7 +33,7 @@ from ..layers.norms import build_norm
 from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
-from .losses import mean_over_labels, shift_labels, token_cross_entropy
+from .losses import check_class_labels, mean_over_labels, shift_labels, token_cross_entropy
 from .spade_layers import SpadeMixer, build_feed_forward
 
 
@@ -205,7 +205,14 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
         if past_key_values is not None:
             check_local_cache(past_key_values, self.config.ssm_layers, self.config.num_layers)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = check_inputs(input_ids, inputs_embeds, attention_mask, self.config.vocab_size, past=past)
+        mask = check_inputs(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            self.config.vocab_size,
+            hidden_size=self.config.d_model,
+            past=past,
+        )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.scale_embedding:
             hidden_states = hidden_states * math.sqrt(self.config.d_model)
@@ -368,6 +375,7 @@ class SpadeLMForSequenceClassification(SpadeLMPreTrainedModel):
         logits = self.score(self.dropout(pool_tokens(outputs.last_hidden_state, mask, "last")))
         loss = None
         if labels is not None:
+            check_class_labels(labels, self.num_labels)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,

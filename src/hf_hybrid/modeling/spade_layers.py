@@ -219,3 +219,17 @@ def build_feed_forward(
         dropout=config.activation_dropout,
         inner_norm=build_norm(config.norm_type, config.d_ff, config.layer_norm_eps) if inner_norm else None,
     )
+
+
+class SpadeClassificationHead(nn.Module):
+    """dropout, linear, tanh, dropout, linear on the pooled encoder output."""
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, D) to (B, num_labels)."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
