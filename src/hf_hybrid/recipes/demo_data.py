@@ -77,8 +77,8 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
         write_rows(folder / CORPUS / f"{split}.jsonl", ({"text": text} for text in documents))
     classes, pairs = {}, {}
     for split in SPLITS:
-        rows = embedded_classification_examples(split, max_per_class=4 * plan.max_per_class, **source)
-        rows = _first_of_each_class(rows, plan.max_per_class) if split == "train" else rows[: plan.max_evaluation]
+        found = embedded_classification_examples(split, max_per_class=4 * plan.max_per_class, **source)
+        rows = _first_of_each_class(found, plan.max_per_class) if split == "train" else found[: plan.max_evaluation]
         classes[split] = [
             {"sentence": " ".join(str(row["sentence"]).split()[: plan.max_words]), "label": row["label_name"]}
             for row in rows
