@@ -77,14 +77,16 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
         write_rows(folder / CORPUS / f"{split}.jsonl", ({"text": text} for text in documents))
     classes, pairs = {}, {}
     for split in SPLITS:
-        found = embedded_classification_examples(split, max_per_class=4 * plan.max_per_class, **source)
-        rows = _first_of_each_class(found, plan.max_per_class) if split == "train" else found[: plan.max_evaluation]
+        examples = embedded_classification_examples(split, max_per_class=4 * plan.max_per_class, **source)
+        rows = (
+            _first_of_each_class(examples, plan.max_per_class) if split == "train" else examples[: plan.max_evaluation]
+        )
         classes[split] = [
             {"sentence": " ".join(str(row["sentence"]).split()[: plan.max_words]), "label": row["label_name"]}
             for row in rows
         ]
-        found = embedded_summarization_pairs(split, **source)
-        kept = _spread(found, plan.max_pairs if split == "train" else plan.max_evaluation)
+        found_pairs = embedded_summarization_pairs(split, **source)
+        kept = _spread(found_pairs, plan.max_pairs if split == "train" else plan.max_evaluation)
         pairs[split] = [{name: row[name] for name in ("document", "summary")} for row in kept]
     if len({row["label"] for row in classes["train"]}) < 2 or not all([*classes.values(), *pairs.values()]):
         raise ValueError(
