@@ -64,6 +64,22 @@ class _GroupRecurrence(torch.autograd.Function):
         return grad_drive, torch.view_as_real(product.sum((1, 2))), None, None
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity with a contiguous gradient: the products of the backward pass copy strided matrices one at a time."""
+
+    @staticmethod
+    def forward(outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0].contiguous()
+
+
 def _interleave(real: torch.Tensor, imag: torch.Tensor | None) -> torch.Tensor:
     """Pair of (D, N, ...) -> (D, 2N, ...) with real and imaginary rows alternating; a real tensor stays as it is."""
     return real if imag is None else torch.stack([real, imag], dim=2).flatten(1, 2)
@@ -144,7 +160,8 @@ def diagonal_scan(
     size = min(default_group_size(length) if group_size is None else group_size, length)
     groups = -(-length // size)
     tokens = torch.nn.functional.pad(inputs.transpose(0, 1).to(dtype), (0, groups * size - length))
-    tokens = tokens.reshape(channels, batch * groups, size)  # (D, B G, C)
+    # One copy here: 512 products of strided (64, 32) matrices take 14 ms, of contiguous ones 1.6 ms.
+    tokens = tokens.reshape(channels, batch * groups, size).contiguous()  # (D, B G, C)
     powers = decay_powers(system.log_decay_real, system.log_decay_imag, count=size + 1, dtype=dtype)  # (D, N, C + 1)
     decay = pack_state(*_map_pair(powers, lambda part: part[..., size]))
 
@@ -169,6 +186,7 @@ def diagonal_scan(
         earlier = _interleave(*_map_pair(future, lambda part: part[..., :size].flip(-1)))
         after = states_of(_interleave(*_map_pair(powers, lambda part: part[..., :size])), reverse=True)
         outputs = torch.baddbmm(outputs, after.flatten(1, 2), earlier.flatten(2))
+    outputs = _ContiguousGradient.apply(outputs)
     outputs = outputs.view(channels, batch, groups, -1, size).permute(1, 3, 0, 2, 4).flatten(3)[..., :length]
     if system.output_real.dim() == 2:
         outputs = outputs[:, 0]
