@@ -101,7 +101,7 @@ FULL_PLAN = DemoPlan(
     tokenizer={"vocab_size": 2000, "num_sentinels": 48, "max_sentences": 30_000},
     model={
         "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 384, "encoder_layers": 3, "decoder_layers": 1,
-        "attention_window": 16, "ssm_state_size": 16, "dropout_rate": 0.0, "initializer_range": 0.08,
+        "attention_window": 16, "ssm_state_size": 16, "dropout_rate": 0.0, "classifier_dropout": 0.3, "initializer_range": 0.08,
         "max_position_embeddings": 160,
     },
     pretraining={
@@ -473,9 +473,8 @@ def main(args: DemoArguments | Sequence[str] | Mapping[str, Any] | None = None) 
         FileExistsError: the output folder is not empty.
         ValueError: an option is out of range, or the installation carries too little text.
     """
-    if not isinstance(args, DemoArguments):
-        (args,) = parse_arguments((DemoArguments,), args, __doc__)
-    demo = Demo(args)
+    options = args if isinstance(args, DemoArguments) else parse_arguments((DemoArguments,), args, __doc__)[0]
+    demo = Demo(options)
     with _temporary_dataset_cache():
         return demo.run()
 
