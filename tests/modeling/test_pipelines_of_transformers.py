@@ -28,7 +28,7 @@ TEXTS = ["w3 w4 w5 w6 w7", "w8", "w9 w10 w11"]
 def test_text_generation(tokenizer: PreTrainedTokenizerFast, variant: str) -> None:
     model = Case("spade_lm", "AutoModelForCausalLM", variant).model()
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    settings = {"max_new_tokens": 5, "do_sample": False}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 2, "do_sample": False}
     single = [generator(text, **settings)[0]["generated_text"] for text in TEXTS]
     batched = [result[0]["generated_text"] for result in generator(TEXTS, batch_size=3, **settings)]
     assert batched == single

@@ -49,10 +49,14 @@ class TestGradients:
             torch.manual_seed(5)
             results.append(loss_and_gradients(model, **inputs))
         (loss, plain), (again, checkpointed) = results
-        assert torch.equal(loss, again)
         assert plain.keys() == checkpointed.keys()
+        if not use_reentrant:
+            assert torch.equal(loss, again)
+        # Reentrant checkpointing runs forward without gradients, where attention takes another kernel.
+        tolerance = {"rtol": 1e-4, "atol": 1e-6} if use_reentrant else {"rtol": 1e-5, "atol": 1e-7}
+        torch.testing.assert_close(again, loss, **tolerance)
         for name, gradient in plain.items():
-            torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+            torch.testing.assert_close(checkpointed[name], gradient, **tolerance, msg=name)
 
     def test_one_step_lowers_the_loss(self, case: Case) -> None:
         model = case.model().train()
