@@ -72,7 +72,7 @@ def test_quick_demo_reports_what_it_measured(finished: tuple[Path, dict, str]) -
 
 def test_pretraining_text_and_validation_rows_come_from_different_files(tmp_path: Path) -> None:
     counts = write_data(
-        tmp_path, DataPlan(families=("numpy", "sklearn"), max_source_bytes=1_000_000, max_per_class=50)
+        tmp_path, DataPlan(families=("numpy", "sklearn"), max_source_bytes=1_000_000, max_per_class=75)
     )
     corpus = " ".join(row["text"] for row in read_rows(tmp_path / "corpus" / "train.jsonl"))
     corpus = " ".join(corpus.split())

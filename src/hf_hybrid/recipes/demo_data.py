@@ -43,7 +43,7 @@ class DataPlan:
     families: tuple[str, ...] = FAMILIES
     max_source_bytes: int = 3_000_000
     max_characters: int | None = None
-    max_per_class: int = 200
+    max_per_class: int = 400
     max_words: int = 40
     max_pairs: int | None = None
     max_evaluation: int | None = None
@@ -77,7 +77,7 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
         write_rows(folder / CORPUS / f"{split}.jsonl", ({"text": text} for text in documents))
     classes, pairs = {}, {}
     for split in SPLITS:
-        examples = embedded_classification_examples(split, max_per_class=4 * plan.max_per_class, **source)
+        examples = embedded_classification_examples(split, max_per_class=2 * plan.max_per_class, **source)
         rows = (
             _first_of_each_class(examples, plan.max_per_class) if split == "train" else examples[: plan.max_evaluation]
         )
