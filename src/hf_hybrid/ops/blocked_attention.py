@@ -112,6 +112,18 @@ def _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, 
     return outputs.masked_fill(~visible.any(-1)[:, None, :, :, None], 0)
 
 
+def _even_slices(start: int, stop: int, at_most: int) -> list[slice]:
+    """Cuts a range into the fewest slices of nearly equal length, none longer than `at_most`."""
+    count = -(-(stop - start) // at_most)
+    borders = [start + (stop - start) * index // count for index in range(count + 1)] if count else []
+    return [slice(*pair) for pair in zip(borders[:-1], borders[1:])]
+
+
+def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Matrix products over two leading dimensions."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+
+
 # The CPU operator. The fused CPU kernel of `scaled_dot_product_attention` takes neither a mask that needs a gradient
 # nor dropout; with a learned bias PyTorch falls back to a form that stores all scores in main memory. Here the scores
 # of a few blocks of one head at a time stay in cache through both products and the softmax; the backward pass computes
@@ -161,43 +173,42 @@ class _Parts:
         slots = _slots(states.to(self.dtype).transpose(0, 1), 2, self.blocks, self.num_blocks)
         return slots.reshape(self.heads, *self.grid, *slots.shape[3:]) if self.joined else slots
 
-    def __iter__(self) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor | None]]:
-        """(head, row, blocks, their probabilities, factors of dropout); blocks that see no key are left out."""
-        step = max(1, PAIRS_AT_A_TIME // self.band[0].numel())
+    def __iter__(self) -> Iterator[tuple[tuple[slice, int, slice], torch.Tensor, torch.Tensor | None]]:
+        """((heads, row, blocks), their probabilities, factors of dropout); blocks that see no key are left out."""
+        pairs = self.band[0].numel()
         for row in range(self.grid[0]):
             seeing = (~self.hidden[row]).any(-1).nonzero()
             start, stop = (int(seeing[0]), int(seeing[-1]) + 1) if len(seeing) else (0, 0)
-            for first in range(start, stop, step):
-                part = slice(first, min(first + step, stop))
-                masks = self._masks(row, part)
-                for head in range(self.heads):
-                    probabilities = self._probabilities(head, row, part, masks)
+            for blocks in _even_slices(start, stop, max(1, PAIRS_AT_A_TIME // pairs)):
+                masks = self._masks(row, blocks)
+                together = max(1, PAIRS_AT_A_TIME // (pairs * (blocks.stop - blocks.start)))
+                for heads in _even_slices(0, self.heads, together):
+                    part = (heads, row, blocks)
+                    probabilities = self._probabilities(part, masks)
                     factors = None if self.generator is None else self._dropout_factors(probabilities.shape)
-                    yield head, row, part, probabilities, factors
+                    yield part, probabilities, factors
 
-    def _masks(self, row: int, part: slice) -> list[tuple[slice, torch.Tensor]]:
-        """Runs of blocks of a part, counted from its first, that have hidden slots: 1 where hidden, (run, b or 1, w)."""
-        hidden = self.hidden[row, part].unsqueeze(1)
+    def _masks(self, row: int, blocks: slice) -> list[tuple[slice, torch.Tensor]]:
+        """Runs of blocks, counted from the first of a part, that have hidden slots: 1 where hidden, (run, b or 1, w)."""
+        hidden = self.hidden[row, blocks].unsqueeze(1)
         if self.segments is not None:
-            query_segments, key_segments = (segments[row, part] for segments in self.segments)
+            query_segments, key_segments = (segments[row, blocks] for segments in self.segments)
             hidden = hidden | (query_segments.unsqueeze(-1) != key_segments.unsqueeze(-2))
         affected = [False, *hidden.flatten(1).any(-1).tolist(), False]
         borders = [i for i in range(len(affected) - 1) if affected[i] != affected[i + 1]]
         runs = [slice(*pair) for pair in zip(borders[::2], borders[1::2])]
         return [(run, hidden[run].to(self.dtype)) for run in runs]
 
-    def _probabilities(
-        self, head: int, row: int, part: slice, masks: list[tuple[slice, torch.Tensor]]
-    ) -> torch.Tensor:
-        """Softmax of the scores of a part, (blocks, b, w); zero for rows that see no key."""
-        queries = self.queries[head, row, part]
-        band = self.band[head % len(self.band)].expand(len(queries), -1, -1)
-        scores = torch.baddbmm(band, queries, self.keys[head, row, part], alpha=self.scale)
+    def _probabilities(self, part: tuple[slice, int, slice], masks: list[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+        """Softmax of the scores of a part, (heads, blocks, b, w); zero for rows that see no key."""
+        queries, band = self.queries[part], self.band if len(self.band) == 1 else self.band[part[0]]
+        scores = band.unsqueeze(1).expand(*queries.shape[:2], -1, -1).clone(memory_format=torch.contiguous_format)
+        scores.flatten(0, 1).baddbmm_(queries.flatten(0, 1), self.keys[part].flatten(0, 1), alpha=self.scale)
         for run, hidden in masks:  # sums and products, as masked_fill_ takes twenty times longer
-            scores[run].add_(hidden, alpha=torch.finfo(self.dtype).min)
+            scores[:, run].add_(hidden, alpha=torch.finfo(self.dtype).min)
         probabilities = torch.softmax(scores, dim=-1)
         for run, hidden in masks:
-            probabilities[run].mul_(1 - hidden)
+            probabilities[:, run].mul_(1 - hidden)
         return probabilities
 
     def _dropout_factors(self, shape: torch.Size) -> torch.Tensor:
@@ -230,10 +241,10 @@ def _blocked_attention(
         tensors = (query, key, value, bias, key_mask, query_segments, key_segments, seed)
         parts = _Parts(*tensors, Blocks(period, span, front, shift), scale, dropout_p)
         outputs = torch.zeros_like(parts.queries, memory_format=torch.contiguous_format)
-        for head, row, part, probabilities, factors in parts:
+        for part, probabilities, factors in parts:
             if factors is not None:
                 probabilities.mul_(factors)
-            torch.bmm(probabilities, parts.values[head, row, part].transpose(1, 2), out=outputs[head, row, part])
+            outputs[part] = _bmm(probabilities, parts.values[part].mT)
         return parts.restore(outputs, query.dtype).contiguous()
 
 
@@ -245,6 +256,7 @@ def _(query, *arguments) -> torch.Tensor:
 @torch.library.custom_op(f"{_NAMESPACE}::blocked_attention_backward", mutates_args=())
 def _blocked_attention_backward(
     gradient: torch.Tensor,
+    bias_trains: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -267,30 +279,30 @@ def _blocked_attention_backward(
         query_gradient = torch.zeros_like(parts.queries, memory_format=torch.contiguous_format)
         key_gradient, value_gradient = _SlotGradient(parts, key), _SlotGradient(parts, value)
         band_gradient = torch.zeros_like(parts.band)
-        for head, row, part, probabilities, factors in parts:
-            output_gradient = gradients[head, row, part]
+        for part, probabilities, factors in parts:
+            output_gradient = gradients[part]
             dropped = probabilities if factors is None else probabilities * factors
-            value_gradient.add(head, row, part, torch.bmm(dropped.transpose(1, 2), output_gradient))
-            score_gradient = torch.bmm(output_gradient, parts.values[head, row, part])
+            value_gradient.add(part, _bmm(dropped.mT, output_gradient))
+            score_gradient = _bmm(output_gradient, parts.values[part])
             if factors is not None:
                 score_gradient.mul_(factors)
             # derivative of the softmax: p * (g - sum(p * g)), one pass
             score_gradient = torch._softmax_backward_data(score_gradient, probabilities, -1, probabilities.dtype)
-            band_gradient[head % len(band_gradient)].add_(score_gradient.sum(0))
-            keys = parts.keys[head, row, part].transpose(1, 2)
-            torch.bmm(score_gradient, keys, out=query_gradient[head, row, part])
-            queries = parts.queries[head, row, part]
-            key_gradient.add(head, row, part, torch.bmm(score_gradient.transpose(1, 2), queries))
+            if bias_trains:
+                heads = slice(None) if len(band_gradient) == 1 else part[0]
+                band_gradient[heads].add_(score_gradient.sum(1).sum_to_size(band_gradient[heads].shape))
+            query_gradient[part] = _bmm(score_gradient, parts.keys[part].mT)
+            key_gradient.add(part, _bmm(score_gradient.mT, parts.queries[part]))
         return (
             parts.restore(query_gradient.mul_(scale), query.dtype).contiguous(),
             key_gradient.total().mul_(scale).to(key.dtype),
             value_gradient.total().to(value.dtype),
-            toeplitz_bias_gradient(band_gradient, bias.shape[-1], shift=shift).to(bias.dtype),
+            toeplitz_bias_gradient(band_gradient, bias.shape[-1], shift=shift).to(bias.dtype).contiguous(),
         )
 
 
 @_blocked_attention_backward.register_fake
-def _(gradient, query, key, value, bias, *arguments) -> tuple[torch.Tensor, ...]:
+def _(gradient, bias_trains, query, key, value, bias, *arguments) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, bias))
 
 
@@ -305,10 +317,12 @@ class _SlotGradient:
         width = states.shape[3]
         self.sums = torch.zeros(parts.heads, rows, num_blocks + self.pieces - 1, self.period, width, dtype=parts.dtype)
 
-    def add(self, head: int, row: int, part: slice, gradient: torch.Tensor) -> None:
-        """Adds the gradient (blocks, w, d) of the slices of a part."""
-        for piece, section in enumerate(gradient.split(self.period, dim=1)):
-            self.sums[head, row, part.start + piece : part.stop + piece, : section.shape[1]].add_(section)
+    def add(self, part: tuple[slice, int, slice], gradient: torch.Tensor) -> None:
+        """Adds the gradient (heads, blocks, w, d) of the slices of a part."""
+        heads, row, blocks = part
+        for piece, section in enumerate(gradient.split(self.period, dim=2)):
+            touched = slice(blocks.start + piece, blocks.stop + piece)
+            self.sums[heads, row, touched, : section.shape[2]].add_(section)
 
     def total(self) -> torch.Tensor:
         """(B, n, Lk, d)."""
@@ -328,7 +342,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient):
-    gradients = _blocked_attention_backward(gradient, *ctx.saved_tensors, *ctx.numbers)
+    gradients = _blocked_attention_backward(gradient, ctx.needs_input_grad[3], *ctx.saved_tensors, *ctx.numbers)
     return *gradients, *(None,) * 10
 
 
