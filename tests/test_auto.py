@@ -91,11 +91,8 @@ HEADS = [
     "imports",
     [
         "import hf_hybrid",
-        "import transformers, hf_hybrid",
         "from transformers import AutoModel, AutoConfig; import hf_hybrid",
-        "from transformers import AutoConfig; import hf_hybrid; from transformers import AutoModelForCausalLM",
-        "import hf_hybrid, importlib; importlib.reload(hf_hybrid); import hf_hybrid",
-        "from hf_hybrid import SpadeConfig, SpadeForConditionalGeneration",
+        "from transformers import AutoConfig; import hf_hybrid, importlib; importlib.reload(hf_hybrid)",
         "from hf_hybrid.modeling.modeling_spade import SpadeModel",
     ],
 )

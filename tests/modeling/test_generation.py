@@ -100,10 +100,11 @@ class TestLanguageModel:
         model = case.model()
         rows = [random_ids(1, length)[0] for length in (9, 4, 1)]
         ids, mask = left_pad(rows)
-        for strategy in ({}, {"num_beams": 3}):
-            batch = generate(model, {"input_ids": ids, "attention_mask": mask}, eos_token_id=None, **strategy)
+        for beams in (1, 3):
+            strategy = {"num_beams": beams, "eos_token_id": None}
+            batch = generate(model, {"input_ids": ids, "attention_mask": mask}, 8, **strategy)
             for row, generated in zip(rows, batch):
-                single = generate(model, {"input_ids": row.unsqueeze(0)}, eos_token_id=None, **strategy)
+                single = generate(model, {"input_ids": row.unsqueeze(0)}, 8, **strategy)
                 assert generated[9:].tolist() == single[0, len(row) :].tolist()
 
     def test_chunked_prefill(self, case: Case) -> None:
@@ -111,16 +112,17 @@ class TestLanguageModel:
         ids, mask = left_pad([random_ids(1, length)[0] for length in (17, 11)])
         inputs = {"input_ids": ids, "attention_mask": mask}
         expected = generate(model, inputs)
-        for size in (1, 4, 5, 16):
+        for size in (1, 4, 16):
             assert generate(model, inputs, prefill_chunk_size=size).tolist() == expected.tolist()
 
     def test_continuation_with_the_returned_cache(self, case: Case) -> None:
         model = case.model()
         inputs = {"input_ids": random_ids(2, 7)}
         first = generate(model, inputs, 5, return_dict_in_generate=True, eos_token_id=None)
-        turn = torch.cat([first.sequences, random_ids(2, 3)], dim=1)
-        continued = generate(model, {"input_ids": turn}, 6, past_key_values=first.past_key_values, eos_token_id=None)
-        assert continued.tolist() == generate(model, {"input_ids": turn}, 6, eos_token_id=None).tolist()
+        turn = {"input_ids": torch.cat([first.sequences, random_ids(2, 3)], dim=1)}
+        turn["attention_mask"] = torch.ones_like(turn["input_ids"])  # a generated pad token is no padding
+        continued = generate(model, turn, 6, past_key_values=first.past_key_values, eos_token_id=None)
+        assert continued.tolist() == generate(model, turn, 6, eos_token_id=None).tolist()
 
     def test_inputs_embeds(self, case: Case) -> None:
         model = case.model()
@@ -196,14 +198,12 @@ class TestEncoderDecoder:
         model = case.model()
         rows = [random_ids(1, length)[0] for length in (9, 4, 1)]
         ids, mask = left_pad(rows)
-        for side_ids, side_mask in ((ids, mask), (ids.flip(1), mask.flip(1))):
-            real = [row[keep.bool()] for row, keep in zip(side_ids, side_mask)]
-            for strategy in ({}, {"num_beams": 3}):
-                inputs = {"input_ids": side_ids, "attention_mask": side_mask}
-                batch = generate(model, inputs, eos_token_id=None, **strategy)
-                for row, generated in zip(real, batch):
-                    single = generate(model, {"input_ids": row.unsqueeze(0)}, eos_token_id=None, **strategy)
-                    assert generated.tolist() == single[0].tolist()
+        for side_ids, side_mask, beams in ((ids, mask, 1), (ids.flip(1), mask.flip(1), 3)):
+            inputs = {"input_ids": side_ids, "attention_mask": side_mask}
+            batch = generate(model, inputs, 6, eos_token_id=None, num_beams=beams)
+            for row, keep, generated in zip(side_ids, side_mask.bool(), batch):
+                single = generate(model, {"input_ids": row[keep].unsqueeze(0)}, 6, eos_token_id=None, num_beams=beams)
+                assert generated.tolist() == single[0].tolist()
 
     def test_left_padded_decoder_prompts(self, case: Case) -> None:
         model = case.model()

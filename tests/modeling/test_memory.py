@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def peak_after(length):
     outputs[0].float().square().mean().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-base, short, long = (peak_after(length) for length in (1024, 16384, 32768))
+base, short, long = (peak_after(length) for length in (1024, 16384, 65536))
 print((long - base) / (short - base))
 """
 
@@ -35,13 +36,15 @@ print((long - base) / (short - base))
     "settings", ["d_ff=48", "ssm_type='s4', ssm_max_length=32768", "local_attention_type='chunk'"]
 )
 def test_training_memory_is_linear_in_the_length(case: Case, settings: str) -> None:
-    """Twice the input, from 16,384 to 32,768 tokens, takes at most 2.2 times the memory above that of 1,024."""
+    """Four times the input, from 16,384 to 65,536 tokens, takes at most 4.4 times the memory above that of 1,024."""
     code = MEASURE.format(
         folder=str(Path(__file__).parent),
         case=(case.model_type, case.auto_name, case.variant),
         settings=settings,
         is_seq2seq=case.is_seq2seq,
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"}
+    )
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) <= 2.2
+    assert float(result.stdout) <= 4.4
