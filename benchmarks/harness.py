@@ -86,6 +86,7 @@ class Peer:
         name: shown in the report.
         build: name of a function of the case module; see `Case`.
         at_least: smallest acceptable ratio, time of the peer / our time.
+        floor_from: the floor holds from this value of the first entry of the size on.
         environment: None = the running one.
         sizes: which sizes of the case to run at, by index; None = all.
     """
@@ -93,6 +94,7 @@ class Peer:
     name: str
     build: str
     at_least: float | None = None
+    floor_from: float = 0
     environment: Environment | None = None
     sizes: tuple[int, ...] | None = None
 
@@ -112,8 +114,8 @@ class Case:
         check: name of a function with the same keywords that raises when the result is wrong; the case is not
             reported then.
         peers: see `Peer`.
-        growth_at_most: largest acceptable ratio of time and memory of a size to those of the size before it; the two
-            are run in turn.
+        growth_at_most: largest acceptable ratio of the time of a size to that of the size before it; the two are run in
+            turn.
         work: name of a function with the same keywords: (amount of work in a step, unit), for a rate.
         rate_at_least: smallest acceptable rate.
         memory_at_most: name of a function with the same keywords: largest acceptable growth of our process's memory
@@ -328,7 +330,8 @@ def run_case(
 def _missed(case: Case, results: list[dict[str, Any]]) -> Iterator[str]:
     """Floors that one comparison stayed below."""
     ours, others = results[0], results[1:]
-    floors = {peer.name: peer.at_least for peer in case.peers}
+    place = next(iter(ours["size"].values()))
+    floors = {peer.name: peer.at_least for peer in case.peers if place >= peer.floor_from}
     for other in others:
         floor = floors.get(other["contender"])
         if floor is not None and other["ratio"] < floor:

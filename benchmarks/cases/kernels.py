@@ -90,10 +90,7 @@ CASES = (
         build="diagonal_two_level",
         sizes=({"length": 4096}, {"length": 16384}),
         check="check_diagonal",
-        peers=(
-            Peer("direct, short", "diagonal_direct", sizes=(0,)),
-            Peer("direct", "diagonal_direct", at_least=25.0, sizes=(1,)),
-        ),
+        peers=(Peer("direct", "diagonal_direct", at_least=25.0, floor_from=16384),),
         memory_at_most="quarter_of_direct_tensor",
     ),
     Case(
