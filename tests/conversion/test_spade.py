@@ -333,7 +333,8 @@ def test_encoder_decoders_without_official_form_are_named(field, value):
     ],
 )
 def test_language_models_without_official_form_are_named(field, value):
-    extra = {"ssm_trainable": False} if field == "ssm_stop_gradient" else {}
+    needed = {"ssm_stop_gradient": {"ssm_trainable": False}, "scale_logits": {"adaptive_cutoffs": None}}
+    extra = needed.get(field, {})
     config = SpadeLMConfig.official(**{field: value}, **extra)
     with pytest.raises(ValueError, match=f"`({field}|ssm_trainable)="):
         config_to_official(config)
