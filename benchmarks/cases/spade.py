@@ -215,8 +215,8 @@ CASES = (
         work="tokens",
         peers=(
             Peer("LongT5 local, radius 127", "longt5_local", at_least=1.0),
-            Peer("LongT5 transient-global", "longt5_transient_global", at_least=2.2, floor_from=8192),
-            Peer("LED, window 256", "led", at_least=1.3, floor_from=8192),
+            Peer("LongT5 transient-global", "longt5_transient_global", at_least=2.2),
+            Peer("LED, window 256", "led", at_least=1.3),
         ),
     ),
     Case(
