@@ -94,6 +94,13 @@ HEADS = [
         "from transformers import AutoModel, AutoConfig; import hf_hybrid",
         "from transformers import AutoConfig; import hf_hybrid, importlib; importlib.reload(hf_hybrid)",
         "from hf_hybrid.modeling.modeling_spade import SpadeModel",
+        # modules of Transformers that import the Auto classes while they are themselves being imported
+        "import hf_hybrid; from transformers.models.t5.modeling_t5 import T5Model",
+        "import hf_hybrid.ops.fft_conv, transformers.modeling_layers",
+        "import hf_hybrid, transformers.modeling_utils",
+        "import hf_hybrid, transformers.generation.utils",
+        "import hf_hybrid, transformers.trainer",
+        "import hf_hybrid, peft",
     ],
 )
 def test_registration_in_any_order_of_imports(imports: str) -> None:

@@ -7,12 +7,12 @@ architectures finds it through `ARCHITECTURES`.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -102,32 +102,48 @@ def _register_models() -> None:
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Runs a registration right after a module of Transformers was imported.
+    """Runs registrations once the modules of Transformers that they need have been imported.
 
     The Auto classes pull in torch and take seconds to import. Waiting until somebody asks for them keeps `import hf_hybrid`
-    as quick as `import transformers`.
+    as quick as `import transformers`. Modules of Transformers import each other in circles that our models would close,
+    so a registration waits for the end of the outermost import of Transformers, not just of the module it is due after.
+
+    Args:
+        actions: name of a module of Transformers -> the registration that is due after it.
     """
 
     def __init__(self, actions: dict[str, Callable[[], None]]) -> None:
         self.actions = actions
+        self.under_way = threading.local()  # .count: imports of Transformers within one another, in this thread
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        action = self.actions.pop(fullname, None)
-        if action is None:
+        if fullname.split(".", 1)[0] != "transformers":
             return None
-        spec = find_spec(fullname)  # the finders behind this one: the name was popped, so this one passes
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_then_register(module: ModuleType) -> None:
-            execute(module)
-            action()
+            self.under_way.count = getattr(self.under_way, "count", 0) + 1
+            try:
+                execute(module)
+                if self.under_way.count == 1:
+                    self._register()
+            finally:
+                self.under_way.count -= 1
 
         spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
         return spec
+
+    def _register(self) -> None:
+        while due := [name for name in self.actions if name in sys.modules]:
+            self.actions.pop(due[0])()
+        if not self.actions and self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 def register() -> None:

@@ -59,7 +59,8 @@ def test_attach_train_save_merge(case: Case, tmp_path: Path) -> None:
     assert (trained - expected).abs().max() > 1e-3
     adapter.save_pretrained(tmp_path)
     restored = peft.PeftModel.from_pretrained(case.model(), tmp_path)
-    torch.testing.assert_close(main_output(restored(**inputs)), trained, rtol=1e-6, atol=1e-6)
+    # the same weights, but the order of a float32 sum may depend on where in memory they lie
+    torch.testing.assert_close(main_output(restored(**inputs)), trained, rtol=1e-5, atol=1e-5)
     merged = adapter.merge_and_unload()
     assert type(merged) is case.model_class
     torch.testing.assert_close(main_output(merged(**inputs)), trained, rtol=1e-4, atol=1e-4)
