@@ -13,7 +13,10 @@ from hf_hybrid.ops.relative_position import (
     apply_rotary,
     relative_bias_vector,
     relative_position_bucket,
+    rotary_bias_at,
     rotary_cos_sin,
+    rotary_relative_bias,
+    simple_relative_bias,
     toeplitz_bias,
     toeplitz_bias_gradient,
 )
@@ -123,3 +126,54 @@ def test_rotary_accepts_positions_per_row_and_refuses_odd_heads():
         torch.testing.assert_close(rotated[row : row + 1], alone)
     with pytest.raises(ValueError, match="head_dim"):
         rotary_cos_sin(positions, 7)
+
+
+def test_simple_bias_is_the_middle_of_its_table():
+    table = torch.arange(-9.0, 10.0)  # M = 10
+    for length in (1, 4, 10):
+        assert simple_relative_bias(table, length).tolist() == list(range(1 - length, length))
+    with pytest.raises(ValueError, match="at most 10 tokens"):
+        simple_relative_bias(table, 11)
+    assert simple_relative_bias(table.bfloat16(), 3).dtype == torch.float32
+
+
+def rotary_matrix(alpha: torch.Tensor, beta: torch.Tensor, length: int) -> torch.Tensor:
+    """(L, L): products of the two vectors, turned by the angles of row and column, as Mega defines the bias."""
+    half = alpha.shape[-1] // 2
+    angles = torch.arange(length).double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+
+    def turned(vector: torch.Tensor) -> torch.Tensor:
+        first, second = vector.expand(length, -1).chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    return turned(alpha) @ turned(beta).mT
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 100])
+def test_rotary_bias_is_the_product_of_turned_vectors(length):
+    alpha, beta = torch.randn(2, 1, 8, dtype=torch.float64, requires_grad=True)
+    vector = rotary_relative_bias(alpha, beta, length)
+    matrix = toeplitz_bias(vector, length, length, shift=length - 1)
+    torch.testing.assert_close(matrix, rotary_matrix(alpha, beta, length))
+    offsets = torch.arange(length)[None, :] - torch.arange(length)[:, None]
+    torch.testing.assert_close(rotary_bias_at(alpha, beta, offsets), matrix)
+    for function in (lambda a, b: rotary_relative_bias(a, b, length), lambda a, b: rotary_bias_at(a, b, offsets)):
+        assert torch.autograd.gradcheck(function, (alpha, beta), fast_mode=True)
+
+
+def test_rotary_bias_is_accurate_far_away():
+    alpha, beta = torch.randn(2, 1, 64)
+    exact = rotary_relative_bias(alpha.double(), beta.double(), 50_000)
+    actual = rotary_relative_bias(alpha, beta, 50_000)
+    assert actual.dtype == torch.float32
+    assert (actual - exact).abs().max() <= 1e-5 * exact.abs().max()
+    offsets = torch.tensor([-49_999, -31_415, 0, 27_182, 49_999])
+    torch.testing.assert_close(
+        rotary_bias_at(alpha, beta, offsets).double(), exact[offsets + 49_999], rtol=0, atol=1e-4
+    )
+
+
+def test_rotary_bias_refuses_odd_widths():
+    with pytest.raises(ValueError, match="even"):
+        rotary_relative_bias(torch.zeros(1, 3), torch.zeros(1, 3), 4)

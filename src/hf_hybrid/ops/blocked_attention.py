@@ -112,11 +112,21 @@ def _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, 
     return outputs.masked_fill(~visible.any(-1)[:, None, :, :, None], 0)
 
 
-def _even_slices(start: int, stop: int, at_most: int) -> list[slice]:
+def even_slices(start: int, stop: int, at_most: int) -> list[slice]:
     """Cuts a range into the fewest slices of nearly equal length, none longer than `at_most`."""
     count = -(-(stop - start) // at_most)
     borders = [start + (stop - start) * index // count for index in range(count + 1)] if count else []
     return [slice(*pair) for pair in zip(borders[:-1], borders[1:])]
+
+
+def dropout_factors(
+    shape: torch.Size, dropout_p: float, generator: torch.Generator, dtype: torch.dtype
+) -> torch.Tensor:
+    """0 with the probability of dropout (to 16 bits, which takes half the time of `bernoulli_`), else 1 / (1 - p)."""
+    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    kept = words.view(torch.int16)[: shape.numel()] >= round(dropout_p * 2**16) - 2**15
+    return kept.view(shape).to(dtype).div_(1 - dropout_p)
 
 
 def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -181,13 +191,15 @@ class _Parts:
         for row in range(self.grid[0]):
             seeing = (~self.hidden[row]).any(-1).nonzero()
             start, stop = (int(seeing[0]), int(seeing[-1]) + 1) if len(seeing) else (0, 0)
-            for blocks in _even_slices(start, stop, max(1, PAIRS_AT_A_TIME // pairs)):
+            for blocks in even_slices(start, stop, max(1, PAIRS_AT_A_TIME // pairs)):
                 masks = self._masks(row, blocks)
                 together = max(1, PAIRS_AT_A_TIME // (pairs * (blocks.stop - blocks.start)))
-                for heads in _even_slices(0, self.heads, together):
+                for heads in even_slices(0, self.heads, together):
                     part = (heads, row, blocks)
                     probabilities = self._probabilities(part, masks)
-                    factors = None if self.generator is None else self._dropout_factors(probabilities.shape)
+                    factors = None
+                    if self.generator is not None:
+                        factors = dropout_factors(probabilities.shape, self.dropout_p, self.generator, self.dtype)
                     yield part, probabilities, factors
 
     def _masks(self, row: int, blocks: slice) -> list[tuple[slice, torch.Tensor]]:
@@ -212,14 +224,6 @@ class _Parts:
         for run, hidden in masks:
             probabilities[:, run].mul_(1 - hidden)
         return probabilities
-
-    def _dropout_factors(self, shape: torch.Size) -> torch.Tensor:
-        """0 with the probability of dropout (to 16 bits, which takes half the time of `bernoulli_`), else 1 / (1 - p)."""
-        words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(
-            -(2**63), None, generator=self.generator
-        )
-        kept = words.view(torch.int16)[: shape.numel()] >= round(self.dropout_p * 2**16) - 2**15
-        return kept.view(shape).to(self.dtype).div_(1 - self.dropout_p)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::blocked_attention", mutates_args=())

@@ -3,7 +3,8 @@
 A relative bias depends on the offset `j - i` of key `j` from query `i` alone, so it is kept as one vector per head,
 indexed by offset, and turned into a (Toeplitz) matrix only where a block of scores needs one.
 
-Shape letters: B batch, L tokens, n heads, d head width, r radius.
+Shape letters: B batch, L tokens, n heads, d head width, r radius; Z width of the vectors of a rotary bias, M positions of
+a table of biases.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from .diagonal_ssm import diagonal_kernel
 
 
 def relative_position_bucket(
@@ -127,6 +130,75 @@ def toeplitz_bias_gradient(gradient: torch.Tensor, vector_length: int, *, shift:
     first = shift - (num_rows - 1)
     before, after = max(0, first), max(0, vector_length - first - width)
     return F.pad(diagonals, (before, after))[..., max(0, -first) :][..., :vector_length]
+
+
+def simple_relative_bias(table: torch.Tensor, length: int) -> torch.Tensor:
+    """Learned bias of every offset between `length` tokens, read from the middle of a table (Mega's "simple" bias).
+
+    Args:
+        table: (2M - 1,); entry M - 1 + o is the bias of offset `j - i = o`.
+        length: tokens, at most M.
+
+    Returns:
+        (2 length - 1,): entry length - 1 + o belongs to offset o; float32 or better.
+
+    Raises:
+        ValueError: the table is too short.
+    """
+    positions = (table.shape[0] + 1) // 2
+    if not 1 <= length <= positions:
+        raise ValueError(
+            f"`length` must be at most {positions} tokens, all that the table of the simple relative bias covers; got "
+            f"{length}. Raise `max_positions` (or `chunk_size`), or use the rotary bias, which has no limit."
+        )
+    vector = table[positions - length : positions + length - 1]
+    return vector.to(torch.promote_types(table.dtype, torch.float32))
+
+
+def rotary_relative_bias(alpha: torch.Tensor, beta: torch.Tensor, length: int) -> torch.Tensor:
+    """Product of two learned vectors turned by rotary angles, for every offset between `length` tokens.
+
+    With halves a, a' of `alpha`, b, b' of `beta` and angles t_k = 10000^(-2k / Z), offset `j - i = o` has the bias
+    `sum_k (a_k b_k + a'_k b'_k) cos(o t_k) - (a_k b'_k - a'_k b_k) sin(o t_k)` (arXiv 2209.10655, appendix B): the kernel
+    of an undamped diagonal system, in O(length) exponentials and O(length Z) products.
+
+    Args:
+        alpha, beta: (1, Z), Z even.
+        length: tokens.
+
+    Returns:
+        (2 length - 1,): entry length - 1 + o belongs to offset o; float32 or better.
+    """
+    real, imag, angles = _rotary_system(alpha, beta)
+    zeros = torch.zeros_like(angles)
+    return diagonal_kernel(real, imag, zeros, angles, 2 * length - 1, offset=1 - length)[0]
+
+
+def rotary_bias_at(alpha: torch.Tensor, beta: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`rotary_relative_bias` at any offsets `j - i`: integers (...) -> (...), float32 or better."""
+    real, imag, angles = _rotary_system(alpha, beta)
+    turns = offsets.unsqueeze(-1).to(angles.dtype) * angles[0]
+    return (turns.cos().to(real.dtype) @ real[0]) - (turns.sin().to(imag.dtype) @ imag[0])
+
+
+def _rotary_system(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Coefficients c and angles t of the bias Re sum_k c_k exp(i o t_k), all (1, Z / 2); angles in double precision."""
+    width = alpha.shape[-1]
+    if alpha.shape != (1, width) or beta.shape != alpha.shape or width % 2:
+        raise ValueError(
+            f"`alpha` and `beta` must both be (1, Z) with an even Z; got {tuple(alpha.shape)} and {tuple(beta.shape)}."
+        )
+    dtype = torch.promote_types(alpha.dtype, torch.float32)
+    first, second = alpha.to(dtype).chunk(2, dim=-1)
+    other_first, other_second = beta.to(dtype).chunk(2, dim=-1)
+    wide = torch.float32 if alpha.device.type == "mps" else torch.float64
+    exponents = torch.arange(width // 2, device=alpha.device, dtype=wide) / (width // 2)
+    angles = (10000.0**-exponents).unsqueeze(0)
+    return (
+        first * other_first + second * other_second,
+        first * other_second - second * other_first,
+        angles,
+    )
 
 
 def rotary_cos_sin(positions: torch.Tensor, head_dim: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
