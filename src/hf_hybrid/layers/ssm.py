@@ -43,6 +43,7 @@ from ..ops.s4 import (
     dplr_step_constants,
     recover_c,
 )
+from .kept_results import KeepsResults
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ def _is_low_precision(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
-class StateSpaceLayer(nn.Module):
+class StateSpaceLayer(KeepsResults):
     """State space model over the sequence axis, one single-input system per feature.
 
     Tensors (names of the official checkpoints): `D` (c, H); `C` (c or 2c, H, M, 2); `log_dt` (H,); `B` (1, S, M, 2);
@@ -135,7 +136,6 @@ class StateSpaceLayer(nn.Module):
         self._register("w_imag", num_copies, modes)
         self._initial_kernel_length = kernel_length
         self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
-        self._cache: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}
         self._loads = 0
         self._length_read: tuple[Any, int] = (None, 0)
         self.reset_parameters()
@@ -193,52 +193,16 @@ class StateSpaceLayer(nn.Module):
                 return moved
             return torch.empty_like(tensor, device="meta") if moved.is_meta else tensor.to(moved.device)
 
-        self._cache.clear()
-        return super()._apply(keep_precision, recurse)
+        super()._apply(keep_precision, recurse)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._cache.clear()  # `assign=True` brings new tensors, which may lie where older ones lay
         self._length_read = (None, 0)
         self._loads += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}, "_length_read": (None, 0)}
-
-    def _cache_key(self) -> tuple[Any, ...] | None:
-        """Identity and version of every tensor, or None when results must not be kept."""
-        if torch.compiler.is_compiling():
-            return None
-        tensors = [*self._parameters.values(), *self._buffers.values()]
-        if any(tensor.requires_grad for tensor in tensors) and (self.training or torch.is_grad_enabled()):
-            return None
-        if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
-            return None
-        return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
-
-    def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Result of `compute`, kept while no tensor of the layer changes.
-
-        Nothing is kept while gradients are tracked, nor in training unless the tensors are frozen.
-        """
-        key = self._cache_key()
-        if key is None:
-            return compute()
-        found = self._cache.get(name)
-        if found is None or found[0] != key:
-            tensors = [
-                *self._parameters.values(),
-                *self._buffers.values(),
-            ]  # kept alive, so that no `id` is used again
-            with torch.inference_mode(False), torch.no_grad():
-                found = self._cache[name] = (key, compute(), tensors)
-        return found[1]
-
-    def train(self, mode: bool = True) -> StateSpaceLayer:
-        """Switch between training and evaluation; what was kept of trained tensors is dropped."""
-        if any(parameter.requires_grad for parameter in self._parameters.values()):
-            self._cache.clear()
-        return super().train(mode)
+        return {**super().__getstate__(), "_length_read": (None, 0)}
 
     @property
     def _math_dtype(self) -> torch.dtype:

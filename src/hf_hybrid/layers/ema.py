@@ -1,0 +1,283 @@
+"""Multi-dimensional damped exponential moving average, the part of Mega that sees along the sequence.
+
+Every feature is expanded to N components, each averaged with its own decay, and projected back (arXiv 2209.10655, Eq. 4-6):
+
+    h_t = q h_{t-1} + p beta u_t,   y_t = gamma / sqrt(N) . h_t,   p = sigmoid(delta),  q = 1 - p sigmoid(alpha)
+    outputs_t = silu(y_t + omega x_t)
+
+with u = x zeroed at padding, while the residual takes x as it is. A bidirectional layer has a second set of components for
+the reversed sequence, and the current token enters through both. With truncation tau, only the last tau tokens count.
+
+Shape letters: B batch, L tokens, D features, N components, K = D rows of parameters, or 2D: forward, then backward.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops.diagonal_scan import diagonal_scan
+from ..ops.diagonal_ssm import (
+    DiagonalSystem,
+    decay_powers,
+    diagonal_final_state,
+    diagonal_step,
+    initial_state_response,
+    system_kernel,
+)
+from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
+from .kept_results import KeepsResults
+
+# Tokens from which the grouped scan beats computing a kernel and convolving by FFT, forward and backward on CPU.
+_SCAN_LENGTH = 512
+_SCAN_LENGTH_BIDIRECTIONAL = 1024
+
+EmaState = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class MultiDimensionalDampedEma(KeepsResults):
+    """Damped moving average with N components per feature, its residual and its activation.
+
+    Tensors, under their names in Transformers 4.x: `damping_factor` (delta), `decay_factor` (alpha),
+    `ema_expansion_matrix` (beta), each (K, N, 1); `kernel_projection_matrix` (gamma, K, N); `residual_weight` (omega, D).
+    The computation is in float32 or better whatever their dtype; a half-precision kernel would be off by half.
+
+    The state is (B, D, N). With truncation it is a pair of that and the last tau inputs (B, D, tau), oldest first. Both
+    are float32 or better.
+
+    Args:
+        hidden_size: D.
+        ema_size: N.
+        bidirectional: average over the future too; such a layer has no state.
+        truncation: tau, reach in tokens, the current one included; None for no limit.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self, hidden_size: int, ema_size: int = 16, *, bidirectional: bool = False, truncation: int | None = None
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1 or ema_size < 1:
+            raise ValueError(f"`hidden_size` and `ema_size` must be positive; got {hidden_size} and {ema_size}.")
+        if truncation is not None and truncation < 1:
+            raise ValueError(f"`truncation` must be a positive number of tokens, or None; got {truncation}.")
+        self.hidden_size, self.ema_size = hidden_size, ema_size
+        self.bidirectional, self.truncation = bidirectional, truncation
+        rows = 2 * hidden_size if bidirectional else hidden_size
+        self.damping_factor = nn.Parameter(torch.empty(rows, ema_size, 1))
+        self.decay_factor = nn.Parameter(torch.empty(rows, ema_size, 1))
+        self.ema_expansion_matrix = nn.Parameter(torch.empty(rows, ema_size, 1))
+        self.kernel_projection_matrix = nn.Parameter(torch.empty(rows, ema_size))
+        self.residual_weight = nn.Parameter(torch.empty(hidden_size))
+        self.initialize(_PlainInit)
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        init: ModuleType | type,
+        *,
+        delta_alpha_range: float = 0.2,
+        beta_range: float = 0.02,
+        gamma_omega_range: float = 1.0,
+    ) -> None:
+        """Write initial values through `init.normal_` and `init.copy_`; the ranges are standard deviations.
+
+        The expansion alternates between 1 and -1 over the components, plus noise. Give `transformers.initialization` to
+        leave tensors alone that came from a checkpoint.
+        """
+        init.normal_(self.damping_factor, mean=0.0, std=delta_alpha_range)
+        init.normal_(self.decay_factor, mean=0.0, std=delta_alpha_range)
+        signs = torch.ones(self.ema_size, 1)
+        signs[1::2] = -1
+        noise = beta_range * torch.randn(self.ema_expansion_matrix.shape)
+        init.copy_(self.ema_expansion_matrix, (signs + noise).to(self.ema_expansion_matrix))
+        init.normal_(self.kernel_projection_matrix, mean=0.0, std=gamma_omega_range)
+        init.normal_(self.residual_weight, mean=0.0, std=gamma_omega_range)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, {self.ema_size}, bidirectional={self.bidirectional}, truncation={self.truncation}"
+
+    # ------------------------------------------------------------------------------------------------------- system
+
+    @property
+    def _math_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.damping_factor.dtype, torch.float32)
+
+    def system(self) -> DiagonalSystem:
+        """The K x N recurrences: decays in float64 (long kernels need it), coefficients in working precision."""
+        return self._cached("system", self._compute_system)
+
+    def _compute_system(self) -> DiagonalSystem:
+        dtype = self._math_dtype
+        wide = dtype if self.damping_factor.device.type == "mps" else torch.float64
+        damping = torch.sigmoid(self.damping_factor.to(wide)).squeeze(-1)
+        loss = damping * torch.sigmoid(self.decay_factor.to(wide)).squeeze(-1)  # 1 - q
+        log_decay = torch.log1p(-loss.clamp(max=1 - torch.finfo(wide).eps))  # q = 0 has no logarithm
+        inputs = damping * self.ema_expansion_matrix.to(wide).squeeze(-1)
+        outputs = self.kernel_projection_matrix.to(dtype) / math.sqrt(self.ema_size)
+        return DiagonalSystem(log_decay, None, inputs.to(dtype), None, outputs, None)
+
+    def kernel(self, length: int) -> torch.Tensor:
+        """Convolution kernel of the first `length` lags (fewer when truncated), (K, lags) from lag 0."""
+        return system_kernel(self.system(), self._reach(length))
+
+    def _reach(self, length: int) -> int:
+        return length if self.truncation is None else min(length, self.truncation)
+
+    # ------------------------------------------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        initial_state: EmaState | None = None,
+        return_state: bool = False,
+    ) -> tuple[torch.Tensor, EmaState | None]:
+        """Apply the layer to a sequence, or to the next piece of one.
+
+        Args:
+            hidden_states: (B, L, D).
+            mask: (B, L), nonzero at tokens, zero at padding; None = no padding.
+            initial_state: state after the previous piece, or None at the start.
+            return_state: also return the state after the last token. Every split of a sequence gives the same result.
+
+        Returns:
+            Outputs (B, L, D), activation included, in the dtype of the input; and the state, or None.
+
+        Raises:
+            ValueError: a state is given to, or asked of, a bidirectional layer, or shapes do not fit.
+        """
+        self._check_inputs(hidden_states, mask, initial_state, return_state)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            states = hidden_states.to(self._math_dtype)
+            inputs = states if mask is None else states * mask.unsqueeze(-1).to(states.dtype)
+            inputs = inputs.transpose(1, 2)  # (B, D, L)
+            system = self.system()
+            if self.bidirectional:
+                averages, state = self._average(inputs, system), None
+            elif inputs.shape[-1] == 1 and (return_state or initial_state is not None):
+                averages, state = self._step(inputs, system, initial_state)
+            elif self.truncation is not None:
+                averages, state = self._truncated_average(inputs, system, initial_state, return_state)
+            else:
+                averages, state = self._causal_average(inputs, system, initial_state, return_state)
+            outputs = torch.addcmul(averages.transpose(1, 2), self.residual_weight.to(states.dtype), states)
+            outputs = F.silu(outputs).to(hidden_states.dtype)
+        return outputs, state if return_state else None
+
+    def step(
+        self, hidden_states: torch.Tensor, state: EmaState | None = None, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, EmaState]:
+        """One token, O(N) per feature: (B, 1, D) and a state -> output (B, 1, D) and the next state."""
+        outputs, state = self(hidden_states, mask, state, return_state=True)
+        return outputs, state
+
+    def _uses_scan(self, inputs: torch.Tensor) -> bool:
+        """Whether the grouped scan is faster than kernel and FFT: long inputs on a CPU, outside compiled graphs."""
+        if inputs.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return inputs.shape[-1] >= (_SCAN_LENGTH_BIDIRECTIONAL if self.bidirectional else _SCAN_LENGTH)
+
+    def _average(self, inputs: torch.Tensor, system: DiagonalSystem) -> torch.Tensor:
+        """y (B, D, L) of a whole sequence, without state."""
+        length = inputs.shape[-1]
+        if self._reach(length) == length and self._uses_scan(inputs):
+            if not self.bidirectional:
+                return diagonal_scan(inputs, system)[0]
+            both, _ = diagonal_scan(torch.cat([inputs, inputs.flip(-1)], dim=1), system)
+            forward, backward = both.chunk(2, dim=1)
+            return forward + backward.flip(-1)
+        kernel = system_kernel(system, self._reach(length))
+        if not self.bidirectional:
+            return causal_fft_conv(inputs, kernel)
+        forward, backward = kernel.chunk(2)
+        forward = torch.cat([forward[:, :1] + backward[:, :1], forward[:, 1:]], dim=-1)  # lag 0 counts twice
+        return bidirectional_fft_conv(inputs, forward, backward[:, 1:])
+
+    def _causal_average(
+        self, inputs: torch.Tensor, system: DiagonalSystem, state: torch.Tensor | None, return_state: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y (B, D, L) of the next piece of a sequence, and the state after it."""
+        if self._uses_scan(inputs):
+            return diagonal_scan(inputs, system, state)
+        averages = self._average(inputs, system)
+        if state is not None:
+            state = state.to(inputs.dtype)
+            averages = averages + initial_state_response(system, state, inputs.shape[-1])
+        return averages, diagonal_final_state(inputs, system, state) if return_state else None
+
+    def _truncated_average(
+        self,
+        inputs: torch.Tensor,
+        system: DiagonalSystem,
+        state: tuple[torch.Tensor, torch.Tensor] | None,
+        return_state: bool,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """As `_causal_average`, where no output or state depends on tokens before the last tau."""
+        length = inputs.shape[-1]
+        window = inputs if state is None else torch.cat([state[1].to(inputs.dtype), inputs], dim=-1)
+        averages = self._average(window, system)[..., window.shape[-1] - length :]
+        if not return_state:
+            return averages, None
+        recent = window[..., -self.truncation :]
+        ema = diagonal_final_state(recent, system)
+        return averages, (ema, F.pad(recent, (self.truncation - recent.shape[-1], 0)))
+
+    def _step(
+        self, inputs: torch.Tensor, system: DiagonalSystem, state: EmaState | None
+    ) -> tuple[torch.Tensor, EmaState]:
+        """y (B, D, 1) of one token, by the recurrence."""
+        recent = None
+        if self.truncation is not None:
+            if state is None:
+                recent = inputs.new_zeros(*inputs.shape[:2], self.truncation)
+            else:
+                state, recent = (part.to(inputs.dtype) for part in state)
+                # The input that leaves has decayed tau - 1 times, by the very factor of the steps, rounding included.
+                decay = decay_powers(system.log_decay_real, None, count=1, offset=1, dtype=inputs.dtype)[0]
+                left = decay[..., 0].to(system.log_decay_real.dtype) ** (self.truncation - 1)
+                state = state - system.input_real * left.to(inputs.dtype) * recent[..., :1]
+            recent = torch.cat([recent[..., 1:], inputs], dim=-1)
+        averages, state = diagonal_step(inputs[..., 0], system, state)
+        return averages.unsqueeze(-1), state if recent is None else (state, recent)
+
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: EmaState | None,
+        return_state: bool,
+    ) -> None:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size or hidden_states.shape[1] == 0:
+            raise ValueError(
+                f"`hidden_states` must have shape (batch, length >= 1, {self.hidden_size}); "
+                f"got {tuple(hidden_states.shape)}."
+            )
+        if mask is not None and mask.shape != hidden_states.shape[:2]:
+            raise ValueError(f"`mask` must have shape {tuple(hidden_states.shape[:2])}; got {tuple(mask.shape)}.")
+        if self.bidirectional and (return_state or state is not None):
+            raise ValueError("A bidirectional moving average has no state: call it on whole sequences only.")
+        if state is None:
+            return
+        expected = [(hidden_states.shape[0], self.hidden_size, self.ema_size)]
+        if self.truncation is not None:
+            expected.append((hidden_states.shape[0], self.hidden_size, self.truncation))
+        found = [tuple(part.shape) for part in ([state] if isinstance(state, torch.Tensor) else state)]
+        if found != expected:
+            raise ValueError(f"The state must consist of tensors of shapes {expected}; got {found}.")
+
+
+class _PlainInit:
+    """The two initialisers `initialize` needs, without any regard to loaded values."""
+
+    normal_ = staticmethod(nn.init.normal_)
+
+    @staticmethod
+    def copy_(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(other)

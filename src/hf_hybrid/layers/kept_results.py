@@ -1,0 +1,62 @@
+"""Results that a layer computes from its own tensors alone, kept while none of them changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class KeepsResults(nn.Module):
+    """Base of layers whose kernels or discretised systems depend on their tensors alone.
+
+    A result is kept with the identity and version of every tensor, so that it is never used after a step of an
+    optimizer, an assignment, or a load. Nothing is kept while gradients are tracked or the layer is in training (unless
+    its tensors are frozen), nor in compiled graphs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cache: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsResults:
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._cache.clear()  # `assign=True` brings new tensors, which may lie where older ones lay
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+    def train(self, mode: bool = True) -> KeepsResults:
+        """Switch between training and evaluation; what was kept of trained tensors is dropped."""
+        if any(parameter.requires_grad for parameter in self._parameters.values()):
+            self._cache.clear()
+        return super().train(mode)
+
+    def _cache_key(self) -> tuple[Any, ...] | None:
+        """Identity and version of every tensor, or None when results must not be kept."""
+        if torch.compiler.is_compiling():
+            return None
+        tensors = [*self._parameters.values(), *self._buffers.values()]
+        if any(tensor.requires_grad for tensor in tensors) and (self.training or torch.is_grad_enabled()):
+            return None
+        if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
+            return None
+        return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
+
+    def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Result of `compute`, kept while no tensor of the layer changes."""
+        key = self._cache_key()
+        if key is None:
+            return compute()
+        found = self._cache.get(name)
+        if found is None or found[0] != key:
+            tensors = [*self._parameters.values(), *self._buffers.values()]  # kept alive: no `id` is used again
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._cache[name] = (key, compute(), tensors)
+        return found[1]
