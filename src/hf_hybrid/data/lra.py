@@ -1,0 +1,336 @@
+"""The tasks of the Long Range Arena (arXiv 2011.04006): their rows, their tokens, and the data sets a Trainer takes.
+
+Every task is classification of one long sequence, or of two (retrieval). Rows come from the files in which the tasks are
+distributed (`lra_files`), from any table with the usual columns, or from the generators of ListOps and Pathfinder, and always have
+the columns of `TASKS`:
+
+    task         columns          tokens                              longest   classes
+    listops      source           operators, digits                     2,000        10
+    text         text             bytes                                 4,000   of the data
+    retrieval    text1, text2     bytes                             2 x 4,000         2
+    image        pixels           grey values, row by row              1,024   of the data
+    pathfinder   pixels           grey values, row by row      1,024 - 16,384         2
+
+Tokens 0 are padding in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch.utils.data import Dataset as TorchDataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from ..tokenization.byte_tokenizer import byte_tokenizer
+from ..tokenization.special_tokens import PAD_TOKEN, UNK_TOKEN, wrap_backend
+from .loading import load_table
+from .lra_files import read_original, to_grey
+from .lra_listops import END, TOKENS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+GREY_VALUES = 256
+
+
+@dataclass(frozen=True)
+class LraTask:
+    """One task.
+
+    Args:
+        name: of the task.
+        columns: of a row, besides `label`.
+        max_length: tokens of one sequence, longer ones are cut; None: pixels, which are never cut.
+        class_names: None where the data decides.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    max_length: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def is_pixels(self) -> bool:
+        """True for images, whose sequences all have the same length."""
+        return self.columns == ("pixels",)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        LraTask("listops", ("source",), 2000, tuple("0123456789")),
+        LraTask("text", ("text",), 4000),
+        LraTask("retrieval", ("text1", "text2"), 4000, ("unrelated", "related")),
+        LraTask("image", ("pixels",)),
+        LraTask("pathfinder", ("pixels",), None, ("disconnected", "connected")),
+    )
+}
+
+# Names under which tables of other origin hold a column.
+_COLUMN_NAMES = {
+    "source": ("source", "Source"),
+    "text": ("text", "sentence", "review", "document"),
+    "text1": ("text1", "sentence1", "document1", "question"),
+    "text2": ("text2", "sentence2", "document2", "sentence"),
+    "pixels": ("pixels", "image", "img"),
+    "label": ("label", "target", "Target", "labels"),
+}
+
+
+def lra_task(name: str) -> LraTask:
+    """A task by its name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"`task` must be one of {', '.join(TASKS)}; got {name!r}.")
+    return TASKS[name]
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def load_lra_table(
+    task: LraTask, source: str | Path | Sequence[str | Path], split: str = "train", *, config_name: str | None = None
+) -> Dataset:
+    """Rows of one split with the columns of the task and `label`.
+
+    Args:
+        task: decides formats and columns.
+        source: folders or files in the distributed format of the task, or whatever `load_table` reads.
+        split: "train", "validation" or "test".
+        config_name: configuration of a Hub data set.
+
+    Raises:
+        ValueError: nothing to read, a damaged file, or a missing column.
+    """
+    from datasets import concatenate_datasets
+
+    sources = [source] if isinstance(source, (str, Path)) else list(source)
+    parts = []
+    for item in sources:
+        columns = read_original(task.name, item, split)
+        if columns is None:
+            parts.append(_usual_columns(load_table(item, split, config_name=config_name), task, str(item)))
+        else:
+            parts.append(lra_rows(task, columns))
+    if not parts:
+        raise ValueError("`source` is an empty list; pass at least one file, folder or data set name.")
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def lra_rows(task: LraTask, columns: Mapping[str, Any]) -> Dataset:
+    """A data set from columns by name, those of a reader or a generator; `target` may stand for `label`."""
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    labels = columns["label"] if "label" in columns else columns["target"]
+    names = columns.get("class_names", task.class_names)
+    features: dict[str, Any] = {"label": Value("int64") if names is None else ClassLabel(names=list(names))}
+    content: dict[str, Any] = {"label": list(map(int, labels))}
+    for name in task.columns:
+        features[name] = List(Value("uint8")) if name == "pixels" else Value("string")
+        content[name] = columns[name]
+    return Dataset.from_dict(content, features=Features(features))
+
+
+def _usual_columns(table: Any, task: LraTask, name: str) -> Dataset:
+    chosen = {}
+    for column in (*task.columns, "label"):
+        found = next((usual for usual in _COLUMN_NAMES[column] if usual in table.column_names), None)
+        if found is None:
+            raise ValueError(
+                f"{name} has no column {column!r} for the task {task.name} (also accepted: "
+                f"{', '.join(_COLUMN_NAMES[column][1:])}); its columns are {', '.join(table.column_names)}."
+            )
+        chosen[found] = column
+    table = table.select_columns(list(chosen))
+    table = table.rename_columns({old: new for old, new in chosen.items() if old != new})
+    return table.cast_column("label", _class_label(task)) if _counts_classes(table, task) else table
+
+
+def _class_label(task: LraTask) -> Any:
+    from datasets import ClassLabel
+
+    return ClassLabel(names=list(task.class_names or ()))
+
+
+def _counts_classes(table: Any, task: LraTask) -> bool:
+    """Whether the labels are numbers of the known classes."""
+    return task.class_names is not None and getattr(table.features["label"], "dtype", "").startswith(("int", "uint"))
+
+
+def pixel_array(rows: Dataset, name: str = "data") -> np.ndarray:
+    """The pixels of all rows, (N, L) uint8; images are turned grey and laid out row by row.
+
+    Raises:
+        ValueError: images of different sizes, values beyond a byte, or a column that holds no pixels.
+    """
+    sequences: list[np.ndarray] = []
+    for number, value in enumerate(rows.with_format("numpy")["pixels"] if _holds_lists(rows) else rows["pixels"]):
+        pixels = np.asarray(value)
+        if pixels.ndim == 3 and pixels.shape[-1] >= 3:
+            pixels = to_grey(pixels[..., :3])
+        if pixels.dtype.kind not in "iu" or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
+            raise ValueError(f"Row {number} of the {name} holds no pixels: whole numbers from 0 to 255 are accepted.")
+        if sequences and pixels.size != sequences[0].size:
+            raise ValueError(
+                f"Row {number} of the {name} has {pixels.size} pixels, the rows before have {sequences[0].size}: all images must "
+                "have one size."
+            )
+        sequences.append(pixels.astype(np.uint8).ravel())
+    return np.stack(sequences)
+
+
+def _holds_lists(rows: Dataset) -> bool:
+    return hasattr(rows.features["pixels"], "feature")
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+
+def listops_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per operator, digit and `]`; parentheses are dropped and `X` is read as `]`, as in the published files."""
+    backend = Tokenizer(
+        models.WordLevel(
+            {token: index for index, token in enumerate((PAD_TOKEN, UNK_TOKEN, *TOKENS))}, unk_token=UNK_TOKEN
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r"[()]"), " "), normalizers.Replace(Regex(r"(?<![A-Z])X(?![A-Z])"), END)]
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return wrap_backend(backend, num_sentinels=0, eos=False)
+
+
+def lra_tokenizer(task: LraTask) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a task; None for pixels."""
+    if task.is_pixels:
+        return None
+    return listops_tokenizer() if task.name == "listops" else byte_tokenizer()
+
+
+def encode_rows(
+    rows: Dataset,
+    task: LraTask,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    two_inputs: bool = False,
+    what: str = "data",
+) -> Dataset:
+    """Token ids of text rows, without labels.
+
+    Args:
+        rows: with the columns of the task.
+        task: not one of pixels.
+        tokenizer: see `lra_tokenizer`.
+        max_length: tokens per text; None for that of the task.
+        two_inputs: of a pair of texts, give the second as `pair_input_ids` and `pair_attention_mask`; otherwise a pair is
+            one sequence, `A </s> B </s>`.
+        what: names the rows in errors.
+
+    Raises:
+        ValueError: a row that is not text, or that holds tokens unknown to the task.
+    """
+    length = max_length or task.max_length or 0
+    options: dict[str, Any] = {"truncation": True, "return_token_type_ids": False}
+    first, second = task.columns[0], task.columns[1] if len(task.columns) > 1 else None
+
+    def encode(batch: Mapping[str, list[str]]) -> dict[str, Any]:
+        if second is None:
+            encoded = dict(tokenizer(batch[first], max_length=length, **options))
+        elif two_inputs:
+            encoded = dict(tokenizer(batch[first], max_length=length, **options))
+            other = tokenizer(batch[second], max_length=length, **options)
+            encoded.update({f"pair_{name}": values for name, values in other.items()})
+        else:
+            encoded = dict(tokenizer(batch[first], batch[second], max_length=2 * length, **options))
+        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+        return encoded
+
+    encoded = rows.map(encode, batched=True, batch_size=200, remove_columns=rows.column_names, desc=f"tokenize {what}")
+    if task.name == "listops":
+        _refuse_unknown(encoded, rows, tokenizer, what)
+    return encoded
+
+
+def _refuse_unknown(encoded: Dataset, rows: Dataset, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    for number, ids in enumerate(encoded["input_ids"]):
+        if tokenizer.unk_token_id in ids or not ids:
+            raise ValueError(
+                f"Row {number} of the {what} is no ListOps expression: {rows[number]['source'][:60]!r}. Accepted tokens are "
+                f"{' '.join(TOKENS)}."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+class PixelSequences(TorchDataset):
+    """Images as sequences of pixels, with labels.
+
+    Args:
+        pixels: (N, L) uint8.
+        labels: (N,) integers.
+        as_values: give `pixel_values`, (L,) float32 with (pixel / 255 - mean) / std, instead of `input_ids`, (L,) int64
+            with pixel + 1 (0 is padding).
+        mean, std: of `pixel_values`.
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        labels: Sequence[int],
+        *,
+        as_values: bool = False,
+        mean: float = 0.5,
+        std: float = 0.5,
+    ) -> None:
+        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self.as_values = as_values
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Samples of one batch; the DataLoader calls this instead of `__getitem__` for each."""
+        chosen = torch.as_tensor(indices)
+        if self.as_values:
+            name, inputs = "pixel_values", (self.pixels[chosen].float() / 255.0 - self.mean) / self.std
+        else:
+            name, inputs = "input_ids", self.pixels[chosen].long() + 1
+        return [{name: row, "labels": label} for row, label in zip(inputs, self.labels[chosen])]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+
+class PairCollator:
+    """Pads the two texts of each row separately, to `input_ids` and `pair_input_ids` with their masks.
+
+    Args:
+        tokenizer: pads.
+        pad_to_multiple_of: of both lengths.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8) -> None:
+        self.pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        prefix = "pair_"
+        second = [
+            {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+            for row in features
+        ]
+        first = [{name: value for name, value in row.items() if not name.startswith(prefix)} for row in features]
+        padded = self.pad(second)
+        return {**self.pad(first), **{f"{prefix}{name}": value for name, value in padded.items()}}
