@@ -86,7 +86,7 @@ def span_corruption_lengths(
     return _lengths_of_segment(low, noise_density, mean_span_length)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix_bits(values: np.ndarray) -> np.ndarray:
     """Finaliser of SplitMix64: a bijection of 64-bit integers whose output bits all depend on all input bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -103,7 +103,7 @@ def _mix_int(value: int) -> int:
 def sample_keys(seed: int, epoch: int, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """One 64-bit key per sample, (B,) uint64, a function of (seed, epoch, index) alone."""
     base = _mix_int(_mix_int(seed + 0x9E3779B97F4A7C15) + epoch)
-    return _mix(
+    return mix_bits(
         np.asarray(indices, dtype=np.int64).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(base)
     )
 
@@ -121,7 +121,7 @@ def _part_starts(keys: np.ndarray, stream: int, total: int, parts: int) -> tuple
         # A uniform (parts - 1)-subset of the inner cut points: those with the smallest random numbers. The low 32 bits are
         # the position itself, so that no two numbers are equal.
         position = np.arange(1, total, dtype=np.uint64)
-        random = _mix(keys[:, None] + position * np.uint64(0xD1342543DE82EF95) + np.uint64(stream))
+        random = mix_bits(keys[:, None] + position * np.uint64(0xD1342543DE82EF95) + np.uint64(stream))
         random = (random & np.uint64(0xFFFFFFFF00000000)) | position
         bound = np.partition(random, parts - 2, axis=1)[:, parts - 2 : parts - 1]
         is_start[:, 1:] = random <= bound

@@ -1,0 +1,120 @@
+"""Raw waveforms for classification: rows of samples to a data set, and batches padded by a stock feature extractor.
+
+The extractor is `Wav2Vec2FeatureExtractor` of Transformers, which knows the sampling rate, scales every recording to mean 0 and
+variance 1, and pads with zeros and a mask; saved with a model, it makes the audio-classification pipeline work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset as TorchDataset
+from transformers import Wav2Vec2FeatureExtractor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PCM_SCALE = 32768.0  # of signed 16-bit samples
+
+
+def to_waveform(samples: Any) -> np.ndarray:
+    """Samples as (L,) float32; whole numbers are taken for signed 16-bit and scaled to [-1, 1).
+
+    Raises:
+        ValueError: empty, more than one channel, not finite, or beyond 16 bits.
+    """
+    values = np.asarray(samples)
+    if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iuf":
+        raise ValueError(
+            f"a waveform is a sequence of numbers, one channel; got shape {values.shape} of {values.dtype}"
+        )
+    if values.dtype.kind in "iu":
+        if values.min() < -PCM_SCALE or values.max() >= PCM_SCALE:
+            raise ValueError(f"whole numbers are read as 16-bit samples; got {values.min()} to {values.max()}")
+        return (values / PCM_SCALE).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("a sample is not finite")
+    return values.astype(np.float32)
+
+
+def read_waveforms(
+    rows: Dataset, column: str, *, sampling_rate: int | None = None, max_samples: int | None = None, what: str = "data"
+) -> tuple[list[np.ndarray], int | None]:
+    """The waveforms of all rows and their common sampling rate.
+
+    Args:
+        rows: with a column of samples, or of mappings with `array` and `sampling_rate`; the rate may also be in a column
+            `sampling_rate`.
+        column: of the waveforms.
+        sampling_rate: that all must have, in Hz; None for that of the first row.
+        max_samples: longer recordings are cut at the end.
+        what: names the rows in errors.
+
+    Raises:
+        ValueError: names the first row that is no waveform or has another rate.
+    """
+    waveforms: list[np.ndarray] = []
+    has_rate = "sampling_rate" in rows.column_names
+    for number, row in enumerate(rows.with_format("numpy")):
+        value, rate = row[column], row["sampling_rate"] if has_rate else None
+        if isinstance(value, dict):
+            rate = value.get("sampling_rate", rate)
+            value = value.get("array")
+        if rate is not None and sampling_rate is not None and int(rate) != sampling_rate:
+            raise ValueError(
+                f"Row {number} of the {what} has a sampling rate of {int(rate)} Hz instead of {sampling_rate}: resample it."
+            )
+        sampling_rate = int(rate) if rate is not None else sampling_rate
+        try:
+            waveforms.append(to_waveform(value)[:max_samples])
+        except ValueError as error:
+            raise ValueError(f"Row {number} of the {what} cannot be used: {error}.") from None
+    return waveforms, sampling_rate
+
+
+class WaveformDataset(TorchDataset):
+    """Waveforms of any lengths with labels: `input_values` (L,) float32 and `labels`."""
+
+    def __init__(self, waveforms: Sequence[np.ndarray], labels: Sequence[int]) -> None:
+        self.waveforms = waveforms
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.waveforms)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_values": self.waveforms[index], "labels": self.labels[index]}
+
+
+def feature_extractor(sampling_rate: int, *, normalize: bool = True) -> Wav2Vec2FeatureExtractor:
+    """The extractor of raw waveforms at a sampling rate in Hz."""
+    return Wav2Vec2FeatureExtractor(
+        feature_size=1,
+        sampling_rate=sampling_rate,
+        padding_value=0.0,
+        do_normalize=normalize,
+        return_attention_mask=True,
+    )
+
+
+class WaveformCollator:
+    """Pads a batch at the right: `input_values` (B, L), `attention_mask` (B, L) and `labels` (B,).
+
+    Args:
+        extractor: scales and pads.
+    """
+
+    def __init__(self, extractor: Wav2Vec2FeatureExtractor) -> None:
+        self.extractor = extractor
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.extractor(
+            [row["input_values"] for row in features],
+            sampling_rate=self.extractor.sampling_rate,
+            padding=True,
+            return_tensors="pt",
+        )
+        return {**batch, "labels": torch.tensor([int(row["labels"]) for row in features])}
