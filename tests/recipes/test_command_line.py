@@ -10,10 +10,20 @@ import pytest
 from hf_hybrid.recipes.common import parse_overrides, split_names
 
 SCRIPTS = sorted((Path(__file__).resolve().parents[2] / "scripts").glob("run_*.py"))
-TRAINING = ("pretrain_span_corruption", "pretrain_clm", "finetune_glue", "finetune_summarization")
+TRAINING = (
+    "pretrain_span_corruption",
+    "pretrain_clm",
+    "pretrain_mlm",
+    "finetune_glue",
+    "finetune_summarization",
+    "finetune_translation",
+    "train_lra",
+    "classify_image",
+    "classify_audio",
+)
 
 
-@pytest.mark.parametrize("name", [*TRAINING, "generate", "evaluate"])
+@pytest.mark.parametrize("name", [*TRAINING, "generate", "generate_lra", "evaluate"])
 def test_help_is_complete(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         import_module(f"hf_hybrid.recipes.{name}").main(["--help"])

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import finetune_glue
-from hf_hybrid.recipes.finetune_glue import Labels, find_labels, find_text_columns, main
+from hf_hybrid.recipes.finetune_glue import find_text_columns, main
+from hf_hybrid.recipes.finetuning_data import Labels, find_labels
 
 GOOD, BAD = "the list is good and sorted", "this dictionary is bad"
 

@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EvalPrediction
 
 from hf_hybrid.hub import model_card_problems
-from hf_hybrid.recipes.finetune_summarization import GenerationScorer, SummarizationArguments, main, references_of
+from hf_hybrid.recipes.finetune_summarization import SummarizationArguments, main, references_of, rouge_scores
 from hf_hybrid.recipes.finetune_summarization import find_columns as columns_of
+from hf_hybrid.recipes.finetuning_data import GenerationScorer
 
 PAIRS = [("the list is sorted by the key function", "list"), ("a dictionary maps keys to values", "dictionary")]
 
@@ -81,7 +82,7 @@ def test_several_references_and_a_query(finetuning, tmp_path, tokenizer):
 
 
 def test_the_best_reference_counts(tokenizer):
-    scorer = GenerationScorer(tokenizer, [["list of keys", "dictionary"], ["the value"]])
+    scorer = GenerationScorer(tokenizer, [["list of keys", "dictionary"], ["the value"]], rouge_scores)
     ids = [tokenizer(text)["input_ids"] for text in ("dictionary", "the value")]
     padded = np.full((3, 30), -100)  # a repeated third row, as distributed evaluation gives
     for number, row in enumerate([*ids, ids[0]]):

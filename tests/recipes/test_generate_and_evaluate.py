@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
-from hf_hybrid.recipes import evaluate, finetune_glue, finetune_summarization, generate, pretrain_span_corruption
+from hf_hybrid.recipes import evaluate, finetune_glue, generate, pretrain_span_corruption
+from hf_hybrid.recipes.finetuning_data import PREDICTIONS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_summaries_are_scored_with_other_beams(options, checkpoint, tmp_path):
     ]  # fmt: skip
     metrics = evaluate.main(words)
     assert metrics["eval_samples"] == 4 and "eval_rouge2" in metrics
-    assert (tmp_path / "eval" / finetune_summarization.PREDICTIONS_FILE).is_file()
+    assert (tmp_path / "eval" / PREDICTIONS_FILE).is_file()
 
 
 def test_pretraining_loss_is_reproduced(options, checkpoint, corpus, tmp_path):
@@ -123,8 +124,11 @@ def test_causal_models_are_evaluated(options, causal_checkpoint, corpus):
 
 
 def test_bad_evaluation_options(options, checkpoint):
-    with pytest.raises(ValueError, match="one of span_corruption, clm, glue, summarization; got 'mlm'"):
-        evaluate.main(["mlm"])
+    with pytest.raises(
+        ValueError,
+        match="one of span_corruption, clm, mlm, glue, summarization, translation, lra, image, audio; got 'ner'",
+    ):
+        evaluate.main(["ner"])
     with pytest.raises(ValueError, match="got None"):
         evaluate.main([])
     with pytest.raises(ValueError, match="`data` is required"):

@@ -282,6 +282,21 @@ def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str,
         )
 
 
+def check_positions(config: PreTrainedConfig, length: int, remedy: str) -> None:
+    """Refuse inputs that a model has no positions for, before training begins.
+
+    Raises:
+        ValueError: `length` exceeds `max_position_embeddings`.
+    """
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows is not None and not config.is_encoder_decoder and length > rows:
+        raise ValueError(
+            f"Inputs have up to {length} tokens, but the position table of the model has {rows} rows "
+            f"(`max_position_embeddings`). Lower `{remedy}`, or train a new model with a longer table "
+            f"(`config_overrides max_position_embeddings={length}`)."
+        )
+
+
 # -------------------------------------------------------------------------------------------------------- the run
 
 

@@ -44,7 +44,7 @@ from .demo_data import (
 )
 from .demo_report import PICTURES, summary_lines, write_report
 from .demo_samples import fill_in_examples, generate_texts, reload_in_clean_process, span_corruption_figures
-from .finetuning_data import CheckpointArguments
+from .finetuning_data import PREDICTIONS_FILE, CheckpointArguments
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ class Demo:
         metrics["baselines"] = {"lead_words": words, **rouge(leads, [row["summary"] for row in rows])}
         plot_loss_curves(job.trainer.state.log_history, self._picture("summarization"), title="Summarization")
         self.metrics["summarization"] = metrics
-        written = read_rows(self.path / "summarizer" / finetune_summarization.PREDICTIONS_FILE)
+        written = read_rows(self.path / "summarizer" / PREDICTIONS_FILE)
         self.samples["summaries"] = [
             {**row, "lead": lead, "generated": prediction["prediction"]}
             for row, lead, prediction in list(zip(rows, leads, written))[:: max(1, len(rows) // 6)][:6]

@@ -4,8 +4,9 @@
     python -m hf_hybrid.recipes.evaluate summarization --model_name_or_path runs/summaries --data articles/ \
         --generation_num_beams 4 --output_dir runs/summaries-eval
 
-The first word is the kind of task: span_corruption, clm, glue or summarization. The other options are those of the recipe
-that trains it; `<kind> --help` lists them. `metrics.json`, `arguments.json` and `environment.json` are written.
+The first word is the kind of task: span_corruption, clm, mlm, glue, summarization, translation, lra, image or audio. The other
+options are those of the recipe that trains it; `<kind> --help` lists them. `metrics.json`, `arguments.json` and
+`environment.json` are written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..training.arguments import FinetuningArguments, PretrainingArguments, Seq2
 from ..training.run_folder import RunFolder, is_main_process
 from .common import NewModelArguments, parse_arguments, resolved_arguments, set_up_logging
 from .finetuning_data import CheckpointArguments
+from .sequence_classification import ClassifierArguments
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ KINDS: dict[str, tuple[str, str, type, type]] = {
         PretrainingArguments,
     ),
     "clm": ("pretrain_clm", "CausalDataArguments", NewModelArguments, PretrainingArguments),
+    "mlm": ("pretrain_mlm", "MaskedDataArguments", NewModelArguments, PretrainingArguments),
     "glue": ("finetune_glue", "GlueArguments", CheckpointArguments, FinetuningArguments),
     "summarization": (
         "finetune_summarization",
@@ -40,6 +43,10 @@ KINDS: dict[str, tuple[str, str, type, type]] = {
         CheckpointArguments,
         Seq2SeqFinetuningArguments,
     ),
+    "translation": ("finetune_translation", "TranslationArguments", NewModelArguments, Seq2SeqFinetuningArguments),
+    "lra": ("train_lra", "LraArguments", ClassifierArguments, FinetuningArguments),
+    "image": ("classify_image", "ImageArguments", ClassifierArguments, FinetuningArguments),
+    "audio": ("classify_audio", "AudioArguments", ClassifierArguments, FinetuningArguments),
 }
 
 

@@ -11,19 +11,11 @@ regression. The GLUE benchmark is described in arXiv 1804.07461.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from .. import metrics as offline_metrics
 from ..training.arguments import FinetuningArguments
@@ -31,10 +23,17 @@ from ..training.trainer import HybridTrainer
 from .common import Job, RunReport, display_names, hub_names, load_config, load_tokenizer, run_recipe
 from .finetuning_data import (
     CheckpointArguments,
+    Labels,
     TableArguments,
     check_vocabulary,
+    classification_head,
+    find_labels,
+    labels_of_model,
     load_or_initialize,
     load_tables,
+    majority_accuracy,
+    make_classification_metrics,
+    only_logits,
     require_columns,
     require_text,
 )
@@ -84,47 +83,6 @@ class GlueArguments(TableArguments):
             self.data, self.dataset_config = [GLUE_DATASET], self.task
 
 
-@dataclass
-class Labels:
-    """What the labels are: names of classes, or numbers (`names` is None)."""
-
-    column: str
-    names: list[str] | None
-    ids: dict[Any, int] | None = None  # raw value -> class
-
-    @property
-    def is_regression(self) -> bool:
-        """True when the labels are numbers to predict."""
-        return self.names is None
-
-    def encode(self, values: Sequence[Any], what: str) -> list[int] | list[float]:
-        """Labels of the model.
-
-        Raises:
-            ValueError: a label is missing or unknown; names the row.
-        """
-        encoded: list[Any] = []
-        for number, value in enumerate(values):
-            try:
-                if value is None:
-                    raise ValueError
-                encoded.append(_finite(value) if self.ids is None else self.ids[value])
-            except (KeyError, ValueError, TypeError):
-                accepted = "finite numbers" if self.ids is None else ", ".join(map(repr, self.ids))
-                raise ValueError(
-                    f"Row {number} of the {what} has the label {value!r} in the column {self.column!r}; accepted are "
-                    f"{accepted}."
-                ) from None
-        return encoded
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not np.isfinite(number):
-        raise ValueError
-    return number
-
-
 def find_text_columns(rows: Dataset, wanted: Sequence[str] | None) -> tuple[str, str | None]:
     """The one or two columns of text.
 
@@ -145,72 +103,13 @@ def find_text_columns(rows: Dataset, wanted: Sequence[str] | None) -> tuple[str,
     )
 
 
-def find_labels(rows: Dataset, column: str) -> Labels:
-    """Read the kind of the labels and the classes off the training rows.
-
-    Raises:
-        ValueError: the column is missing, mixes types, or holds a single class.
-    """
-    from datasets import ClassLabel
-
-    require_columns(rows, [column], "training data")
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        return Labels(column, list(feature.names), {number: number for number in range(feature.num_classes)})
-    values = rows[column]
-    present = [value for value in values if value is not None]
-    if not present:
-        raise ValueError(f"The column {column!r} of the training data holds no label.")
-    if any(isinstance(value, float) for value in present):
-        return Labels(column, None)
-    classes = sorted(set(present))
-    if isinstance(classes[0], int):  # booleans too
-        smallest, largest = int(classes[0]), int(classes[-1])
-        if smallest < 0:
-            raise ValueError(
-                f"The column {column!r} of the training data holds the label {smallest}; classes are 0, 1, 2 ... Rows "
-                "marked -1 are unlabelled: choose another split or drop them."
-            )
-        if largest >= max(2 * len(classes), 2):
-            raise ValueError(
-                f"The labels in {column!r} go up to {largest} but only {len(classes)} different ones occur; number the "
-                "classes 0, 1, 2 ..., use names, or decimal numbers for regression."
-            )
-        classes = list(range(largest + 1))
-    if len(classes) < 2:
-        raise ValueError(f"All training rows have the label {classes[0]!r} in {column!r}: there is nothing to learn.")
-    return Labels(column, [str(name) for name in classes], {name: number for number, name in enumerate(classes)})
-
-
-def labels_of_model(config: PreTrainedConfig, column: str) -> Labels:
-    """The labels a fine-tuned checkpoint predicts."""
-    if config.num_labels == 1:
-        return Labels(column, None)
-    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
-    ids: dict[Any, int] = {number: number for number in range(len(names))}
-    return Labels(column, names, {**ids, **{name: number for number, name in enumerate(names)}})
-
-
-def make_metrics(arguments: GlueArguments, labels: Labels) -> Any:
-    """`compute_metrics` for the Trainer."""
+def metric_names(arguments: GlueArguments, labels: Labels) -> list[str]:
+    """The metrics asked for, else those of the task, else the usual ones of the kind of labels."""
     if arguments.metrics is not None:
-        names = arguments.metrics
-    elif arguments.task is not None:
-        names = list(offline_metrics.glue_metric_names(arguments.task))
-    else:
-        names = ["pearson", "spearmanr"] if labels.is_regression else ["accuracy"]
-    modules = [offline_metrics.load(name) for name in names]
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        predicted = logits.reshape(len(logits)) if labels.is_regression else logits.argmax(-1)
-        results: dict[str, float] = {}
-        for name, module in zip(names, modules):
-            options = {"average": "macro"} if name == "f1" and len(labels.names or []) > 2 else {}
-            results.update(module.compute(predictions=predicted, references=prediction.label_ids, **options))
-        return results
-
-    return compute
+        return arguments.metrics
+    if arguments.task is not None:
+        return list(offline_metrics.glue_metric_names(arguments.task))
+    return ["pearson", "spearmanr"] if labels.is_regression else ["accuracy"]
 
 
 def encode(
@@ -253,7 +152,7 @@ def build(
     changes: dict[str, Any] = {}
     if train is not None:
         labels = find_labels(train, data_args.label_column)
-        changes = _head(labels)
+        changes = classification_head(labels)
     else:
         labels = labels_of_model(load_config(model_args.model_name_or_path, {}), data_args.label_column)
     model = load_or_initialize(AutoModelForSequenceClassification, model_args, **changes)
@@ -274,20 +173,10 @@ def build(
         eval_dataset=encoded[""] if "" in encoded else encoded,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
         processing_class=tokenizer,
-        compute_metrics=make_metrics(data_args, labels),
-        preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,
+        compute_metrics=make_classification_metrics(metric_names(data_args, labels), labels),
+        preprocess_logits_for_metrics=only_logits,
     )
     return Job(trainer, _report(data_args, model_args, labels, train, validation))
-
-
-def _head(labels: Labels) -> dict[str, Any]:
-    if labels.names is None:
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {
-        "problem_type": "single_label_classification",
-        "id2label": dict(enumerate(labels.names)),
-        "label2id": {name: number for number, name in enumerate(labels.names)},
-    }
 
 
 def _report(
@@ -307,9 +196,7 @@ def _report(
         "from_scratch": model_args.from_scratch,
     }
     if train is not None and not labels.is_regression:
-        majority = Counter(train[labels.column]).most_common(1)[0][0]
-        held_out = [value for rows in validation.values() for value in rows[labels.column]]
-        metrics["majority_accuracy"] = held_out.count(majority) / len(held_out)
+        metrics["majority_accuracy"] = majority_accuracy(train, validation, labels.column)
     shown = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
     names = {f"eval_{key}_{metric}" if key else f"eval_{metric}": metric for key in validation for metric in shown}
     return RunReport(

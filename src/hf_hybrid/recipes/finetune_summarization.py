@@ -9,48 +9,40 @@ references; ROUGE is then the best over them. Predictions of the last evaluation
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    DataCollatorForSeq2Seq,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from .. import metrics as offline_metrics
 from ..training.arguments import Seq2SeqFinetuningArguments
-from ..training.trainer import HybridSeq2SeqTrainer
-from .common import Job, RunReport, check_decoder_table, display_names, hub_names, load_tokenizer, run_recipe
+from .common import Job, RunReport, display_names, hub_names, load_tokenizer, run_recipe
 from .finetuning_data import (
     CheckpointArguments,
-    TableArguments,
+    GenerationArguments,
+    GenerationScorer,
     check_vocabulary,
+    choose_column,
+    encode_pairs,
     load_or_initialize,
     load_tables,
     require_columns,
     require_text,
+    sequence_to_sequence_job,
+    set_generation,
+    single_validation_set,
 )
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
-
 TEXT_COLUMNS = ("document", "article", "text", "source", "dialogue")
 SUMMARY_COLUMNS = ("summary", "highlights", "abstract", "target")
-PREDICTIONS_FILE = "predictions.jsonl"
 
 
 @dataclass
-class SummarizationArguments(TableArguments):
+class SummarizationArguments(GenerationArguments):
     """Data, columns, lengths and generation."""
 
     text_column: str | None = field(
@@ -63,12 +55,6 @@ class SummarizationArguments(TableArguments):
         default=None, metadata={"help": "List column with all references. Default: `targets` where it exists."}
     )
     query_column: str | None = field(default=None, metadata={"help": "Column of a query put before the document."})
-    source_prefix: str = field(default="", metadata={"help": 'Text before every input, e.g. "summarize: ".'})
-    max_source_length: int = field(default=1024, metadata={"help": "Tokens of an input; longer ones are cut."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target; longer ones are cut."})
-    length_penalty: float | None = field(default=None, metadata={"help": "Length penalty of beam search."})
-    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "Never generate an n-gram twice."})
-    min_new_tokens: int | None = field(default=None, metadata={"help": "Generate at least this many tokens."})
 
 
 @dataclass
@@ -90,18 +76,9 @@ def find_columns(rows: Dataset, arguments: SummarizationArguments) -> Columns:
     named = [arguments.text_column, arguments.summary_column, arguments.targets_column, arguments.query_column]
     require_columns(rows, named, "data")
 
-    def choose(given: str | None, usual: Sequence[str], option: str) -> str:
-        found = given or next((name for name in usual if name in rows.column_names), None)
-        if found is None:
-            raise ValueError(
-                f"None of the columns {', '.join(usual)} exists; there are {', '.join(rows.column_names)}. Name one with "
-                f"`{option}`."
-            )
-        return found
-
     return Columns(
-        text=choose(arguments.text_column, TEXT_COLUMNS, "text_column"),
-        summary=choose(arguments.summary_column, SUMMARY_COLUMNS, "summary_column"),
+        text=choose_column(rows, arguments.text_column, TEXT_COLUMNS, "text_column"),
+        summary=choose_column(rows, arguments.summary_column, SUMMARY_COLUMNS, "summary_column"),
         targets=arguments.targets_column or ("targets" if "targets" in rows.column_names else None),
         query=arguments.query_column,
     )
@@ -121,78 +98,20 @@ def encode(
     require_columns(rows, [columns.text, columns.summary, columns.query], what)
     require_text(rows, [columns.text, columns.summary, columns.query], what)
 
-    def tokenize(batch: Mapping[str, list[str]]) -> dict[str, Any]:
+    def texts_of(batch: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
         texts = batch[columns.text]
         if columns.query is not None:
             texts = [f"{query}\n\n{text}" for query, text in zip(batch[columns.query], texts)]
-        texts = [arguments.source_prefix + text for text in texts]
-        options: dict[str, Any] = {"truncation": True, "return_token_type_ids": False}
-        encoded = tokenizer(texts, max_length=arguments.max_source_length, **options)
-        targets = tokenizer(text_target=batch[columns.summary], max_length=arguments.max_target_length, **options)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        return {**encoded, "labels": targets["input_ids"], "length": lengths}
+        return texts, batch[columns.summary]
 
-    return rows.map(tokenize, batched=True, batch_size=200, remove_columns=rows.column_names, desc=f"tokenize {what}")
+    return encode_pairs(rows, texts_of, tokenizer, arguments, what)
 
 
-def set_generation(
-    model: PreTrainedModel, data_args: SummarizationArguments, training_args: Seq2SeqFinetuningArguments
-) -> None:
-    """Put the decoding options into the generation configuration, which is saved with the model.
-
-    Raises:
-        ValueError: options contradict each other, or exceed the decoder's positions.
-    """
-    if training_args.generation_max_length is None:
-        training_args.generation_max_length = data_args.max_target_length + 1  # the start token counts
-    longest = training_args.generation_max_length - 1
-    check_decoder_table(model.config, data_args.max_target_length, "Targets", "max_target_length")
-    check_decoder_table(model.config, longest, "Generated texts", "generation_max_length")
-    beams = training_args.generation_num_beams or 1
-    if data_args.length_penalty is not None and beams == 1:
-        raise ValueError("`length_penalty` acts on beam search: set `generation_num_beams` above 1 or leave it out.")
-    options = {
-        "num_beams": beams if beams > 1 else None,
-        "length_penalty": data_args.length_penalty,
-        "no_repeat_ngram_size": data_args.no_repeat_ngram_size,
-        "min_new_tokens": data_args.min_new_tokens,
-    }
-    for name, value in options.items():
-        if value is not None:
-            setattr(model.generation_config, name, value)
-
-
-class GenerationScorer:
-    """ROUGE of generated ids against all references; keeps the decoded text of the last evaluation.
-
-    Args:
-        tokenizer: decodes.
-        references: of every evaluated row, in order.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, references: list[list[str]]) -> None:
-        self.tokenizer = tokenizer
-        self.references = references
-        self.predictions: list[str] = []
-        self.rouge = offline_metrics.load("rouge")
-
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        ids = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        ids = ids[: len(self.references)]  # distributed evaluation repeats rows to fill the last batch
-        ids = np.where(ids < 0, self.tokenizer.pad_token_id, ids)
-        self.predictions = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        scores = self.rouge.compute(
-            predictions=self.predictions, references=self.references, use_stemmer=True, split_sentences=True
-        )
-        lengths = (ids != self.tokenizer.pad_token_id).sum(axis=1)
-        return {**{name: 100.0 * value for name, value in scores.items()}, "generated_tokens": float(lengths.mean())}
-
-    def write(self, folder: Path) -> None:
-        """Write the predictions of the last evaluation beside their references."""
-        if self.predictions:
-            with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
-                for text, references in zip(self.predictions, self.references):
-                    file.write(json.dumps({"prediction": text, "references": references}, ensure_ascii=False) + "\n")
+def rouge_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """ROUGE in percent, with stemming and one sentence per line."""
+    rouge = offline_metrics.load("rouge")
+    scores = rouge.compute(predictions=predictions, references=references, use_stemmer=True, split_sentences=True)
+    return {name: 100.0 * value for name, value in scores.items()}
 
 
 def build(
@@ -212,24 +131,14 @@ def build(
     check_vocabulary(model, tokenizer)
     set_generation(model, data_args, training_args)
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only)
-    rows = validation.get("")
-    if rows is None:
-        raise ValueError("The data has several validation sets; name one with `validation_split`.")
+    rows = single_validation_set(validation)
     columns = find_columns(rows if train is None else train, data_args)
-    scorer = GenerationScorer(tokenizer, references_of(rows, columns))
+    scorer = GenerationScorer(tokenizer, references_of(rows, columns), rouge_scores)
     with training_args.main_process_first(desc="tokenize"):
         encoded_train = None if train is None else encode(train, columns, tokenizer, data_args, "training data")
         encoded_rows = encode(rows, columns, tokenizer, data_args, "validation data")
-    trainer = HybridSeq2SeqTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=encoded_train,
-        eval_dataset=encoded_rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8),
-        processing_class=tokenizer,
-        compute_metrics=scorer if training_args.predict_with_generate else None,
-    )
-    return Job(trainer, _report(data_args, model_args, train, rows), write_results=scorer.write)
+    report = _report(data_args, model_args, train, rows)
+    return sequence_to_sequence_job(model, tokenizer, training_args, report, scorer, encoded_train, encoded_rows)
 
 
 def _report(

@@ -1,17 +1,30 @@
-"""What the fine-tuning recipes share: reading tables with a training and a validation part, and checkpoints."""
+"""What the fine-tuning recipes share: tables with a training and a validation part, checkpoints, labels, generated text."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+from transformers import (
+    AutoConfig,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from .. import metrics as offline_metrics
 from ..data.loading import load_table
-from .common import load_model, split_names
+from ..training.arguments import Seq2SeqFinetuningArguments
+from ..training.trainer import HybridSeq2SeqTrainer
+from .common import Job, RunReport, check_decoder_table, load_model, split_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,9 +71,15 @@ class TableArguments:
 
 
 def load_tables(
-    arguments: TableArguments, *, seed: int, evaluate_only: bool = False
+    arguments: TableArguments, *, seed: int, evaluate_only: bool = False, load: Callable[..., Any] | None = None
 ) -> tuple[Dataset | None, dict[str, Dataset]]:
     """The training rows (None when only evaluating) and the validation sets by name (one, called "", or two of MNLI).
+
+    Args:
+        arguments: sources, splits and limits.
+        seed: of a held-out share.
+        evaluate_only: leave the training rows out.
+        load: reads one split, with the signature of `load_table`, which is the default.
 
     Raises:
         ValueError: no data, no validation rows, or no rows at all.
@@ -70,8 +89,8 @@ def load_tables(
     train = None
     if arguments.data is not None and not (evaluate_only and arguments.validation_data):
         needed = not evaluate_only or arguments.validation_fraction is not None
-        train = _load(arguments.data, arguments.train_split, arguments) if needed else None
-    validation = _load_validation(arguments)
+        train = _load(arguments.data, arguments.train_split, arguments, load) if needed else None
+    validation = _load_validation(arguments, load)
     if not validation:
         if arguments.validation_fraction is None or train is None:
             raise ValueError(
@@ -86,14 +105,14 @@ def load_tables(
     return train, {name: _first(rows, limit, "validation data") for name, rows in validation.items()}
 
 
-def _load(sources: Sequence[str], split: str, arguments: TableArguments) -> Dataset:
-    return load_table(sources, split, config_name=arguments.dataset_config)  # type: ignore[return-value]
+def _load(sources: Sequence[str], split: str, arguments: TableArguments, load: Callable[..., Any] | None) -> Dataset:
+    return (load or load_table)(sources, split, config_name=arguments.dataset_config)
 
 
-def _load_validation(arguments: TableArguments) -> dict[str, Dataset]:
+def _load_validation(arguments: TableArguments, load: Callable[..., Any] | None) -> dict[str, Dataset]:
     split = arguments.validation_split
     if arguments.validation_data is not None:
-        return {"": _load(arguments.validation_data, split, arguments)}
+        return {"": _load(arguments.validation_data, split, arguments, load)}
     sources = arguments.data or []
     if all(Path(source).is_file() for source in sources):  # a file has no splits
         return {}
@@ -103,7 +122,7 @@ def _load_validation(arguments: TableArguments) -> dict[str, Dataset]:
     is_local = all(Path(source).exists() for source in sources)
     for splits in (mnli, single) if is_local else (single, mnli):
         try:
-            return {name: _load(sources, of_name, arguments) for name, of_name in splits.items()}
+            return {name: _load(sources, of_name, arguments, load) for name, of_name in splits.items()}
         except ValueError as error:
             logger.debug("no splits %s: %s", ", ".join(splits.values()), error)
     return {}
@@ -124,6 +143,22 @@ def require_columns(rows: Dataset, names: Sequence[str | None], what: str) -> No
     missing = [name for name in names if name is not None and name not in rows.column_names]
     if missing:
         raise ValueError(f"The {what} has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}.")
+
+
+def choose_column(rows: Dataset, given: str | None, usual: Sequence[str], option: str) -> str:
+    """The named column, or the first of the usual ones that exists.
+
+    Raises:
+        ValueError: there is none; `option` names it.
+    """
+    require_columns(rows, [given], "data")
+    found = given or next((name for name in usual if name in rows.column_names), None)
+    if found is None:
+        raise ValueError(
+            f"None of the columns {', '.join(usual)} exists; there are {', '.join(rows.column_names)}. Name one with "
+            f"`{option}`."
+        )
+    return found
 
 
 def require_text(rows: Dataset, columns: Sequence[str | None], what: str) -> None:
@@ -166,3 +201,278 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} ids but the model only {size}: use the tokenizer of the checkpoint."
         )
+
+
+# ------------------------------------------------------------------------------------------ classification
+
+
+@dataclass
+class Labels:
+    """What the labels are: names of classes, or numbers (`names` is None)."""
+
+    column: str
+    names: list[str] | None
+    ids: dict[Any, int] | None = None  # raw value -> class
+
+    @property
+    def is_regression(self) -> bool:
+        """True when the labels are numbers to predict."""
+        return self.names is None
+
+    def encode(self, values: Sequence[Any], what: str) -> list[int] | list[float]:
+        """Labels of the model.
+
+        Raises:
+            ValueError: a label is missing or unknown; names the row.
+        """
+        encoded: list[Any] = []
+        for number, value in enumerate(values):
+            try:
+                if value is None:
+                    raise ValueError
+                encoded.append(_finite(value) if self.ids is None else self.ids[value])
+            except (KeyError, ValueError, TypeError):
+                accepted = "finite numbers" if self.ids is None else ", ".join(map(repr, self.ids))
+                raise ValueError(
+                    f"Row {number} of the {what} has the label {value!r} in the column {self.column!r}; accepted are "
+                    f"{accepted}."
+                ) from None
+        return encoded
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not np.isfinite(number):
+        raise ValueError
+    return number
+
+
+def find_labels(rows: Dataset, column: str) -> Labels:
+    """Read the kind of the labels and the classes off the training rows.
+
+    Raises:
+        ValueError: the column is missing, mixes types, or holds a single class.
+    """
+    from datasets import ClassLabel
+
+    require_columns(rows, [column], "training data")
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return Labels(column, list(feature.names), {number: number for number in range(feature.num_classes)})
+    values = rows[column]
+    present = [value for value in values if value is not None]
+    if not present:
+        raise ValueError(f"The column {column!r} of the training data holds no label.")
+    if any(isinstance(value, float) for value in present):
+        return Labels(column, None)
+    classes = sorted(set(present))
+    if isinstance(classes[0], int):  # booleans too
+        smallest, largest = int(classes[0]), int(classes[-1])
+        if smallest < 0:
+            raise ValueError(
+                f"The column {column!r} of the training data holds the label {smallest}; classes are 0, 1, 2 ... Rows "
+                "marked -1 are unlabelled: choose another split or drop them."
+            )
+        if largest >= max(2 * len(classes), 2):
+            raise ValueError(
+                f"The labels in {column!r} go up to {largest} but only {len(classes)} different ones occur; number the "
+                "classes 0, 1, 2 ..., use names, or decimal numbers for regression."
+            )
+        classes = list(range(largest + 1))
+    if len(classes) < 2:
+        raise ValueError(f"All training rows have the label {classes[0]!r} in {column!r}: there is nothing to learn.")
+    return Labels(column, [str(name) for name in classes], {name: number for number, name in enumerate(classes)})
+
+
+def labels_of_model(config: PreTrainedConfig, column: str) -> Labels:
+    """The labels a fine-tuned checkpoint predicts."""
+    if config.num_labels == 1:
+        return Labels(column, None)
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    ids: dict[Any, int] = {number: number for number in range(len(names))}
+    return Labels(column, names, {**ids, **{name: number for number, name in enumerate(names)}})
+
+
+def classification_head(labels: Labels) -> dict[str, Any]:
+    """Fields of the configuration for a head that predicts these labels."""
+    if labels.names is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "problem_type": "single_label_classification",
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+    }
+
+
+def make_classification_metrics(names: Sequence[str], labels: Labels) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` for the Trainer.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    modules = [offline_metrics.load(name) for name in names]
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        predicted = logits.reshape(len(logits)) if labels.is_regression else logits.argmax(-1)
+        results: dict[str, float] = {}
+        for name, module in zip(names, modules):
+            options = {"average": "macro"} if name == "f1" and len(labels.names or []) > 2 else {}
+            results.update(module.compute(predictions=predicted, references=prediction.label_ids, **options))
+        return results
+
+    return compute
+
+
+def only_logits(outputs: Any, labels: Any) -> Any:
+    """`preprocess_logits_for_metrics` for the Trainer: hidden states and caches are not gathered."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def majority_accuracy(train: Dataset, validation: Mapping[str, Dataset], column: str) -> float:
+    """Accuracy on all validation rows of always giving the most frequent label of the training rows."""
+    majority = Counter(train[column]).most_common(1)[0][0]
+    held_out = [value for rows in validation.values() for value in rows[column]]
+    return held_out.count(majority) / len(held_out)
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+@dataclass
+class GenerationArguments(TableArguments):
+    """Lengths and generation of a sequence-to-sequence task."""
+
+    source_prefix: str = field(default="", metadata={"help": 'Text before every input, e.g. "summarize: ".'})
+    max_source_length: int = field(default=1024, metadata={"help": "Tokens of an input; longer ones are cut."})
+    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target; longer ones are cut."})
+    length_penalty: float | None = field(default=None, metadata={"help": "Length penalty of beam search."})
+    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "Never generate an n-gram twice."})
+    min_new_tokens: int | None = field(default=None, metadata={"help": "Generate at least this many tokens."})
+
+
+def encode_pairs(
+    rows: Dataset,
+    texts_of: Callable[[Mapping[str, list[Any]]], tuple[list[str], list[str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: GenerationArguments,
+    what: str,
+) -> Dataset:
+    """Token ids of inputs and targets.
+
+    Args:
+        rows: of any columns.
+        texts_of: gives the inputs and the targets of a batch of rows.
+        tokenizer: of the model.
+        arguments: prefix and lengths.
+        what: names the rows in the progress bar.
+    """
+
+    def tokenize(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        sources, targets = texts_of(batch)
+        sources = [arguments.source_prefix + text for text in sources]
+        options: dict[str, Any] = {"truncation": True, "return_token_type_ids": False}
+        encoded = tokenizer(sources, max_length=arguments.max_source_length, **options)
+        labels = tokenizer(text_target=targets, max_length=arguments.max_target_length, **options)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        return {**encoded, "labels": labels["input_ids"], "length": lengths}
+
+    return rows.map(tokenize, batched=True, batch_size=200, remove_columns=rows.column_names, desc=f"tokenize {what}")
+
+
+def set_generation(
+    model: PreTrainedModel, data_args: GenerationArguments, training_args: Seq2SeqFinetuningArguments
+) -> None:
+    """Put the decoding options into the generation configuration, which is saved with the model.
+
+    Raises:
+        ValueError: options contradict each other, or exceed the decoder's positions.
+    """
+    if training_args.generation_max_length is None:
+        training_args.generation_max_length = data_args.max_target_length + 1  # the start token counts
+    longest = training_args.generation_max_length - 1
+    check_decoder_table(model.config, data_args.max_target_length, "Targets", "max_target_length")
+    check_decoder_table(model.config, longest, "Generated texts", "generation_max_length")
+    beams = training_args.generation_num_beams or 1
+    if data_args.length_penalty is not None and beams == 1:
+        raise ValueError("`length_penalty` acts on beam search: set `generation_num_beams` above 1 or leave it out.")
+    options = {
+        "num_beams": beams if beams > 1 else None,
+        "length_penalty": data_args.length_penalty,
+        "no_repeat_ngram_size": data_args.no_repeat_ngram_size,
+        "min_new_tokens": data_args.min_new_tokens,
+    }
+    for name, value in options.items():
+        if value is not None:
+            setattr(model.generation_config, name, value)
+
+
+class GenerationScorer:
+    """Scores of generated ids against all references; keeps the decoded text of the last evaluation.
+
+    Args:
+        tokenizer: decodes.
+        references: of every evaluated row, in order.
+        score: gets predictions and references, gives the metrics by name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        references: list[list[str]],
+        score: Callable[[list[str], list[list[str]]], Mapping[str, float]],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.references = references
+        self.score = score
+        self.predictions: list[str] = []
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        ids = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        ids = ids[: len(self.references)]  # distributed evaluation repeats rows to fill the last batch
+        ids = np.where(ids < 0, self.tokenizer.pad_token_id, ids)
+        self.predictions = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        lengths = (ids != self.tokenizer.pad_token_id).sum(axis=1)
+        return {**self.score(self.predictions, self.references), "generated_tokens": float(lengths.mean())}
+
+    def write(self, folder: Path) -> None:
+        """Write the predictions of the last evaluation beside their references."""
+        if self.predictions:
+            with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
+                for text, references in zip(self.predictions, self.references):
+                    file.write(json.dumps({"prediction": text, "references": references}, ensure_ascii=False) + "\n")
+
+
+def sequence_to_sequence_job(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: Seq2SeqFinetuningArguments,
+    report: RunReport,
+    scorer: GenerationScorer,
+    train: Dataset | None,
+    validation: Dataset,
+) -> Job:
+    """The trainer of encoded pairs, evaluated by the scorer on generated text."""
+    trainer = HybridSeq2SeqTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8),
+        processing_class=tokenizer,
+        compute_metrics=scorer if training_args.predict_with_generate else None,
+    )
+    return Job(trainer, report, write_results=scorer.write)
+
+
+def single_validation_set(validation: Mapping[str, Dataset]) -> Dataset:
+    """The one validation set.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if "" not in validation:
+        raise ValueError("The data has several validation sets; name one with `validation_split`.")
+    return validation[""]

@@ -1,0 +1,107 @@
+"""Train a classifier of images read as sequences of grey values, row by row.
+
+    python -m hf_hybrid.recipes.classify_image --data digits/ --arch mega \
+        --config_overrides "hidden_size=96,num_hidden_layers=4,normalization_type=batchnorm" --output_dir runs/images
+
+Rows hold a column `pixels` (whole numbers from 0 to 255) or of pictures, which are turned grey, and a column of labels. All images
+must have one size. The model sees (pixel / 255 - `pixel_mean`) / `pixel_std`; the values are recorded in `metrics.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoModelForImageClassification, default_data_collator
+
+from ..data.lra import PixelSequences, load_lra_table, lra_task, pixel_array
+from ..training.arguments import FinetuningArguments
+from .common import Job, display_names, run_recipe
+from .finetuning_data import TableArguments, labels_of_model, load_tables, single_validation_set
+from .sequence_classification import (
+    ClassifierArguments,
+    build_classifier,
+    classification_report,
+    classification_trainer,
+    classifier_config,
+    find_classes,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class ImageArguments(TableArguments):
+    """Images and their labels."""
+
+    pixel_mean: float = field(default=0.5, metadata={"help": "Subtracted from the grey values (0 to 1)."})
+    pixel_std: float = field(default=0.5, metadata={"help": "Divides the grey values."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pixel_std > 0:
+            raise ValueError(f"`pixel_std` must be positive; got {self.pixel_std}.")
+
+
+def build(
+    data_args: ImageArguments,
+    model_args: ClassifierArguments,
+    training_args: FinetuningArguments,
+    *,
+    evaluate_only: bool = False,
+) -> Job:
+    """Classifier, pixels and trainer.
+
+    Raises:
+        ValueError: an option, the data, the labels or the checkpoint cannot be used.
+    """
+    auto_class = AutoModelForImageClassification
+    config = classifier_config(auto_class, model_args, {}, {"input_type": "values"})
+    load = partial(load_lra_table, lra_task("image"))
+    train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only, load=load)
+    rows = single_validation_set(validation)
+    new_labels = None if train is None else find_classes(train, "label", "training data")
+    labels = new_labels or labels_of_model(config, "label")
+    scale: dict[str, float] = {"mean": data_args.pixel_mean, "std": data_args.pixel_std}
+
+    def encode(part: Dataset, what: str) -> PixelSequences:
+        targets: Any = labels.encode(part["label"], what)
+        return PixelSequences(pixel_array(part, what), targets, as_values=True, **scale)
+
+    train_set = None if train is None else encode(train, "training data")
+    validation_set = encode(rows, "validation data")
+    length = validation_set.pixels.shape[1]
+    if train_set is not None and train_set.pixels.shape[1] != length:
+        raise ValueError(
+            f"Training images have {train_set.pixels.shape[1]} pixels, validation images {length}: all must have one size."
+        )
+    model = build_classifier(auto_class, config, model_args, new_labels, length)
+    trainer = classification_trainer(
+        model, training_args, train_set, validation_set, labels, collator=default_data_collator
+    )
+    sources = data_args.data or data_args.validation_data or []
+    report = classification_report(
+        f"A {model.config.model_type} classifier of images as sequences of grey values: {display_names(sources)}. Inputs are "
+        f"(pixel / 255 - {scale['mean']}) / {scale['std']}, row by row.",
+        auto_class,
+        sources,
+        train,
+        rows,
+        label_column="label",
+        lengths=f"{length} pixels",
+        task_type="image-classification",
+        metrics={"pixels": length, "pixel_mean": scale["mean"], "pixel_std": scale["std"]},
+    )
+    return Job(trainer, report)
+
+
+def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
+    return run_recipe((ImageArguments, ClassifierArguments, FinetuningArguments), build, args, __doc__)
+
+
+if __name__ == "__main__":
+    main()

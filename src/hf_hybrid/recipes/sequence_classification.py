@@ -1,0 +1,205 @@
+"""What the recipes share that train classifiers of long sequences, of tokens or of numbers, from scratch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..auto import ARCHITECTURES
+from ..training.arguments import FinetuningArguments
+from ..training.trainer import HybridTrainer
+from .common import NewModelArguments, RunReport, display_names, hub_names, load_config, load_model, parse_overrides
+from .finetuning_data import (
+    Labels,
+    classification_head,
+    find_labels,
+    majority_accuracy,
+    make_classification_metrics,
+    only_logits,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+# The published set-up of classifiers of long sequences (arXiv 2209.10655, section 4.1), for the fields a configuration has.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "mega": {"classifier_type": "lra", "pooling_type": "mean", "mask_padded_states": True},
+}
+
+
+@dataclass
+class ClassifierArguments(NewModelArguments):
+    """A new classifier by its model type, or a checkpoint."""
+
+    arch: str | None = field(
+        default=None, metadata={"help": "Model type of a new model, e.g. spade or mega (the same as `config_name`)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.arch is not None and self.config_name is not None:
+            raise ValueError("`arch` and `config_name` say the same: pass one of them.")
+        self.config_name = self.config_name or self.arch
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("Pass either `arch`, for a new model, or `model_name_or_path`, for a checkpoint.")
+        if self.model_name_or_path is not None and self.config_overrides:
+            raise ValueError("`config_overrides` describe a new model; drop `model_name_or_path`.")
+
+
+def find_classes(rows: Dataset, column: str, what: str) -> Labels:
+    """The classes of the rows.
+
+    Raises:
+        ValueError: the labels are numbers, not classes.
+    """
+    labels = find_labels(rows, column)
+    if labels.is_regression:
+        raise ValueError(
+            f"The labels of the {what} are decimal numbers; classes are whole numbers, names or booleans."
+        )
+    return labels
+
+
+def classifier_config(
+    auto_class: Any, model_args: ClassifierArguments, defaults: Mapping[str, Any], wishes: Mapping[str, Any]
+) -> PreTrainedConfig:
+    """Configuration of the checkpoint, or of a new model.
+
+    Args:
+        auto_class: Auto class of the head.
+        model_args: which model; its overrides come last.
+        defaults: fields of a new model, which its configuration must have.
+        wishes: fields of a new model that are set where its configuration has them.
+
+    Raises:
+        ValueError: it cannot be loaded, or the model type has no such head.
+    """
+    trust = {"trust_remote_code": model_args.trust_remote_code}
+    if model_args.model_name_or_path is not None:
+        config = load_config(model_args.model_name_or_path, {}, **trust)
+    else:
+        name = str(model_args.config_name)
+        known = load_config(name, {}, **trust)
+        wishes = {**_PUBLISHED.get(known.model_type, {}), **wishes}
+        overrides = parse_overrides(model_args.config_overrides)
+        if known.model_type == "mega":  # its stack ends with a norm exactly when its blocks begin with one
+            wishes["final_norm"] = overrides.get("normalize_before_mega", True)
+        chosen = {field_: value for field_, value in wishes.items() if hasattr(known, field_)}
+        config = load_config(name, {**defaults, **chosen, **overrides}, **trust)
+    if type(config) not in auto_class._model_mapping:
+        own = [item.model_type for item in ARCHITECTURES if auto_class.__name__ in item.heads]
+        raise ValueError(
+            f"The model type {config.model_type!r} has no head for {auto_class.__name__}; of this library these have one: "
+            f"{', '.join(own) or 'none'}."
+        )
+    return config
+
+
+def build_classifier(
+    auto_class: Any, config: PreTrainedConfig, model_args: ClassifierArguments, labels: Labels | None, longest: int
+) -> PreTrainedModel:
+    """The checkpoint, or a new model with room for the longest sequence.
+
+    Args:
+        auto_class: Auto class of the head.
+        config: of `classifier_config`.
+        model_args: which model.
+        labels: the classes to learn; None keeps those of the checkpoint.
+        longest: length of the longest sequence.
+
+    Raises:
+        ValueError: the checkpoint cannot be loaded.
+    """
+    head = {} if labels is None else classification_head(labels)
+    trust = {"trust_remote_code": model_args.trust_remote_code}
+    if model_args.model_name_or_path is not None:
+        return load_model(auto_class, model_args.model_name_or_path, **trust, **head)
+    overrides = parse_overrides(model_args.config_overrides)
+    for name in ("max_positions", "max_position_embeddings"):
+        rows = getattr(config, name, None)
+        if isinstance(rows, int) and rows < longest and name not in overrides and not config.is_encoder_decoder:
+            logger.info("`%s` is %d; the longest sequence needs %d.", name, rows, longest)
+            setattr(config, name, longest)
+    for name, value in head.items():
+        setattr(config, name, value)
+    return auto_class.from_config(config, **trust)
+
+
+def classification_trainer(
+    model: PreTrainedModel,
+    training_args: FinetuningArguments,
+    train: TorchDataset | Dataset | None,
+    validation: TorchDataset | Dataset,
+    labels: Labels,
+    *,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    processor: Any = None,
+) -> HybridTrainer:
+    """The trainer, evaluated by accuracy; without a `processor` all sequences are equally long."""
+    if processor is None:
+        training_args.train_sampling_strategy = "random"
+        training_args.include_num_input_tokens_seen = "all"
+    return HybridTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
+        processing_class=processor,
+        compute_metrics=make_classification_metrics(["accuracy"], labels),
+        preprocess_logits_for_metrics=only_logits,
+    )
+
+
+def classification_report(
+    description: str,
+    auto_class: Any,
+    sources: Sequence[str],
+    train: Dataset | None,
+    validation: Dataset,
+    *,
+    label_column: str,
+    lengths: str,
+    name: str | None = None,
+    task_type: str = "text-classification",
+    metrics: Mapping[str, Any] | None = None,
+) -> RunReport:
+    """What a classification recipe says about its run.
+
+    Args:
+        description: sentence for the model card.
+        auto_class: that loads the checkpoint.
+        sources: of the data.
+        train, validation: the rows, with their labels in `label_column`.
+        label_column: for the accuracy of the most frequent class.
+        lengths: of the inputs, in words.
+        name: of the data; None for that of the sources.
+        task_type: Hub task, and its pipeline.
+        metrics: further numbers.
+    """
+    name = name or display_names(sources)
+    numbers: dict[str, Any] = {
+        **(metrics or {}),
+        "train_samples": 0 if train is None else len(train),
+        "eval_samples": len(validation),
+    }
+    if train is not None:
+        numbers["majority_accuracy"] = majority_accuracy(train, {"": validation}, label_column)
+    return RunReport(
+        description=description,
+        task_type=task_type,
+        pipeline_tag=task_type,
+        data_name=name,
+        auto_class=auto_class.__name__,
+        training_data=f"{name}, {numbers['train_samples']:,} rows",
+        datasets=hub_names(sources),
+        lengths=lengths,
+        metrics=numbers,
+        result_names={"eval_accuracy": "accuracy"},
+    )

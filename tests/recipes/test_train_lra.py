@@ -1,0 +1,132 @@
+"""The tasks of the Long Range Arena, end to end with every architecture that has a sequence-classification head."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from hf_hybrid.auto import ARCHITECTURES
+from hf_hybrid.hub import model_card_problems
+from hf_hybrid.recipes import evaluate, generate_lra
+from hf_hybrid.recipes.train_lra import main
+
+TINY = {
+    "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,attention_window=8,ssm_state_size=4",
+    "spade_lm": "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=1,attention_window=8,ssm_state_size=4",
+    "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16",
+}
+ARCHES = [item.model_type for item in ARCHITECTURES if "AutoModelForSequenceClassification" in item.heads]
+SHORT = {"max_depth": 4, "max_args": 3, "longer_than": 3, "shorter_than": 30, "num_train": 24, "num_validation": 12}
+
+
+def write_split(folder, split, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def rows_of(task: str, count: int) -> list[dict]:
+    if task == "text":
+        return [{"text": ("good " if i % 2 else "bad ") * (1 + i % 3), "label": i % 2} for i in range(count)]
+    if task == "retrieval":
+        return [{"text1": "a" * (1 + i % 4), "text2": "ab" * (1 + i % 3), "label": i % 2} for i in range(count)]
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 16)).tolist()
+    return [{"pixels": row, "label": i % (2 if task == "pathfinder" else 3)} for i, row in enumerate(pixels)]
+
+
+@pytest.fixture
+def training(options) -> dict:
+    return {**options, "save_strategy": "no", "eval_strategy": "no"}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("task", ["listops", "text", "retrieval", "image", "pathfinder"])
+def test_every_architecture_trains_on_every_task(training, tmp_path, task, arch):
+    base = {**training, "task": task, "arch": arch, "config_overrides": TINY[arch], "max_steps": 2}
+    if task == "listops":
+        base |= SHORT
+    else:
+        for split, count in (("train", 8), ("validation", 5)):
+            write_split(tmp_path / "data", split, rows_of(task, count))
+        base["data"] = [str(tmp_path / "data")]
+    metrics = main(base)
+    assert 0 <= metrics["eval_accuracy"] <= 1 and metrics["task"] == task and metrics["steps"] == 2
+    run = tmp_path / "run"
+    assert model_card_problems((run / "README.md").read_text()) == []
+    model = AutoModelForSequenceClassification.from_pretrained(run)
+    classes = {"listops": 10, "image": 3}.get(task, 2)
+    assert model.config.model_type == arch and model.config.num_labels == classes
+    expected = {"listops": 17, "text": 259, "retrieval": 259}.get(task, 257)
+    assert model.config.vocab_size == expected
+    if task == "retrieval" and hasattr(model.config, "dual_encoder"):
+        assert model.config.dual_encoder
+
+
+def test_a_rule_is_learnt_and_found_again(training, tmp_path):
+    base = {**training, "task": "text", "arch": "spade", "config_overrides": TINY["spade"] + ",dropout_rate=0.0"}
+    for split, count in (("train", 32), ("validation", 12)):
+        write_split(tmp_path / "data", split, rows_of("text", count))
+    changes = {"data": [str(tmp_path / "data")], "max_steps": 40, "learning_rate": 1e-2}
+    metrics = main({**base, **changes, "per_device_train_batch_size": 8})
+    assert metrics["eval_accuracy"] == 1.0 and metrics["majority_accuracy"] == 0.5
+    run = tmp_path / "run"
+    classify = pipeline("text-classification", model=str(run), tokenizer=AutoTokenizer.from_pretrained(run))
+    assert [row["label"] for row in classify(["good good ", "bad "])] == ["1", "0"]
+    again = {"kind": "lra", "task": "text", "model_name_or_path": str(run), "output_dir": str(tmp_path / "eval")}
+    measured = evaluate.main({**again, "validation_data": [str(tmp_path / "data")], "use_cpu": True})
+    assert measured["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_generated_files_give_what_is_generated_on_the_way(training, tmp_path):
+    summary = generate_lra.main({**SHORT, "task": "listops", "output_dir": str(tmp_path / "lists"), "num_test": 5})
+    assert {name: row["rows"] for name, row in summary.items()} == {"validation": 12, "test": 5, "train": 24}
+    base = {**training, "task": "listops", "arch": "spade", "config_overrides": TINY["spade"], "max_steps": 2}
+    read = main({**base, "data": [str(tmp_path / "lists")], "output_dir": str(tmp_path / "a")})
+    made = main({**base, **SHORT, "num_test": 5, "output_dir": str(tmp_path / "b")})
+    assert read["eval_loss"] == made["eval_loss"] and read["eval_samples"] == 12
+    with pytest.raises(FileExistsError, match="not empty"):
+        generate_lra.main({**SHORT, "task": "listops", "output_dir": str(tmp_path / "lists")})
+
+
+def test_pathfinder_is_generated(training):
+    small = {"difficulty": "easy", "num_train": 4, "num_validation": 3, "max_steps": 1}
+    base = {**training, "task": "pathfinder", "arch": "spade_lm", "config_overrides": TINY["spade_lm"]}
+    metrics = main({**base, **small})
+    assert metrics["longest_sequence"] == 1024 and metrics["train_samples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "cifar"}, "`task` must be one of listops"),
+        ({"task": "text"}, "`data` is required for the task 'text'"),
+        ({"pixel_values": True}, "`pixel_values` is for the tasks image and pathfinder"),
+        ({"arch": None}, "Pass either `arch`"),
+        ({"config_name": "spade"}, "say the same"),
+        ({"arch": "t5gemma2_encoder_of_nowhere"}, "cannot be loaded"),
+        ({"arch": "mamba", "config_overrides": None}, "has no head for AutoModelForSequenceClassification.*spade"),
+        ({"num_train": 0}, "`num_train` and `num_validation` must be positive"),
+        ({"max_depth": 1}, "No tree has more"),
+        ({"config_overrides": "d_modell=3"}, "d_modell"),
+    ],
+)
+def test_bad_options_are_explained(training, tmp_path, changes, message):
+    base = {**training, **SHORT, "task": "listops", "arch": "spade", "config_overrides": TINY["spade"]}
+    with pytest.raises(ValueError, match=message):
+        main({**base, **changes})
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_labels_are_explained(training, tmp_path):
+    base = {**training, "task": "text", "arch": "spade", "config_overrides": TINY["spade"]}
+    rows = [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "data", split, rows)
+    with pytest.raises(ValueError, match="decimal numbers"):
+        main({**base, "data": [str(tmp_path / "data")]})
+    write_split(tmp_path / "data", "train", [{"source": "1", "target": 12}])
+    write_split(tmp_path / "data", "validation", [{"source": "1", "target": 1}])
+    with pytest.raises(ValueError, match="Row 0 of the training data has the label 12"):
+        main({**base, "task": "listops", "data": [str(tmp_path / "data")]})
