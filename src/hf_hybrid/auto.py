@@ -25,12 +25,15 @@ class Architecture:
         config: "module:class", the module relative to this package.
         modeling: module that defines the model classes.
         heads: name of the Auto class -> name of the model class.
+        image_processor, feature_extractor: "module:class" of what prepares images and recordings, or None.
     """
 
     model_type: str
     config: str
     modeling: str
     heads: dict[str, str]
+    image_processor: str | None = None
+    feature_extractor: str | None = None
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -57,6 +60,25 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "AutoModelForSequenceClassification": "SpadeLMForSequenceClassification",
         },
     ),
+    Architecture(
+        model_type="mega",
+        config="configuration.configuration_mega:MegaConfig",
+        modeling="modeling.modeling_mega",
+        heads={
+            "AutoModel": "MegaModel",
+            "AutoModelForCausalLM": "MegaForCausalLM",
+            "AutoModelForSeq2SeqLM": "MegaForConditionalGeneration",
+            "AutoModelForMaskedLM": "MegaForMaskedLM",
+            "AutoModelForSequenceClassification": "MegaForSequenceClassification",
+            "AutoModelForTokenClassification": "MegaForTokenClassification",
+            "AutoModelForQuestionAnswering": "MegaForQuestionAnswering",
+            "AutoModelForMultipleChoice": "MegaForMultipleChoice",
+            "AutoModelForImageClassification": "MegaForImageClassification",
+            "AutoModelForAudioClassification": "MegaForAudioClassification",
+        },
+        image_processor="processing.image_processing:PixelSequenceImageProcessor",
+        feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
+    ),
 )
 
 
@@ -67,6 +89,9 @@ def public_classes() -> dict[str, str]:
         config_module, config_name = architecture.config.split(":")
         names[config_name] = config_module
         names.update(dict.fromkeys(architecture.heads.values(), architecture.modeling))
+        for processor in filter(None, (architecture.image_processor, architecture.feature_extractor)):
+            module, name = processor.split(":")
+            names[name] = module
     return names
 
 
@@ -99,6 +124,25 @@ def _register_models() -> None:
         config_class = load_config_class(architecture)
         for auto_name, model_class in load_heads(architecture):
             getattr(modeling_auto, auto_name).register(config_class, model_class, exist_ok=True)
+
+
+def _register_image_processors() -> None:
+    _register_configs()
+    module = import_module("transformers.models.auto.image_processing_auto")
+    for architecture in ARCHITECTURES:
+        if architecture.image_processor is not None:
+            processor = _load(*architecture.image_processor.split(":"))
+            config_class = load_config_class(architecture)
+            module.AutoImageProcessor.register(config_class, slow_image_processor_class=processor, exist_ok=True)
+
+
+def _register_feature_extractors() -> None:
+    _register_configs()
+    module = import_module("transformers.models.auto.feature_extraction_auto")
+    for architecture in ARCHITECTURES:
+        if architecture.feature_extractor is not None:
+            extractor = _load(*architecture.feature_extractor.split(":"))
+            module.AutoFeatureExtractor.register(load_config_class(architecture), extractor, exist_ok=True)
 
 
 class _RegisterAfterImport(MetaPathFinder):
@@ -146,16 +190,23 @@ class _RegisterAfterImport(MetaPathFinder):
             sys.meta_path.remove(self)
 
 
+_REGISTRATIONS: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.image_processing_auto": _register_image_processors,
+    "transformers.models.auto.feature_extraction_auto": _register_feature_extractors,
+}
+
+
 def register() -> None:
     """Registers every architecture with the Auto classes: now if they are imported already, else as soon as they are."""
     waiting = {}
-    for module, action in (
-        ("transformers.models.auto.configuration_auto", _register_configs),
-        ("transformers.models.auto.modeling_auto", _register_models),
-    ):
+    for module, action in _REGISTRATIONS.items():
         if module in sys.modules:
             action()
         else:
             waiting[module] = action
+    for finder in [finder for finder in sys.meta_path if isinstance(finder, _RegisterAfterImport)]:
+        sys.meta_path.remove(finder)
     if waiting:
         sys.meta_path.insert(0, _RegisterAfterImport(waiting))

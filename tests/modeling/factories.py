@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_hybrid.auto import ARCHITECTURES, Architecture, load_heads
+from hf_hybrid.configuration.configuration_mega import MegaConfig
 from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 
 VOCABULARY = 40
@@ -41,6 +42,33 @@ _SPADE = {
 _SPADE_LM = {name: _SPADE[name] for name in _SPADE if name in SpadeLMConfig.__dataclass_fields__} | {"num_layers": 2}
 
 _LOCAL_DECODER = {"decoder_attention_window": 3, "decoder_ssm_layers": [0], "max_position_embeddings": None}
+
+_MEGA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "ema_projection_size": 4,
+    "shared_representation_size": 8,
+    "nffn_hidden_size": 20,
+    "max_positions": 512,
+    "dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "nffn_activation_dropout_prob": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def _mega(settings: dict[str, Any]) -> Callable[..., MegaConfig]:
+    def build(**overrides: Any) -> MegaConfig:
+        names = {"dropout_rate": "dropout_prob"}
+        return MegaConfig(**_MEGA | settings | {names.get(name, name): value for name, value in overrides.items()})
+
+    return build
+
 
 VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
     "spade": {
@@ -97,7 +125,54 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
             | kwargs
         ),
     },
+    "mega": {
+        "default": _mega({}),
+        "laplace_simple": _mega(
+            {
+                "attention_activation": "laplace",
+                "relative_positional_bias": "simple",
+                "normalization_type": "layernorm",
+            }
+            | {"normalize_before_mega": False, "normalize_before_ffn": False, "normalize_embeddings": True}
+        ),
+        "relu2_untied": _mega(
+            {"attention_activation": "relu2", "relative_positional_bias": "simple", "normalization_type": "rmsnorm"}
+            | {"truncation": 5}
+            | {"tie_word_embeddings": False, "share_encoder_decoder_embeddings": False, "norm_affine": False}
+        ),
+        "chunk_softmax_simple": _mega(
+            {"use_chunking": True, "chunk_size": 4, "relative_positional_bias": "simple", "use_normalized_ffn": False}
+            | {"add_token_type_embeddings": True, "activation": "gelu"}
+        ),
+        "chunk_laplace": _mega(
+            {"use_chunking": True, "chunk_size": 5, "attention_activation": "laplace", "truncation": 7}
+            | {"add_lm_hidden_dense_layer": False, "decoder_chunk_size": 3, "normalization_type": "layernorm"}
+        ),
+        "chunk_relu2_adaptive": _mega(
+            {"use_chunking": True, "chunk_size": 6, "attention_activation": "relu2", "normalization_type": "rmsnorm"}
+            | {
+                "scale_embeddings": True,
+                "final_norm": True,
+                "mask_padded_states": True,
+                "initializer_scheme": "official",
+            }
+            | {"add_lm_hidden_dense_layer": False, "adaptive_cutoffs": [12, 25], "adaptive_factor": 2}
+        ),
+    },
 }
+
+# What a head needs of its configuration besides the variant.
+HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "mega": {
+        "AutoModelForCausalLM": {"is_decoder": True, "bidirectional": False},
+        "AutoModelForSeq2SeqLM": {"is_encoder_decoder": True, "adaptive_cutoffs": None},
+        "AutoModelForImageClassification": {"input_type": "values"},
+        "AutoModelForAudioClassification": {"input_type": "values"},
+    },
+}
+
+# Heads whose inputs are no token ids (batch, length).
+OTHER_INPUTS = ("AutoModelForMultipleChoice", "AutoModelForImageClassification", "AutoModelForAudioClassification")
 
 
 @dataclass(frozen=True)
@@ -117,7 +192,11 @@ class Case:
         return dict(load_heads(self.architecture))[self.auto_name]
 
     def config(self, **overrides: Any) -> PreTrainedConfig:
-        return VARIANTS[self.model_type][self.variant](**overrides)
+        return VARIANTS[self.model_type][self.variant](**self.head_settings | overrides)
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        return HEAD_SETTINGS.get(self.model_type, {}).get(self.auto_name, {})
 
     def model(self, **overrides: Any) -> PreTrainedModel:
         """The model in evaluation mode, its parameters moved away from their initial values; each time the same."""
@@ -137,6 +216,12 @@ class Case:
 
     def inputs(self, batch: int = 2, length: int = 11, target: int = 6) -> dict[str, torch.Tensor]:
         """Random inputs of the forward pass without padding; ids above those of the special tokens."""
+        if self.auto_name == "AutoModelForMultipleChoice":
+            return {"input_ids": random_ids(3 * batch, length).view(batch, 3, length)}
+        if self.auto_name == "AutoModelForImageClassification":
+            return {"pixel_values": torch.randn(batch, 1, 4, 5)}
+        if self.auto_name == "AutoModelForAudioClassification":
+            return {"input_values": torch.randn(batch, length)}
         inputs = {"input_ids": random_ids(batch, length)}
         if self.is_seq2seq:
             inputs["decoder_input_ids"] = random_ids(batch, target)
@@ -144,15 +229,19 @@ class Case:
 
     def labels(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Labels that fit the head, or nothing for a bare model."""
-        batch, length = inputs["input_ids"].shape
+        batch, length = next(iter(inputs.values())).shape[:2]
         if self.auto_name == "AutoModelForSeq2SeqLM":
             return {"labels": random_ids(*inputs["decoder_input_ids"].shape)}
         if self.auto_name == "AutoModelForCausalLM":
             return {"labels": inputs["input_ids"].clone()}
-        if self.auto_name == "AutoModelForSequenceClassification":
+        if self.auto_name == "AutoModelForMaskedLM":
+            return {"labels": random_ids(batch, length)}
+        if self.auto_name.endswith("Classification") and self.auto_name != "AutoModelForTokenClassification":
             return {"labels": torch.arange(batch) % 2}
         if self.auto_name == "AutoModelForTokenClassification":
             return {"labels": torch.randint(2, (batch, length))}
+        if self.auto_name == "AutoModelForMultipleChoice":
+            return {"labels": torch.arange(batch) % 3}
         if self.auto_name == "AutoModelForQuestionAnswering":
             return {"start_positions": torch.arange(batch), "end_positions": torch.arange(batch) + 1}
         return {}
@@ -169,12 +258,13 @@ def all_variants(auto_name: str | None = None) -> list[Case]:
     return cases
 
 
-def all_heads() -> list[Case]:
-    """Every head of every architecture, in the default variant."""
+def all_heads(*, other_inputs: bool = False) -> list[Case]:
+    """Every head of every architecture that reads token ids (or: those that read something else), in the default variant."""
     return [
         Case(architecture.model_type, auto_name, next(iter(VARIANTS[architecture.model_type])))
         for architecture in ARCHITECTURES
         for auto_name in architecture.heads
+        if (auto_name in OTHER_INPUTS) == other_inputs
     ]
 
 

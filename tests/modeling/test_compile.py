@@ -7,9 +7,17 @@ import torch
 from factories import Case, main_output, parametrize
 
 ENCODERS = [Case("spade", "AutoModelForTextEncoding", variant) for variant in ("default", "official")]
+MEGA = [
+    Case("mega", "AutoModelForMaskedLM", "chunk_laplace"),
+    Case("mega", "AutoModelForCausalLM", "default"),
+    Case("mega", "AutoModelForCausalLM", "chunk_softmax_simple"),
+    Case("mega", "AutoModelForCausalLM", "chunk_laplace"),
+    Case("mega", "AutoModelForCausalLM", "chunk_relu2_adaptive"),
+    Case("mega", "AutoModelForSeq2SeqLM", "relu2_untied"),
+]
 SEQ2SEQ = [Case("spade", "AutoModelForSeq2SeqLM", variant) for variant in ("default", "local_decoder_chunk")]
 CAUSAL = [Case("spade_lm", "AutoModelForCausalLM", variant) for variant in ("default", "official", "chunk_gated")]
-COMPILED = ENCODERS + SEQ2SEQ + CAUSAL
+COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA
 
 
 def padded_inputs(case: Case) -> dict[str, torch.Tensor]:
@@ -41,13 +49,13 @@ def check_compiled_training(case: Case, backend: str) -> None:
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@parametrize([ENCODERS[0], SEQ2SEQ[0], CAUSAL[0]])
+@parametrize([ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2]])
 def test_one_graph_forward_and_backward(case: Case) -> None:
     check_compiled_training(case, "aot_eager")
 
 
 @pytest.mark.slow
-@parametrize([ENCODERS[1], SEQ2SEQ[1], *CAUSAL[1:]])
+@parametrize([ENCODERS[1], SEQ2SEQ[1], *CAUSAL[1:], MEGA[1], *MEGA[3:]])
 def test_one_graph_forward_and_backward_of_the_other_variants(case: Case) -> None:
     check_compiled_training(case, "aot_eager")
 
@@ -89,7 +97,7 @@ def test_dynamic_lengths() -> None:
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
-@parametrize([SEQ2SEQ[0], CAUSAL[0]])
+@parametrize([SEQ2SEQ[0], CAUSAL[0], MEGA[1]])
 def test_export(case: Case) -> None:
     model = case.model()
     inputs = padded_inputs(case)

@@ -96,7 +96,7 @@ class TestForms:
         assert (fresh - expected).abs().max() > 1e-2
 
 
-@parametrize([case for case in all_variants() if case.is_seq2seq])
+@parametrize([case for case in all_variants() if case.model_type == "spade"])
 class TestDecoderAttention:
     @torch.no_grad()
     def test_attention_weights(self, case: Case) -> None:

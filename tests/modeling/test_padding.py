@@ -131,7 +131,7 @@ class TestReach:
         model = case.model()
         ids = random_ids(1, 20)
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-        hidden_states = model.model(inputs_embeds=embeds).last_hidden_state
+        hidden_states = model.base_model(inputs_embeds=embeds).last_hidden_state
         gradient = torch.autograd.grad(hidden_states[0, 12].square().sum(), embeds)[0][0].abs().sum(-1)
         assert gradient[13:].max() <= 1e-5 * gradient.max()
         changed = ids.clone()

@@ -10,7 +10,11 @@ from factories import Case, main_output, parametrize
 
 peft = pytest.importorskip("peft")
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "wi", "wi_0", "wi_1", "wo", "aggregate"]
+TARGETS = {
+    "spade": ["q_proj", "k_proj", "v_proj", "o_proj", "wi", "wi_0", "wi_1", "wo", "aggregate"],
+    "mega": ["v_proj", "mx_proj", "h_proj", "fc1", "fc2"],
+}
+TOUCHED = {"spade": {"q_proj", "k_proj", "v_proj", "o_proj", "wo", "aggregate"}, "mega": set(TARGETS["mega"])}
 CASES = {
     Case("spade", "AutoModelForSeq2SeqLM", "default"): "SEQ_2_SEQ_LM",
     Case("spade", "AutoModelForSequenceClassification", "official"): "SEQ_CLS",
@@ -19,11 +23,18 @@ CASES = {
     Case("spade_lm", "AutoModelForCausalLM", "default"): "CAUSAL_LM",
     Case("spade_lm", "AutoModelForCausalLM", "official"): "CAUSAL_LM",
     Case("spade_lm", "AutoModelForSequenceClassification", "default"): "SEQ_CLS",
+    Case("mega", "AutoModelForCausalLM", "default"): "CAUSAL_LM",
+    Case("mega", "AutoModelForSeq2SeqLM", "default"): "SEQ_2_SEQ_LM",
+    Case("mega", "AutoModelForSequenceClassification", "laplace_simple"): "SEQ_CLS",
 }
 
 
+def family(case: Case) -> str:
+    return case.model_type.partition("_")[0]
+
+
 def adapted(case: Case, model: torch.nn.Module, **kwargs) -> torch.nn.Module:
-    config = peft.LoraConfig(task_type=CASES[case], r=4, target_modules=TARGETS, lora_alpha=16, **kwargs)
+    config = peft.LoraConfig(task_type=CASES[case], r=4, target_modules=TARGETS[family(case)], lora_alpha=16, **kwargs)
     return peft.get_peft_model(model, config)
 
 
@@ -37,7 +48,7 @@ def test_attach_train_save_merge(case: Case, tmp_path: Path) -> None:
     touched = {
         name.split(".lora_A")[0].rsplit(".", 1)[1] for name, _ in adapter.named_parameters() if ".lora_A" in name
     }
-    assert {"q_proj", "k_proj", "v_proj", "o_proj", "wo", "aggregate"} <= touched
+    assert TOUCHED[family(case)] <= touched
     torch.testing.assert_close(main_output(adapter.eval()(**inputs)), expected, rtol=1e-5, atol=1e-5)
 
     optimizer = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], lr=1e-2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from factories import (
+    OTHER_INPUTS,
     VARIANTS,
     VOCABULARY,
     Case,
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from hf_hybrid.auto import ARCHITECTURES
 
 EVERY_CASE = list(dict.fromkeys(all_heads() + all_variants()))
+OTHER_CASES = all_heads(other_inputs=True)
 
 
 def ssm_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -36,7 +38,7 @@ def reload(model: PreTrainedModel, folder: Path, **kwargs) -> PreTrainedModel:
     return type(model).from_pretrained(folder, **kwargs)
 
 
-@parametrize(EVERY_CASE)
+@parametrize(EVERY_CASE + OTHER_CASES)
 def test_reloaded_model_is_the_same(case: Case, tmp_path: Path) -> None:
     """Bitwise equal through the Auto class; the folder holds safetensors and no pickle."""
     model = case.model()
@@ -73,15 +75,18 @@ def test_every_tensor_is_saved(case: Case, tmp_path: Path) -> None:
 class TestBetweenHeads:
     def test_from_base_to_head_and_back(self, architecture, tmp_path: Path) -> None:
         variant = next(iter(VARIANTS[architecture.model_type]))
-        inputs = Case(architecture.model_type, "AutoModel", variant).inputs()
-        base = Case(architecture.model_type, "AutoModel", variant).model()
-        base.save_pretrained(tmp_path / "base")
+        base_case = Case(architecture.model_type, "AutoModel", variant)
+        inputs = base_case.inputs()
         for auto_name in architecture.heads:
             case = Case(architecture.model_type, auto_name, variant)
+            if auto_name in OTHER_INPUTS or (case.is_seq2seq and not base_case.is_seq2seq):
+                continue
+            base = base_case.model(**case.head_settings)
+            base.save_pretrained(tmp_path / "base")
             head, report = case.model_class.from_pretrained(tmp_path / "base", output_loading_info=True)
             shared = [name for name in head.state_dict() if name not in report["missing_keys"]]
-            assert any(".ssm." in name for name in shared), "the encoder must be loaded"
-            new = {"classifier", "qa_outputs", "score", "lm_head"}
+            assert any(".ssm." in name or ".ema_gate." in name for name in shared), "the encoder must be loaded"
+            new = {"classifier", "qa_outputs", "score", "lm_head", "mlm_head", "dense"}
             assert {name.split(".")[0] for name in report["missing_keys"]} <= new
             assert not report["unexpected_keys"]
             if not case.is_seq2seq and "decoder_input_ids" in inputs:
@@ -249,7 +254,7 @@ class TestPrecision:
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
 
 
-@parametrize(all_heads())
+@parametrize(all_heads() + OTHER_CASES)
 def test_configuration_alone(case: Case, tmp_path: Path) -> None:
     """A saved configuration builds the same class through the Auto classes."""
     case.config().save_pretrained(tmp_path)

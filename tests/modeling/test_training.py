@@ -9,7 +9,8 @@ import torch
 from factories import Case, all_heads, all_variants, main_output, parametrize, random_ids
 from torch.nn import functional as F
 
-WITH_LOSS = [case for case in dict.fromkeys(all_heads() + all_variants()) if case.labels(case.inputs())]
+EVERY_HEAD = all_heads() + all_heads(other_inputs=True)
+WITH_LOSS = [case for case in dict.fromkeys(EVERY_HEAD + all_variants()) if case.labels(case.inputs())]
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -73,7 +74,8 @@ class TestGradients:
 TOKEN_LOSS = [
     case
     for case in WITH_LOSS
-    if case.auto_name in ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForTokenClassification")
+    if case.auto_name
+    in ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForTokenClassification")
 ]
 
 
@@ -163,7 +165,7 @@ class TestEncoderDecoderLoss:
         torch.testing.assert_close(model(**inputs, labels=labels).loss, -logits[0, 2].log_softmax(-1)[17])
 
 
-@pytest.mark.parametrize("model_type", ["spade", "spade_lm"])
+@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega"])
 class TestSequenceLoss:
     def case(self, model_type: str) -> Case:
         return Case(model_type, "AutoModelForSequenceClassification", "default")

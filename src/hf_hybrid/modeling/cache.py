@@ -3,13 +3,20 @@
 A layer that joins local attention with a recurrence keeps two things between calls: the keys and values of the last tokens,
 and a recurrent state whose size does not depend on the text. Both live in the library's own sliding-window layers, so beam
 search, chunked prefill and continuation work as for every other model.
+
+Gated attention (Mega) keeps keys and values of one head, of different widths, the state of its moving average, which may be
+several tensors, and the keys and values of an encoder: that is a layer of our own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicSlidingWindowLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
@@ -86,6 +93,130 @@ def refuse_cache_implementation(name: str | None, model_name: str) -> None:
     """Raises ValueError for cache kinds that cannot hold a recurrent state and a window."""
     if name not in (None, "dynamic"):
         raise ValueError(
-            f"`cache_implementation={name!r}` is not available for {model_name}: its state is already of constant size. "
-            "Leave `cache_implementation` unset."
+            f"`cache_implementation={name!r}` is not available for {model_name}: such a cache cannot hold its recurrent states, "
+            "which are of constant size already. Leave `cache_implementation` unset."
+        )
+
+
+class GatedAttentionLayer(CacheLayerMixin):
+    """State of one layer of gated attention over a moving average.
+
+    Attributes:
+        keys: (B, P, Z) of the last P tokens; all of them, or at most `window`.
+        values: (B, P, E) of the same tokens.
+        state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
+        cross_keys, cross_values: (B, S, Z) and (B, S, D) of the encoder states, or None.
+        layout: settings of the model that made the cache; see `check_gated_cache`.
+
+    Args:
+        window: tokens to keep; None keeps all.
+        layout: see above.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, window: int | None, layout: dict[str, Any]) -> None:
+        super().__init__()
+        self.window = window
+        self.layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.cross_keys: torch.Tensor | None = None
+        self.cross_values: torch.Tensor | None = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = key_states[:, :0], value_states[:, :0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends (B, L, Z) and (B, L, E); returns the kept tokens of before and the new ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.keys.shape[0]:
+            raise ValueError(
+                f"The input has {key_states.shape[0]} rows but `past_key_values` holds {self.keys.shape[0]}: continue the "
+                "batch that made the cache."
+            )
+        keys = torch.cat([self.keys, key_states], dim=1)
+        values = torch.cat([self.values, value_states], dim=1)
+        self.cumulative_length += key_states.shape[1]
+        self.keys, self.values = keys, values
+        if self.window is not None and keys.shape[1] > self.window:
+            first = keys.shape[1] - self.window
+            self.keys, self.values = keys[:, first:].clone(), values[:, first:].clone()  # frees the longer ones
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in earlier versions of Transformers."""
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation on the batch to every tensor."""
+        for name in ("keys", "values", "cross_keys", "cross_values"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+        if isinstance(self.state, tuple):
+            self.state = tuple(change(tensor) for tensor in self.state)
+        elif self.state is not None:
+            self.state = change(self.state)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+    def offload(self) -> None:
+        raise NotImplementedError("The state of gated attention cannot be offloaded.")
+
+
+def gated_cache(num_layers: int, window: int | None, layout: dict[str, Any]) -> Cache:
+    """Cache of a stack of gated attention.
+
+    Args:
+        num_layers: depth of the stack.
+        window: tokens whose keys and values are kept; None for all.
+        layout: whatever must agree between the model that made a cache and the one that continues it.
+    """
+    return Cache(layers=[GatedAttentionLayer(window, layout) for _ in range(num_layers)])
+
+
+def check_gated_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
+    """Raises ValueError for a cache that `gated_cache` did not make, or made for a model with other settings."""
+    layers = getattr(cache, "layers", [])
+    if len(layers) != num_layers or not all(isinstance(layer, GatedAttentionLayer) for layer in layers):
+        raise ValueError(
+            f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the state of this model, {num_layers} "
+            "layers of gated attention: pass the cache of an earlier call, or leave `past_key_values` unset."
+        )
+    different = [name for name in layout if layers[0].layout.get(name) != layout[name]]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"`past_key_values` was made by a model with `{name}` = {layers[0].layout.get(name)}, but this one has {layout[name]}: "
+            "pass the cache of an earlier call of the same model, or leave `past_key_values` unset."
         )

@@ -61,6 +61,37 @@ def check_inputs(
     return attention_mask.to(device=inputs.device, dtype=torch.bool)
 
 
+def check_values(
+    input_values: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    *,
+    hidden_size: int,
+) -> torch.Tensor | None:
+    """Checks a sequence of real numbers (B, L), or its embeddings, and returns the padding mask as booleans.
+
+    Raises:
+        ValueError: both or neither input, another number of dimensions, an empty one, numbers that are no floats, a mask of
+            the wrong shape.
+    """
+    if (input_values is None) == (inputs_embeds is None):
+        raise ValueError(
+            "Pass exactly one of `input_values` and `inputs_embeds`: this model reads real numbers (`input_type='values'`)."
+        )
+    if input_values is not None and (input_values.dim() != 2 or not input_values.is_floating_point()):
+        raise ValueError(
+            f"`input_values` must be real numbers (batch, length); got {input_values.dtype} of shape "
+            f"{tuple(input_values.shape)}. Scale and flatten the data first."
+        )
+    if input_values is not None and input_values.numel() == 0:
+        raise ValueError(
+            f"`input_values` is empty (shape {tuple(input_values.shape)}): pass at least one row of one number."
+        )
+    values = input_values.unsqueeze(-1) if input_values is not None else inputs_embeds
+    width = hidden_size if input_values is None else None
+    return check_inputs(None, values, attention_mask, None, hidden_size=width)
+
+
 def can_read_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor may be looked at: eagerly on the CPU, where it costs no synchronisation."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
@@ -86,6 +117,32 @@ def logical_positions(mask: torch.Tensor | None, length: int, device: torch.devi
     if mask is None:
         return torch.arange(length, device=device).unsqueeze(0)
     return mask.long().cumsum(-1) - 1
+
+
+def leading_padding(mask: torch.Tensor) -> torch.Tensor:
+    """Padded positions in front of the first real token of each row: (B, L) bool to (B,); 0 for a row without any."""
+    return (mask.long().cumsum(-1) == 0).sum(-1) % mask.shape[-1]
+
+
+def simplify_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A padding mask and the leading padding of its rows, each None where it says nothing.
+
+    Outside of compiled graphs the mask is looked at: without padding it becomes None, without leading padding the second is.
+
+    Args:
+        mask: (B, L) bool, True at real tokens, or None.
+
+    Returns:
+        (B, L) bool or None, and (B,) int or None.
+    """
+    if mask is None:
+        return None, None
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and mask.device.type != "meta":
+        if bool(mask.all()):
+            return None, None
+        if bool(mask[:, 0].all()):
+            return mask, None
+    return mask, leading_padding(mask)
 
 
 def pool_tokens(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:

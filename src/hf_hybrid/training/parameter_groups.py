@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
-# Tensors of a state space layer or an exponential moving average: every leaf below a module called `ssm` or `ema`.
-SSM_PATTERN = re.compile(r"(^|\.)(ssm|ema)\.")
+# Tensors of a state space layer or an exponential moving average: every leaf below a module called `ssm`, `ema` or `ema_gate`.
+SSM_PATTERN = re.compile(r"(^|\.)(ssm|ema|ema_gate)\.")
 
 # Tables and norms. One-dimensional tensors (biases, norm weights, gates) are recognised by shape as well.
 NO_DECAY_PATTERN = re.compile(
-    r"(^|\.)(shared|embed_tokens|embed_positions|embeddings|relative_attention_bias|codebook)(\.|$)"
-    r"|norm|(^|\.|_)bias$"
+    r"(^|\.)(shared|embed_tokens|embed_positions|embeddings|\w+_embeddings|relative_attention_bias|rel_pos_bias|codebook)(\.|$)"
+    r"|(^|\.)qk_weight$|norm|(^|\.|_)bias$"
 )
 
 

@@ -1,0 +1,463 @@
+"""Building blocks of Mega: embeddings, relative bias, gated attention over a moving average, cross-attention, feed-forward.
+
+The names of submodules and parameters are those of Transformers 4.x.
+
+Shapes: B batch, L new tokens, P cached tokens, T target tokens, S source tokens, D hidden size, N averages per channel,
+Z query and key width, E value width, C chunk size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ..configuration.configuration_mega import MegaConfig
+from ..layers.adaptive import AdaptiveEmbedding
+from ..layers.ema import MultiDimensionalDampedEma
+from ..layers.norms import sequence_norm
+from ..ops.gated_attention import (
+    cached_gated_attention,
+    gated_attention,
+    gated_attention_weights,
+    gated_cross_attention,
+    gated_cross_attention_weights,
+)
+from ..ops.relative_position import rotary_bias_at, rotary_relative_bias
+
+
+def activation_function(name: str) -> nn.Module:
+    """The activation with that Transformers name; raises ValueError for an unknown one."""
+    if name not in ACT2FN:
+        raise ValueError(f"`activation` must be one of {', '.join(sorted(ACT2FN))}; got {name!r}.")
+    return ACT2FN[name]
+
+
+def build_norm(config: MegaConfig, affine: bool | None = None) -> nn.Module:
+    """Norm over the hidden size; its tensors are called `norm.*`."""
+    return sequence_norm(
+        config.normalization_type,
+        config.hidden_size,
+        config.norm_affine if affine is None else affine,
+        rms_norm_legacy=config.rms_norm_legacy,
+    )
+
+
+class MegaDropout(nn.Module):
+    """Dropout of single entries, or (`by_feature`) of whole features of a sample over all positions."""
+
+    def __init__(self, probability: float, by_feature: bool = False) -> None:
+        super().__init__()
+        self.probability = probability
+        self.by_feature = by_feature
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to the same shape."""
+        if not self.training or self.probability == 0:
+            return hidden_states
+        if self.by_feature:
+            return F.dropout1d(hidden_states.transpose(1, 2), self.probability).transpose(1, 2)
+        return F.dropout(hidden_states, self.probability)
+
+
+class MegaValueEmbedding(nn.Module):
+    """Embeds real numbers: value * weight + bias."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, L) to (B, L, D)."""
+        return torch.addcmul(self.bias, values.to(self.weight.dtype).unsqueeze(-1), self.weight)
+
+
+class MegaEmbeddings(nn.Module):
+    """Embeddings of tokens (plain or adaptive) or of real numbers, and of token types."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
+        if config.input_type == "values":
+            self.value_embeddings = MegaValueEmbedding(config.hidden_size)
+        elif config.adaptive_cutoffs is None:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        else:
+            self.word_embeddings = AdaptiveEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                config.adaptive_cutoffs,
+                config.adaptive_factor,
+                padding_idx=config.pad_token_id,
+            )
+        if config.add_token_type_embeddings:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, L) ids, or real numbers, to (B, L, D); `inputs_embeds` take the place of the word embeddings."""
+        if inputs_embeds is None:
+            table = self.value_embeddings if hasattr(self, "value_embeddings") else self.word_embeddings
+            inputs_embeds = table(input_ids)
+        if self.scale != 1.0:
+            inputs_embeds = inputs_embeds * self.scale
+        if hasattr(self, "token_type_embeddings"):
+            if token_type_ids is None:
+                return inputs_embeds + self.token_type_embeddings.weight[0]
+            inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        return inputs_embeds
+
+
+class MegaRelativeBias(nn.Module):
+    """Bias of attention scores by the offset j - i of key j from query i (section 3.3 and appendix of arXiv 2209.10655).
+
+    "simple" looks the offset up in a table; "rotary" is the product of two learned vectors rotated by the positions, which
+    depends on the offset alone.
+
+    Args:
+        kind: "simple" or "rotary".
+        size: Z, width of the rotary vectors.
+        reach: tokens that the table covers.
+        entries: length of the table; its first 2 * reach - 1 entries are used.
+    """
+
+    def __init__(self, kind: str, size: int, reach: int, entries: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.reach = reach
+        if kind == "simple":
+            self.rel_pos_bias = nn.Parameter(torch.empty(entries))
+        else:
+            self.alpha = nn.Parameter(torch.empty(1, size))
+            self.b_param = nn.Parameter(torch.empty(1, size))
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError for a piece of text that the table does not cover."""
+        if self.kind == "simple" and length > self.reach:
+            raise ValueError(
+                f"Attention over {length} tokens exceeds the table of the 'simple' relative bias, which covers {self.reach}: "
+                "shorten the input, attend in chunks (`use_chunking`, `chunk_size`), or use a model with "
+                "`relative_positional_bias='rotary'`."
+            )
+
+    def at(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Biases of offsets j - i, of any shape; offsets outside the table take its ends."""
+        if self.kind == "rotary":
+            return rotary_bias_at(self.alpha, self.b_param, offsets)
+        rows = (offsets + self.reach - 1).clamp(0, 2 * self.reach - 2)
+        return self.rel_pos_bias[rows]
+
+    def forward(self, length: int) -> torch.Tensor:
+        """Biases of all offsets inside a piece of `length` tokens: (2 length - 1,), entry length - 1 + (j - i)."""
+        self.check_length(length)
+        if self.kind == "rotary":
+            return rotary_relative_bias(self.alpha, self.b_param, length)
+        return self.rel_pos_bias[self.reach - length : self.reach + length - 1]
+
+
+class MegaAttention(nn.Module):
+    """Single-head attention whose queries, keys and gates are computed from a moving average of the input.
+
+    With x the input, n = norm(x) (pre-norm) and e = silu(EMA(n) + omega * n): [u | z, r | c] = W e,
+    q = z * gamma_0 + beta_0, k = z * gamma_1 + beta_1, v = f(V n), h = f(c + H (attention(q, k, v) * r)), and the output is
+    x + sigmoid(u) * (h - x), with silu on z and r (Eqs. 5 to 16 of arXiv 2209.10655).
+    """
+
+    def __init__(self, config: MegaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_decoder
+        self.chunk_size = config.attention_chunk
+        self.attention_activation = config.attention_activation
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.norm_first = config.normalize_before_mega
+        width, values, keys = config.hidden_size, config.intermediate_size, config.shared_representation_size
+        self.split_sizes = [width, keys, values, width]
+        self.norm = build_norm(config)
+        self.ema_gate = MultiDimensionalDampedEma(
+            width, config.ema_projection_size, bidirectional=config.bidirectional, truncation=config.truncation
+        )
+        self.v_proj = nn.Linear(width, values)
+        self.mx_proj = nn.Linear(width, keys + values + 2 * width)
+        self.h_proj = nn.Linear(values, width)
+        self.qk_weight = nn.Parameter(torch.empty(2, keys))
+        self.qk_bias = nn.Parameter(torch.empty(2, keys))
+        self.rel_pos_bias = MegaRelativeBias(
+            config.relative_positional_bias, keys, config.relative_bias_reach, config.relative_bias_entries
+        )
+        self.activation = activation_function(config.activation)
+        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
+
+    def _average(self, normed: torch.Tensor, token_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        """The moving average of (B, L, D), continued from the state in the cache."""
+        if cache is None:
+            return self.ema_gate(normed, token_mask)[0]
+        layer = cache.layers[self.layer_idx]
+        output, state = self.ema_gate(normed, token_mask, initial_state=layer.state, return_state=True)
+        layer.state = state
+        return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        cache: Cache | None,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, L, E), and the weights if asked for; `mask` and `positions` cover cached and new tokens."""
+        new = key.shape[1]
+        if cache is not None:
+            past = cache.layers[self.layer_idx].get_seq_length()
+            key, value = cache.update(key, value, self.layer_idx)
+            if self.chunk_size is not None and positions is None:  # nothing before the current chunk is seen
+                visible = past % self.chunk_size + new
+                key, value = key[:, -visible:], value[:, -visible:]
+        visible = key.shape[1]
+        mask = None if mask is None else mask[:, -visible:]
+        positions = None if positions is None else positions[:, -visible:]
+        piece = visible
+        if self.chunk_size is not None and (visible > self.chunk_size or positions is not None):
+            piece = self.chunk_size
+        settings = {
+            "activation": self.attention_activation,
+            "bias": self.rel_pos_bias(piece),
+            "chunk_size": self.chunk_size,
+            "key_mask": mask,
+            "positions": positions,
+        }
+        dropout = self.attention_dropout if self.training else 0.0
+        if visible == new:
+            output = gated_attention(query, key, value, causal=self.is_causal, dropout_p=dropout, **settings)
+        else:
+            output = cached_gated_attention(query, key, value, dropout_p=dropout, **settings)
+        if not output_attentions:
+            return output, None
+        query = F.pad(query, (0, 0, visible - new, 0))
+        return output, gated_attention_weights(query, key, causal=self.is_causal, **settings)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the block.
+
+        Args:
+            hidden_states: (B, L, D).
+            mask: (B, P + L) bool, True at real tokens, or None.
+            positions: (B, P + L) positions counted from the first real token, or None when they count from 0.
+            past_key_values: cache to continue and to extend.
+            output_attentions: also return the weights, (B, chunks, C, C).
+        """
+        residual = hidden_states
+        normed = self.norm(hidden_states) if self.norm_first else hidden_states
+        value = self.hidden_dropout(self.activation(self.v_proj(normed)))
+        token_mask = None if mask is None else mask[:, -hidden_states.shape[1] :]
+        average = self.dropout(self._average(normed, token_mask, past_key_values))
+        gate, shared, reset, candidate = self.mx_proj(average).split(self.split_sizes, dim=-1)
+        shared = F.silu(shared)
+        query = (shared * self.qk_weight[0] + self.qk_bias[0]).to(value.dtype)
+        key = (shared * self.qk_weight[1] + self.qk_bias[1]).to(value.dtype)
+        attended, weights = self._attend(query, key, value, mask, positions, past_key_values, output_attentions)
+        candidate = self.dropout(self.activation(candidate + self.h_proj(attended * F.silu(reset))))
+        output = residual + torch.sigmoid(gate) * (candidate - residual)
+        return output if self.norm_first else self.norm(output), weights
+
+
+class MegaCrossAttention(nn.Module):
+    """Gated single-head attention of a decoder to encoder states; never chunked.
+
+    [u | r | q] = W norm(x), k = K s, v = f(V s) with s the encoder states; the output is x + sigmoid(u) * (f(H (attention(q, k, v)
+    * silu(r))) - x).
+    """
+
+    def __init__(self, config: MegaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.attention_activation = config.attention_activation
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.norm_first = config.normalize_before_mega
+        width, keys = config.hidden_size, config.shared_representation_size
+        self.split_sizes = [width, width, keys]
+        self.norm = build_norm(config)
+        self.k_proj = nn.Linear(width, keys)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, 2 * width + keys)
+        self.h_proj = nn.Linear(width, width)
+        self.rel_pos_bias = MegaRelativeBias(
+            config.relative_positional_bias, keys, config.cross_bias_reach, config.cross_bias_entries
+        )
+        self.activation = activation_function(config.activation)
+        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
+
+    def _keys_and_values(self, source: torch.Tensor | None, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        if layer is not None and layer.cross_keys is not None:
+            return layer.cross_keys, layer.cross_values
+        if source is None:
+            raise ValueError(
+                "This decoder attends to encoder states (`add_cross_attention=True`): pass `encoder_hidden_states` (B, S, D), or "
+                "the cache of a call that had them."
+            )
+        key, value = self.k_proj(source), self.hidden_dropout(self.activation(self.v_proj(source)))
+        if layer is not None:
+            layer.cross_keys, layer.cross_values = key, value
+        return key, value
+
+    def _bias(self, num_rows: int, num_columns: int, past: int, shift: torch.Tensor | None) -> torch.Tensor:
+        """Biases (T + S - 1,) or (B, T + S - 1), entry T - 1 + (j - i), for targets past .. past + T - 1."""
+        self.rel_pos_bias.check_length(max(past + num_rows, num_columns))
+        device = next(self.rel_pos_bias.parameters()).device
+        offsets = torch.arange(1 - num_rows, num_columns, device=device) - past
+        return self.rel_pos_bias.at(offsets if shift is None else offsets + shift.unsqueeze(-1))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source: torch.Tensor | None,
+        source_mask: torch.Tensor | None = None,
+        past: int = 0,
+        shift: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the block.
+
+        Args:
+            hidden_states: (B, T, D).
+            source: (B, S, D) encoder states; not needed once they are in the cache.
+            source_mask: (B, S) bool, True at real tokens, or None.
+            past: position of the first target.
+            shift: (B,) leading padding of the target minus that of the source, or None when there is none.
+            past_key_values: cache to continue and to extend.
+            output_attentions: also return the weights, (B, T, S).
+        """
+        gate, reset, query = self.q_proj(self.norm(hidden_states) if self.norm_first else hidden_states).split(
+            self.split_sizes, dim=-1
+        )
+        key, value = self._keys_and_values(source, past_key_values)
+        settings = {
+            "activation": self.attention_activation,
+            "bias": self._bias(query.shape[1], key.shape[1], past, shift),
+            "key_mask": source_mask,
+        }
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = gated_cross_attention(query, key, value, dropout_p=dropout, **settings)
+        weights = gated_cross_attention_weights(query, key, **settings) if output_attentions else None
+        candidate = self.dropout(self.activation(self.h_proj(attended * F.silu(reset))))
+        output = hidden_states + torch.sigmoid(gate) * (candidate - hidden_states)
+        return output if self.norm_first else self.norm(output), weights
+
+
+class MegaFeedForward(nn.Module):
+    """Normalised feed-forward layer: x + W_2 f(W_1 norm(x)), or norm(x + W_2 f(W_1 x))."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.norm_first = config.normalize_before_ffn
+        self.norm = build_norm(config)
+        self.fc1 = nn.Linear(config.hidden_size, config.nffn_hidden_size)
+        self.fc2 = nn.Linear(config.nffn_hidden_size, config.hidden_size)
+        self.activation = activation_function(config.activation)
+        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to the same shape."""
+        normed = self.norm(hidden_states) if self.norm_first else hidden_states
+        update = self.fc2(self.hidden_dropout(self.activation(self.fc1(normed))))
+        output = hidden_states + self.dropout(update)
+        return output if self.norm_first else self.norm(output)
+
+
+class MegaLayer(GradientCheckpointingLayer):
+    """Gated attention, cross-attention (decoders with an encoder) and feed-forward layer."""
+
+    def __init__(self, config: MegaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.mega_layer = MegaAttention(config, layer_idx)
+        self.cross_attn = MegaCrossAttention(config, layer_idx) if config.add_cross_attention else None
+        has_feed_forward = config.use_normalized_ffn and config.nffn_hidden_size > 0
+        self.nffn = MegaFeedForward(config) if has_feed_forward else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past: int = 0,
+        shift: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """(B, L, D) to (B, L, D); arguments as in `MegaAttention` and `MegaCrossAttention`."""
+        hidden_states = self.mega_layer(hidden_states, mask, positions, past_key_values, output_attentions)[0]
+        if self.cross_attn is not None:
+            hidden_states = self.cross_attn(
+                hidden_states, source, source_mask, past, shift, past_key_values, output_attentions
+            )[0]
+        return hidden_states if self.nffn is None else self.nffn(hidden_states)
+
+
+class MegaClassificationHead(nn.Module):
+    """dropout, linear, tanh, dropout, linear on one vector per row."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, D) to (B, num_labels)."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+
+
+class MegaLraClassificationHead(nn.Module):
+    """Linear, dropout and activation in each layer, then a projection without bias (the published classifier)."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        width = config.hidden_size * (2 if config.dual_encoder else 1)
+        inner = config.classifier_hidden_size or config.hidden_size
+        widths = [width] + [inner] * config.num_classifier_layers
+        self.layers = nn.ModuleList(nn.Linear(first, second) for first, second in zip(widths, widths[1:]))
+        self.out_proj = nn.Linear(widths[-1], config.num_labels, bias=False)
+        self.dropout = nn.Dropout(
+            config.dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        )
+        self.activation = activation_function(config.classifier_activation)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, D), or (B, 2 D) for pairs, to (B, num_labels)."""
+        for layer in self.layers:
+            pooled = self.activation(self.dropout(layer(pooled)))
+        return self.out_proj(pooled)
+
+
+def build_classifier(config: MegaConfig) -> nn.Module:
+    """The classifier that `config.classifier_type` names."""
+    return MegaLraClassificationHead(config) if config.classifier_type == "lra" else MegaClassificationHead(config)

@@ -1,0 +1,184 @@
+"""Encoder-decoder of Mega stacks with gated cross-attention, for translation (arXiv 2209.10655, section 4.3).
+
+Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.configuration_mega import MegaConfig
+from .cache import refuse_cache_implementation
+from .inputs import check_inputs
+from .losses import token_cross_entropy
+from .mega_model import MegaModel, MegaPreTrainedModel
+
+_EMBEDDING = "embedding_layer.word_embeddings.weight"
+
+
+class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
+    """A bidirectional encoder and a causal decoder with gated cross-attention in every layer.
+
+    The configuration needs `is_encoder_decoder=True`. Embeddings of both sides and the head are one matrix, or two with
+    `share_encoder_decoder_embeddings=False` (the head then belongs to the decoder), or three with
+    `tie_word_embeddings=False` besides.
+    """
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        if not config.is_encoder_decoder:
+            raise ValueError(
+                "`MegaForConditionalGeneration` needs `is_encoder_decoder=True`; for one stack use MegaForCausalLM or "
+                "MegaForMaskedLM."
+            )
+        if config.adaptive_cutoffs is not None or config.input_type != "tokens":
+            raise ValueError(
+                "`MegaForConditionalGeneration` needs plain embeddings of tokens: `adaptive_cutoffs=None` and "
+                "`input_type='tokens'`."
+            )
+        self._tied_weights_keys = {"lm_head.weight": f"decoder.{_EMBEDDING}"}
+        if config.share_encoder_decoder_embeddings:
+            self._tied_weights_keys = {
+                "lm_head.weight": f"encoder.{_EMBEDDING}",
+                f"decoder.{_EMBEDDING}": f"encoder.{_EMBEDDING}",
+            }
+        self.encoder = MegaModel(config.encoder_config(), add_pooling_layer=False)
+        self.decoder = MegaModel(config.decoder_config(), add_pooling_layer=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_encoder(self, *args: object, **kwargs: object) -> nn.Module:
+        return self.encoder
+
+    def get_decoder(self) -> nn.Module:
+        return self.decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.set_input_embeddings(value)
+        if self.config.share_encoder_decoder_embeddings:
+            self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
+        if not self.config.share_encoder_decoder_embeddings:
+            raise ValueError(
+                "`resize_token_embeddings` is not defined for separate vocabularies (`share_encoder_decoder_embeddings=False`)."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B, T) shifted right behind `decoder_start_token_id`; -100 becomes padding."""
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError(
+                "`labels` need `decoder_start_token_id` and `pad_token_id` in the configuration to build decoder inputs; got "
+                f"{start} and {pad}."
+            )
+        shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, pad)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
+        model_kwargs["past_key_values"] = self.decoder.build_cache()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        """Encodes `input_ids` (B, L), unless `encoder_outputs` is given, and decodes `decoder_input_ids` (B, T).
+
+        Args:
+            attention_mask: (B, L), 1 at real source tokens; either side may be padded.
+            decoder_attention_mask: (B, past + T), 1 at real target tokens. Without it every target token counts as real;
+                right padding then changes nothing for the real ones.
+            past_key_values: cache of an earlier call.
+            token_type_ids: (B, L) of the source, for models with token types.
+            labels: (B, T) target ids, -100 ignored; they also give `decoder_input_ids` when none are passed.
+            use_cache: return the cache; default `config.use_cache` outside training and without labels.
+            num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
+
+        Returns:
+            `logits` (B, T, V), and with `labels` the mean cross-entropy as `loss`.
+        """
+        if labels is not None:
+            use_cache = False if use_cache is None else use_cache
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        elif isinstance(encoder_outputs, tuple):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        source = encoder_outputs.last_hidden_state
+        check_inputs(
+            decoder_input_ids,
+            decoder_inputs_embeds,
+            decoder_attention_mask,
+            self.config.vocab_size,
+            hidden_size=self.config.hidden_size,
+            past=0 if past_key_values is None else past_key_values.get_seq_length(),
+            prefix="decoder_",
+        )
+        check_inputs(None, source, attention_mask, None)
+        decoder_outputs = self.decoder(
+            decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            encoder_hidden_states=source,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(decoder_outputs.last_hidden_state)
+        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=source,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+__all__ = ["MegaForConditionalGeneration"]
