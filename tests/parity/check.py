@@ -4,7 +4,7 @@ Usage:
     python tests/parity/check.py DIR [DIR ...]
 
 Every `.safetensors` file below the folders is read. Its metadata entry `config` (JSON) says which adapter checks it, by
-`model` or `kind`. Every stored tensor named `output.*`, `post.*`, `grad.*` (or `output64.*`, `post64.*`, of a float64 run) must be
+`model`, `kind` or `model_type`. Every stored tensor named `output.*`, `post.*`, `grad.*` (or `output64.*`, `post64.*`, of a float64 run) must be
 checked by the adapter. Printed are, per tensor, the largest error and its tolerance, and, where an adapter reports it, the error
 of our own float64 run against the same tensor. The exit code is 0 when every file could be checked completely and every error is
 within its tolerance, else 1.
@@ -25,7 +25,7 @@ import torch
 from comparison import Row
 from safetensors import safe_open
 
-# `model` or `kind` of a file: module with `check(path, config, tensors) -> rows`.
+# `model`, `kind` or `model_type` of a file: module with `check(path, config, tensors) -> rows`.
 ADAPTERS = {
     "spade_encoder_decoder": "spade_vectors",
     "spade_lm": "spade_vectors",
@@ -34,6 +34,10 @@ ADAPTERS = {
     "ss_diag": "s4_vectors",
     "ss_dplr": "s4_vectors",
     "init": "s4_vectors",
+    "lra": "mega_vectors",
+    "sc_raw": "mega_vectors",
+    "mega_lm": "mega_vectors",
+    "mega": "mega_vectors",
 }
 
 CHECKED_PREFIXES = ("output.", "output64.", "post.", "post64.", "grad.", "grad64.")
@@ -73,7 +77,7 @@ def check_file(path: Path) -> Report:
     rows: list[Row] = []
     try:
         config, tensors = read_vectors(path)
-        kind = config.get("model") or config.get("kind")
+        kind = config.get("model") or config.get("kind") or config.get("model_type")
         if kind not in ADAPTERS:
             return Report(path, rows, f"no adapter for {kind!r}; known are {', '.join(sorted(ADAPTERS))}")
         torch.manual_seed(0)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from check import read_vectors
 from official_spade import ADAPTIVE, ENCODER_DECODER, LANGUAGE_MODEL, VARIANTS, random_official
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import hf_hybrid  # noqa: F401
 from hf_hybrid.conversion.common import same_bytes
@@ -210,3 +211,29 @@ def test_unused_official_options_of_any_kind_are_tolerated(tmp_path):
     convert(tmp_path / "checkpoint.pt", tmp_path / "ours")
     recorded = json.loads((tmp_path / "ours" / "official_config.json").read_text())
     assert recorded["betas"] == [0.9, 0.98] and recorded["seed"] == 1 and recorded["nothing"] is None
+
+
+MEGA = sorted((Path(__file__).parents[1] / "parity" / "vectors" / "mega").glob("off_*.safetensors"))
+
+
+@pytest.mark.parametrize("source", MEGA, ids=lambda path: path.stem)
+def test_mega_there_and_back(tmp_path, source):
+    """The official vectors as the fairseq checkpoints they come from."""
+    stored, tensors = read_vectors(source)
+    official = {name[6:]: value for name, value in tensors.items() if name.startswith("param.")}
+    options = dict(stored["args"]) | {"arch": f"mega_{stored['model']}", "lr": [0.004]}
+    contents = {"model": official, "args": argparse.Namespace(**options), "extra_state": {"epoch": 3}}
+    torch.save(contents, tmp_path / "checkpoint_best.pt")
+    result = convert(tmp_path / "checkpoint_best.pt", tmp_path / "ours")
+    assert result["model_type"] == "mega"
+    config = AutoConfig.from_pretrained(tmp_path / "ours")
+    model, info = getattr(hf_hybrid, config.architectures[0]).from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    convert(tmp_path / "ours", tmp_path / "official", direction="to_official")
+    again = torch.load(tmp_path / "official" / "checkpoint.pt", weights_only=False)
+    assert vars(again["args"]) == options
+    assert again["model"].keys() == official.keys()
+    marks = ("_float_tensor", "version")
+    assert_same(*({k: v for k, v in state.items() if not k.endswith(marks)} for state in (again["model"], official)))

@@ -1,10 +1,11 @@
-"""Converts official SPADE checkpoints (arXiv 2212.08136) to this library, and back, without loss.
+"""Converts official checkpoints of SPADE (arXiv 2212.08136) and Mega (arXiv 2209.10655) to this library, and back, without loss.
 
     python -m hf_hybrid.recipes.convert_checkpoint --source official/ --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --source checkpoint_best.pt --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --source converted/ --output_dir official/ --direction to_official
 
-Encoder-decoders are folders with `config.json` and `pytorch_model.bin` (or safetensors); language models are fairseq checkpoints.
+SPADE encoder-decoders are folders with `config.json` and `pytorch_model.bin` (or safetensors); its language models and all of Mega
+are fairseq checkpoints.
 Nothing in foreign files is executed. What was written is read again, converted back and compared bit by bit with the source.
 """
 
@@ -26,17 +27,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from ..configuration.configuration_mega import MegaConfig
 from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
+from ..conversion import mega, spade
 from ..conversion.common import StateDict, read_checkpoint_file, read_folder_tensors, read_json, same_bytes
-from ..conversion.spade import (
-    config_from_official,
-    config_to_official,
-    is_language_model,
-    model_class,
-    state_dict_from_official,
-    state_dict_to_official,
-    vocabulary_size,
-)
 from .common import parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -44,7 +38,10 @@ logger = logging.getLogger(__name__)
 OFFICIAL_CONFIG_FILE = "official_config.json"  # the official options, kept beside our configuration
 FAIRSEQ_FILE = "checkpoint.pt"
 
-_CONFIGS: dict[str, Any] = {"spade": SpadeConfig, "spade_lm": SpadeLMConfig}
+_CONFIGS: dict[str, Any] = {"spade": SpadeConfig, "spade_lm": SpadeLMConfig, "mega": MegaConfig}
+_CONVERTERS: dict[str, Any] = {"spade": spade, "spade_lm": spade, "mega": mega}
+
+AnyConfig = SpadeConfig | SpadeLMConfig | MegaConfig
 _DIRECTIONS = ("from_official", "to_official")
 
 
@@ -174,16 +171,15 @@ def _read_official(source: Path, config_file: Path | None) -> tuple[dict[str, An
     return options, dict(state)
 
 
-def _from_official(
-    source: Path, config_file: Path | None, folder: Path
-) -> tuple[SpadeConfig | SpadeLMConfig, StateDict]:
+def _from_official(source: Path, config_file: Path | None, folder: Path) -> tuple[AnyConfig, StateDict]:
     options, official = _read_official(source, config_file)
-    config = config_from_official(
-        options, vocab_size=vocabulary_size(official) if is_language_model(options) else None
-    )
-    state = {name: tensor.contiguous() for name, tensor in state_dict_from_official(official, config).items()}
-    config.architectures = [model_class(config).__name__]
-    config.dtype = state[next(name for name in state if "embed_tokens" in name)].dtype
+    config = _config_from_official(options, official)
+    converter = _CONVERTERS[config.model_type]
+    state = {
+        name: tensor.contiguous() for name, tensor in converter.state_dict_from_official(official, config).items()
+    }
+    config.architectures = [converter.model_class(config).__name__]
+    config.dtype = state[next(name for name in state if "embed" in name)].dtype
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     save_file(_unshared(state), folder / "model.safetensors", metadata={"format": "pt"})
@@ -191,10 +187,18 @@ def _from_official(
 
     written_config, written = _read_ours(folder)
     _compare(written, state)
-    _compare_common(state_dict_to_official(written, written_config), official)
-    if config_to_official(written_config, options) != options:
+    _compare_common(converter.state_dict_to_official(written, written_config), official)
+    if converter.config_to_official(written_config, options) != options:
         raise ValueError("The configuration did not survive the conversion; this is a defect of the converter.")
     return config, state
+
+
+def _config_from_official(options: Mapping[str, Any], official: StateDict) -> AnyConfig:
+    """Our configuration of an official checkpoint, of whichever architecture its options belong to."""
+    if mega.is_mega(options):
+        return mega.config_from_official(options, vocab_size=mega.vocabulary_size(official))
+    vocab_size = spade.vocabulary_size(official) if spade.is_language_model(options) else None
+    return spade.config_from_official(options, vocab_size=vocab_size)
 
 
 def _unshared(state: StateDict) -> StateDict:
@@ -211,7 +215,7 @@ def _unshared(state: StateDict) -> StateDict:
 # ------------------------------------------------------------------------------------------------------ to official
 
 
-def _read_ours(source: Path) -> tuple[SpadeConfig | SpadeLMConfig, StateDict]:
+def _read_ours(source: Path) -> tuple[AnyConfig, StateDict]:
     """Configuration and tensors of a folder of this library."""
     if not source.is_dir():
         raise ValueError(f"`source` {source} must be a folder with `config.json` and weights.")
@@ -227,15 +231,14 @@ def _read_ours(source: Path) -> tuple[SpadeConfig | SpadeLMConfig, StateDict]:
     return config, read_folder_tensors(source)
 
 
-def _to_official(
-    source: Path, config_file: Path | None, folder: Path
-) -> tuple[SpadeConfig | SpadeLMConfig, StateDict]:
+def _to_official(source: Path, config_file: Path | None, folder: Path) -> tuple[AnyConfig, StateDict]:
     config, state = _read_ours(source)
+    converter = _CONVERTERS[config.model_type]
     base_file = config_file or source / OFFICIAL_CONFIG_FILE
     base = read_json(base_file) if config_file or base_file.is_file() else None
-    options = config_to_official(config, base)
-    official = state_dict_to_official(state, config)
-    if config.model_type == "spade_lm":
+    options = converter.config_to_official(config, base)
+    official = converter.state_dict_to_official(state, config)
+    if config.model_type != "spade":  # fairseq
         contents = {
             "args": argparse.Namespace(**options),
             "model": official,
@@ -249,7 +252,7 @@ def _to_official(
         torch.save(official, folder / "pytorch_model.bin")
         written_options, written = _read_official(folder, None)
     _compare(written, official)
-    _compare_common(state_dict_from_official(written, config), state)
+    _compare_common(converter.state_dict_from_official(written, config), state)
     if written_options != options:
         raise ValueError("The configuration did not survive the conversion; this is a defect of the converter.")
     return config, official
