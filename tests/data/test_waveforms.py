@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_hybrid.data.waveforms import WaveformCollator, WaveformDataset, feature_extractor, read_waveforms, to_waveform
+from hf_hybrid.data.waveforms import WaveformCollator, WaveformDataset, read_waveforms, standardization, to_waveform
+from hf_hybrid.processing.audio_processing import WaveformFeatureExtractor
 
 
 def test_whole_numbers_are_sixteen_bits():
@@ -41,10 +42,13 @@ def test_unusable_waveforms(samples, message):
 
 def test_batches_are_padded_at_the_right():
     data = WaveformDataset([np.array([1.0, 3.0], np.float32), np.array([0.0, 1.0, 2.0, 3.0], np.float32)], [1, 0])
-    batch = WaveformCollator(feature_extractor(8000))([data[0], data[1]])
+    batch = WaveformCollator(WaveformFeatureExtractor(sampling_rate=8000))([data[0], data[1]])
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and batch["labels"].tolist() == [1, 0]
     values = batch["input_values"]
-    assert values[0].tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0], abs=1e-5)
+    assert values[0].tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0], abs=1e-4)
     assert values[1].mean() == pytest.approx(0.0, abs=1e-6) and values.dtype.is_floating_point
-    raw = WaveformCollator(feature_extractor(8000, normalize=False))([data[0]])
-    assert raw["input_values"].tolist() == [[1.0, 3.0]]
+    scale = standardization(data.waveforms)
+    assert scale == {"mean": pytest.approx(10 / 6), "std": pytest.approx(np.std([1, 3, 0, 1, 2, 3]))}
+    common = WaveformCollator(WaveformFeatureExtractor(sampling_rate=8000, **scale))([data[0]])
+    expected = [(value - scale["mean"]) / scale["std"] for value in (1.0, 3.0)]
+    assert common["input_values"][0].tolist() == pytest.approx(expected, abs=1e-4)

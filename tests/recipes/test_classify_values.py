@@ -6,7 +6,14 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, AutoModelForImageClassification
+from PIL import Image
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    pipeline,
+)
 
 from hf_hybrid.auto import ARCHITECTURES
 from hf_hybrid.hub import model_card_problems
@@ -19,6 +26,10 @@ TINY = {
 
 def arches(head: str) -> list[str]:
     return [item.model_type for item in ARCHITECTURES if head in item.heads]
+
+
+def images_row(folder, number: int) -> str:
+    return (folder / "train.jsonl").read_text().splitlines()[number]
 
 
 def write_split(folder, split, rows):
@@ -63,6 +74,11 @@ def test_images_are_told_apart(training, images, tmp_path, arch):
     again = {"kind": "image", "model_name_or_path": str(run), "output_dir": str(tmp_path / "eval"), "use_cpu": True}
     measured = evaluate.main({**again, "data": [str(images)]})
     assert measured["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5, abs=1e-7)
+    picture = Image.fromarray(np.array(json.loads(images_row(images, 1))["pixels"], np.uint8).reshape(4, 4))
+    classify = pipeline(
+        "image-classification", model=str(run), image_processor=AutoImageProcessor.from_pretrained(run)
+    )
+    assert classify(picture)[0]["label"] == "1"
     lra = {**base, "task": "image", "pixel_values": True, "max_steps": 1, "output_dir": str(tmp_path / "lra")}
     assert train_lra.main(lra)["longest_sequence"] == 16
 
@@ -80,6 +96,9 @@ def test_waveforms_are_classified(training, sounds, tmp_path, arch):
     again = {"kind": "audio", "model_name_or_path": str(run), "output_dir": str(tmp_path / "eval"), "use_cpu": True}
     measured = evaluate.main({**again, "validation_data": [str(sounds)]})
     assert measured["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    classify = pipeline("audio-classification", model=str(run), feature_extractor=str(run))
+    assert len(classify(np.zeros(50, np.float32) + 0.1, top_k=3)) == 3
+    base["standardize"] = "data"
     short = classify_audio.main({**base, "max_steps": 1, "max_seconds": 0.001, "output_dir": str(tmp_path / "short")})
     assert short["longest_sequence"] == 8
 
@@ -91,6 +110,7 @@ def test_waveforms_are_classified(training, sounds, tmp_path, arch):
         ({"sampling_rate": 16000}, "Row 0 of the training data has a sampling rate of 8000 Hz instead of 16000"),
         ({"audio_column": "sound"}, "no column 'sound'"),
         ({"label_column": "word"}, "no column 'word'"),
+        ({"standardize": "all"}, "`standardize` must be 'recording' or 'data'"),
     ],
 )
 def test_bad_sounds_are_explained(training, sounds, tmp_path, arch, changes, message):

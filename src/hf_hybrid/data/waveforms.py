@@ -1,8 +1,4 @@
-"""Raw waveforms for classification: rows of samples to a data set, and batches padded by a stock feature extractor.
-
-The extractor is `Wav2Vec2FeatureExtractor` of Transformers, which knows the sampling rate, scales every recording to mean 0 and
-variance 1, and pads with zeros and a mask; saved with a model, it makes the audio-classification pipeline work.
-"""
+"""Raw waveforms for classification: rows of samples to a data set, and batches padded by a feature extractor."""
 
 from __future__ import annotations
 
@@ -12,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Wav2Vec2FeatureExtractor
+
+from ..processing.audio_processing import WaveformFeatureExtractor
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,15 +86,12 @@ class WaveformDataset(TorchDataset):
         return {"input_values": self.waveforms[index], "labels": self.labels[index]}
 
 
-def feature_extractor(sampling_rate: int, *, normalize: bool = True) -> Wav2Vec2FeatureExtractor:
-    """The extractor of raw waveforms at a sampling rate in Hz."""
-    return Wav2Vec2FeatureExtractor(
-        feature_size=1,
-        sampling_rate=sampling_rate,
-        padding_value=0.0,
-        do_normalize=normalize,
-        return_attention_mask=True,
-    )
+def standardization(waveforms: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean and standard deviation over all samples, as arguments of the extractor."""
+    count = sum(waveform.size for waveform in waveforms)
+    mean = sum(float(waveform.sum(dtype=np.float64)) for waveform in waveforms) / count
+    squares = sum(float(((waveform - mean) ** 2).sum(dtype=np.float64)) for waveform in waveforms)
+    return {"mean": mean, "std": max((squares / count) ** 0.5, 1e-8)}
 
 
 class WaveformCollator:
@@ -107,7 +101,7 @@ class WaveformCollator:
         extractor: scales and pads.
     """
 
-    def __init__(self, extractor: Wav2Vec2FeatureExtractor) -> None:
+    def __init__(self, extractor: WaveformFeatureExtractor) -> None:
         self.extractor = extractor
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

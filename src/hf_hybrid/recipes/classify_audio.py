@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
-from ..data.waveforms import WaveformCollator, WaveformDataset, feature_extractor, read_waveforms
+from ..data.waveforms import WaveformCollator, WaveformDataset, read_waveforms, standardization
+from ..processing.audio_processing import WaveformFeatureExtractor
 from ..training.arguments import FinetuningArguments
 from .common import Job, display_names, run_recipe
 from .finetuning_data import (
@@ -57,7 +58,17 @@ class AudioArguments(TableArguments):
         metadata={"help": "Sampling rate in Hz that all recordings must have. Default: that of the data."},
     )
     max_seconds: float | None = field(default=None, metadata={"help": "Cut longer recordings."})
-    normalize: bool = field(default=True, metadata={"help": "Scale each recording to mean 0 and variance 1."})
+    standardize: str = field(
+        default="recording",
+        metadata={
+            "help": "Scale to mean 0 and variance 1: each `recording` by its own, or all by those of the training `data`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.standardize not in ("recording", "data"):
+            raise ValueError(f"`standardize` must be 'recording' or 'data'; got {self.standardize!r}.")
 
 
 def build(
@@ -99,7 +110,11 @@ def build(
     validation_set = read(rows, "validation data")
     if rate is None:
         raise ValueError("The data does not tell its sampling rate; pass `sampling_rate` in Hz.")
-    extractor = extractor or feature_extractor(rate, normalize=data_args.normalize)
+    if extractor is None:
+        scale: dict[str, Any] = (
+            standardization(train_set.waveforms) if train_set and data_args.standardize == "data" else {}
+        )
+        extractor = WaveformFeatureExtractor(sampling_rate=rate, **scale)
     longest = max(len(waveform) for part in (train_set, validation_set) if part for waveform in part.waveforms)
     model = build_classifier(auto_class, config, model_args, new_labels, longest)
     options: dict[str, Any] = {"collator": WaveformCollator(extractor), "processor": extractor}

@@ -4,7 +4,8 @@
         --config_overrides "hidden_size=96,num_hidden_layers=4,normalization_type=batchnorm" --output_dir runs/images
 
 Rows hold a column `pixels` (whole numbers from 0 to 255) or of pictures, which are turned grey, and a column of labels. All images
-must have one size. The model sees (pixel / 255 - `pixel_mean`) / `pixel_std`; the values are recorded in `metrics.json`.
+must have one size. The model sees (pixel / 255 - `pixel_mean`) / `pixel_std`; the image processor that does this is saved with
+it, for square images.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from .sequence_classification import (
     classification_trainer,
     classifier_config,
     find_classes,
+    new_image_processor,
+    saved_image_processor,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ def build(
     Raises:
         ValueError: an option, the data, the labels or the checkpoint cannot be used.
     """
-    auto_class = AutoModelForImageClassification
+    auto_class, checkpoint = AutoModelForImageClassification, model_args.model_name_or_path
     config = classifier_config(auto_class, model_args, {}, {"input_type": "values"})
     load = partial(load_lra_table, lra_task("image"))
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only, load=load)
@@ -66,6 +69,9 @@ def build(
     new_labels = None if train is None else find_classes(train, "label", "training data")
     labels = new_labels or labels_of_model(config, "label")
     scale: dict[str, float] = {"mean": data_args.pixel_mean, "std": data_args.pixel_std}
+    processor = saved_image_processor(checkpoint)
+    if processor is not None:
+        scale = {"mean": processor.image_mean, "std": processor.image_std}
 
     def encode(part: Dataset, what: str) -> PixelSequences:
         targets: Any = labels.encode(part["label"], what)
@@ -78,10 +84,11 @@ def build(
         raise ValueError(
             f"Training images have {train_set.pixels.shape[1]} pixels, validation images {length}: all must have one size."
         )
+    if checkpoint is None:
+        processor = new_image_processor(config, length, **scale)
     model = build_classifier(auto_class, config, model_args, new_labels, length)
-    trainer = classification_trainer(
-        model, training_args, train_set, validation_set, labels, collator=default_data_collator
-    )
+    options: dict[str, Any] = {"collator": default_data_collator, "processor": processor, "equal_lengths": True}
+    trainer = classification_trainer(model, training_args, train_set, validation_set, labels, **options)
     sources = data_args.data or data_args.validation_data or []
     report = classification_report(
         f"A {model.config.model_type} classifier of images as sequences of grey values: {display_names(sources)}. Inputs are "

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..auto import ARCHITECTURES
+from ..processing.image_processing import PixelSequenceImageProcessor
 from ..training.arguments import FinetuningArguments
 from ..training.trainer import HybridTrainer
 from .common import NewModelArguments, RunReport, display_names, hub_names, load_config, load_model, parse_overrides
@@ -140,9 +142,17 @@ def classification_trainer(
     *,
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
     processor: Any = None,
+    equal_lengths: bool = False,
 ) -> HybridTrainer:
-    """The trainer, evaluated by accuracy; without a `processor` all sequences are equally long."""
-    if processor is None:
+    """The trainer, evaluated by accuracy.
+
+    Args:
+        model, training_args, train, validation, labels: of the run.
+        collator: makes batches.
+        processor: tokenizer, image processor or feature extractor, saved with the model.
+        equal_lengths: nothing is padded, and batches are drawn whatever the lengths.
+    """
+    if equal_lengths:
         training_args.train_sampling_strategy = "random"
         training_args.include_num_input_tokens_seen = "all"
     return HybridTrainer(
@@ -155,6 +165,35 @@ def classification_trainer(
         compute_metrics=make_classification_metrics(["accuracy"], labels),
         preprocess_logits_for_metrics=only_logits,
     )
+
+
+def saved_image_processor(checkpoint: str | None) -> Any:
+    """The image processor of a checkpoint; None where it has none."""
+    if checkpoint is None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        logger.debug("no image processor: %s", error)
+        return None
+
+
+def new_image_processor(
+    config: PreTrainedConfig, length: int, mean: float, std: float
+) -> PixelSequenceImageProcessor | None:
+    """The image processor of a new classifier of square images, whose size its configuration then accepts; else None.
+
+    Args:
+        config: of the new model.
+        length: pixels of an image.
+        mean, std: that the processor subtracts and divides by.
+    """
+    side = math.isqrt(length)
+    if side * side != length:
+        return None
+    if hasattr(config, "image_size"):
+        config.image_size = side  # type: ignore[attr-defined]
+    return PixelSequenceImageProcessor(image_size=side, image_mean=mean, image_std=std)
 
 
 def classification_report(

@@ -55,6 +55,7 @@ from .sequence_classification import (
     classification_trainer,
     classifier_config,
     find_classes,
+    new_image_processor,
 )
 
 if TYPE_CHECKING:
@@ -175,7 +176,10 @@ def build(
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
         collator = PairCollator(tokenizer) if two_inputs else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
-    options = {"collator": collator, "processor": tokenizer}
+    processor: Any = tokenizer
+    if data_args.pixel_values:
+        processor = new_image_processor(model.config, longest, data_args.pixel_mean, data_args.pixel_std)
+    options = {"collator": collator, "processor": processor, "equal_lengths": task.is_pixels}
     trainer = classification_trainer(model, training_args, encoded_train, encoded_rows, labels, **options)
     return Job(trainer, _report(task, data_args, model, auto_class, train, validation, longest))
 
