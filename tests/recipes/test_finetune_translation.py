@@ -13,10 +13,12 @@ from hf_hybrid.recipes import evaluate
 from hf_hybrid.recipes.finetune_translation import main, translation_scores
 
 PAIRS = [("the list is sorted now", "die list of keys is there"), ("a dictionary", "the value of a key is not none")]
-TINY_SPADE = (
-    "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,decoder_layers=1,attention_window=8,ssm_state_size=4,"
-    "max_position_embeddings=64,dropout_rate=0.0"
-)
+TINY = {
+    "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,decoder_layers=1,attention_window=8,ssm_state_size=4,"
+    "max_position_embeddings=64",
+    "mega": "is_encoder_decoder=true,hidden_size=16,num_hidden_layers=1,intermediate_size=16,nffn_hidden_size=16,"
+    "shared_representation_size=8",
+}
 
 
 def write_split(folder, split, rows):
@@ -62,7 +64,8 @@ def test_pairs_are_learnt_and_scored(translating, tmp_path):
     assert evaluate.main({**options, **again})["eval_chrf"] == pytest.approx(100.0)
 
 
-def test_a_new_model_on_two_columns(translating, tmp_path, tokenizer_folder):
+@pytest.mark.parametrize("arch", TINY)
+def test_a_new_model_on_two_columns(translating, tmp_path, tokenizer_folder, arch):
     rows = [{"source": "a b", "target": "c d", "id": 1}] * 4
     for split in ("train", "validation"):
         write_split(tmp_path / "columns", split, rows)
@@ -72,13 +75,14 @@ def test_a_new_model_on_two_columns(translating, tmp_path, tokenizer_folder):
         "target_lang": "source",
         "model_name_or_path": None,
         "tokenizer": str(tokenizer_folder),
-        "config_name": "spade",
-        "config_overrides": TINY_SPADE,
+        "config_name": arch,
+        "config_overrides": TINY[arch],
     }
     metrics = main({**translating, **changes, "max_steps": 2, "source_prefix": "to English: "})
     assert metrics["eval_samples"] == 4 and metrics["from_scratch"] is True
     assert json.loads((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()[0])["references"] == ["a b"]
-    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").config.d_model == 16
+    config = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").config
+    assert config.model_type == arch and config.is_encoder_decoder and config.hidden_size == 16
 
 
 def test_scores_are_those_of_sacrebleu():

@@ -1,4 +1,4 @@
-"""Masked language modelling, end to end on a toy corpus, with an architecture of Transformers."""
+"""Masked language modelling, end to end on a toy corpus, with architectures of Transformers and of this library."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ def test_resuming_is_bitwise(pretraining, tmp_path, streaming):
     main({**base, "output_dir": str(resumed), "resume_from_checkpoint": "last"})
     straight, continued = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", resumed))
     assert all(torch.equal(straight[name], continued[name]) for name in straight)
+
+
+def test_mega_is_the_default(pretraining, tmp_path):
+    overrides = (
+        "hidden_size=16,num_hidden_layers=1,intermediate_size=16,nffn_hidden_size=16,use_chunking=true,chunk_size=8"
+    )
+    metrics = main({**pretraining, "config_name": None, "config_overrides": overrides, "learning_rate": 1e-2})
+    assert metrics["steps"] == 3 and metrics["eval_loss"] < 7
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.model_type == "mega"
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,9 @@ def build(
     if rate is None:
         raise ValueError("The data does not tell its sampling rate; pass `sampling_rate` in Hz.")
     if extractor is None:
-        scale: dict[str, Any] = (
-            standardization(train_set.waveforms) if train_set and data_args.standardize == "data" else {}
-        )
+        scale: dict[str, Any] = {}
+        if train_set is not None and data_args.standardize == "data":
+            scale = standardization(train_set.waveforms)
         extractor = WaveformFeatureExtractor(sampling_rate=rate, **scale)
     longest = max(len(waveform) for part in (train_set, validation_set) if part for waveform in part.waveforms)
     model = build_classifier(auto_class, config, model_args, new_labels, longest)
