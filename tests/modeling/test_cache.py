@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_hybrid.modeling.cache import full_cache, local_cache, read_state, refuse_cache_implementation, write_state
+from hf_hybrid.modeling.cache import (
+    check_gated_cache,
+    full_cache,
+    gated_cache,
+    local_cache,
+    read_state,
+    refuse_cache_implementation,
+    write_state,
+)
 
 
 def filled(tokens: int = 9, visible: int = 4):
@@ -82,3 +90,67 @@ def test_refused_kinds() -> None:
         refuse_cache_implementation(accepted, "Model")
     with pytest.raises(ValueError, match="`cache_implementation='static'` is not available for Model"):
         refuse_cache_implementation("static", "Model")
+
+
+LAYOUT = {"hidden_size": 5, "chunk_size": 4}
+
+
+def filled_gated(window: int | None = 3, tokens: int = 7):
+    """A cache of two layers for three rows; row r holds the values 100 r + position."""
+    cache = gated_cache(2, window, LAYOUT)
+    keys = torch.arange(3.0).view(3, 1, 1) * 100 + torch.arange(tokens, dtype=torch.float).view(1, -1, 1)
+    for index, layer in enumerate(cache.layers):
+        cache.update(keys.expand(3, tokens, 2), -keys.expand(3, tokens, 4), index)
+        rows = torch.arange(3.0).view(3, 1, 1)
+        layer.state = rows.expand(3, 5, 2) if index == 0 else (rows.expand(3, 5, 2), rows.expand(3, 5, 6))
+        layer.cross_keys, layer.cross_values = rows.expand(3, 8, 2), rows.expand(3, 8, 5)
+    return cache
+
+
+class TestGatedAttention:
+    def test_the_last_tokens_are_kept(self) -> None:
+        cache = filled_gated()
+        assert cache.get_seq_length() == 7
+        assert cache.layers[0].keys[1, :, 0].tolist() == [104, 105, 106]
+        keys, values = cache.update(torch.full((3, 2, 2), 9.0), torch.full((3, 2, 4), 9.0), 0)
+        assert keys.shape == (3, 5, 2) and values.shape[1] == 5
+        assert cache.layers[0].keys.shape == (3, 3, 2) and cache.get_seq_length() == 9
+        assert cache.layers[0].keys.untyped_storage().nbytes() == 3 * 3 * 2 * 4  # what is not kept is freed
+        assert filled_gated(window=None).layers[0].keys.shape == (3, 7, 2)
+
+    @pytest.mark.parametrize(
+        ("operation", "rows"),
+        [
+            (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        ],
+        ids=["reorder", "select", "repeat"],
+    )
+    def test_operations_on_the_batch_reach_every_tensor(self, operation, rows: list[int]) -> None:
+        cache = filled_gated()
+        operation(cache)
+        for layer in cache.layers:
+            assert layer.keys[:, -1, 0].tolist() == [100 * row + 6 for row in rows]
+            assert layer.values[:, -1, 0].tolist() == [-100 * row - 6 for row in rows]
+            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
+            for tensor in (*parts, layer.cross_keys, layer.cross_values):
+                assert tensor[:, 0, 0].tolist() == rows
+
+    def test_reset(self) -> None:
+        cache = filled_gated()
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert all(layer.keys is None and layer.state is None and layer.cross_keys is None for layer in cache.layers)
+
+    def test_foreign_caches_are_refused(self) -> None:
+        cache = filled_gated()
+        check_gated_cache(cache, 2, LAYOUT)
+        with pytest.raises(ValueError, match="Cache of 2 layers.*3 layers of gated attention"):
+            check_gated_cache(cache, 3, LAYOUT)
+        with pytest.raises(ValueError, match="DynamicCache of 0 layers"):
+            check_gated_cache(DynamicCache(), 2, LAYOUT)
+        with pytest.raises(ValueError, match="`chunk_size` = 4, but this one has 8"):
+            check_gated_cache(cache, 2, LAYOUT | {"chunk_size": 8})
+        with pytest.raises(ValueError, match="2 rows but `past_key_values` holds 3"):
+            cache.update(torch.zeros(2, 1, 2), torch.zeros(2, 1, 4), 0)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from factories import Case, all_heads, parametrize
+from factories import Case, all_heads
 
 MEASURE = """
 import resource, sys
@@ -30,11 +30,19 @@ print((long - base) / (short - base))
 """
 
 
+SETTINGS = {
+    "spade": ["d_ff=48", "ssm_type='s4', ssm_max_length=32768", "local_attention_type='chunk'"],
+    "mega": [
+        "use_chunking=True, chunk_size=64",
+        "use_chunking=True, chunk_size=64, attention_activation='laplace', bidirectional=False, is_decoder=True",
+    ],
+}
+SETTINGS["spade_lm"] = SETTINGS["spade"]
+CASES = [(case, text) for case in all_heads() if case.auto_name == "AutoModel" for text in SETTINGS[case.model_type]]
+
+
 @pytest.mark.slow
-@parametrize([case for case in all_heads() if case.auto_name == "AutoModel"])
-@pytest.mark.parametrize(
-    "settings", ["d_ff=48", "ssm_type='s4', ssm_max_length=32768", "local_attention_type='chunk'"]
-)
+@pytest.mark.parametrize(("case", "settings"), CASES, ids=lambda value: getattr(value, "model_type", value))
 def test_training_memory_is_linear_in_the_length(case: Case, settings: str) -> None:
     """Four times the input, from 16,384 to 65,536 tokens, takes at most 4.4 times the memory above that of 1,024."""
     code = MEASURE.format(

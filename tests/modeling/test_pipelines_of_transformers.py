@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from factories import VOCABULARY, Case
@@ -17,16 +19,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=64,
     )
 
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8", "w9 w10 w11"]
 
 
-@pytest.mark.parametrize("variant", ["default", "rotary_add", "chunk_gated"])
-def test_text_generation(tokenizer: PreTrainedTokenizerFast, variant: str) -> None:
-    model = Case("spade_lm", "AutoModelForCausalLM", variant).model()
+@pytest.mark.parametrize(
+    ("model_type", "variant"),
+    [("spade_lm", name) for name in ("default", "rotary_add", "chunk_gated")]
+    + [("mega", name) for name in ("default", "chunk_laplace")],
+)
+def test_text_generation(tokenizer: PreTrainedTokenizerFast, model_type: str, variant: str) -> None:
+    model = Case(model_type, "AutoModelForCausalLM", variant).model()
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     settings = {"max_new_tokens": 5, "min_new_tokens": 2, "do_sample": False}
     single = [generator(text, **settings)[0]["generated_text"] for text in TEXTS]
@@ -42,7 +52,7 @@ def test_text_generation(tokenizer: PreTrainedTokenizerFast, variant: str) -> No
     assert len(beams) == 2
 
 
-@pytest.mark.parametrize("model_type", ["spade", "spade_lm"])
+@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega"])
 def test_text_classification(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
     model = Case(model_type, "AutoModelForSequenceClassification", "default").model(num_labels=3)
     classifier = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
@@ -54,8 +64,18 @@ def test_text_classification(tokenizer: PreTrainedTokenizerFast, model_type: str
         torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
 
 
-def test_token_classification(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = Case("spade", "AutoModelForTokenClassification", "default").model()
+def test_fill_mask(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.mask_token = f"w{VOCABULARY - 1}"
+    model = Case("mega", "AutoModelForMaskedLM", "default").model()
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
+    found = fill(f"w3 w4 {tokenizer.mask_token} w6")
+    assert len(found) == 3 and all(entry["score"] > 0 for entry in found)
+
+
+@pytest.mark.parametrize("model_type", ["spade", "mega"])
+def test_token_classification(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
+    model = Case(model_type, "AutoModelForTokenClassification", "default").model()
     tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, ignore_labels=[])
     assert [len(entities) for entities in tagger(TEXTS)] == [5, 1, 3]
 

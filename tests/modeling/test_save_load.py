@@ -120,7 +120,7 @@ class TestBetweenHeads:
                 reference = fresh.state_dict()[name]
                 assert value.isfinite().all(), name
                 assert abs(float(value.mean() - reference.mean())) <= 0.6 + 0.3 * float(reference.abs().max()), name
-                assert float(value.std()) <= 2 * float(reference.std()) + 1e-3 or value.numel() < 24, name
+                assert value.numel() < 24 or float(value.std()) <= 2 * float(reference.std()) + 1e-3, name
 
 
 @parametrize(

@@ -224,13 +224,18 @@ def test_official_encoder_decoder_lets_no_gradient_through_its_state_space() -> 
     assert torch.autograd.grad(output[0, 0].square().sum(), embeds)[0][0, reach + 1 :].any()
 
 
-@pytest.mark.parametrize("model_type", ["spade", "spade_lm"])
+WIDE = {
+    "spade": {"d_model": 512, "num_heads": 8, "d_ff": 1024, "encoder_layers": 2, "decoder_layers": 2, "d_kv": 64},
+    "spade_lm": {"d_model": 512, "num_heads": 8, "d_ff": 1024, "num_layers": 2},
+    "mega": {"hidden_size": 512, "intermediate_size": 1024, "nffn_hidden_size": 1024, "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("model_type", list(WIDE))
 def test_new_models_start_near_the_uniform_loss(model_type: str) -> None:
     """Default settings of a realistic width: the first loss is ln V, not the 100 nats of the published initialisation."""
-    auto_name = {"spade": "AutoModelForSeq2SeqLM", "spade_lm": "AutoModelForCausalLM"}[model_type]
-    case = Case(model_type, auto_name, "default")
-    depth = {"encoder_layers": 2, "decoder_layers": 2, "d_kv": 64} if model_type == "spade" else {"num_layers": 2}
-    config = type(case.config())(vocab_size=8000, d_model=512, num_heads=8, d_ff=1024, **depth)
+    case = Case(model_type, "AutoModelForSeq2SeqLM" if model_type == "spade" else "AutoModelForCausalLM", "default")
+    config = type(case.config())(vocab_size=8000, **WIDE[model_type], **case.head_settings)
     model = case.model_class(config)
     inputs = {name: torch.randint(3, 8000, ids.shape) for name, ids in case.inputs(length=24, target=24).items()}
     labels = torch.randint(3, 8000, (2, 24)) if model_type == "spade" else inputs["input_ids"]
@@ -253,11 +258,21 @@ def overfit(model: torch.nn.Module, inputs: dict[str, torch.Tensor], steps: int 
     raise AssertionError(f"loss {float(loss):.3f} after {steps} steps")
 
 
-@pytest.mark.parametrize("variant", ["default", "official"])
-def test_encoder_decoder_learns_eight_pairs(variant: str) -> None:
+SMALL = {
+    "spade": {"d_model": 32, "d_kv": 16, "d_ff": 64},
+    "spade_lm": {"d_model": 32, "d_ff": 64},
+    "mega": {"hidden_size": 32, "intermediate_size": 64, "nffn_hidden_size": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "variant"),
+    [("spade", "default"), ("spade", "official"), ("mega", "default")],
+)
+def test_encoder_decoder_learns_eight_pairs(model_type: str, variant: str) -> None:
     """The loss vanishes in at most 500 steps, and `generate` returns the targets."""
-    case = Case("spade", "AutoModelForSeq2SeqLM", variant)
-    model = case.model_class(case.config(d_model=32, d_kv=16, d_ff=64))
+    case = Case(model_type, "AutoModelForSeq2SeqLM", variant)
+    model = case.model_class(case.config(**SMALL[model_type]))
     source, target = random_ids(8, 12), random_ids(8, 7)
     target[:, -1] = model.config.eos_token_id
     overfit(model, {"input_ids": source, "labels": target})
@@ -267,10 +282,13 @@ def test_encoder_decoder_learns_eight_pairs(variant: str) -> None:
         assert generated[:, 1:].tolist() == target.tolist()
 
 
-@pytest.mark.parametrize("variant", ["default", "official"])
-def test_language_model_learns_eight_texts(variant: str) -> None:
-    case = Case("spade_lm", "AutoModelForCausalLM", variant)
-    model = case.model_class(case.config(d_model=32, d_ff=64))
+@pytest.mark.parametrize(
+    ("model_type", "variant"),
+    [("spade_lm", "default"), ("spade_lm", "official"), ("mega", "chunk_relu2_adaptive")],
+)
+def test_language_model_learns_eight_texts(model_type: str, variant: str) -> None:
+    case = Case(model_type, "AutoModelForCausalLM", variant)
+    model = case.model_class(case.config(**SMALL[model_type]))
     texts = random_ids(8, 14)
     texts[:, 0] = 3 + torch.arange(8)  # the first token tells which text it is
     texts[:, -1] = model.config.eos_token_id

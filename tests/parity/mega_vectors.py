@@ -24,8 +24,8 @@ Tensors = Mapping[str, torch.Tensor]
 Found = dict[str, tuple[torch.Tensor, torch.Tensor | None]]  # output name: value, mask of the entries that count
 
 ABSOLUTE, RELATIVE = 2e-5, 1e-4  # float32: |difference| <= ABSOLUTE + RELATIVE * |stored|
-FLOAT64_TOLERANCE = 1e-9
-FLOAT64_ROTARY_TOLERANCE = 2e-6  # the reference keeps sines and cosines in float32
+FLOAT64_TOLERANCE = 1e-11
+FLOAT64_ROTARY_TOLERANCE = 5e-7  # the reference keeps sines and cosines in float32
 
 
 def _excess(actual: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> float:
