@@ -124,17 +124,17 @@ def test_any_split_equals_one_pass(is_complex: bool, lengths: list[int], group_s
     torch.testing.assert_close(state, expected_state)
 
 
+@pytest.mark.parametrize("is_complex", [True, False])
 @pytest.mark.parametrize("outputs", [None, 2])
 @given(length=st.integers(1, 70), group_size=st.integers(1, 40))
-def test_two_sided_scan(outputs: int | None, length: int, group_size: int) -> None:
-    system, other = make_system(outputs=outputs), make_system(outputs=outputs)
+def test_two_sided_scan(is_complex: bool, outputs: int | None, length: int, group_size: int) -> None:
+    system, future = make_system(is_complex, outputs), make_system(is_complex, outputs)
     inputs = torch.randn(B, D, length, dtype=torch.float64)
-    backward = (other.output_real, other.output_imag)
-    actual, _ = diagonal_scan(inputs, system, backward_output=backward, group_size=group_size)
-    future = system._replace(output_real=backward[0], output_imag=backward[1])
+    direct = torch.randn(D if outputs is None else (outputs, D), dtype=torch.float64)
+    actual, _ = diagonal_scan(inputs, system, backward=future, feedthrough=direct, group_size=group_size)
     signal = inputs if outputs is None else inputs.unsqueeze(1)
     expected = bidirectional_conv_reference(signal, system_kernel(system, length), system_kernel(future, length))
-    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual, expected + direct.unsqueeze(-1) * signal)
 
 
 def test_scan_is_causal_bitwise() -> None:
@@ -148,19 +148,22 @@ def test_scan_is_causal_bitwise() -> None:
 
 
 def test_gradients() -> None:
-    """Every tensor of the system, the inputs, the incoming state and the backward kernel."""
+    """Every tensor of the system, the inputs, the incoming state, the backward kernel and the feedthrough."""
     torch.manual_seed(1)
     tensors = [torch.randn(1, 2, 7, dtype=torch.float64), torch.randn(1, 2, 2, 2, dtype=torch.float64)]
     tensors += [torch.randn(2, 2, dtype=torch.float64) for _ in range(8)]
-    tensors[4] = -tensors[4].abs()
+    tensors.insert(4, torch.randn(2, dtype=torch.float64))
+    tensors[5] = -tensors[5].abs()
     for tensor in tensors:
         tensor.requires_grad_()
 
     def scan(inputs: torch.Tensor, state: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return diagonal_scan(inputs, DiagonalSystem(*rest[2:]), state, backward_output=rest[:2], group_size=3)
+        system = DiagonalSystem(*rest[3:])
+        future = system._replace(output_real=rest[0], output_imag=rest[1])
+        return diagonal_scan(inputs, system, state, backward=future, feedthrough=rest[2], group_size=3)
 
     def convolve(inputs: torch.Tensor, state: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        system = DiagonalSystem(*rest[2:])
+        system = DiagonalSystem(*rest[3:])
         outputs = causal_fft_conv(inputs, system_kernel(system, 7)) + initial_state_response(system, state, 7)
         return outputs, diagonal_final_state(inputs, system, state)
 

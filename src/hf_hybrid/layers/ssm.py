@@ -336,8 +336,8 @@ class StateSpaceLayer(KeepsResults):
         if self.bidirectional:
             real, imag = system.output_real, system.output_imag
             forward = system._replace(output_real=real[: self.channels], output_imag=imag[: self.channels])
-            backward = (real[self.channels :], imag[self.channels :])
-        return diagonal_scan(inputs, forward, initial_state, backward_output=backward)
+            backward = system._replace(output_real=real[self.channels :], output_imag=imag[self.channels :])
+        return diagonal_scan(inputs, forward, initial_state, backward=backward)
 
     def _convolve(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, H, L) -> (B, c, H, L) by convolution with the kernel."""

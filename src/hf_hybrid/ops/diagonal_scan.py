@@ -29,7 +29,7 @@ class _GroupRecurrence(torch.autograd.Function):
     """States before each group, s_0 = 0 and s_{g+1} = q s_g + drive_g; from the last group to the first if `reverse`.
 
     `drive` is (D, B, G, N[, 2]) and `decay` (D, N[, 2]), a trailing 2 being a complex pair; real and complex systems
-    then take the same single operation per group.
+    then take the same single operation per group. Groups come first while it runs: a step reads and writes contiguously.
     """
 
     @staticmethod
@@ -37,13 +37,15 @@ class _GroupRecurrence(torch.autograd.Function):
         signal, factor = drive, decay.unsqueeze(1)
         if is_complex:
             signal, factor = torch.view_as_complex(signal), torch.view_as_complex(factor)
-        order = list(range(signal.shape[2]))
+        signal = signal.permute(2, 0, 1, 3).contiguous()  # (G, D, B, N)
+        order = list(range(signal.shape[0]))
         if reverse:
             order.reverse()
         states = torch.empty_like(signal)
-        states[:, :, order[0]] = 0
+        states[order[0]] = 0
         for before, after in zip(order[:-1], order[1:]):
-            states[:, :, after] = torch.addcmul(signal[:, :, before], states[:, :, before], factor)
+            torch.addcmul(signal[before], states[before], factor, out=states[after])
+        states = states.permute(1, 2, 0, 3).contiguous()
         return torch.view_as_real(states) if is_complex else states
 
     @staticmethod
@@ -85,31 +87,62 @@ def _interleave(real: torch.Tensor, imag: torch.Tensor | None) -> torch.Tensor:
     return real if imag is None else torch.stack([real, imag], dim=2).flatten(1, 2)
 
 
-def _toeplitz(forward: torch.Tensor, backward: torch.Tensor | None) -> torch.Tensor:
-    """Matrices (D, C, S C) with entry [j, (s, i)] = forward[s, i-j] for i >= j, else backward[s, j-i-1].
+class _Toeplitz(torch.autograd.Function):
+    """Matrices (D, C, S, C) with entry [j, s, i] = forward[s, i-j] for i >= j, else backward[s, j-i-1].
 
-    Args:
-        forward, backward: taps (D, S, C); backward starts at lag -1, None for zeros.
+    Taps are (D, S, C); those of `backward` start at lag -1, None stands for zeros.
     """
-    channels, outputs, size = forward.shape
-    if backward is None:
-        ring = torch.nn.functional.pad(forward, (0, size))
-    else:
-        gap = forward.new_zeros(channels, outputs, 1)
-        ring = torch.cat([forward, gap, backward[..., : size - 1].flip(-1)], dim=-1)  # lags modulo 2C
-    rows = ring.unsqueeze(2).expand(-1, -1, size, -1).flatten(2)[..., : size * (2 * size - 1)]
-    rows = rows.unflatten(-1, (size, 2 * size - 1))[..., :size]  # rows one short of the period: row j is shifted by j
-    return rows.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def forward(forward: torch.Tensor, backward: torch.Tensor | None) -> torch.Tensor:
+        channels, outputs, size = forward.shape
+        if backward is None:
+            ring = torch.nn.functional.pad(forward, (0, size))
+        else:
+            gap = forward.new_zeros(channels, outputs, 1)
+            ring = torch.cat([forward, gap, backward[..., : size - 1].flip(-1)], dim=-1)  # lags modulo 2C
+        rows = ring.unsqueeze(2).expand(-1, -1, size, -1).flatten(2)[..., : size * (2 * size - 1)]
+        rows = rows.unflatten(-1, (size, 2 * size - 1))[..., :size]  # one short of the period: row j is shifted by j
+        return rows.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.two_sided = inputs[1] is not None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        matrices = grads[0].transpose(1, 2)  # (D, S, C, C)
+        forward = _diagonal_sums(matrices)
+        if not ctx.two_sided:
+            return forward, None
+        return forward, torch.nn.functional.pad(_diagonal_sums(matrices.flip(-1, -2))[..., 1:], (0, 1))
 
 
-def _unit_responses(output: Pair, system: DiagonalSystem, powers: Pair) -> Pair:
-    """Re and -Im of c b q^t: output after t steps of decay of a unit state, real and imaginary, (D, N, S, C + 1)."""
-    weight = complex_multiply(*output, system.input_real, system.input_imag)
-    scale = [
-        None if part is None else part.reshape(-1, *part.shape[-2:]).permute(1, 2, 0)[..., None] for part in weight
-    ]
-    real, imag = complex_multiply(*scale, *(None if part is None else part.unsqueeze(2) for part in powers))
-    return real, None if powers[1] is None else -imag
+def _diagonal_sums(matrices: torch.Tensor) -> torch.Tensor:
+    """Sums of the main and the upper diagonals: (..., C, C) -> (..., C), where entry k sums [j, j + k] over j."""
+    size = matrices.shape[-1]
+    upper = matrices.triu().contiguous().flatten(0, -3)
+    # Row j read from its diagonal on; what it runs into is the part of row j + 1 before its diagonal, which is zero.
+    skewed = upper.as_strided((len(upper), size - 1, size), (size * size, size + 1, 1))
+    sums = skewed.sum(1)
+    sums[:, 0] += upper[:, -1, -1]
+    return sums.view(*matrices.shape[:-1])
+
+
+def _group_responses(system: DiagonalSystem, size: int) -> tuple[Pair, torch.Tensor, Pair]:
+    """What a group needs to know of a system.
+
+    Returns:
+        Powers q^t, t = 0..C, (D, N, C + 1); the packed q^C (D, N[, 2]); and Re and -Im of c b q^t, the output after t steps
+        of decay of a unit state, real and imaginary, (D, N, S, C + 1).
+    """
+    dtype = system.output_real.dtype
+    powers = decay_powers(system.log_decay_real, system.log_decay_imag, count=size + 1, dtype=dtype)
+    weight = complex_multiply(system.output_real, system.output_imag, system.input_real, system.input_imag)
+    scale = _map_pair(weight, lambda part: part.reshape(-1, *part.shape[-2:]).permute(1, 2, 0)[..., None])
+    real, imag = complex_multiply(*scale, *_map_pair(powers, lambda part: part.unsqueeze(2)))
+    responses = real, None if powers[1] is None else -imag
+    return powers, pack_state(*_map_pair(powers, lambda part: part[..., size])), responses
 
 
 def _map_pair(pair: Pair, function: Any) -> Pair:
@@ -138,7 +171,8 @@ def diagonal_scan(
     system: DiagonalSystem,
     initial_state: torch.Tensor | None = None,
     *,
-    backward_output: Pair | None = None,
+    backward: DiagonalSystem | None = None,
+    feedthrough: torch.Tensor | None = None,
     group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and final state of the recurrence over a sequence.
@@ -147,8 +181,9 @@ def diagonal_scan(
         inputs: (B, D, L), any floating dtype.
         system: as `DiagonalSystem`.
         initial_state: (B, D, N[, 2]) or None for zeros.
-        backward_output: output coefficients, shaped as those of the system, of a second kernel over the future; it
-            starts at the next token and shares decays and inputs. It sees this sequence only.
+        backward: system of a second kernel, over the future, with as many outputs; it starts at the next token, and sees
+            this sequence only.
+        feedthrough: (D,) or (S, D), weight of the current token in each output, besides that of the kernel.
         group_size: C, default by length.
 
     Returns:
@@ -159,37 +194,41 @@ def diagonal_scan(
     batch, channels, length = inputs.shape
     size = min(default_group_size(length) if group_size is None else group_size, length)
     groups = -(-length // size)
-    tokens = torch.nn.functional.pad(inputs.transpose(0, 1).to(dtype), (0, groups * size - length))
+    tokens = inputs.transpose(0, 1).to(dtype)
+    if groups * size != length:  # padding by nothing would copy
+        tokens = torch.nn.functional.pad(tokens, (0, groups * size - length))
     # One copy here: 512 products of strided (64, 32) matrices take 14 ms, of contiguous ones 1.6 ms.
     tokens = tokens.reshape(channels, batch * groups, size).contiguous()  # (D, B G, C)
-    powers = decay_powers(system.log_decay_real, system.log_decay_imag, count=size + 1, dtype=dtype)  # (D, N, C + 1)
-    decay = pack_state(*_map_pair(powers, lambda part: part[..., size]))
 
-    def states_of(arrival: torch.Tensor, reverse: bool) -> torch.Tensor:
+    def states_of(arrival: torch.Tensor, decay: torch.Tensor, reverse: bool) -> torch.Tensor:
         """States (D, B, G, 2N) met by each group, from the weight (D, 2N, C) a token has in the state it leaves."""
         drive = (tokens @ arrival.mT).unflatten(1, (batch, groups))
         if not is_complex:
             return _GroupRecurrence.apply(drive, decay, False, reverse)
         return _GroupRecurrence.apply(drive.unflatten(-1, (-1, 2)), decay, True, reverse).flatten(3)
 
-    responses = _unit_responses((system.output_real, system.output_imag), system, powers)
+    powers, decay, responses = _group_responses(system, size)
     arrival = _interleave(*_map_pair(powers, lambda part: part[..., :size].flip(-1)))
-    before = states_of(arrival, reverse=False)
-    taps, future_taps = responses[0][..., :size].sum(1), None
-    if backward_output is not None:
-        future = _unit_responses(backward_output, system, powers)
+    before = states_of(arrival, decay, reverse=False)
+    taps, future_taps = responses[0][..., :size].sum(1), None  # (D, S, C)
+    if feedthrough is not None:
+        current = feedthrough.to(dtype).view(-1, channels).t().unsqueeze(-1)
+        taps = torch.cat([taps[..., :1] + current, taps[..., 1:]], dim=-1)
+    if backward is not None:
+        future_powers, future_decay, future = _group_responses(backward, size)
         future_taps = future[0][..., :size].sum(1)
-    outputs = tokens @ _toeplitz(taps, future_taps)  # (D, B G, S C)
+    outputs = tokens @ _Toeplitz.apply(taps, future_taps).flatten(2)  # (D, B G, S C)
     later = _interleave(*_map_pair(responses, lambda part: part[..., 1:]))
     outputs = torch.baddbmm(outputs, before.flatten(1, 2), later.flatten(2))
-    if backward_output is not None:
+    if backward is not None:
         earlier = _interleave(*_map_pair(future, lambda part: part[..., :size].flip(-1)))
-        after = states_of(_interleave(*_map_pair(powers, lambda part: part[..., :size])), reverse=True)
+        departure = _interleave(*_map_pair(future_powers, lambda part: part[..., :size]))
+        after = states_of(departure, future_decay, reverse=True)
         outputs = torch.baddbmm(outputs, after.flatten(1, 2), earlier.flatten(2))
     outputs = _ContiguousGradient.apply(outputs)
     outputs = outputs.view(channels, batch, groups, -1, size).permute(1, 3, 0, 2, 4).flatten(3)[..., :length]
     if system.output_real.dim() == 2:
-        outputs = outputs[:, 0]
+        outputs = outputs.squeeze(1)
 
     rest = length - (groups - 1) * size
     last = tokens.unflatten(1, (batch, groups))[:, :, -1, :rest] @ arrival[..., size - rest :].mT  # (D, B, 2N)
