@@ -336,8 +336,10 @@ def test_feature_dropout_is_constant_over_positions() -> None:
     assert ((states == 0) == (states[:, :1] == 0)).all()
     dropped = (states[:, 0] == 0).float().mean()
     assert 0.3 < dropped < 0.7 and states.max() == 2.0
-    single = MegaDropout(0.5)(torch.ones(3, 7, 40))
+    single = MegaDropout(0.25)(torch.ones(3, 70, 40))
     assert not ((single == 0) == (single[:, :1] == 0)).all()
+    assert 0.22 < (single == 0).float().mean() < 0.28 and single.max() == torch.tensor(1 / 0.75)
+    assert torch.equal(MegaDropout(0.25).eval()(states), states)
     model = CAUSAL.model(use_feature_dropout=True, dropout_prob=0.3, hidden_dropout_prob=0.3).train()
     assert model(random_ids(2, 6), labels=random_ids(2, 6)).loss.isfinite()
 

@@ -23,6 +23,7 @@ from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveEmbedding
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import sequence_norm
+from ..ops.blocked_attention import dropout_factors
 from ..ops.gated_attention import (
     cached_gated_attention,
     gated_attention,
@@ -64,6 +65,12 @@ class MegaDropout(nn.Module):
             return hidden_states
         if self.by_feature:
             return F.dropout1d(hidden_states.transpose(1, 2), self.probability).transpose(1, 2)
+        if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            # the same distribution as `F.dropout`, whose random numbers take 2.5 times as long on a CPU
+            factors = dropout_factors(
+                hidden_states.shape, self.probability, torch.default_generator, hidden_states.dtype
+            )
+            return hidden_states * factors
         return F.dropout(hidden_states, self.probability)
 
 
