@@ -22,6 +22,7 @@ from transformers.utils import TransformersKwargs
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveEmbedding
 from ..layers.ema import MultiDimensionalDampedEma
+from ..layers.kept_results import KeepsResults
 from ..layers.norms import sequence_norm
 from ..ops.blocked_attention import dropout_factors
 from ..ops.gated_attention import (
@@ -127,7 +128,7 @@ class MegaEmbeddings(nn.Module):
         return inputs_embeds
 
 
-class MegaRelativeBias(nn.Module):
+class MegaRelativeBias(KeepsResults):
     """Bias of attention scores by the offset j - i of key j from query i (section 3.3 and appendix of arXiv 2209.10655).
 
     "simple" looks the offset up in a table; "rotary" is the product of two learned vectors rotated by the positions, which
@@ -167,11 +168,13 @@ class MegaRelativeBias(nn.Module):
         return self.rel_pos_bias[rows]
 
     def forward(self, length: int) -> torch.Tensor:
-        """Biases of all offsets inside a piece of `length` tokens: (2 length - 1,), entry length - 1 + (j - i)."""
+        """Biases of all offsets inside a piece of at least `length` tokens: (2 m - 1,), entry m - 1 + (j - i), m >= length."""
         self.check_length(length)
-        if self.kind == "rotary":
-            return rotary_relative_bias(self.alpha, self.b_param, length)
-        return self.rel_pos_bias[self.reach - length : self.reach + length - 1]
+        if self.kind == "simple":
+            return self.rel_pos_bias[self.reach - length : self.reach + length - 1]
+        if self._cache_key() is not None:  # evaluation: kept from step to step of a growing text
+            length = 1 << (length - 1).bit_length()
+        return self._cached(f"{length}", lambda: rotary_relative_bias(self.alpha, self.b_param, length))
 
 
 class MegaAttention(nn.Module):
