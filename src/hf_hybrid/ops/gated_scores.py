@@ -129,6 +129,15 @@ class _Parts:
         """Batched matrix product in the working precision."""
         return torch.bmm(left.to(self.product_dtype), right.to(self.product_dtype)).to(self.dtype)
 
+    def add_product(self, target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: int = 1) -> None:
+        """target = beta * target + left @ right; without a tensor for the product where the dtypes allow it."""
+        if target.dtype == self.product_dtype:
+            target.baddbmm_(left.to(self.product_dtype), right.to(self.product_dtype), beta=beta)
+        elif beta:
+            target.add_(self.product(left, right))
+        else:
+            target.copy_(self.product(left, right))
+
     def each(self, with_slope: bool) -> Iterator[tuple[_Part, torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
         """(part, weights, their derivative with respect to the scores if asked and pointwise, factors of dropout)."""
         num_groups, num_rows = self.query.shape[:2]
@@ -193,7 +202,7 @@ def _gated_attention(
         for part, weights, _, factors in parts.each(with_slope=False):
             if factors is not None:
                 weights.mul_(factors)
-            outputs[part.queries_index] = parts.product(weights, value[part.keys_index])
+            parts.add_product(outputs[part.queries_index], weights, value[part.keys_index], beta=0)
         return outputs
 
 
@@ -226,7 +235,7 @@ def _gated_attention_backward(
         for part, weights, slope, factors in parts.each(with_slope=True):
             output_gradient = gradient[part.queries_index]
             dropped = weights if factors is None else weights * factors
-            value_gradient[part.keys_index] += parts.product(dropped.mT, output_gradient)
+            parts.add_product(value_gradient[part.keys_index], dropped.mT, output_gradient)
             score_gradient = parts.product(output_gradient, value[part.keys_index].mT)
             if factors is not None:
                 score_gradient.mul_(factors)
@@ -239,8 +248,8 @@ def _gated_attention_backward(
                 groups = slice(None) if len(bias) == 1 else part.groups
                 start = shift - part.rows.start
                 bias_gradient[groups] += toeplitz_bias_gradient(band_gradient, bias.shape[1], shift=start)
-            query_gradient[part.queries_index] = parts.product(score_gradient, key[part.keys_index])
-            key_gradient[part.keys_index] += parts.product(score_gradient.mT, query[part.queries_index])
+            parts.add_product(query_gradient[part.queries_index], score_gradient, key[part.keys_index], beta=0)
+            parts.add_product(key_gradient[part.keys_index], score_gradient.mT, query[part.queries_index])
         return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), bias_gradient.to(bias.dtype)
 
 
