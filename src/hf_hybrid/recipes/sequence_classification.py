@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The published set-up of classifiers of long sequences (arXiv 2209.10655, section 4.1), for the fields a configuration has.
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    "mega": {"classifier_type": "lra", "pooling_type": "mean", "mask_padded_states": True},
-}
-
 
 @dataclass
 class ClassifierArguments(NewModelArguments):
@@ -68,6 +63,18 @@ def find_classes(rows: Dataset, column: str, what: str) -> Labels:
     return labels
 
 
+def _published_fields(model_type: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """How the published code classifies long sequences, where that is not the default of a configuration."""
+    if model_type != "mega":
+        return {}
+    return {
+        "classifier_type": "lra",
+        "pooling_type": "mean",
+        "mask_padded_states": True,
+        "final_norm": overrides.get("normalize_before_mega", True),  # of a stack whose blocks begin with a norm
+    }
+
+
 def classifier_config(
     auto_class: Any, model_args: ClassifierArguments, defaults: Mapping[str, Any], wishes: Mapping[str, Any]
 ) -> PreTrainedConfig:
@@ -88,11 +95,9 @@ def classifier_config(
     else:
         name = str(model_args.config_name)
         known = load_config(name, {}, **trust)
-        wishes = {**_PUBLISHED.get(known.model_type, {}), **wishes}
         overrides = parse_overrides(model_args.config_overrides)
-        if known.model_type == "mega":  # its stack ends with a norm exactly when its blocks begin with one
-            wishes["final_norm"] = overrides.get("normalize_before_mega", True)
-        chosen = {field_: value for field_, value in wishes.items() if hasattr(known, field_)}
+        wanted = {**_published_fields(known.model_type, overrides), **wishes}
+        chosen = {option: value for option, value in wanted.items() if hasattr(known, option)}
         config = load_config(name, {**defaults, **chosen, **overrides}, **trust)
     if type(config) not in auto_class._model_mapping:
         own = [item.model_type for item in ARCHITECTURES if auto_class.__name__ in item.heads]
