@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_hybrid.auto import ARCHITECTURES
@@ -88,6 +89,48 @@ def test_generated_files_give_what_is_generated_on_the_way(training, tmp_path):
     assert read["eval_loss"] == made["eval_loss"] and read["eval_samples"] == 12
     with pytest.raises(FileExistsError, match="not empty"):
         generate_lra.main({**SHORT, "task": "listops", "output_dir": str(tmp_path / "lists")})
+
+
+def write_distributed(folder, task: str) -> None:
+    """A few rows in the files in which the tasks are distributed."""
+    draw = np.random.default_rng(0)
+    if task == "listops":
+        for name in ("train", "val", "test"):
+            rows = [f"( [MAX {i} ) {9 - i} ]\t{max(i, 9 - i)}" for i in range(10)]
+            (folder / f"basic_{name}.tsv").write_text("\n".join(["Source\tTarget", *rows]) + "\n")
+    elif task == "text":
+        for split, label, number in [(s, n, i) for s in ("train", "test") for n in ("pos", "neg") for i in range(3)]:
+            (folder / split / label).mkdir(parents=True, exist_ok=True)
+            (folder / split / label / f"{number}_5.txt").write_text(label * (number + 1))
+    elif task == "retrieval":
+        for name in ("train", "eval", "test"):
+            rows = [f"{i % 2}.0\tx\ty\tfirst {i}\tsecond" for i in range(6)]
+            (folder / f"new_aan_pairs.{name}.tsv").write_text("\n".join(rows) + "\n")
+    elif task == "image":
+        for number in range(1, 6):
+            records = draw.integers(0, 10, (4, 3073), dtype=np.uint8)
+            records.tofile(folder / f"data_batch_{number}.bin")
+    else:
+        for part in ("metadata", "imgs/0"):
+            (folder / part).mkdir(parents=True)
+        rows = [f"imgs/0 sample_{i}.png {i} {i % 2} 1.0" for i in range(20)]
+        (folder / "metadata" / "0.npy").write_text("\n".join(rows) + "\n")
+        for i in range(20):
+            pixels = draw.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "imgs" / "0" / f"sample_{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "validation"),
+    [("listops", 10, 10), ("text", 6, 6), ("retrieval", 6, 6), ("image", 18, 2), ("pathfinder", 16, 2)],
+)
+def test_distributed_files_are_read(training, tmp_path, task, train, validation):
+    (tmp_path / "data").mkdir()
+    write_distributed(tmp_path / "data", task)
+    base = {**training, "task": task, "arch": "spade_lm", "config_overrides": TINY["spade_lm"], "max_steps": 1}
+    changes = {"validation_split": "test"} if task == "text" else {}
+    metrics = main({**base, **changes, "data": [str(tmp_path / "data")]})
+    assert (metrics["train_samples"], metrics["eval_samples"]) == (train, validation)
 
 
 def test_pathfinder_is_generated(training):
