@@ -63,12 +63,13 @@ def find_classes(rows: Dataset, column: str, what: str) -> Labels:
     return labels
 
 
-def _published_fields(model_type: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """How the published code classifies long sequences, where that is not the default of a configuration."""
-    if model_type != "mega":
+def _published_fields(known: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """How the published code classifies long sequences, where that is not the default of the configuration."""
+    if known.model_type != "mega":
         return {}
     return {
         "classifier_type": "lra",
+        "classifier_hidden_size": 2 * overrides.get("hidden_size", known.hidden_size),
         "pooling_type": "mean",
         "mask_padded_states": True,
         "final_norm": overrides.get("normalize_before_mega", True),  # of a stack whose blocks begin with a norm
@@ -96,7 +97,7 @@ def classifier_config(
         name = str(model_args.config_name)
         known = load_config(name, {}, **trust)
         overrides = parse_overrides(model_args.config_overrides)
-        wanted = {**_published_fields(known.model_type, overrides), **wishes}
+        wanted = {**_published_fields(known, overrides), **wishes}
         chosen = {option: value for option, value in wanted.items() if hasattr(known, option)}
         config = load_config(name, {**defaults, **chosen, **overrides}, **trust)
     if type(config) not in auto_class._model_mapping:
