@@ -23,10 +23,10 @@ from torch import nn
 from ..ops.diagonal_scan import diagonal_scan
 from ..ops.diagonal_ssm import (
     DiagonalSystem,
-    decay_powers,
     diagonal_final_state,
     diagonal_step,
     initial_state_response,
+    step_decay,
     system_kernel,
 )
 from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
@@ -161,26 +161,26 @@ class MultiDimensionalDampedEma(KeepsResults):
         with torch.autocast(hidden_states.device.type, enabled=False):
             states = hidden_states.to(self._math_dtype)
             inputs = states if mask is None else states * mask.unsqueeze(-1).to(states.dtype)
-            inputs = to_signals(inputs)  # (B, D, L)
             residual = self.residual_weight.to(states.dtype)
-            # Without padding u = x, and the residual is one more weight of the current token.
-            feedthrough = residual if mask is None else torch.zeros_like(residual)
-            averages, state = self._dispatch(inputs, feedthrough, initial_state, return_state)
-            outputs = to_states(averages)
-            if mask is not None:
+            if states.shape[1] == 1 and (return_state or initial_state is not None):
+                outputs, state = self._step(inputs, initial_state)
                 outputs = torch.addcmul(outputs, residual, states)
+            else:
+                # Without padding u = x, and the residual is one more weight of the current token.
+                feedthrough = residual if mask is None else torch.zeros_like(residual)
+                averages, state = self._averages(to_signals(inputs), feedthrough, initial_state, return_state)
+                outputs = to_states(averages)
+                outputs = outputs if mask is None else torch.addcmul(outputs, residual, states)
             outputs = F.silu(outputs).to(hidden_states.dtype)
         return outputs, state if return_state else None
 
-    def _dispatch(
+    def _averages(
         self, inputs: torch.Tensor, feedthrough: torch.Tensor, state: EmaState | None, return_state: bool
     ) -> tuple[torch.Tensor, EmaState | None]:
         """y + feedthrough * u, both (B, D, L), and the state after the last token."""
         system = self.system()
         if self.bidirectional:
             return self._average(inputs, system, feedthrough), None
-        if inputs.shape[-1] == 1 and (return_state or state is not None):
-            return self._step(inputs, system, feedthrough, state)
         if self.truncation is not None:
             return self._truncated_average(inputs, system, feedthrough, state, return_state)
         return self._causal_average(inputs, system, feedthrough, state, return_state)
@@ -199,15 +199,14 @@ class MultiDimensionalDampedEma(KeepsResults):
         return inputs.shape[-1] >= (_SCAN_LENGTH_BIDIRECTIONAL if self.bidirectional else _SCAN_LENGTH)
 
     def _average(self, inputs: torch.Tensor, system: DiagonalSystem, feedthrough: torch.Tensor) -> torch.Tensor:
-        """As `_dispatch`, of a whole sequence and without state."""
+        """As `_averages`, of a whole sequence and without state."""
         length, features = inputs.shape[-1], self.hidden_size
         if self._reach(length) == length and self._uses_scan(inputs):
             if not self.bidirectional:
                 return diagonal_scan(inputs, system, feedthrough=feedthrough, group_size=_GROUP_SIZE)[0]
             forward, future = _split_rows(system, features)
             feedthrough = feedthrough + (future.input_real * future.output_real).sum(-1)  # lag 0 counts twice
-            decay = decay_powers(future.log_decay_real, None, count=1, offset=1, dtype=inputs.dtype)[0][..., 0]
-            future = future._replace(output_real=future.output_real * decay)  # from lag -1 on
+            future = future._replace(output_real=future.output_real * step_decay(future)[0])  # from lag -1 on
             return diagonal_scan(inputs, forward, backward=future, feedthrough=feedthrough, group_size=_GROUP_SIZE)[0]
         kernel = system_kernel(system, self._reach(length))
         if not self.bidirectional:
@@ -223,7 +222,7 @@ class MultiDimensionalDampedEma(KeepsResults):
         state: torch.Tensor | None,
         return_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `_dispatch`, of the next piece of a sequence."""
+        """As `_averages`, of the next piece of a sequence."""
         if self._uses_scan(inputs):
             return diagonal_scan(inputs, system, state, feedthrough=feedthrough, group_size=_GROUP_SIZE)
         averages = self._average(inputs, system, feedthrough)
@@ -250,25 +249,31 @@ class MultiDimensionalDampedEma(KeepsResults):
         ema = diagonal_final_state(recent, system)
         return averages, (ema, F.pad(recent, (self.truncation - recent.shape[-1], 0)))
 
-    def _step(
-        self, inputs: torch.Tensor, system: DiagonalSystem, feedthrough: torch.Tensor, state: EmaState | None
-    ) -> tuple[torch.Tensor, EmaState]:
-        """As `_dispatch`, of one token, by the recurrence."""
-        recent = None
-        if self.truncation is not None:
-            if state is None:
-                recent = inputs.new_zeros(*inputs.shape[:2], self.truncation)
-            else:
-                state, recent = (part.to(inputs.dtype) for part in state)
-                # The input that leaves has decayed tau - 1 times, by the very factor of the steps, rounding included.
-                decay = decay_powers(system.log_decay_real, None, count=1, offset=1, dtype=inputs.dtype)[0]
-                left = decay[..., 0].to(system.log_decay_real.dtype) ** (self.truncation - 1)
-                state = state - system.input_real * left.to(inputs.dtype) * recent[..., :1]
-            recent = torch.cat([recent[..., 1:], inputs], dim=-1)
-        token = inputs[..., 0]
-        averages, state = diagonal_step(token, system, state)
-        averages = torch.addcmul(averages, feedthrough, token).unsqueeze(-1)
-        return averages, state if recent is None else (state, recent)
+    def _step(self, token: torch.Tensor, state: EmaState | None) -> tuple[torch.Tensor, EmaState]:
+        """y (B, 1, D) of one token by the recurrence, and the next state."""
+        system = self.system()
+        decay, left = self._cached("step", self._step_constants)
+        signal = token.transpose(1, 2)  # (B, D, 1)
+        if self.truncation is None:
+            outputs, state = diagonal_step(token[:, 0], system, state, decay)
+            return outputs.unsqueeze(1), state
+        if state is None:
+            ema, recent = None, signal.new_zeros(*signal.shape[:2], self.truncation)
+        else:
+            ema, recent = (part.to(signal.dtype) for part in state)
+            ema = ema - left * recent[..., :1]
+        outputs, ema = diagonal_step(token[:, 0], system, ema, decay)
+        return outputs.unsqueeze(1), (ema, torch.cat([recent[..., 1:], signal], dim=-1))
+
+    def _step_constants(self) -> tuple[tuple[torch.Tensor, None], torch.Tensor | None]:
+        """Decay of a step; with truncation also the weight that the token about to leave has in the state, (D, N)."""
+        system = self.system()
+        decay = step_decay(system)
+        if self.truncation is None:
+            return decay, None
+        # It has decayed tau - 1 times, by the very factor of the steps, rounding included.
+        passed = decay[0].to(system.log_decay_real.dtype) ** (self.truncation - 1)
+        return decay, system.input_real * passed.to(system.input_real.dtype)
 
     def _check_inputs(
         self,

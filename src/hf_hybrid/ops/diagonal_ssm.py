@@ -331,8 +331,19 @@ def diagonal_final_state(
     return pack_state(*state)
 
 
+def step_decay(system: DiagonalSystem) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q as a pair of (D, N), in the precision of the coefficients: what one step multiplies the state with."""
+    powers = decay_powers(
+        system.log_decay_real, system.log_decay_imag, count=1, offset=1, dtype=system.input_real.dtype
+    )
+    return powers[0][..., 0], None if powers[1] is None else powers[1][..., 0]
+
+
 def diagonal_step(
-    inputs: torch.Tensor, system: DiagonalSystem, state: torch.Tensor | None = None
+    inputs: torch.Tensor,
+    system: DiagonalSystem,
+    state: torch.Tensor | None = None,
+    decay: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of the recurrence, O(N) per channel.
 
@@ -340,6 +351,7 @@ def diagonal_step(
         inputs: (B, D).
         system: as `DiagonalSystem`.
         state: (B, D, N[, 2]) or None for zeros.
+        decay: `step_decay` of the system, when it is at hand.
 
     Returns:
         Output (B, D), or (B, S, D), and the next state.
@@ -352,8 +364,7 @@ def diagonal_step(
         None if not is_complex else torch.zeros_like(real) if system.input_imag is None else system.input_imag * driven
     )
     if state is not None:
-        decay = decay_powers(system.log_decay_real, system.log_decay_imag, count=1, offset=1, dtype=dtype)
-        decay = (decay[0][..., 0], None if decay[1] is None else decay[1][..., 0])
+        decay = step_decay(system) if decay is None else decay
         carried = complex_multiply(*unpack_state(state.to(dtype), is_complex), *decay)
         real = real + carried[0]
         imag = None if imag is None else imag + carried[1]
