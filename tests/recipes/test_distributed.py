@@ -23,14 +23,18 @@ def command_line(options: dict) -> list[str]:
 
 
 def launch(launcher: str, script: str, options: dict) -> None:
-    """Run a script on two processes; `launcher` is "torchrun" or "accelerate"."""
+    """Run a script on two processes; `launcher` is "torchrun" or "accelerate".
+
+    With `--cpu` accelerate would leave starting the processes to MPI; `--multi_gpu` starts them itself, and the script's
+    `--use_cpu` keeps them on the CPU.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     starter = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"],
         "accelerate": [
-            "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+            "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
             "--dynamo_backend=no", f"--main_process_port={port}",
         ],
     }[launcher]  # fmt: skip

@@ -626,9 +626,9 @@ class SpadeForSequenceClassification(SpadeEncoderHead):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         """`logits` (B, num_labels); `labels` (B,) int for classes, float for regression, (B, num_labels) for multi-label."""
+        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         pooled = pool_tokens(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
         logits = self.classifier(pooled)
         loss = None
