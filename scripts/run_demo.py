@@ -1,4 +1,4 @@
-from hf_hybrid.recipes.demo import main
+from hf_hybrid.recipes.demo import command_line
 
 if __name__ == "__main__":
-    main()
+    command_line()

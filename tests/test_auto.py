@@ -99,7 +99,7 @@ HEADS = [
         "import hf_hybrid.ops.fft_conv, transformers.modeling_layers",
         "import hf_hybrid, transformers.modeling_utils",
         "import hf_hybrid, transformers.generation.utils",
-        "import hf_hybrid, transformers.trainer",
+        "import hf_hybrid.auto, importlib; importlib.reload(hf_hybrid.auto).register()",
         "import hf_hybrid, peft",
     ],
 )

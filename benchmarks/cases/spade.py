@@ -62,7 +62,7 @@ def spade_train(length: int) -> Callable[[], object]:
 
 def spade_train_checkpointed(length: int) -> Callable[[], object]:
     model = _spade_encoder()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return _train_step(model, length)
 
 

@@ -165,8 +165,11 @@ class _RegisterAfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname.split(".", 1)[0] != "transformers":
             return None
-        others = (finder for finder in list(sys.meta_path) if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        finders = list(sys.meta_path)
+        if self not in finders:  # removed by another thread meanwhile
+            return None
+        behind = finders[finders.index(self) + 1 :]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in behind)), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

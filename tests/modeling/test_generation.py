@@ -233,9 +233,13 @@ class TestEncoderDecoder:
         model = case.model()
         inputs = {"input_ids": random_ids(1, 9)}
         if not model._is_stateful:
-            expected = generate(model, inputs).tolist()
-            assert generate(model, inputs, prompt_lookup_num_tokens=3).tolist() == expected
-            assert generate(model, inputs, assistant_model=case.model()).tolist() == expected
+            # Transformers 5.17 takes a start token that is also the end token for the end of the text.
+            options = (
+                {"eos_token_id": None} if model.config.decoder_start_token_id == model.config.eos_token_id else {}
+            )
+            expected = generate(model, inputs, **options).tolist()
+            assert generate(model, inputs, prompt_lookup_num_tokens=3, **options).tolist() == expected
+            assert generate(model, inputs, assistant_model=case.model(), **options).tolist() == expected
             return
         with pytest.raises(ValueError, match="stateful"):
             generate(model, inputs, prompt_lookup_num_tokens=3)

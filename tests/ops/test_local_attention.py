@@ -184,7 +184,7 @@ def test_rows_of_a_batch_are_independent():
     for row in range(3):
         one = slice(row, row + 1)
         alone = local_attention(query[one], key[one], value[one], radius=7, key_mask=mask[one])
-        torch.testing.assert_close(together[one], alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -39,7 +39,8 @@ def test_help_is_complete(name, capsys):
 def test_scripts_only_call_their_recipe(script):
     name = script.stem.removeprefix("run_")
     lines = [line for line in script.read_text().splitlines() if line.strip()]
-    assert lines == [f"from hf_hybrid.recipes.{name} import main", 'if __name__ == "__main__":', "    main()"]
+    entry = "command_line" if name == "demo" else "main"
+    assert lines == [f"from hf_hybrid.recipes.{name} import {entry}", 'if __name__ == "__main__":', f"    {entry}()"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes under torchrun train the same model as one, and only the first writes."""
+"""Two processes under torchrun or `accelerate launch` train the same model as one, and only the first writes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_hybrid.recipes import pretrain_span_corruption
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def launch(script: str, options: dict, processes: int) -> None:
+def command_line(options: dict) -> list[str]:
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def launch(launcher: str, script: str, options: dict) -> None:
+    """Run a script on two processes; `launcher` is "torchrun" or "accelerate".
+
+    With `--cpu` accelerate would leave starting the processes to MPI; `--multi_gpu` starts them itself, and the script's
+    `--use_cpu` keeps them on the CPU.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [*(starter if processes > 1 else [sys.executable]), str(SCRIPTS / script), *words]
+    starter = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"],
+        "accelerate": [
+            "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+            "--dynamo_backend=no", f"--main_process_port={port}",
+        ],
+    }[launcher]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *starter, str(SCRIPTS / script), *command_line(options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -35,15 +51,15 @@ def same_weights(first: Path, second: Path) -> None:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_pretraining_on_two_processes(tmp_path, checkpoint, corpus):
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_pretraining_on_two_processes(launcher, tmp_path, checkpoint, corpus):
     options = {
         "model_name_or_path": checkpoint, "data": corpus, "input_length": 32, "max_validation_segments": 16, "validation_fraction": 0.2,
         "max_steps": 6, "learning_rate": 1e-3, "use_cpu": True, "logging_steps": 1, "eval_strategy": "no",
     }  # fmt: skip
-    launch("run_pretrain_span_corruption.py", {**options, "output_dir": tmp_path / "one"}, 1)
+    pretrain_span_corruption.main(command_line({**options, "output_dir": tmp_path / "one"}))
     halves = {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
-    launch("run_pretrain_span_corruption.py", {**options, **halves}, 2)
+    launch(launcher, "run_pretrain_span_corruption.py", {**options, **halves})
     same_weights(tmp_path / "one", tmp_path / "two")
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert two["input_tokens_seen"] == one["input_tokens_seen"] == 6 * 8 * 32
@@ -61,6 +77,6 @@ def test_summaries_on_two_processes(tmp_path, checkpoint):
         "validation_data": tmp_path / "validation.jsonl", "max_steps": 2, "use_cpu": True, "save_strategy": "no",
         "per_device_eval_batch_size": 2, "max_minutes": 30,
     }  # fmt: skip
-    launch("run_finetune_summarization.py", {**options, "output_dir": tmp_path / "two"}, 2)
+    launch("torchrun", "run_finetune_summarization.py", {**options, "output_dir": tmp_path / "two"})
     predictions = (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["references"] for line in predictions] == [[row["summary"]] for row in rows]

@@ -93,7 +93,7 @@ def test_classification_scores_are_reproduced(options, checkpoint, tmp_path):
     again = {"kind": "glue", "model_name_or_path": options["output_dir"], "output_dir": str(tmp_path / "eval")}
     measured = evaluate.main({**options, **data, **again})
     assert measured["eval_accuracy"] == trained["eval_accuracy"]
-    assert measured["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-6)
+    assert measured["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
     written = {path.name for path in (tmp_path / "eval").iterdir()}
     assert written == {"arguments.json", "environment.json", "metrics.json"}
 
@@ -114,7 +114,7 @@ def test_pretraining_loss_is_reproduced(options, checkpoint, corpus, tmp_path):
     trained = pretrain_span_corruption.main({**options, **data, "model_name_or_path": str(checkpoint)})
     again = {"kind": "span_corruption", "model_name_or_path": options["output_dir"], "output_dir": str(tmp_path / "e")}
     measured = evaluate.main({**options, **data, **again})
-    assert measured["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-6)
+    assert measured["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
 
 
 def test_causal_models_are_evaluated(options, causal_checkpoint, corpus):

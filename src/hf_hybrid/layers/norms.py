@@ -6,13 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.rms_norm import rms_norm
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` over the last dimension, with the form of `rms_norm` that is fast on CPU."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) to (..., D)."""
+        return rms_norm(hidden_states, self.weight, self.eps)
+
 
 def build_norm(norm_type: str, hidden_size: int, eps: float) -> nn.Module:
     """`"layer_norm"` (mean-subtracting, with bias) or `"rms_norm"` over the last dimension."""
     if norm_type == "layer_norm":
         return nn.LayerNorm(hidden_size, eps=eps)
     if norm_type == "rms_norm":
-        return nn.RMSNorm(hidden_size, eps=eps)
+        return RMSNorm(hidden_size, eps=eps)
     raise ValueError(f"`norm_type` must be 'layer_norm' or 'rms_norm'; got {norm_type!r}.")
 
 
@@ -26,8 +36,10 @@ class ScaleNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
-        outputs = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
-        return outputs if self.scalar is None else outputs * self.scalar
+        size = hidden_states.shape[-1]
+        if self.scalar is None:
+            return F.rms_norm(hidden_states, (size,), eps=self.eps)
+        return rms_norm(hidden_states, self.scalar.expand(size), self.eps)
 
     def extra_repr(self) -> str:
         return f"affine={self.scalar is not None}, eps={self.eps}"
@@ -88,7 +100,7 @@ def sequence_norm(
     if kind == "rmsnorm":
         if rms_norm_legacy:
             return SequenceNorm(FeatureScale(size, affine))
-        return SequenceNorm(nn.RMSNorm(size, eps=eps, elementwise_affine=affine))
+        return SequenceNorm(RMSNorm(size, eps=eps) if affine else nn.RMSNorm(size, eps=eps, elementwise_affine=False))
     if kind == "batchnorm":
         return SequenceNorm(nn.BatchNorm1d(size, eps=eps, affine=affine))
     if kind == "syncbatchnorm":

@@ -228,7 +228,7 @@ class StateSpaceLayer(KeepsResults):
         return torch.stack([self._tile(part.to(dtype)) for part in tensor.unbind(-1)], dim=-1)
 
     def dplr_system(self, dtype: torch.dtype) -> DplrSystem:
-        """Continuous system of every feature in a precision ("s4")."""
+        """Continuous system of every feature in a precision ("s4"): rates, P, B of (H, M, 2), dt of (H,), Λ - P P* as in HiPPO."""
         rates = torch.stack([-torch.exp(self.inv_w_real.to(dtype)), self.w_imag.to(dtype)], dim=-1)
         return DplrSystem(
             self._tile_pairs(rates, dtype),

@@ -68,6 +68,7 @@ class SpadeEncoderLayer(GradientCheckpointingLayer):
         positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """(B, L, D) to (B, L, D); the masks, bias and positions are those of `SpadeMixer.forward`."""
         if self.norm_first:
             mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions)
             hidden_states = hidden_states + self.dropout(mixed)
@@ -112,6 +113,8 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """(B, T, D) and encoder output (B, L, D) to (B, T, D); additive masks (B or 1, 1, T, keys) or None."""
+
         def attend_to_self(states: torch.Tensor) -> torch.Tensor:
             if not self.is_local:
                 return self.self_attention(
@@ -624,6 +627,8 @@ class SpadeForSequenceClassification(SpadeEncoderHead):
     ) -> SequenceClassifierOutput:
         """`logits` (B, num_labels); `labels` (B,) int for classes, float for regression, (B, num_labels) for multi-label."""
         outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        if input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
         pooled = pool_tokens(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
         logits = self.classifier(pooled)
         loss = None

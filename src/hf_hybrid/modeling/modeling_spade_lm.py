@@ -67,6 +67,7 @@ class SpadeLMLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """(B, L, D) to (B, L, D); the mask, bias, positions and cache are those of `SpadeMixer.forward`."""
         mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions, past_key_values, self.layer_idx)
         hidden_states = hidden_states + self.dropout(mixed)
         residual = hidden_states if self.residual_scale is None else hidden_states * self.residual_scale

@@ -484,8 +484,13 @@ def main(args: DemoArguments | Sequence[str] | Mapping[str, Any] | None = None) 
         return demo.run()
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """`main` for a shell: a folder in the way ends in a message, not in a traceback."""
     try:
         main()
     except FileExistsError as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    command_line()

@@ -398,6 +398,7 @@ def set_generation(
     beams = training_args.generation_num_beams or 1
     if data_args.length_penalty is not None and beams == 1:
         raise ValueError("`length_penalty` acts on beam search: set `generation_num_beams` above 1 or leave it out.")
+    model.generation_config.max_length = training_args.generation_max_length  # the default of 20 would cut texts
     options = {
         "num_beams": beams if beams > 1 else None,
         "length_penalty": data_args.length_penalty,

@@ -22,10 +22,11 @@ pass `split_special_tokens=True` to the call to treat it as ordinary characters 
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -160,17 +161,32 @@ def train_sentencepiece_model(
             f"`vocab_size` is {vocab_size}; three special tokens and 256 byte pieces already take 259, so pass a few "
             "hundred at least (8,000 to 32,000 for real corpora)."
         )
-    sentencepiece = _import_sentencepiece()
-    sentencepiece.set_random_generator_seed(0)  # for the sample of lines
     sentences = _sentences(texts)
     first = next(sentences, None)
     if first is None:
         raise ValueError("`texts` holds no text: every document is empty. Pass at least one non-empty document.")
+    options = {
+        "vocab_size": vocab_size,
+        "character_coverage": character_coverage,
+        "input_sentence_size": max_sentences,
+        "shuffle_input_sentence": max_sentences > 0,
+        "split_digits": split_digits,
+        "num_threads": num_threads,
+    }
+    try:
+        model = _run_trainer(itertools.chain([first], sentences), normalization, options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"sentencepiece could not train a vocabulary of {vocab_size} pieces on this text: {error}. When the size is "
+            "called too high or too small, change `vocab_size` to the bound it names, or give it more text."
+        ) from error
+    return _with_exact_scores(model)
 
-    def all_sentences() -> Iterator[str]:
-        yield first
-        yield from sentences
 
+def _run_trainer(sentences: Iterator[str], normalization: str, options: Mapping[str, Any]) -> bytes:
+    """sentencepiece's trainer with what all our tokenizers share: unigram, byte fallback, T5's special tokens."""
+    sentencepiece = _import_sentencepiece()
+    sentencepiece.set_random_generator_seed(0)  # for the sample of lines
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         if normalization == "identity":
@@ -179,31 +195,20 @@ def train_sentencepiece_model(
             rules_file = Path(folder) / "rules.tsv"
             _write_rules(_character_rules(normalization), rules_file)
             rule = {"normalization_rule_tsv": str(rules_file)}
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=all_sentences(),
-                model_writer=model,
-                model_type="unigram",
-                vocab_size=vocab_size,
-                character_coverage=character_coverage,
-                byte_fallback=True,
-                split_digits=split_digits,
-                pad_id=0,
-                eos_id=1,
-                unk_id=2,
-                bos_id=-1,
-                input_sentence_size=max_sentences,
-                shuffle_input_sentence=max_sentences > 0,
-                num_threads=num_threads,
-                minloglevel=2,
-                **rule,
-            )
-        except RuntimeError as error:
-            raise ValueError(
-                f"sentencepiece could not train a vocabulary of {vocab_size} pieces on this text: {error}. When the size is "
-                "called too high or too small, change `vocab_size` to the bound it names, or give it more text."
-            ) from error
-    return _with_exact_scores(model.getvalue())
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=model,
+            model_type="unigram",
+            byte_fallback=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+            **options,
+            **rule,
+        )
+    return model.getvalue()
 
 
 def _with_exact_scores(model: bytes) -> bytes:
