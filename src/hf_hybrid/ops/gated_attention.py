@@ -172,9 +172,10 @@ def cached_gated_attention(
         chunks = torch.div(positions, chunk_size, rounding_mode="floor")
         key_mask = key_mask & (chunks == chunks[:, -1:])
         positions = torch.remainder(positions, chunk_size)
-    if positions is None:
-        positions = torch.arange(total, device=query.device).unsqueeze(0)
-    divisor = positions[:, total - new :].clamp(min=0) + 1
+    divisor = None
+    if activation != "softmax":
+        places = torch.arange(total, device=query.device).unsqueeze(0) if positions is None else positions
+        divisor = places[:, total - new :].clamp(min=0) + 1
     band = _centre(bias, total, query)
     hidden = _hidden(key_mask, activation)
     scores = Scores(_scaled(query, activation, divisor), key, band, hidden, activation, causal=True, shift=new - 1)
@@ -339,8 +340,8 @@ def _chunk_scores(
         )
 
 
-def _scaled(query: torch.Tensor, activation: str, divisor: torch.Tensor | int) -> torch.Tensor:
-    """Queries times the scale of their scores, in float32 or better; `divisor` is a number or (G or 1, R or 1)."""
+def _scaled(query: torch.Tensor, activation: str, divisor: torch.Tensor | int | None) -> torch.Tensor:
+    """Queries times the scale of their scores, in float32 or better; `divisor` is a number or (G or 1, R or 1), free for softmax."""
     states = query.to(torch.promote_types(query.dtype, torch.float32))
     if activation == "softmax":
         return states * query.shape[-1] ** -0.5

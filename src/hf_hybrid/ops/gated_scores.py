@@ -67,10 +67,13 @@ def _band(bias: torch.Tensor, causal: bool, shift: int, rows: slice, num_keys: i
 
     Row i is the query at key i + ahead, for which the offset 0 has entry `shift + ahead`.
     """
+    first = shift - rows.start
+    if rows.stop - rows.start == 1 and 0 <= first <= bias.shape[1] - num_keys:  # a decoding step, which sees all keys
+        return bias[:, None, first : first + num_keys]
     if causal:
         bias = bias[:, : shift + ahead + 1]
     fill = -torch.inf if causal else 0.0
-    return toeplitz_bias(bias, rows.stop - rows.start, num_keys, shift=shift - rows.start, fill=fill)
+    return toeplitz_bias(bias, rows.stop - rows.start, num_keys, shift=first, fill=fill)
 
 
 def attend(scores: Scores, value: torch.Tensor, dropout_p: float) -> torch.Tensor:
