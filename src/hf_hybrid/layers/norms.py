@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.recompute import recomputed
+
 
 def build_norm(norm_type: str, hidden_size: int, eps: float) -> nn.Module:
     """`"layer_norm"` (mean-subtracting, with bias) or `"rms_norm"` over the last dimension."""
@@ -26,8 +28,12 @@ class ScaleNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
-        outputs = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
-        return outputs if self.scalar is None else outputs * self.scalar
+        if self.scalar is None:
+            return self._normed(hidden_states)
+        return recomputed(lambda states, scalar: self._normed(states) * scalar, hidden_states, self.scalar)
+
+    def _normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"affine={self.scalar is not None}, eps={self.eps}"
