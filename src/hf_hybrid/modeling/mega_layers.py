@@ -9,6 +9,7 @@ Z query and key width, E value width, C chunk size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from ..layers.adaptive import AdaptiveEmbedding
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.kept_results import KeepsResults
 from ..layers.norms import sequence_norm
-from ..ops.blocked_attention import dropout_factors
+from ..ops.blocked_attention import random_mask
 from ..ops.gated_attention import (
     cached_gated_attention,
     gated_attention,
@@ -32,6 +33,7 @@ from ..ops.gated_attention import (
     gated_cross_attention,
     gated_cross_attention_weights,
 )
+from ..ops.recompute import recomputed
 from ..ops.relative_position import rotary_bias_at, rotary_relative_bias
 
 
@@ -40,6 +42,14 @@ def activation_function(name: str) -> nn.Module:
     if name not in ACT2FN:
         raise ValueError(f"`activation` must be one of {', '.join(sorted(ACT2FN))}; got {name!r}.")
     return ACT2FN[name]
+
+
+def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
+    return attended * F.silu(reset)
+
+
+def _interpolate(residual: torch.Tensor, candidate: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return residual + torch.sigmoid(gate) * (candidate - residual)
 
 
 def build_norm(config: MegaConfig, affine: bool | None = None) -> nn.Module:
@@ -60,19 +70,24 @@ class MegaDropout(nn.Module):
         self.probability = probability
         self.by_feature = by_feature
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) to the same shape."""
+    def _kept(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) or (B, 1, D) bool, False at what is dropped."""
+        shape = (states.shape[0], 1, states.shape[2]) if self.by_feature else states.shape
+        if states.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            return random_mask(torch.Size(shape), self.probability, torch.default_generator)
+        return torch.rand(shape, device=states.device) >= self.probability
+
+    def forward(self, *tensors: torch.Tensor, function: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+        """Dropout of `function(*tensors)`, or of one tensor: (B, L, D) to the same shape.
+
+        The result of the pointwise `function` is not kept for the backward pass beside that of the dropout.
+        """
         if not self.training or self.probability == 0:
-            return hidden_states
-        if self.by_feature:
-            return F.dropout1d(hidden_states.transpose(1, 2), self.probability).transpose(1, 2)
-        if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            # the same distribution as `F.dropout`, whose random numbers take 2.5 times as long on a CPU
-            factors = dropout_factors(
-                hidden_states.shape, self.probability, torch.default_generator, hidden_states.dtype
-            )
-            return hidden_states * factors
-        return F.dropout(hidden_states, self.probability)
+            return tensors[0] if function is None else function(*tensors)
+        kept, scale = self._kept(tensors[0]), 1 / (1 - self.probability)
+        if function is None:
+            return tensors[0] * kept * scale
+        return recomputed(lambda mask, *inputs: function(*inputs) * mask * scale, kept, *tensors)
 
 
 class MegaValueEmbedding(nn.Module):
@@ -280,7 +295,7 @@ class MegaAttention(nn.Module):
         """
         residual = hidden_states
         normed = self.norm(hidden_states) if self.norm_first else hidden_states
-        value = self.hidden_dropout(self.activation(self.v_proj(normed)))
+        value = self.hidden_dropout(self.v_proj(normed), function=self.activation)
         token_mask = None if mask is None else mask[:, -hidden_states.shape[1] :]
         average = self.dropout(self._average(normed, token_mask, past_key_values))
         gate, shared, reset, candidate = self.mx_proj(average).split(self.split_sizes, dim=-1)
@@ -288,8 +303,9 @@ class MegaAttention(nn.Module):
         query = (shared * self.qk_weight[0] + self.qk_bias[0]).to(value.dtype)
         key = (shared * self.qk_weight[1] + self.qk_bias[1]).to(value.dtype)
         attended, weights = self._attend(query, key, value, mask, positions, past_key_values, output_attentions)
-        candidate = self.dropout(self.activation(candidate + self.h_proj(attended * F.silu(reset))))
-        output = residual + torch.sigmoid(gate) * (candidate - residual)
+        attended = self.h_proj(recomputed(_reset, attended, reset))
+        candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
+        output = recomputed(_interpolate, residual, candidate, gate)
         return output if self.norm_first else self.norm(output), weights
 
 
@@ -329,7 +345,7 @@ class MegaCrossAttention(nn.Module):
                 "This decoder attends to encoder states (`add_cross_attention=True`): pass `encoder_hidden_states` (B, S, D), or "
                 "the cache of a call that had them."
             )
-        key, value = self.k_proj(source), self.hidden_dropout(self.activation(self.v_proj(source)))
+        key, value = self.k_proj(source), self.hidden_dropout(self.v_proj(source), function=self.activation)
         if layer is not None:
             layer.cross_keys, layer.cross_values = key, value
         return key, value
@@ -374,8 +390,8 @@ class MegaCrossAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         attended = gated_cross_attention(query, key, value, dropout_p=dropout, **settings)
         weights = gated_cross_attention_weights(query, key, **settings) if output_attentions else None
-        candidate = self.dropout(self.activation(self.h_proj(attended * F.silu(reset))))
-        output = hidden_states + torch.sigmoid(gate) * (candidate - hidden_states)
+        candidate = self.dropout(self.h_proj(recomputed(_reset, attended, reset)), function=self.activation)
+        output = recomputed(_interpolate, hidden_states, candidate, gate)
         return output if self.norm_first else self.norm(output), weights
 
 
@@ -395,7 +411,7 @@ class MegaFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to the same shape."""
         normed = self.norm(hidden_states) if self.norm_first else hidden_states
-        update = self.fc2(self.hidden_dropout(self.activation(self.fc1(normed))))
+        update = self.fc2(self.hidden_dropout(self.fc1(normed), function=self.activation))
         output = hidden_states + self.dropout(update)
         return output if self.norm_first else self.norm(output)
 
