@@ -34,7 +34,7 @@ from ..ops.gated_attention import (
     gated_cross_attention_weights,
 )
 from ..ops.recompute import recomputed
-from ..ops.relative_position import rotary_bias_at, rotary_relative_bias
+from ..ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
 
 
 def activation_function(name: str) -> nn.Module:
@@ -186,7 +186,7 @@ class MegaRelativeBias(KeepsResults):
         """Biases of all offsets inside a piece of at least `length` tokens: (2 m - 1,), entry m - 1 + (j - i), m >= length."""
         self.check_length(length)
         if self.kind == "simple":
-            return self.rel_pos_bias[self.reach - length : self.reach + length - 1]
+            return simple_relative_bias(self.rel_pos_bias[: 2 * self.reach - 1], length)
         if self._cache_key() is not None:  # evaluation: kept from step to step of a growing text
             length = 1 << (length - 1).bit_length()
         return self._cached(f"{length}", lambda: rotary_relative_bias(self.alpha, self.b_param, length))
