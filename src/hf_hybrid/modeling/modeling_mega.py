@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_mega import MegaConfig
@@ -239,11 +239,21 @@ class MegaClassifier(MegaPreTrainedModel):
         outputs = self.mega(attention_mask=attention_mask, use_cache=False, **kwargs)
         return outputs, pool_tokens(outputs.last_hidden_state, attention_mask, self.config.pooling_type)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
-        if labels is None:
-            return None
-        check_class_labels(labels, self.num_labels)
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+    def _classify(
+        self,
+        output_type: type[ModelOutput],
+        outputs: BaseModelOutputWithPoolingAndCrossAttentions,
+        pooled: torch.Tensor,
+        labels: torch.Tensor | None,
+    ) -> ModelOutput:
+        """Logits of the pooled states, and their loss, beside what the stack returned."""
+        logits, loss = self.classifier(pooled), None
+        if labels is not None:
+            check_class_labels(labels, self.num_labels)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return output_type(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class MegaForSequenceClassification(MegaClassifier):
@@ -303,13 +313,7 @@ class MegaForSequenceClassification(MegaClassifier):
                     "batch dimension."
                 )
             pooled = torch.cat([second, pooled], dim=-1)  # the published order: second text first
-        logits = self.classifier(pooled)
-        return SequenceClassifierOutput(
-            loss=self._loss(logits, labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return self._classify(SequenceClassifierOutput, outputs, pooled, labels)
 
 
 class MegaForImageClassification(MegaClassifier):
@@ -350,13 +354,7 @@ class MegaForImageClassification(MegaClassifier):
         if pixel_values is None:
             raise ValueError("Pass `pixel_values`: grey images (batch, 1, height, width).")
         outputs, pooled = self._encode(None, input_values=self._flatten(pixel_values), **kwargs)
-        logits = self.classifier(pooled)
-        return ImageClassifierOutput(
-            loss=self._loss(logits, labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return self._classify(ImageClassifierOutput, outputs, pooled, labels)
 
 
 class MegaForAudioClassification(MegaClassifier):
@@ -380,13 +378,7 @@ class MegaForAudioClassification(MegaClassifier):
     ) -> SequenceClassifierOutput:
         """`logits` (B, num_labels) of waveforms (B, L); `attention_mask` (B, L) is 1 at samples, 0 at padding."""
         outputs, pooled = self._encode(attention_mask, input_values=input_values, **kwargs)
-        logits = self.classifier(pooled)
-        return SequenceClassifierOutput(
-            loss=self._loss(logits, labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return self._classify(SequenceClassifierOutput, outputs, pooled, labels)
 
 
 class MegaForTokenClassification(MegaPreTrainedModel):

@@ -15,7 +15,6 @@ from transformers import initialization as init
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -39,106 +38,13 @@ from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, full_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
 from .losses import check_class_labels, token_cross_entropy
-from .spade_layers import SpadeAttention, SpadeClassificationHead, SpadeMixer, build_feed_forward
-
-
-class SpadeEncoderLayer(GradientCheckpointingLayer):
-    """Mixer and feed-forward sublayer, each y = x + dropout(f(norm(x))), or post-norm y = norm(x + dropout(f(x)))."""
-
-    def __init__(self, config: SpadeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.norm_first = config.norm_first
-        self.mixer = SpadeMixer(
-            config,
-            window=config.attention_window,
-            has_ssm=layer_idx in config.ssm_layers,
-            is_causal=False,
-            has_bias_table=layer_idx == 0 or not config.share_relative_bias,
-        )
-        self.mixer_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.feed_forward = build_feed_forward(config, default_bias=False)
-        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        key_mask: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """(B, L, D) to (B, L, D); the masks, bias and positions are those of `SpadeMixer.forward`."""
-        if self.norm_first:
-            mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions)
-            hidden_states = hidden_states + self.dropout(mixed)
-            return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
-        mixed = self.mixer(hidden_states, key_mask, bias, positions)
-        hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
-        return self.feed_forward_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
-
-
-class SpadeDecoderLayer(GradientCheckpointingLayer):
-    """Self-attention (full, or local with an optional SSM), cross-attention and feed-forward sublayer."""
-
-    def __init__(self, config: SpadeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.norm_first = config.norm_first
-        self.is_local = config.decoder_attention_window is not None
-        if self.is_local:
-            self.self_attention = SpadeMixer(
-                config,
-                window=config.decoder_attention_window,
-                has_ssm=layer_idx in config.decoder_ssm_layers,
-                is_causal=True,
-                has_bias_table=True,
-            )
-        else:
-            self.self_attention = SpadeAttention(config, layer_idx, is_cross_attention=False)
-        self.cross_attention = SpadeAttention(config, layer_idx, is_cross_attention=True)
-        self.feed_forward = build_feed_forward(config, default_bias=config.attention_bias)
-        self.self_attention_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.cross_attention_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        self_attention_mask: torch.Tensor | None = None,
-        cross_attention_mask: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """(B, T, D) and encoder output (B, L, D) to (B, T, D); additive masks (B or 1, 1, T, keys) or None."""
-
-        def attend_to_self(states: torch.Tensor) -> torch.Tensor:
-            if not self.is_local:
-                return self.self_attention(
-                    states, attention_mask=self_attention_mask, past_key_values=past_key_values, **kwargs
-                )[0]
-            cache = None if past_key_values is None else past_key_values.self_attention_cache
-            return self.self_attention(states, self_attention_mask, None, positions, cache, self.layer_idx)
-
-        def attend_to_source(states: torch.Tensor) -> torch.Tensor:
-            return self.cross_attention(
-                states, encoder_hidden_states, cross_attention_mask, past_key_values=past_key_values, **kwargs
-            )[0]
-
-        sublayers = (
-            (attend_to_self, self.self_attention_norm),
-            (attend_to_source, self.cross_attention_norm),
-            (self.feed_forward, self.feed_forward_norm),
-        )
-        for sublayer, norm in sublayers:
-            if self.norm_first:
-                hidden_states = hidden_states + self.dropout(sublayer(norm(hidden_states)))
-            else:
-                hidden_states = norm(hidden_states + self.dropout(sublayer(hidden_states)))
-        return hidden_states
+from .spade_layers import (
+    SpadeAttention,
+    SpadeClassificationHead,
+    SpadeDecoderLayer,
+    SpadeEncoderLayer,
+    SpadeMixer,
+)
 
 
 class SpadePreTrainedModel(PreTrainedModel):
