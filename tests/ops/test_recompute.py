@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
+from hf_hybrid.ops import recompute
 from hf_hybrid.ops.recompute import recomputed
 
 
@@ -24,6 +26,33 @@ def test_gradients() -> None:
     actual = torch.autograd.grad(recomputed(gate, states, scale, mask).square().sum(), (states, scale))
     for first, second in zip(actual, expected):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    wide = torch.randn(2, 7, 10, requires_grad=True)
+    mask = torch.rand(2, 7, 5) < 0.5
+
+    def run() -> list[torch.Tensor]:
+        states, scale = wide.to(dtype).split(5, dim=-1)  # rows with gaps between them
+        output = recomputed(gate, states, scale, mask)
+        assert output.is_contiguous()
+        return [output, *torch.autograd.grad(output.sum(), wide)]
+
+    whole = run()
+    monkeypatch.setattr(recompute, "ELEMENTS_AT_A_TIME", 15)
+    for first, second in zip(run(), whole):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_tensors_of_other_shapes_are_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "ELEMENTS_AT_A_TIME", 4)
+    states, scale = torch.randn(2, 3, 4), torch.randn(1, 1, 4)
+    kept = torch.ones(2, 1, 4, dtype=torch.bool)
+    torch.testing.assert_close(recomputed(gate, states, scale, kept), gate(states, scale, kept), rtol=0, atol=0)
+    gradients = torch.autograd.grad(recomputed(gate, states, scale.requires_grad_(), kept).sum(), scale)
+    expected = torch.autograd.grad(gate(states, scale, kept).sum(), scale)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
 
 
 def test_inputs_without_gradient() -> None:

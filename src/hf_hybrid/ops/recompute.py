@@ -1,11 +1,27 @@
-"""Pointwise functions whose results are computed again for the backward pass instead of being kept."""
+"""Pointwise functions, a piece at a time, whose results are computed again for the backward pass instead of being kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+# Of each tensor: what is computed from a few such pieces stays in cache, and the system is not asked for fresh memory at every step
+# of a function. SiLU, dropout and gating of (1, L, 1024) in float32, forward and backward, one thread: 272 ms whole, 85 ms
+# in pieces at L 4,096; 1,208 and 513 at 16,384. Pieces of 2^17 are alike, those of 2^16 and less pay for more calls.
+ELEMENTS_AT_A_TIME = 1 << 18
+
+
+def _pieces(tensors: Sequence[torch.Tensor]) -> list[slice] | None:
+    """Slices of the rows of tensors of one shape on CPU, or None where they are better taken whole."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dim() < 2 or first.numel() <= ELEMENTS_AT_A_TIME:
+        return None
+    if any(tensor.shape != first.shape for tensor in tensors):
+        return None
+    size = max(1, ELEMENTS_AT_A_TIME // first.shape[-1])
+    return [slice(start, start + size) for start in range(0, first.numel() // first.shape[-1], size)]
 
 
 class _Recomputed(torch.autograd.Function):
@@ -13,27 +29,58 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
         ctx.function = function
         ctx.save_for_backward(*tensors)
-        return function(*tensors)
+        pieces = _pieces(tensors)
+        if pieces is None:
+            return function(*tensors)
+        rows = [tensor.flatten(0, -2) for tensor in tensors]
+        first = function(*(row[pieces[0]] for row in rows))
+        output = first.new_empty(rows[0].shape)
+        output[pieces[0]] = first
+        for piece in pieces[1:]:
+            output[piece] = function(*(row[piece] for row in rows))
+        return output.view(tensors[0].shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed)]
-        with torch.enable_grad():
-            output = ctx.function(*tensors)
-        found = iter(torch.autograd.grad(output, [tensor for tensor in tensors if tensor.requires_grad], gradient))
-        return None, *(next(found) if need else None for need in needed)
+        needed, tensors = ctx.needs_input_grad[1:], ctx.saved_tensors
+        pieces = _pieces(tensors)
+        if pieces is None:
+            found = _gradients(ctx.function, tensors, needed, gradient)
+            return None, *found
+        rows = [tensor.flatten(0, -2) for tensor in tensors]
+        outputs = [torch.empty(row.shape, dtype=row.dtype) if need else None for row, need in zip(rows, needed)]
+        gradient = gradient.flatten(0, -2)
+        for piece in pieces:
+            found = _gradients(ctx.function, [row[piece] for row in rows], needed, gradient[piece])
+            for output, result in zip(outputs, found):
+                if output is not None:
+                    output[piece] = result
+        return None, *(None if output is None else output.view(tensors[0].shape) for output in outputs)
+
+
+def _gradients(
+    function: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    needed: Sequence[bool],
+    gradient: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed)]
+    with torch.enable_grad():
+        output = function(*tensors)
+    found = iter(torch.autograd.grad(output, [tensor for tensor in tensors if tensor.requires_grad], gradient))
+    return [next(found) if need else None for need in needed]
 
 
 def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
     """`function(*tensors)`, of which only the inputs are kept for the backward pass.
 
-    Worth it for cheap functions of tensors that are kept anyway: what lies between them takes no memory. A compiler decides
-    for itself what to keep, so in compiled graphs the function is called as it is.
+    Worth it for cheap functions of tensors that are kept anyway: what lies between them takes no memory. On CPU the function is
+    called on some rows at a time. A compiler decides for itself what to keep and to fuse, so in compiled graphs the
+    function is called as it is.
 
     Args:
-        function: deterministic, of tensors alone; tensors it closes over get no gradient.
-        tensors: inputs; those of integer or boolean type get no gradient.
+        function: pointwise and deterministic, of tensors alone; tensors it closes over get no gradient.
+        tensors: inputs that can be broadcast to the shape of the first; those of integer or boolean type get no gradient.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return function(*tensors)
