@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -154,3 +156,47 @@ class TestGatedAttention:
             check_gated_cache(cache, 2, LAYOUT | {"chunk_size": 8})
         with pytest.raises(ValueError, match="2 rows but `past_key_values` holds 3"):
             cache.update(torch.zeros(2, 1, 2), torch.zeros(2, 1, 4), 0)
+
+
+def test_a_growing_text_is_not_copied_at_every_token() -> None:
+    layer = gated_cache(1, None, {}).layers[0]
+    texts = torch.randn(2, 400, 3), torch.randn(2, 400, 5)
+    layer.update(*(text[:, :7] for text in texts))
+    places = set()
+    for step in range(7, 400):
+        kept = layer.update(*(text[:, step : step + 1] for text in texts))
+        assert all(torch.equal(states, text[:, : step + 1]) for states, text in zip(kept, texts))
+        places.add(layer.values.data_ptr())
+    assert len(places) <= 4
+
+
+def test_tokens_behind_reordered_rows_and_copies() -> None:
+    texts = torch.randn(2, 9, 3), torch.randn(2, 9, 5)
+    cache = gated_cache(1, None, {})
+    for piece in (slice(0, 4), slice(4, 5), slice(5, 6)):
+        cache.update(*(text[:, piece] for text in texts), 0)
+    twin = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    cache.update(*(-text[:, 6:7] for text in texts), 0)
+    twin.update(*(text[:, 6:7] for text in texts), 0)
+    for states, other, text in zip(
+        (cache.layers[0].keys, cache.layers[0].values), (twin.layers[0].keys, twin.layers[0].values), texts
+    ):
+        assert torch.equal(states, torch.cat([text[[1, 1], :6], -text[:, 6:7]], dim=1))
+        assert torch.equal(other, text[:, :7])
+
+
+def test_inference_mode_and_gradients_may_take_turns() -> None:
+    texts = [torch.randn(1, 6, 3, requires_grad=True), torch.randn(1, 6, 5, requires_grad=True)]
+    cache = gated_cache(1, None, {})
+    for step, mode in enumerate(
+        (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad)
+    ):
+        with mode():
+            keys, values = cache.update(*(text[:, step : step + 1] for text in texts), 0)
+    assert torch.equal(keys, texts[0][:, :5]) and torch.equal(values, texts[1][:, :5])
+
+    cache = gated_cache(1, None, {})
+    for step in range(3):
+        keys, values = cache.update(*(text[:, step : step + 1] for text in texts), 0)
+    assert torch.equal(torch.autograd.grad(keys.sum(), texts[0])[0][:, :3], torch.ones(1, 3, 3))

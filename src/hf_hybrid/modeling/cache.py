@@ -22,6 +22,8 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
+SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that grow with the text
+
 
 class SlidingRecurrentLayer(LinearAttentionAndSlidingWindowAttentionLayer):
     """Keys and values of the last tokens plus one recurrent state, with the batch operations that the base class lacks."""
@@ -125,6 +127,9 @@ class GatedAttentionLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.keys = self.values = None
+        self._rooms: dict[
+            str, torch.Tensor
+        ] = {}  # with space behind `keys` and `values`, which are views of their fronts
         self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
         self.cross_keys: torch.Tensor | None = None
         self.cross_values: torch.Tensor | None = None
@@ -146,14 +151,40 @@ class GatedAttentionLayer(CacheLayerMixin):
                 f"The input has {key_states.shape[0]} rows but `past_key_values` holds {self.keys.shape[0]}: continue the "
                 "batch that made the cache."
             )
-        keys = torch.cat([self.keys, key_states], dim=1)
-        values = torch.cat([self.values, value_states], dim=1)
+        keys = self._appended("keys", key_states)
+        values = self._appended("values", value_states)
         self.cumulative_length += key_states.shape[1]
         self.keys, self.values = keys, values
         if self.window is not None and keys.shape[1] > self.window:
             first = keys.shape[1] - self.window
             self.keys, self.values = keys[:, first:].clone(), values[:, first:].clone()  # frees the longer ones
         return keys, values
+
+    def _appended(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """The kept (B, P, W) tokens and the (B, L, W) new ones behind them, (B, P + L, W).
+
+        A text that grows by a token is not copied at every step: tokens are written into spare space, a quarter more than
+        was needed when it last ran out.
+        """
+        kept = getattr(self, name)
+        length, total = kept.shape[1], kept.shape[1] + states.shape[1]
+        if length == 0:
+            return states
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if (
+            self.window is not None
+            or is_traced
+            or (torch.is_grad_enabled() and (kept.requires_grad or states.requires_grad))
+        ):
+            return torch.cat([kept, states], dim=1)
+        room = self._rooms.get(name)
+        is_ours = room is not None and room.data_ptr() == kept.data_ptr() and room.dtype == states.dtype
+        if not is_ours or room.shape[1] < total or room.is_inference() != torch.is_inference_mode_enabled():
+            room = states.new_empty(states.shape[0], total + max(SPARE_TOKENS, total // 4), states.shape[2])
+            room[:, :length] = kept
+            self._rooms[name] = room
+        room[:, length:total] = states
+        return room[:, :total]
 
     def get_seq_length(self) -> int:
         return self.cumulative_length

@@ -10,6 +10,10 @@ from torch.autograd.function import once_differentiable
 
 ELEMENTS_AT_A_TIME = 1 << 18  # of the inputs; what is computed from them meanwhile stays in cache
 
+FEWEST_ELEMENTS = (
+    1 << 14
+)  # of inputs without gradient; a decoding step has fewer, which torch has done before our form begins
+
 
 def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension.
@@ -27,7 +31,13 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
         (..., D) in the dtype of `inputs`.
     """
     wide = inputs.dtype in (torch.float32, torch.float64) and inputs.dtype == weight.dtype
-    if wide and inputs.device.type == weight.device.type == "cpu" and not torch.compiler.is_compiling():
+    is_step = inputs.numel() < FEWEST_ELEMENTS and not torch.is_grad_enabled()
+    if (
+        wide
+        and not is_step
+        and inputs.device.type == weight.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
         return _RmsNorm.apply(inputs, weight, eps)[0]
     return F.rms_norm(inputs, weight.shape, weight, eps)
 
