@@ -167,16 +167,13 @@ class GatedAttentionLayer(CacheLayerMixin):
         was needed when it last ran out.
         """
         kept = getattr(self, name)
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        has_gradient = torch.is_grad_enabled() and (kept.requires_grad or states.requires_grad)
+        if self.window is not None or is_traced or has_gradient:
+            return torch.cat([kept, states], dim=1)
         length, total = kept.shape[1], kept.shape[1] + states.shape[1]
         if length == 0:
             return states
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if (
-            self.window is not None
-            or is_traced
-            or (torch.is_grad_enabled() and (kept.requires_grad or states.requires_grad))
-        ):
-            return torch.cat([kept, states], dim=1)
         room = self._rooms.get(name)
         is_ours = room is not None and room.data_ptr() == kept.data_ptr() and room.dtype == states.dtype
         if not is_ours or room.shape[1] < total or room.is_inference() != torch.is_inference_mode_enabled():
