@@ -29,7 +29,7 @@ def test_help_is_complete(name, capsys):
         import_module(f"hf_hybrid.recipes.{name}").main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert f"hf_hybrid.recipes.{name}" in text
+    assert (import_module(f"hf_hybrid.recipes.{name}").__doc__ or "").strip() in text, "the example commands are reflowed"
     if name in TRAINING:
         for option in ("--data", "--output_dir", "--seed", "--resume_from_checkpoint", "--max_minutes", "--max_steps"):
             assert option in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import logging
@@ -47,6 +48,10 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, so that example commands can be copied, and shows the defaults of the options."""
+
+
 def parse_arguments(
     dataclass_types: Sequence[type], args: Sequence[str] | Mapping[str, Any] | None, description: str | None
 ) -> tuple[Any, ...]:
@@ -60,7 +65,11 @@ def parse_arguments(
     Raises:
         ValueError: the file cannot be read or is no mapping.
     """
-    parser = HfArgumentParser(list(dataclass_types), description=description)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        list(dataclass_types),  # type: ignore[arg-type]
+        description=description,
+        formatter_class=HelpFormatter,
+    )
     if isinstance(args, Mapping):
         words = _to_flags(args)
     else:
