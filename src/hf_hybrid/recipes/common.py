@@ -32,6 +32,16 @@ import hf_hybrid  # noqa: F401  registers the architectures with the Auto classe
 
 from ..hub import EvaluationResult, ModelCard, write_model_card
 from ..tokenization.special_tokens import padded_vocab_size
+from ..training.adapters import (
+    adapted_config,
+    adapter_folder,
+    add_lora,
+    base_model,
+    check_resumable,
+    load_adapted_model,
+    state_modules,
+)
+from ..training.arguments import FinetuningArguments
 from ..training.run_folder import (
     ENVIRONMENT_FILE,
     LOSS_CURVE_FILE,
@@ -205,7 +215,12 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
 
     is_type = name_or_path in CONFIG_MAPPING and not Path(name_or_path).exists()
     try:
-        base = AutoConfig.for_model(name_or_path) if is_type else AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if is_type:
+            base = AutoConfig.for_model(name_or_path)
+        elif (adapter := adapter_folder(name_or_path)) is not None:
+            base = adapted_config(adapter)
+        else:
+            base = AutoConfig.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}") from error
     unknown = sorted(name for name in overrides if not hasattr(base, name))
@@ -263,17 +278,62 @@ def build_new_or_pretrained(
 def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint through an Auto class, with a clear error for a damaged or missing one.
 
+    An adapter is merged into the checkpoint that it was trained on. The names of parameters that the checkpoint did not
+    hold are left in `model.untrained_parameters`.
+
     Raises:
         ValueError: nothing can be loaded from there.
     """
     if Path(name_or_path).is_dir():
         check_checkpoint(name_or_path)
+    adapter = adapter_folder(name_or_path)
     try:
-        return auto_class.from_pretrained(name_or_path, **kwargs)
+        if adapter is not None:
+            return load_adapted_model(auto_class, adapter, **kwargs)
+        model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        model.untrained_parameters = sorted(report["missing_keys"])
+        return model
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: {error}"
         ) from error
+
+
+def with_adapter(model: PreTrainedModel, checkpoint: str | None, training_args: FinetuningArguments) -> Any:
+    """The model to train: with LoRA where `lora_rank` asks for it, else as it is.
+
+    Args:
+        model: loaded from `checkpoint`.
+        checkpoint: name or path; None for a model with random weights.
+        training_args: with the options of the adapter.
+
+    Raises:
+        ValueError: there is no checkpoint to adapt, or it is an adapter itself.
+    """
+    if training_args.lora_rank is None:
+        return model
+    if checkpoint is None:
+        raise ValueError(
+            "`lora_rank` adapts a pretrained checkpoint and saves the difference alone: pass `model_name_or_path`, "
+            "without `from_scratch`, or train the new model without `lora_rank`."
+        )
+    if adapter_folder(checkpoint) is not None:
+        raise ValueError(
+            f"{checkpoint!r} is an adapter itself. Continue its run with `resume_from_checkpoint`, or merge it into a "
+            "checkpoint first (python -m hf_hybrid.recipes.merge_adapter) and adapt that."
+        )
+    in_full: list[str] = []
+    for name in split_names(training_args.lora_modules_to_save):
+        in_full += state_modules(model) if name == "state" else [name]
+    return add_lora(
+        model,
+        training_args.lora_rank,
+        alpha=training_args.lora_alpha,
+        dropout=training_args.lora_dropout,
+        target_modules=split_names(training_args.lora_targets) or None,
+        modules_to_save=in_full,
+        untrained=getattr(model, "untrained_parameters", ()),
+    )
 
 
 def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str, remedy: str) -> None:
@@ -371,13 +431,18 @@ class Job:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that is trained or evaluated."""
-        assert isinstance(self.trainer.model, PreTrainedModel)
-        return self.trainer.model
+        """The model that is trained or evaluated, without the wrapper of its adapter."""
+        model = base_model(self.trainer.model)
+        assert isinstance(model, PreTrainedModel)
+        return model
 
     def num_parameters(self) -> int:
-        """Parameters, tied ones counted once."""
+        """Parameters, tied ones counted once, those of an adapter included."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def num_trainable_parameters(self) -> int:
+        """Parameters that get gradients."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
 def run_recipe(
@@ -418,6 +483,8 @@ def run_recipe(
 def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     trainer = job.trainer
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
+    if folder.resume_checkpoint is not None:
+        check_resumable(trainer.model, folder.resume_checkpoint)
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     metrics = {
@@ -429,6 +496,7 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         "input_tokens_seen": trainer.state.num_input_tokens_seen,
         "tokens_per_second": getattr(trainer, "tokens_per_second", None),
         "num_parameters": job.num_parameters(),
+        "num_trainable_parameters": job.num_trainable_parameters(),
         **peak_memory(),
     }
     folder.write_metrics(metrics)
@@ -489,10 +557,23 @@ def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, An
         "learning rate of state space parameters": getattr(args, "ssm_learning_rate", None) or args.learning_rate,
         "schedule": f"{schedule}, warm-up {args.warmup_steps}",
         "weight decay": args.weight_decay,
+        **_adapter_rows(trainer, metrics),
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,
         "minutes of this run": f"{metrics.get('train_runtime', 0.0) / 60:.1f}",
         "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
+    }
+
+
+def _adapter_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    if getattr(trainer.args, "lora_rank", None) is None:
+        return {}
+    model: Any = trainer.model
+    options = next(iter(model.peft_config.values()))
+    return {
+        "adapter": f"LoRA of rank {options.r}, alpha {options.lora_alpha:g}, dropout {options.lora_dropout}",
+        "adapted linear maps": ", ".join(sorted(options.target_modules)),
+        "trainable parameters": f"{metrics['num_trainable_parameters']:,}",
     }
 
 
