@@ -187,14 +187,14 @@ def architecture_of(model: Any) -> Architecture:
         ValueError: the model is none of this package's.
     """
     name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`model` is a {name} with adapters: merge them first (`merge_and_unload()` of PEFT, or the recipe merge_adapter), "
+            "or share the adapters alone with `model.push_to_hub`."
+        )
     for architecture in ARCHITECTURES:
         if name in architecture.heads.values() and type(model).__module__.startswith(f"{PACKAGE}."):
             return architecture
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"`model` is a {name} with adapters: merge them first (`model.merge_and_unload()`), or share the adapters "
-            "alone with `model.push_to_hub`."
-        )
     accepted = ", ".join(architecture.model_type for architecture in ARCHITECTURES)
     raise ValueError(
         f"`model` must be a model of {PACKAGE} ({accepted}); got {type(model).__module__}.{name}. A model that was "

@@ -252,11 +252,15 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_models_of_others_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
     )
     with pytest.raises(ValueError, match="must be a model of hf_hybrid .*spade.*BertModel"):
         export_remote_code(transformers.BertModel(config), tmp_path / "export")
+    adapted = peft.get_peft_model(SMALL.model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="with adapters: merge them first"):
+        export_remote_code(adapted, tmp_path / "export")
     with pytest.raises(ValueError, match="`processor` must be an image processor"):
         export_remote_code(SMALL.model(), tmp_path / "export", processor=object())
     with pytest.raises(ValueError, match="card is not valid"):

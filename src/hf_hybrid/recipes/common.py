@@ -30,7 +30,7 @@ from transformers import (
 
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
 
-from ..hub import EvaluationResult, ModelCard, write_model_card
+from ..hub import CARD_FILE, MANIFEST_FILE, EvaluationResult, ModelCard, verify_export, write_model_card
 from ..tokenization.special_tokens import padded_vocab_size
 from ..training.adapters import (
     adapted_config,
@@ -45,6 +45,7 @@ from ..training.arguments import FinetuningArguments
 from ..training.run_folder import (
     ENVIRONMENT_FILE,
     LOSS_CURVE_FILE,
+    METRICS_FILE,
     RunFolder,
     check_checkpoint,
     describe_environment,
@@ -282,10 +283,12 @@ def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedM
     hold are left in `model.untrained_parameters`.
 
     Raises:
-        ValueError: nothing can be loaded from there.
+        ValueError: nothing can be loaded from there, or it is an export that was changed.
     """
     if Path(name_or_path).is_dir():
         check_checkpoint(name_or_path)
+        if (Path(name_or_path) / MANIFEST_FILE).is_file():
+            verify_export(name_or_path)
     adapter = adapter_folder(name_or_path)
     try:
         if adapter is not None:
@@ -473,6 +476,10 @@ def run_recipe(
         raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
     if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
         raise ImportError('The loss curve of a run needs matplotlib: pip install "hf_hybrid[train]".')
+    if training_args.hub_token is not None:
+        raise ValueError(
+            "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
+        )
     folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
     set_seed(training_args.seed)
     job = build(*groups)
@@ -506,9 +513,24 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         write_model_card(make_card(job, folder, metrics), folder.path)
         if job.write_results is not None:
             job.write_results(folder.path)
+        if trainer.args.push_to_hub:
+            _push_records(trainer, folder)
         logger.info("Everything about this run is in %s", folder.path)
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _push_records(trainer: Trainer, folder: RunFolder) -> None:
+    """Replaces the card that the Trainer drafted on the Hub by that of the run, and adds its figures."""
+    from huggingface_hub import HfApi
+
+    HfApi(library_name="hf_hybrid").upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=folder.path,
+        allow_patterns=[CARD_FILE, METRICS_FILE, LOSS_CURVE_FILE],
+        revision=trainer.args.hub_revision,
+        commit_message="Model card and figures of the run",
+    )
 
 
 def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelCard:
@@ -534,15 +556,23 @@ def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelC
         environment={
             "hardware": ", ".join(environment["accelerators"]) or processor,
             "processes": environment["world_size"],
+            "python": environment["python"],
             "revision of hf_hybrid": environment["git_revision"] or versions.get("hf_hybrid"),
             **{name: versions.get(name) for name in ("torch", "transformers", "datasets")},
         },
         results=[
-            EvaluationResult(name, float(metrics[key]), report.data_name)
+            EvaluationResult(name, float(metrics[key]), report.data_name, baseline=_baseline(name, metrics))
             for key, name in report.result_names.items()
             if isinstance(metrics.get(key), (int, float))
         ],
     )
+
+
+def _baseline(name: str, metrics: Mapping[str, Any]) -> str:
+    """What the run measured of something simpler, for the metric `name`."""
+    if name == "accuracy" and "majority_accuracy" in metrics:
+        return f"{metrics['majority_accuracy']:.3g} (most frequent class)"
+    return ""
 
 
 def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -557,10 +587,14 @@ def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, An
         "learning rate of state space parameters": getattr(args, "ssm_learning_rate", None) or args.learning_rate,
         "schedule": f"{schedule}, warm-up {args.warmup_steps}",
         "weight decay": args.weight_decay,
+        "betas and epsilon of Adam": f"{args.adam_beta1}, {args.adam_beta2}, {args.adam_epsilon}",
+        "largest norm of the gradient": args.max_grad_norm,
         **_adapter_rows(trainer, metrics),
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,
         "minutes of this run": f"{metrics.get('train_runtime', 0.0) / 60:.1f}",
+        "input tokens per second": metrics.get("tokens_per_second"),
+        "peak memory of the process": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
         "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
     }
 
