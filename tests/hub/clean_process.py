@@ -43,7 +43,12 @@ def run_without_package(code: str, modules_cache: Path, arguments: Any = None, *
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings |= {"HF_MODULES_CACHE": str(modules_cache), "OMP_NUM_THREADS": "1", **_QUIET, **environment}
     done = subprocess.run(
-        [sys.executable, "-c", f"{_PRELUDE}\n{code}\nprint('\\n' + json.dumps(answer, default=float))", json.dumps(arguments)],
+        [
+            sys.executable,
+            "-c",
+            f"{_PRELUDE}\n{code}\nprint('\\n' + json.dumps(answer, default=float))",
+            json.dumps(arguments),
+        ],
         capture_output=True,
         text=True,
         env=settings,
