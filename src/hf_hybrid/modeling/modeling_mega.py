@@ -9,6 +9,8 @@ unchanged. The stack itself is in `mega_model`, its layers in `mega_layers`, the
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -174,7 +176,6 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
         """Scores or continues a text; arguments as in `MegaModel.forward`.
@@ -189,6 +190,8 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             `logits` (B, L, V), and with `labels` the mean next-token cross-entropy as `loss`. In training the adaptive softmax
             evaluates only what the loss needs, and `logits` is None.
         """
+        # No argument of its own: `Trainer` evaluates only with values for every argument that is named like a label.
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
         if labels is not None or shift_labels is not None:
             use_cache = False if use_cache is None else use_cache
         outputs = self.mega(

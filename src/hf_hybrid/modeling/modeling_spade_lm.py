@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, D hidden size, N state size, n heads, d head width, V
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -288,7 +289,6 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Scores or continues a text; arguments as in `SpadeLMModel.forward`.
@@ -303,6 +303,8 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
             `logits` (B, L, V), and with `labels` the mean next-token cross-entropy as `loss`. In training the adaptive softmax
             evaluates only what the loss needs, and `logits` is None.
         """
+        # No argument of its own: `Trainer` evaluates only with values for every argument that is named like a label.
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
         if labels is not None or shift_labels is not None:
             use_cache = False if use_cache is None else use_cache
         outputs = self.model(
