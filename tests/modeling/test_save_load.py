@@ -177,6 +177,7 @@ class TestEmbeddings:
             tied = candidate.get_output_embeddings().weight is candidate.get_input_embeddings().weight
             assert tied == candidate.config.tie_word_embeddings
         ids = {name: torch.full_like(value, VOCABULARY + 5) for name, value in inputs.items()}
+        assert model(**ids).logits.shape[-1] == VOCABULARY + 9
         loaded(**ids, labels=next(reversed(ids.values()))).loss.backward()
         model.resize_token_embeddings(VOCABULARY - 10)
         assert model(**{name: random_ids(1, 4) % 30 for name in inputs}).logits.shape[-1] == VOCABULARY - 10

@@ -378,7 +378,7 @@ class MegaCrossAttention(nn.Module):
             past: position of the first target.
             shift: (B,) leading padding of the target minus that of the source, or None when there is none.
             past_key_values: cache to continue and to extend.
-            output_attentions: also return the weights, (B, T, S).
+            output_attentions: also return the weights, (B, 1, T, S).
         """
         gate, reset, query = self.q_proj(self.norm(hidden_states) if self.norm_first else hidden_states).split(
             self.split_sizes, dim=-1
@@ -391,7 +391,7 @@ class MegaCrossAttention(nn.Module):
         }
         dropout = self.attention_dropout if self.training else 0.0
         attended = gated_cross_attention(query, key, value, dropout_p=dropout, **settings)
-        weights = gated_cross_attention_weights(query, key, **settings) if output_attentions else None
+        weights = gated_cross_attention_weights(query, key, **settings).unsqueeze(1) if output_attentions else None
         candidate = self.dropout(self.h_proj(recomputed(_reset, attended, reset)), function=self.activation)
         output = recomputed(_interpolate, hidden_states, candidate, gate)
         return output if self.norm_first else self.norm(output), weights

@@ -245,7 +245,7 @@ class MegaModel(MegaPreTrainedModel):
 
         Returns:
             The states; with `output_attentions` the weights of each layer, (B, chunks, C, C), and of its cross-attention,
-            (B, L, S).
+            (B, 1, L, S).
 
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a text longer than the table of the
