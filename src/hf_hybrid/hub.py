@@ -41,6 +41,8 @@ from .remote_code import (
 
 logger = logging.getLogger(__name__)
 
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")  # states of training, and files that run code when they are read
+
 __all__ = [
     "CARD_FILE",
     "MANIFEST_FILE",
@@ -125,9 +127,18 @@ def push_folder(
     """Pushes a folder that `export_remote_code` or `save_checkpoint` wrote; options and errors as in `push`.
 
     Raises:
-        ValueError: also when the folder differs from its manifest.
+        ValueError: also when the folder differs from its manifest, or is none that these functions wrote.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a model: it holds no config.json.")
+    entries = [path for path in folder.iterdir() if path.name not in (".cache", ".git")]
+    foreign = sorted(path.name for path in entries if path.is_dir() or path.suffix in _PICKLES)
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {', '.join(foreign)}, which do not belong to a shared model. The recipe push_to_hub takes the "
+            "model out of the folder of a run."
+        )
     if (folder / MANIFEST_FILE).is_file():
         verify_export(folder)
     api, repo_id = log_in(repo_id, token)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from hf_hybrid import remote_code
 from hf_hybrid.auto import ARCHITECTURES
-from hf_hybrid.hub import MANIFEST_FILE, export_remote_code, verify_export
+from hf_hybrid.hub import MANIFEST_FILE, export_remote_code, push_folder, verify_export
 from hf_hybrid.processing.audio_processing import WaveformFeatureExtractor
 from hf_hybrid.processing.image_processing import PixelSequenceImageProcessor
 
@@ -266,6 +266,16 @@ def test_models_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="card is not valid"):
         export_remote_code(SMALL.model(), tmp_path / "export", card="# no header")
     assert not any(tmp_path.iterdir())
+
+
+def test_only_shared_models_are_pushed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no folder of a model"):
+        push_folder(tmp_path, "somebody/name")
+    folder = export(SMALL, tmp_path / "run")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "training_args.bin").touch()
+    with pytest.raises(ValueError, match="holds checkpoint-1, training_args.bin, which do not belong"):
+        push_folder(folder, "somebody/name")
 
 
 def tamper(folder: Path, how: str) -> None:

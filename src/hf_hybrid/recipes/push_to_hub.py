@@ -15,11 +15,10 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from ..auto import ARCHITECTURES, load_heads
 from ..hub import (
@@ -157,14 +156,8 @@ def _load_inputs(source: Path) -> tuple[Any, Any]:
     settings = source / "preprocessor_config.json"
     if not settings.is_file():
         return tokenizer, None
-    kind = json.loads(settings.read_text(encoding="utf-8"))
-    is_image = "image_processor_type" in kind
-    module, name = (
-        ("image_processing_auto", "AutoImageProcessor")
-        if is_image
-        else ("feature_extraction_auto", "AutoFeatureExtractor")
-    )
-    return tokenizer, getattr(import_module(f"transformers.models.auto.{module}"), name).from_pretrained(source)
+    is_image = "image_processor_type" in json.loads(settings.read_text(encoding="utf-8"))
+    return tokenizer, (AutoImageProcessor if is_image else AutoFeatureExtractor).from_pretrained(source)
 
 
 def _card(options: PushToHubArguments, source: Path, model: PreTrainedModel) -> str:
