@@ -49,13 +49,10 @@ def test_the_page_is_up_to_date() -> None:
     for name, check in vars(Overrides).items():
         if name.startswith("test_") and callable(check):
             assert name.removeprefix("test_") in text.split("## Results")[0], name
-    header = next(line for line in text.splitlines() if line.startswith("| check | spade"))
-    assert header.split(" | ")[1:] == [
-        *(item.model_type for item in ARCHITECTURES[:-1]),
-        f"{ARCHITECTURES[-1].model_type} |",
-    ]
     if f"Transformers {transformers.__version__}:" not in text:
         pytest.skip("the page was made with another release of Transformers")
+    header = f"| check | {' | '.join(architecture.model_type for architecture in ARCHITECTURES)} |"
+    assert header in text.splitlines()
     try:
         mixin = load("test_modeling_common").ModelTesterMixin
     except SourceDistributionError as error:
