@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conformance_table import Outcome, base_name, columns, render
+from conformance_table import Outcome, base_name, columns, read_outcomes, render
 from model_checks import Overrides
 from skip_conditions import is_accepted
 from source_distribution import SourceDistributionError, load
@@ -36,6 +36,28 @@ def test_a_table_of_outcomes() -> None:
     assert re.search(r"\| a \| 1, 1 s1 \|", text) and re.search(r"\| c \| 1 \*\*failed\*\* \|", text)
     assert "- no plan for tensor parallelism: b." in text and "- s1: no plan for tensor parallelism." in text
     assert model_type in text
+
+
+def report(check: str, outcome: str, longrepr: object = None) -> pytest.TestReport:
+    nodeid = f"tests/conformance/test_models.py::SpadeModelTest::{check}"
+    return pytest.TestReport(nodeid, ("", 0, ""), {}, outcome, longrepr, "call")
+
+
+def test_a_check_of_which_a_part_was_skipped_counts_as_skipped() -> None:
+    part = report("test_a", "skipped", ("file", 1, "Skipped: no loss"))
+    part.context = None
+    reports = [
+        report("test_a", "passed"),
+        part,
+        report("test_b_0", "passed"),
+        report("test_c", "failed", "error"),
+        "text",
+    ]
+    assert read_outcomes(reports) == [
+        Outcome("SpadeModelTest", "test_a", False, "no loss"),
+        Outcome("SpadeModelTest", "test_b", True),
+        Outcome("SpadeModelTest", "test_c", False),
+    ]
 
 
 def test_unknown_reasons_are_not_accepted() -> None:
