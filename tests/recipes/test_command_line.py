@@ -23,7 +23,10 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize("name", [*TRAINING, "generate", "generate_lra", "evaluate", "push_to_hub", "export_model"])
+@pytest.mark.parametrize(
+    "name",
+    [*TRAINING, "generate", "generate_lra", "evaluate", "push_to_hub", "export_model", "merge_adapter", "lm_eval"],
+)
 def test_help_is_complete(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         import_module(f"hf_hybrid.recipes.{name}").main(["--help"])
