@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .auto import ARCHITECTURES
 from .layers.kept_results import frozen_results
@@ -199,7 +199,7 @@ def export_int8(
 
 def example_inputs(model: PreTrainedModel, batch: int = 3, length: int = _EXAMPLE_LENGTH, padded: int = 0) -> Inputs:
     """Random inputs of the forward pass of a model; the first row begins with `padded` tokens of padding."""
-    config = model.config
+    config: Any = model.config
     parameters = inspect.signature(type(model).forward).parameters
     reads_values = getattr(config, "input_type", "tokens") == "values"
     if "pixel_values" in parameters:
@@ -221,7 +221,7 @@ def example_inputs(model: PreTrainedModel, batch: int = 3, length: int = _EXAMPL
     return inputs
 
 
-def _longest_input(config: PreTrainedConfig) -> int:
+def _longest_input(config: Any) -> int:
     """Tokens that a table of relative biases covers; without one, more than any example has."""
     covered = getattr(config, "relative_positional_bias", None) == "simple" and config.attention_chunk is None
     return config.relative_bias_reach if covered else 1 << 20
@@ -237,7 +237,8 @@ def _other_inputs(model: PreTrainedModel, example: Mapping[str, torch.Tensor] | 
 def _step_inputs(step: DecodingStep, batch: int, past: int, source: int) -> list[dict[str, Any]]:
     """One set of inputs of a decoding step in the middle of a text, in a list."""
     state = {name: torch.randn_like(tensor) for name, tensor in step.start(batch, growing=past).items()}
-    vocabulary = step.model.config.vocab_size
+    config: Any = step.model.config
+    vocabulary = config.vocab_size
     mask = torch.ones(batch, past + 1, dtype=torch.long)
     mask[0, :2] = 0
     inputs: dict[str, Any] = {
