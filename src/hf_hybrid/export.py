@@ -378,7 +378,7 @@ def _compare(exported: Any, reference: Any, cases: list[Any], tolerance: float) 
 
 
 def _flat(outputs: Mapping[str, Any]) -> Inputs:
-    flat = {}
+    flat: Inputs = {}
     for name, value in outputs.items():
         flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
     return flat
