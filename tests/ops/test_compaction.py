@@ -13,15 +13,17 @@ from hf_hybrid.ops.compaction import (
     active_tokens,
     compacted_attention,
     compacted_attention_reference,
-    empty_memory,
-    enlarge_memory,
     gather_active,
-    memory_attention,
-    memory_stream,
     rotary_table,
     rotate_pairs,
     scatter_active,
     static_capacity,
+)
+from hf_hybrid.ops.working_memory import (
+    continued_attention,
+    empty_memory,
+    enlarge_memory,
+    memory_attention,
     write_memory,
     write_token,
 )
@@ -246,14 +248,10 @@ class TestMemory:
             output = memory_attention(query, key, value, active, memory, first, **common)
             output = output.masked_fill(~active.unsqueeze(-1), 0)
         else:
-            whole = [
-                torch.cat(pair, 1)
-                for pair in ((torch.zeros_like(memory.keys), query), (memory.keys, key), (memory.values, value))
-            ]
-            stream, parts, is_new = memory_stream(memory, tuple(whole), active, first)
-            found = compacted_attention(*parts, stream, causal=True, **common)
-            output = found.new_zeros(batch, length, VALUES)
-            output[active] = found[is_new]
+            tokens = active_tokens(active, active.numel() if way == "static" else None)
+            parts = [gather_active(part, tokens) for part in (query, key, value)]
+            found = continued_attention(*parts, tokens, memory, first, **common)
+            output = scatter_active(found, tokens, (batch, length))
         if length == 1 and way == "few":
             with torch.no_grad():
                 return output, write_token(memory, key, value, active, first)
@@ -261,7 +259,7 @@ class TestMemory:
         parts = [gather_active(part, tokens) for part in (key, value)]
         return output, write_memory(memory, *parts, tokens, first)
 
-    @pytest.mark.parametrize("way", ["few", "stream"])
+    @pytest.mark.parametrize("way", ["few", "stream", "static"])
     def test_any_split(self, way: str) -> None:
         @given(options=settings(), cuts=st.sets(st.integers(1, 89), max_size=5))
         def run(options: dict, cuts: set[int]) -> None:
