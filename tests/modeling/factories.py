@@ -258,7 +258,9 @@ class Case:
         """The model in evaluation mode, its parameters moved away from their initial values; each time the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return perturb(self.model_class(self.config(**overrides))).eval()
+            model = perturb(self.model_class(self.config(**overrides))).eval()
+            balance_routers(model, self)
+            return model
 
     @property
     def is_seq2seq(self) -> bool:
@@ -343,6 +345,25 @@ def perturb(model: torch.nn.Module, seed: int = 1) -> Any:
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return model
+
+
+@torch.no_grad()
+def balance_routers(model: torch.nn.Module, case: Case) -> None:
+    """Moves the threshold of every router so that it activates about half of some random tokens: all or none hides errors."""
+    routers = [module for module in model.modules() if hasattr(module, "log_temperature")]
+    for router in routers:
+        margins: list[torch.Tensor] = []
+
+        def keep(_module: torch.nn.Module, _inputs: tuple, routing: Any, margins: list = margins) -> None:
+            margins.append(routing.logits[..., 1] - routing.logits[..., 0] - _module.act_bias)
+
+        handle = router.register_forward_hook(keep)
+        inputs = case.inputs(batch=4, length=24)
+        if model.config.dual_encoder:
+            inputs["pair_input_ids"] = inputs["input_ids"]
+        model(**inputs)
+        handle.remove()
+        router.bias[1] -= margins[0].median()
 
 
 def random_ids(batch: int, length: int) -> torch.Tensor:

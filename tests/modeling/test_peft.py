@@ -13,8 +13,13 @@ peft = pytest.importorskip("peft")
 TARGETS = {
     "spade": ["q_proj", "k_proj", "v_proj", "o_proj", "wi", "wi_0", "wi_1", "wo", "aggregate"],
     "mega": ["v_proj", "mx_proj", "h_proj", "fc1", "fc2"],
+    "seqboat": ["skip_proj", "in_proj", "out_proj"],
 }
-TOUCHED = {"spade": {"q_proj", "k_proj", "v_proj", "o_proj", "wo", "aggregate"}, "mega": set(TARGETS["mega"])}
+TOUCHED = {
+    "spade": {"q_proj", "k_proj", "v_proj", "o_proj", "wo", "aggregate"},
+    "mega": set(TARGETS["mega"]),
+    "seqboat": set(TARGETS["seqboat"]),
+}
 CASES = {
     Case("spade", "AutoModelForSeq2SeqLM", "default"): "SEQ_2_SEQ_LM",
     Case("spade", "AutoModelForSequenceClassification", "official"): "SEQ_CLS",
@@ -26,6 +31,8 @@ CASES = {
     Case("mega", "AutoModelForCausalLM", "default"): "CAUSAL_LM",
     Case("mega", "AutoModelForSeq2SeqLM", "default"): "SEQ_2_SEQ_LM",
     Case("mega", "AutoModelForSequenceClassification", "laplace_simple"): "SEQ_CLS",
+    Case("seqboat", "AutoModelForCausalLM", "default"): "CAUSAL_LM",
+    Case("seqboat", "AutoModelForSequenceClassification", "laplace_rank"): "SEQ_CLS",
 }
 
 

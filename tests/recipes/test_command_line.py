@@ -23,7 +23,7 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize("name", [*TRAINING, "generate", "generate_lra", "evaluate"])
+@pytest.mark.parametrize("name", [*TRAINING, "generate", "generate_lra", "evaluate", "inspect_activations"])
 def test_help_is_complete(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         import_module(f"hf_hybrid.recipes.{name}").main(["--help"])

@@ -168,10 +168,19 @@ class _Blocks:
         )
         key_rows = key_rows.unfold(0, self.span, self.size)
         self.foreign = query_rows.unsqueeze(-1), key_rows.unsqueeze(-2)
-        self.borders = (key_rows[:, 0] != key_rows[:, -1]).tolist()  # rows rise: between equal ends there is no other
+        self.borders = self._borders()
         if self.table is not None:
             query_positions = F.pad(self.positions, (0, self.rest)).view(self.num_blocks, self.size)
             self.places = query_positions.unsqueeze(-1), self._slots(self.positions).unsqueeze(-2)
+
+    def _borders(self) -> list[bool]:
+        """Blocks with keys of several rows, or outside the stream: those that a start or the end of a row lies inside of."""
+        flags = [False] * self.num_blocks
+        for start in self.starts:
+            first = max(0, (start - self.size - self.right) // self.size + 1)
+            last = min(self.num_blocks - 1, (start + self.left - 1) // self.size)
+            flags[first : last + 1] = [True] * max(0, last + 1 - first)
+        return flags
 
     def blocks(self, states: torch.Tensor) -> torch.Tensor:
         """(C, X) -> (T, b, X)."""
@@ -416,9 +425,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient):
-    *gradients, band, table = _packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
-    has_band, has_table = (ctx.saved_tensors[index] is not None for index in (3, 4))
-    return *gradients, band if has_band else None, table if has_table else None, *(None,) * 7
+    saved = ctx.saved_tensors
+    *gradients, band, table = _packed_attention_backward(gradient, *saved, *ctx.options)
+    return *gradients, None if saved[3] is None else band, None if saved[4] is None else table, *(None,) * 7
 
 
 _packed_attention.register_autograd(_backward, setup_context=_save_for_backward)
