@@ -97,7 +97,7 @@ def test_models_of_mega_are_not_taken_for_ours() -> None:
     [
         ({"hidden": 3}, "not those of an official SeqBoat"),
         ({"decoder_z_dim": 8}, "`vocab_size` is needed"),
-        ({"sentence_class_num": 2, "sen_rep_type": "max"}, "`sen_rep_type='max'`"),
+        ({"sentence_class_num": 2, "sen_rep_type": "max", "vocab_size": 9}, "`sen_rep_type='max'`"),
         ({"sentence_class_num": 2, "input_type": "video"}, "`input_type='video'`"),
         ({"decoder_z_dim": 8, "vocab_size": 9, "adaptive_input": True}, "`adaptive_input`"),
         ({"decoder_z_dim": 8, "vocab_size": 9, "rel_pos_bias": "alibi"}, "`rel_pos_bias='alibi'`"),

@@ -40,7 +40,9 @@ def _require(config: SeqBoatConfig, name: str, **wanted: object) -> None:
             raise ValueError(f"{name} needs a configuration with `{field}={value!r}`; got {getattr(config, field)!r}.")
 
 
-def _with_auxiliary(loss: torch.Tensor | None, outputs: ModelOutput, config: SeqBoatConfig) -> torch.Tensor | None:
+def _with_auxiliary(
+    loss: torch.Tensor | None, outputs: SeqBoatModelOutput, config: SeqBoatConfig
+) -> torch.Tensor | None:
     """The loss plus the weighted dead layer penalty, where both exist."""
     if loss is None or outputs.auxiliary_loss is None:
         return loss

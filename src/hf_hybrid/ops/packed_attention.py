@@ -395,21 +395,23 @@ def _packed_attention_backward(
             if band_gradient is not None:
                 entries = band_gradient.shape[0]
                 band_gradient += toeplitz_bias_gradient(score_gradient.sum(0), entries, shift=part.shift)
-            if table_gradient is not None:
+            if table_gradient is not None and part.distances is not None:
                 table_gradient.index_add_(0, part.distances.flatten(), score_gradient.flatten())
             query_gradient[tokens] = blocks.product(score_gradient, keys).flatten(0, 1)[: tokens.stop - tokens.start]
             key_gradient.add(part, blocks.product(score_gradient.mT, queries))
-        if band_gradient is not None:
+        if band_gradient is not None and rank_bias is not None:
             centre = rank_bias.shape[0] // 2
             after = rank_bias.shape[0] - centre - 1 - blocks.right
-            band_gradient = F.pad(band_gradient, (centre - blocks.left, after))
+            band_gradient = F.pad(band_gradient, (centre - blocks.left, after)).to(rank_bias.dtype)
+        if table_gradient is not None and position_bias is not None:
+            table_gradient = table_gradient.to(position_bias.dtype)
         empty = query.new_zeros(0)
         return (
             query_gradient,
             key_gradient.total().to(key.dtype),
             value_gradient.total().to(value.dtype),
-            empty if band_gradient is None else band_gradient.to(rank_bias.dtype),
-            empty.clone() if table_gradient is None else table_gradient.to(position_bias.dtype),
+            empty if band_gradient is None else band_gradient,
+            empty.clone() if table_gradient is None else table_gradient,
         )
 
 

@@ -51,14 +51,14 @@ def attention_spans(active: torch.Tensor, window: int | None, causal: bool) -> t
     return (passed + coming).double() / (before + after).double()
 
 
-def sparse_units(model: nn.Module) -> list[nn.Module]:
+def sparse_units(model: nn.Module) -> list[Any]:
     """The units of a model that a router drives, in the order of the layers.
 
     Raises:
         ValueError: the model has none.
     """
     modules = model.modules()
-    units = [module for module in modules if hasattr(getattr(module, "router", None), "log_temperature")]
+    units: list[Any] = [module for module in modules if hasattr(getattr(module, "router", None), "log_temperature")]
     if not units:
         raise ValueError(f"{type(model).__name__} has no layers with a router: only SeqBoat models have activations.")
     return units
@@ -70,7 +70,7 @@ def has_routers(model: nn.Module) -> bool:
 
 
 @contextmanager
-def watch_routers(model: nn.Module, notice: Any) -> Iterator[list[nn.Module]]:
+def watch_routers(model: nn.Module, notice: Any) -> Iterator[list[Any]]:
     """Calls `notice(layer, routing, mask)` whenever a router has decided, until the end of the block.
 
     Args:
@@ -140,7 +140,7 @@ class LayerActivation:
 class ActivationCollector:
     """Sums up decisions of routers; the sums stay on the device of the model until `summary`."""
 
-    def __init__(self, units: list[nn.Module]) -> None:
+    def __init__(self, units: list[Any]) -> None:
         self.units = units
         self.rates: list[list[torch.Tensor]] = [[] for _ in units]
         self.sums: list[list[torch.Tensor]] = [[] for _ in units]
