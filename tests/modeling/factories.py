@@ -227,6 +227,9 @@ HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# What the common checks of Transformers presuppose: two layers, as many in the encoder as in the decoder.
+SHALLOW_SETTINGS: dict[str, dict[str, Any]] = {"spade": {"encoder_layers": 2, "decoder_layers": 2}}
+
 # Heads whose inputs are no token ids (batch, length).
 OTHER_INPUTS = ("AutoModelForMultipleChoice", "AutoModelForImageClassification", "AutoModelForAudioClassification")
 
@@ -266,6 +269,14 @@ class Case:
     def is_seq2seq(self) -> bool:
         """Whether a forward pass takes decoder inputs."""
         return "decoder_input_ids" in inspect.signature(self.model_class.forward).parameters
+
+    @property
+    def has_attentions(self) -> bool:
+        """Whether every stack of the model can return its attention weights."""
+        with torch.device("meta"):
+            model = self.model_class(self.config())
+        stacks = [module for module in model.modules() if getattr(type(module), "_can_record_outputs", None)]
+        return all("attentions" in stack._can_record_outputs for stack in stacks)
 
     @property
     def is_causal(self) -> bool:
@@ -324,6 +335,11 @@ def all_heads(*, other_inputs: bool = False) -> list[Case]:
         for auto_name in architecture.heads
         if (auto_name in OTHER_INPUTS) == other_inputs
     ]
+
+
+def shallow_settings(model_type: str) -> dict[str, Any]:
+    """Overrides that give the model of a type the same small depth everywhere."""
+    return SHALLOW_SETTINGS.get(model_type, {})
 
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:

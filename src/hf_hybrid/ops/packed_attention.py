@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .blocked_attention import PAIRS_AT_A_TIME, dropout_factors
+from .export_shapes import count_blocks
 from .gated_scores import ACCELERATOR_PAIRS_AT_A_TIME, LAPLACE_MEAN, LAPLACE_STD, activate
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
@@ -71,30 +72,36 @@ def packed_attention_static(stream: Stream, dropout_p: float = 0.0) -> torch.Ten
     """
     query, key, value, rank_bias, position_bias, rows, positions, activation, window, causal = stream
     dtype, length = query.dtype, query.shape[0]
-    size = _BLOCK if window is not None else length
-    left = length if window is None else window
-    right = 0 if causal else left
-    blocks = -(-length // size)
-    rest = blocks * size - length
-    span = left + size + right
+    if window is None:  # one block, which holds everything
+        left, rest, size, span = 0, 0, length, length
+    else:
+        left, size, span = window, _BLOCK, window + _BLOCK + (0 if causal else window)
+        rest = count_blocks(length, size) * size - length
+
+    def blocks(states: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        if window is None:
+            return states.unsqueeze(0)
+        return F.pad(states, (0, 0) * (states.dim() - 1) + (0, rest), value=fill).unflatten(0, (-1, size))
 
     def slots(states: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        amounts = (0, 0) * (states.dim() - 1) + (left, rest + right)
+        if window is None:
+            return states.movedim(0, -1).unsqueeze(0)
+        amounts = (0, 0) * (states.dim() - 1) + (left, rest + span - left - size)
         return F.pad(states, amounts, value=fill).unfold(0, span, size)  # (T, ..., S)
 
-    queries = F.pad(query, (0, 0, 0, rest)).unflatten(0, (blocks, size))
-    scores = queries @ slots(key.to(dtype))
+    scores = blocks(query) @ slots(key.to(dtype))
     offsets = torch.arange(span, device=query.device) - left - torch.arange(size, device=query.device).unsqueeze(1)
-    visible = (offsets >= -left) & (offsets <= right)
-    query_rows = F.pad(rows, (0, rest), value=-2).unflatten(0, (blocks, size))
-    visible = visible & (query_rows.unsqueeze(-1) == slots(rows, -3).unsqueeze(-2))
-    if rank_bias is not None:
-        scores = scores + rank_bias.to(dtype)[(offsets + left).clamp(0, rank_bias.shape[0] - 1)]
-    if position_bias is not None:
-        query_positions = F.pad(positions, (0, rest)).unflatten(0, (blocks, size))
-        distances = slots(positions).unsqueeze(-2) - query_positions.unsqueeze(-1)
-        reach = position_bias.shape[0] // 2
-        scores = scores + position_bias.to(dtype)[distances.clamp(-reach, reach) + reach]
+    visible = blocks(rows, -2).unsqueeze(-1) == slots(rows, -3).unsqueeze(-2)
+    if window is not None:
+        visible = visible & (offsets.abs() <= window)
+    if causal:
+        visible = visible & (offsets <= 0)
+    for bias, distances in ((rank_bias, offsets), (position_bias, None)):
+        if bias is not None:
+            if distances is None:
+                distances = slots(positions).unsqueeze(-2) - blocks(positions).unsqueeze(-1)
+            reach = bias.shape[0] // 2
+            scores = scores + bias.to(dtype)[distances.clamp(-reach, reach) + reach]
     weights = activate(scores.masked_fill(~visible, torch.finfo(dtype).min), activation).masked_fill(~visible, 0)
     outputs = F.dropout(weights, dropout_p) @ slots(value.to(dtype)).mT
     outputs = outputs.flatten(0, 1)[:length]

@@ -12,12 +12,9 @@ Nothing in foreign files is executed. What was written is read again, converted 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from ..configuration.configuration_seqboat import SeqBoatConfig
 from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ..conversion import mega, seqboat, spade
 from ..conversion.common import StateDict, read_checkpoint_file, read_folder_tensors, read_json, same_bytes
+from ..new_folder import new_folder
 from .common import parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     if not source.exists():
         raise ValueError(f"`source` {source} does not exist.")
     convert = _from_official if options.direction == "from_official" else _to_official
-    with _new_folder(output) as scratch:
+    with new_folder(output, "output_dir") as scratch:
         config, state = convert(source, options.config_file and Path(options.config_file), scratch)
     result = {
         "model_type": config.model_type,
@@ -98,30 +96,6 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     }
     logger.info("Converted %d tensors (%s) to %s", result["tensors"], config.model_type, output)
     return result
-
-
-@contextlib.contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of `output` when everything succeeded, and vanishes otherwise.
-
-    Raises:
-        FileExistsError: `output` is a file, or a folder that is not empty.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            f"`output_dir` {output} exists and is not an empty folder. Choose a new one, or empty it."
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        scratch.replace(output)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------- from official

@@ -14,6 +14,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .activations import ActivationCallback, has_routers
+from .adapters import is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
 from .parameter_groups import parameter_groups
 
@@ -166,6 +167,12 @@ class HybridTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         self._paused_seconds += time.perf_counter() - start
         return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if is_adapted(self.model) and self.args.should_save and folder is not None:
+            save_adapted_config(self.model, folder)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         start = time.perf_counter()
