@@ -213,11 +213,11 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if output_activations is None:
             output_activations = config.output_activations
         active = [gate.detach() > 0 for gate in gates]
-        number = batch * length if mask is None else mask.sum().clamp(min=1)
+        number = length if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
         return SeqBoatModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            activation_rate=torch.stack([layer.sum() for layer in active]) / number,
+            activation_rate=torch.stack([layer.sum(-1) for layer in active], dim=-1) / number,
             active=tuple(active) if output_activations else None,
             gate_probs=tuple(gates) if output_activations else None,
             auxiliary_loss=None if penalties[0] is None else torch.stack(penalties).mean(),
