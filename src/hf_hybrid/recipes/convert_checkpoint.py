@@ -1,11 +1,11 @@
-"""Converts official checkpoints of SPADE (arXiv 2212.08136) and Mega (arXiv 2209.10655) to this library, and back, without loss.
+"""Converts official checkpoints of SPADE (arXiv 2212.08136), Mega (2209.10655) and SeqBoat (2306.11197) to this library, and back.
 
     python -m hf_hybrid.recipes.convert_checkpoint --source official/ --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --source checkpoint_best.pt --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --source converted/ --output_dir official/ --direction to_official
 
 SPADE encoder-decoders are folders with `config.json` and `pytorch_model.bin` (or safetensors); its language models and all of Mega
-are fairseq checkpoints.
+and SeqBoat are fairseq checkpoints. Nothing is lost either way.
 Nothing in foreign files is executed. What was written is read again, converted back and compared bit by bit with the source.
 """
 
@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from ..configuration.configuration_mega import MegaConfig
+from ..configuration.configuration_seqboat import SeqBoatConfig
 from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
-from ..conversion import mega, spade
+from ..conversion import mega, seqboat, spade
 from ..conversion.common import StateDict, read_checkpoint_file, read_folder_tensors, read_json, same_bytes
 from ..new_folder import new_folder
 from .common import parse_arguments, set_up_logging
@@ -36,10 +37,15 @@ logger = logging.getLogger(__name__)
 OFFICIAL_CONFIG_FILE = "official_config.json"  # the official options, kept beside our configuration
 FAIRSEQ_FILE = "checkpoint.pt"
 
-_CONFIGS: dict[str, Any] = {"spade": SpadeConfig, "spade_lm": SpadeLMConfig, "mega": MegaConfig}
-_CONVERTERS: dict[str, Any] = {"spade": spade, "spade_lm": spade, "mega": mega}
+_CONFIGS: dict[str, Any] = {
+    "spade": SpadeConfig,
+    "spade_lm": SpadeLMConfig,
+    "mega": MegaConfig,
+    "seqboat": SeqBoatConfig,
+}
+_CONVERTERS: dict[str, Any] = {"spade": spade, "spade_lm": spade, "mega": mega, "seqboat": seqboat}
 
-AnyConfig = SpadeConfig | SpadeLMConfig | MegaConfig
+AnyConfig = SpadeConfig | SpadeLMConfig | MegaConfig | SeqBoatConfig
 _DIRECTIONS = ("from_official", "to_official")
 
 
@@ -169,6 +175,8 @@ def _from_official(source: Path, config_file: Path | None, folder: Path) -> tupl
 
 def _config_from_official(options: Mapping[str, Any], official: StateDict) -> AnyConfig:
     """Our configuration of an official checkpoint, of whichever architecture its options belong to."""
+    if seqboat.is_seqboat(options):
+        return seqboat.config_from_official(options, vocab_size=seqboat.vocabulary_size(official))
     if mega.is_mega(options):
         return mega.config_from_official(options, vocab_size=mega.vocabulary_size(official))
     vocab_size = spade.vocabulary_size(official) if spade.is_language_model(options) else None

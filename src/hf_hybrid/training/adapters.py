@@ -27,10 +27,16 @@ LORA_TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "spade": _SPADE_TARGETS,
     "spade_lm": _SPADE_TARGETS,
     "mega": ("v_proj", "mx_proj", "h_proj", "q_proj", "k_proj", "fc1", "fc2"),
+    "seqboat": ("skip_proj", "in_proj", "out_proj", "fc1", "fc2"),
 }
 
 # The recurrent parts, which low-rank updates cannot reach: candidates for `modules_to_save` (training in full).
-STATE_MODULES: dict[str, tuple[str, ...]] = {"spade": ("ssm",), "spade_lm": ("ssm",), "mega": ("ema_gate",)}
+STATE_MODULES: dict[str, tuple[str, ...]] = {
+    "spade": ("ssm",),
+    "spade_lm": ("ssm",),
+    "mega": ("ema_gate",),
+    "seqboat": ("ema",),
+}
 
 ADAPTED_CONFIG_FILE = "adapted_config.json"
 
