@@ -265,6 +265,11 @@ class Case:
             balance_routers(model, self)
             return model
 
+    def shallow_model(self) -> PreTrainedModel:
+        """The model with one layer in each stack, for tests that trace it: a second or two per layer."""
+        depths = ("encoder_layers", "decoder_layers", "num_layers", "num_hidden_layers")
+        return self.model(**{name: 1 for name in depths if name in type(self.config()).__dataclass_fields__})
+
     @property
     def is_seq2seq(self) -> bool:
         """Whether a forward pass takes decoder inputs."""

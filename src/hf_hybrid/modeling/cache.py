@@ -337,7 +337,7 @@ def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
         cross = cache_tensors(cache.cross_attention_cache)
         renamed = {name.replace(".", ".cross_"): tensor for name, tensor in cross.items()}
         return cache_tensors(cache.self_attention_cache) | renamed
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.layers):
         named: dict[str, torch.Tensor | None] = {"keys": layer.keys, "values": layer.values}
         if isinstance(layer, SlidingRecurrentLayer):

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .cache import cache_tensors, fill_cache, kept_tokens
 
@@ -60,7 +59,7 @@ class DecodingStep(nn.Module):
         decoder = self.model.get_decoder() if self.has_encoder else self.model.base_model
         return decoder.build_cache()
 
-    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache, **source: Any) -> ModelOutput:
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache, **source: Any) -> Any:
         if not self.has_encoder:
             return self.model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
         return self.model(
