@@ -236,7 +236,10 @@ def _other_inputs(model: PreTrainedModel, example: Mapping[str, torch.Tensor] | 
 
 def _step_inputs(step: DecodingStep, batch: int, past: int, source: int) -> list[dict[str, Any]]:
     """One set of inputs of a decoding step in the middle of a text, in a list."""
-    state = {name: torch.randn_like(tensor) for name, tensor in step.start(batch, growing=past).items()}
+    start = step.start(batch, growing=past)
+    state = {
+        name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in start.items()
+    }
     config: Any = step.model.config
     vocabulary = config.vocab_size
     mask = torch.ones(batch, past + 1, dtype=torch.long)

@@ -88,6 +88,8 @@ class DecodingStep(nn.Module):
         for name, tensor in cache_tensors(cache).items():
             if name.endswith((".keys", ".values")):
                 state[name] = tensor.new_zeros(*tensor.shape[:-2], length, tensor.shape[-1])
+            elif name.endswith(".positions"):
+                state[name] = tensor.new_zeros(tensor.shape[0], length)
             elif ".cross_" not in name:
                 state[name] = torch.zeros_like(tensor)
         return state

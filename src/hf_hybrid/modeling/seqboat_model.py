@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..layers.classifier import LraClassifier
+from ..layers.classifier import LraClassificationHead
 from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import ScaleNorm
@@ -78,7 +78,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, SeqBoatEmbeddings) and module.project_in is not None:
             init.xavier_uniform_(module.project_in.weight)
-        elif isinstance(module, LraClassifier):
+        elif isinstance(module, LraClassificationHead):
             for projection in [*module.layers, module.out_proj]:
                 init.xavier_uniform_(projection.weight)
 
