@@ -105,7 +105,68 @@ def refuse_cache_implementation(name: str | None, model_name: str) -> None:
         )
 
 
-class GatedAttentionLayer(CacheLayerMixin):
+class RecurrentStateLayer(CacheLayerMixin):
+    """What layers of our own have in common: tensors with the batch first, and the state of a moving average.
+
+    Attributes:
+        state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
+        layout: settings of the model that made the cache, which the model that continues it must share.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+    batch_tensors: tuple[str, ...] = ()  # attributes that hold tensors, or None, beside the state
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        super().__init__()
+        self.layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        for name in self.batch_tensors:
+            setattr(self, name, None)
+        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in earlier versions of Transformers."""
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation on the batch to every tensor."""
+        for name in self.batch_tensors:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+        if isinstance(self.state, tuple):
+            self.state = tuple(change(tensor) for tensor in self.state)
+        elif self.state is not None:
+            self.state = change(self.state)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+
+class GatedAttentionLayer(RecurrentStateLayer):
     """State of one layer of gated attention over a moving average.
 
     Attributes:
@@ -120,26 +181,19 @@ class GatedAttentionLayer(CacheLayerMixin):
         layout: see above.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
+    batch_tensors = ("keys", "values", "cross_keys", "cross_values")
+    cross_keys: torch.Tensor | None
+    cross_values: torch.Tensor | None
 
     def __init__(self, window: int | None, layout: dict[str, Any]) -> None:
-        super().__init__()
         self.window = window
-        self.layout = layout
-        self._clear()
+        super().__init__(layout)
 
     def _clear(self) -> None:
-        self.keys = self.values = None
+        super()._clear()
         self._rooms: dict[
             str, torch.Tensor
         ] = {}  # with space behind `keys` and `values`, which are views of their fronts
-        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-        self.cross_keys: torch.Tensor | None = None
-        self.cross_values: torch.Tensor | None = None
-        self.cumulative_length = 0
-        self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = key_states[:, :0], value_states[:, :0]
@@ -188,41 +242,6 @@ class GatedAttentionLayer(CacheLayerMixin):
         room[:, length:total] = states
         return room[:, :total]
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
-        for name in ("keys", "values", "cross_keys", "cross_values"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-        if isinstance(self.state, tuple):
-            self.state = tuple(change(tensor) for tensor in self.state)
-        elif self.state is not None:
-            self.state = change(self.state)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
-
     def offload(self) -> None:
         raise NotImplementedError("The state of gated attention cannot be offloaded.")
 
@@ -259,7 +278,7 @@ def _check_own_cache(cache: Cache, kind: type, what: str, num_layers: int, layou
         )
 
 
-class WorkingMemoryLayer(CacheLayerMixin):
+class WorkingMemoryLayer(RecurrentStateLayer):
     """State of one layer of sparsely activated attention over a moving average: constant in size when there is a window.
 
     Attributes:
@@ -268,20 +287,9 @@ class WorkingMemoryLayer(CacheLayerMixin):
         layout: settings of the model that made the cache; see `check_memory_cache`.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, layout: dict[str, Any]) -> None:
-        super().__init__()
-        self.layout = layout
-        self._clear()
-
-    def _clear(self) -> None:
-        self.keys = self.values = self.positions = self.counts = None
-        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-        self.cumulative_length = 0
-        self.is_initialized = False
+    batch_tensors = ("keys", "values", "positions", "counts")
+    positions: torch.Tensor | None
+    counts: torch.Tensor | None
 
     @property
     def memory(self) -> WorkingMemory | None:
@@ -306,41 +314,6 @@ class WorkingMemoryLayer(CacheLayerMixin):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("A working memory is written to through `memory`.")
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
-        for name in ("keys", "values", "positions", "counts"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-        if isinstance(self.state, tuple):
-            self.state = tuple(change(tensor) for tensor in self.state)
-        elif self.state is not None:
-            self.state = change(self.state)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     def offload(self) -> None:
         raise NotImplementedError("A working memory cannot be offloaded.")
