@@ -79,6 +79,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         image_processor="processing.image_processing:PixelSequenceImageProcessor",
         feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
     ),
+    Architecture(
+        model_type="seqboat",
+        config="configuration.configuration_seqboat:SeqBoatConfig",
+        modeling="modeling.modeling_seqboat",
+        heads={
+            "AutoModel": "SeqBoatModel",
+            "AutoModelForCausalLM": "SeqBoatForCausalLM",
+            "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
+            "AutoModelForSequenceClassification": "SeqBoatForSequenceClassification",
+            "AutoModelForTokenClassification": "SeqBoatForTokenClassification",
+            "AutoModelForImageClassification": "SeqBoatForImageClassification",
+            "AutoModelForAudioClassification": "SeqBoatForAudioClassification",
+        },
+        image_processor="processing.image_processing:PixelSequenceImageProcessor",
+        feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
+    ),
 )
 
 

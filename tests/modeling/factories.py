@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from hf_hybrid.auto import ARCHITECTURES, Architecture, load_heads
 from hf_hybrid.configuration.configuration_mega import MegaConfig
+from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
 from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 
 VOCABULARY = 40
@@ -66,6 +67,32 @@ def _mega(settings: dict[str, Any]) -> Callable[..., MegaConfig]:
     def build(**overrides: Any) -> MegaConfig:
         names = {"dropout_rate": "dropout_prob"}
         return MegaConfig(**_MEGA | settings | {names.get(name, name): value for name, value in overrides.items()})
+
+    return build
+
+
+_SEQBOAT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "qk_dim": 8,
+    "value_dim": 24,
+    "ema_dim": 4,
+    "window_size": 4,
+    "max_position_embeddings": 32,
+    "hidden_dropout": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def _seqboat(settings: dict[str, Any]) -> Callable[..., SeqBoatConfig]:
+    def build(**overrides: Any) -> SeqBoatConfig:
+        names = {"dropout_rate": "hidden_dropout"}
+        return SeqBoatConfig(
+            **_SEQBOAT | settings | {names.get(name, name): value for name, value in overrides.items()}
+        )
 
     return build
 
@@ -159,6 +186,30 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
             | {"add_lm_hidden_dense_layer": False, "adaptive_cutoffs": [12, 25], "adaptive_factor": 2}
         ),
     },
+    "seqboat": {
+        "default": _seqboat({}),
+        "relu2_distance": _seqboat(
+            {"attention_activation": "relu2", "position_bias": "distance", "window_size": 3, "ema_truncation": 5}
+            | {"norm_type": "rmsnorm", "max_position_embeddings": 6, "tie_word_embeddings": False}
+        ),
+        "laplace_rank": _seqboat(
+            {"attention_activation": "laplace", "position_bias": "rank", "window_size": 1, "norm_type": "scalenorm"}
+            | {"prenorm": False, "embedding_norm": True, "hidden_act": "gelu"}
+        ),
+        "unlimited_t5": _seqboat(
+            {"position_bias": "t5", "window_size": None, "intermediate_size": 20, "absolute_sinusoid": True}
+            | {"final_norm_affine": False, "initializer_scheme": "official"}
+        ),
+        "unlimited_relu2": _seqboat(
+            {
+                "attention_activation": "relu2",
+                "window_size": None,
+                "router_act_bias": 0.1,
+                "dead_layer_loss_weight": 0.1,
+            }
+        ),
+        "always_active": _seqboat({"always_active": True, "position_bias": "distance", "window_size": 5}),
+    },
 }
 
 # What a head needs of its configuration besides the variant.
@@ -166,6 +217,11 @@ HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mega": {
         "AutoModelForCausalLM": {"is_decoder": True, "bidirectional": False},
         "AutoModelForSeq2SeqLM": {"is_encoder_decoder": True, "adaptive_cutoffs": None},
+        "AutoModelForImageClassification": {"input_type": "values"},
+        "AutoModelForAudioClassification": {"input_type": "values"},
+    },
+    "seqboat": {
+        "AutoModelForCausalLM": {"is_decoder": True},
         "AutoModelForImageClassification": {"input_type": "values"},
         "AutoModelForAudioClassification": {"input_type": "values"},
     },

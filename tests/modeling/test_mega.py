@@ -11,8 +11,8 @@ from check import read_vectors
 from factories import Case, all_variants, parametrize, random_ids
 from safetensors.torch import load_file, save_file
 
+from hf_hybrid.layers.dropout import SequenceDropout
 from hf_hybrid.modeling import modeling_mega
-from hf_hybrid.modeling.mega_layers import MegaDropout
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 OLD_FILES = sorted((Path(__file__).parents[1] / "parity" / "vectors" / "mega").glob("hf_*.safetensors"))
@@ -332,14 +332,14 @@ def test_texts_longer_than_max_positions() -> None:
 
 
 def test_feature_dropout_is_constant_over_positions() -> None:
-    states = MegaDropout(0.5, by_feature=True)(torch.ones(3, 7, 40))
+    states = SequenceDropout(0.5, by_feature=True)(torch.ones(3, 7, 40))
     assert ((states == 0) == (states[:, :1] == 0)).all()
     dropped = (states[:, 0] == 0).float().mean()
     assert 0.3 < dropped < 0.7 and states.max() == 2.0
-    single = MegaDropout(0.25)(torch.ones(3, 70, 40))
+    single = SequenceDropout(0.25)(torch.ones(3, 70, 40))
     assert not ((single == 0) == (single[:, :1] == 0)).all()
     assert 0.22 < (single == 0).float().mean() < 0.28 and single.max() == torch.tensor(1 / 0.75)
-    assert torch.equal(MegaDropout(0.25).eval()(states), states)
+    assert torch.equal(SequenceDropout(0.25).eval()(states), states)
     model = CAUSAL.model(use_feature_dropout=True, dropout_prob=0.3, hidden_dropout_prob=0.3).train()
     assert model(random_ids(2, 6), labels=random_ids(2, 6)).loss.isfinite()
 

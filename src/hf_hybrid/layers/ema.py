@@ -58,13 +58,20 @@ class MultiDimensionalDampedEma(KeepsResults):
         ema_size: N.
         bidirectional: average over the future too; such a layer has no state.
         truncation: tau, reach in tokens, the current one included; None for no limit.
+        activate: apply the silu.
 
     Raises:
         ValueError: a size is not positive.
     """
 
     def __init__(
-        self, hidden_size: int, ema_size: int = 16, *, bidirectional: bool = False, truncation: int | None = None
+        self,
+        hidden_size: int,
+        ema_size: int = 16,
+        *,
+        bidirectional: bool = False,
+        truncation: int | None = None,
+        activate: bool = True,
     ) -> None:
         super().__init__()
         if hidden_size < 1 or ema_size < 1:
@@ -72,7 +79,7 @@ class MultiDimensionalDampedEma(KeepsResults):
         if truncation is not None and truncation < 1:
             raise ValueError(f"`truncation` must be a positive number of tokens, or None; got {truncation}.")
         self.hidden_size, self.ema_size = hidden_size, ema_size
-        self.bidirectional, self.truncation = bidirectional, truncation
+        self.bidirectional, self.truncation, self.activate = bidirectional, truncation, activate
         rows = 2 * hidden_size if bidirectional else hidden_size
         self.damping_factor = nn.Parameter(torch.empty(rows, ema_size, 1))
         self.decay_factor = nn.Parameter(torch.empty(rows, ema_size, 1))
@@ -171,7 +178,7 @@ class MultiDimensionalDampedEma(KeepsResults):
                 averages, state = self._averages(to_signals(inputs), feedthrough, initial_state, return_state)
                 outputs = to_states(averages)
                 outputs = outputs if mask is None else torch.addcmul(outputs, residual, states)
-            outputs = F.silu(outputs).to(hidden_states.dtype)
+            outputs = (F.silu(outputs) if self.activate else outputs).to(hidden_states.dtype)
         return outputs, state if return_state else None
 
     def _averages(

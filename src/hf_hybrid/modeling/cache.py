@@ -5,7 +5,8 @@ and a recurrent state whose size does not depend on the text. Both live in the l
 search, chunked prefill and continuation work as for every other model.
 
 Gated attention (Mega) keeps keys and values of one head, of different widths, the state of its moving average, which may be
-several tensors, and the keys and values of an encoder: that is a layer of our own.
+several tensors, and the keys and values of an encoder: that is a layer of our own. So is the working memory of SeqBoat, a ring
+of the last tokens that were active.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
+
+from ..ops.working_memory import WorkingMemory
 
 SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that grow with the text
 
@@ -238,11 +241,15 @@ def gated_cache(num_layers: int, window: int | None, layout: dict[str, Any]) -> 
 
 def check_gated_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
     """Raises ValueError for a cache that `gated_cache` did not make, or made for a model with other settings."""
+    _check_own_cache(cache, GatedAttentionLayer, "gated attention", num_layers, layout)
+
+
+def _check_own_cache(cache: Cache, kind: type, what: str, num_layers: int, layout: dict[str, Any]) -> None:
     layers = getattr(cache, "layers", [])
-    if len(layers) != num_layers or not all(isinstance(layer, GatedAttentionLayer) for layer in layers):
+    if len(layers) != num_layers or not all(isinstance(layer, kind) for layer in layers):
         raise ValueError(
             f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the state of this model, {num_layers} "
-            "layers of gated attention: pass the cache of an earlier call, or leave `past_key_values` unset."
+            f"layers of {what}: pass the cache of an earlier call, or leave `past_key_values` unset."
         )
     different = [name for name in layout if layers[0].layout.get(name) != layout[name]]
     if different:
@@ -251,3 +258,100 @@ def check_gated_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> 
             f"`past_key_values` was made by a model with `{name}` = {layers[0].layout.get(name)}, but this one has {layout[name]}: "
             "pass the cache of an earlier call of the same model, or leave `past_key_values` unset."
         )
+
+
+class WorkingMemoryLayer(CacheLayerMixin):
+    """State of one layer of sparsely activated attention over a moving average: constant in size when there is a window.
+
+    Attributes:
+        state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
+        memory: the last active tokens of every row (`ops.working_memory.WorkingMemory`), or None before the first call.
+        layout: settings of the model that made the cache; see `check_memory_cache`.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        super().__init__()
+        self.layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = self.positions = self.counts = None
+        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    @property
+    def memory(self) -> WorkingMemory | None:
+        return None if self.keys is None else WorkingMemory(self.keys, self.values, self.positions, self.counts)
+
+    @memory.setter
+    def memory(self, memory: WorkingMemory) -> None:
+        self.keys, self.values, self.positions, self.counts = memory
+        self.is_initialized = True
+
+    def advance(self, batch: int, tokens: int) -> None:
+        """Counts the tokens of a call, which may come from the rows that made the cache only."""
+        held = None if self.counts is None else self.counts.shape[0]
+        if held not in (None, batch):
+            raise ValueError(
+                f"The input has {batch} rows but `past_key_values` holds {held}: continue the batch that made the cache."
+            )
+        self.cumulative_length += tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("A working memory is made by the layer that writes to it.")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("A working memory is written to through `memory`.")
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in earlier versions of Transformers."""
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation on the batch to every tensor."""
+        for name in ("keys", "values", "positions", "counts"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+        if isinstance(self.state, tuple):
+            self.state = tuple(change(tensor) for tensor in self.state)
+        elif self.state is not None:
+            self.state = change(self.state)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+    def offload(self) -> None:
+        raise NotImplementedError("A working memory cannot be offloaded.")
+
+
+def memory_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
+    """Cache of a stack of sparsely activated attention; `layout` as in `gated_cache`."""
+    return Cache(layers=[WorkingMemoryLayer(layout) for _ in range(num_layers)])
+
+
+def check_memory_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
+    """Raises ValueError for a cache that `memory_cache` did not make, or made for a model with other settings."""
+    _check_own_cache(cache, WorkingMemoryLayer, "sparsely activated attention", num_layers, layout)

@@ -16,19 +16,19 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveEmbedding
+from ..layers.classifier import LraClassifier
+from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import FeatureScale, ScaleNorm
+from ..layers.value_embedding import ValueEmbedding
 from .cache import check_gated_cache, gated_cache
 from .inputs import check_inputs, check_values, pool_tokens, simplify_mask
 from .mega_layers import (
     MegaAttention,
     MegaCrossAttention,
-    MegaDropout,
     MegaEmbeddings,
     MegaLayer,
-    MegaLraClassificationHead,
     MegaRelativeBias,
-    MegaValueEmbedding,
     build_norm,
 )
 
@@ -75,7 +75,7 @@ class MegaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, MegaValueEmbedding):
+        elif isinstance(module, ValueEmbedding):
             init.normal_(module.weight, mean=0.0, std=1.0)
             init.normal_(module.bias, mean=0.0, std=0.1)
         if config.initializer_scheme == "official":
@@ -90,7 +90,7 @@ class MegaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AdaptiveEmbedding):
             for projection in module.projections:
                 init.xavier_uniform_(projection.weight)
-        elif isinstance(module, MegaLraClassificationHead):
+        elif isinstance(module, LraClassifier):
             for projection in [*module.layers, module.out_proj]:
                 init.xavier_uniform_(projection.weight)
 
@@ -136,7 +136,7 @@ class MegaModel(MegaPreTrainedModel):
             )
         self.embedding_layer = MegaEmbeddings(config)
         self.embed_norm = build_norm(config) if config.normalize_embeddings else None
-        self.embedding_dropout = MegaDropout(config.embedding_dropout_prob, config.use_feature_dropout)
+        self.embedding_dropout = SequenceDropout(config.embedding_dropout_prob, config.use_feature_dropout)
         self.layers = nn.ModuleList(MegaLayer(config, index) for index in range(config.num_hidden_layers))
         affine = config.norm_affine and config.final_norm_affine
         self.final_norm = build_norm(config, affine=affine) if config.final_norm else None

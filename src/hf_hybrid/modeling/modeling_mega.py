@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveSoftmax
 from .cache import refuse_cache_implementation
-from .inputs import pool_tokens
+from .inputs import flatten_pixels, pool_tokens
 from .losses import check_class_labels, mean_over_labels, shift_labels, token_cross_entropy
 from .mega_layers import build_classifier
 from .mega_model import MegaModel, MegaPreTrainedModel
@@ -327,22 +327,6 @@ class MegaForImageClassification(MegaClassifier):
             raise ValueError(f"Image classification needs `input_type='values'`; got {config.input_type!r}.")
         self.post_init()
 
-    def _flatten(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        size = self.config.image_size
-        shape = tuple(pixel_values.shape)
-        is_image = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
-        if not (is_image or len(shape) == 2):
-            raise ValueError(
-                f"`pixel_values` must be grey images (batch, 1, height, width) or their pixels (batch, height * width); got "
-                f"{shape}."
-            )
-        if size is not None and (shape[-2:] != (size, size) if is_image else shape[1] != size * size):
-            raise ValueError(
-                f"`pixel_values` must be images of {size} by {size} pixels (`image_size`); got shape {shape}. Resize them, as "
-                "PixelSequenceImageProcessor does."
-            )
-        return pixel_values.flatten(1)
-
     @can_return_tuple
     def forward(
         self,
@@ -353,7 +337,9 @@ class MegaForImageClassification(MegaClassifier):
         """`logits` (B, num_labels) of grey images (B, 1, H, W), (B, H, W) or (B, H * W), scaled and normalised."""
         if pixel_values is None:
             raise ValueError("Pass `pixel_values`: grey images (batch, 1, height, width).")
-        outputs, pooled = self._encode(None, input_values=self._flatten(pixel_values), **kwargs)
+        outputs, pooled = self._encode(
+            None, input_values=flatten_pixels(pixel_values, self.config.image_size), **kwargs
+        )
         return self._classify(ImageClassifierOutput, outputs, pooled, labels)
 
 
