@@ -165,7 +165,7 @@ def average_codebook(
 
     share = count.mean(-1, keepdim=True)
     dead = count < dead_code_threshold * share
-    rank = count.argsort(-1, stable=True).argsort(-1)  # the r-th code that is used least; dead ones come first
+    rank = count.argsort(dim=-1, stable=True).argsort(-1)  # the r-th code that is used least; dead ones come first
     order = statistics.is_key.argsort(descending=True, stable=True)
     candidates = statistics.candidates.to(dtype)[:, order]
     revived = dead & (rank < statistics.is_key.sum())

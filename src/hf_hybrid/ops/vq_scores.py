@@ -20,7 +20,7 @@ from .blocked_attention import even_slices
 from .code_memory import CodeMemory
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
-PAIRS_AT_A_TIME = 1 << 19  # pairs of query and key or codeword whose scores exist at one time: 2 MB in float32
+PAIRS_AT_A_TIME = 1 << 20  # pairs of query and key or codeword whose scores exist at one time: 4 MB in float32
 
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
