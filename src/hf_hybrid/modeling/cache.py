@@ -6,7 +6,7 @@ search, chunked prefill and continuation work as for every other model.
 
 Gated attention (Mega) keeps keys and values of one head, of different widths, the state of its moving average, which may be
 several tensors, and the keys and values of an encoder: that is a layer of our own. So is the working memory of SeqBoat, a ring
-of the last tokens that were active.
+of the last tokens that were active, and the memory of LongVQ, which knows most tokens by their codes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
+from ..ops.code_memory import CodeMemory
 from ..ops.working_memory import WorkingMemory
 
 SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that grow with the text
@@ -355,3 +356,116 @@ def memory_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
 def check_memory_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
     """Raises ValueError for a cache that `memory_cache` did not make, or made for a model with other settings."""
     _check_own_cache(cache, WorkingMemoryLayer, "sparsely activated attention", num_layers, layout)
+
+
+class CodeMemoryLayer(CacheLayerMixin):
+    """State of one layer of attention over quantised keys of a state space: constant in size.
+
+    Attributes:
+        state: state of the moving average or state space, batch first; None before the first call.
+        memory: `ops.code_memory.CodeMemory`, whose fields are attributes of this layer too; None before the first call.
+        layout: settings of the model that made the cache; see `check_code_cache`.
+        codebook_version: of the codebook that the codes belong to.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        super().__init__()
+        self.layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        for name in CodeMemory._fields:
+            setattr(self, name, None)
+        self.state: torch.Tensor | None = None
+        self.codebook_version: Any = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    @property
+    def memory(self) -> CodeMemory | None:
+        if not self.is_initialized:
+            return None
+        return CodeMemory(*(getattr(self, name) for name in CodeMemory._fields))
+
+    @memory.setter
+    def memory(self, memory: CodeMemory) -> None:
+        for name, tensor in zip(CodeMemory._fields, memory):
+            setattr(self, name, tensor)
+        self.is_initialized = True
+
+    def advance(self, batch: int, tokens: int) -> None:
+        """Counts the tokens of a call, which may come from the rows that made the cache only."""
+        memory = self.memory
+        if memory is not None and memory.code_count.shape[0] != batch:
+            raise ValueError(
+                f"The input has {batch} rows but `past_key_values` holds {memory.code_count.shape[0]}: continue the batch that "
+                "made the cache."
+            )
+        self.cumulative_length += tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("A memory of codes is made by the layer that writes to it.")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("A memory of codes is written to through `memory`.")
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in earlier versions of Transformers."""
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation on the batch to every tensor."""
+        for name in (*CodeMemory._fields, "state"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+    def offload(self) -> None:
+        raise NotImplementedError("A memory of codes cannot be offloaded.")
+
+
+def code_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
+    """Cache of a stack of attention over quantised keys; `layout` as in `gated_cache`."""
+    return Cache(layers=[CodeMemoryLayer(layout) for _ in range(num_layers)])
+
+
+def check_code_cache(cache: Cache, num_layers: int, layout: dict[str, Any], versions: list[Any]) -> None:
+    """Raises ValueError for a cache that `code_cache` did not make, or made for other settings or other codebooks.
+
+    Args:
+        versions: of the codebooks of all layers; empty where they cannot be told.
+    """
+    _check_own_cache(cache, CodeMemoryLayer, "attention over quantised keys", num_layers, layout)
+    for layer, version in zip(cache.layers, versions):
+        if layer.get_seq_length() == 0:
+            layer.codebook_version = version
+        elif layer.codebook_version != version:
+            raise ValueError(
+                "`past_key_values` was made with other codebooks than the model has now: its codes have lost their meaning. "
+                "Leave `past_key_values` unset and read the text again after training steps, loading or moving the model."
+            )

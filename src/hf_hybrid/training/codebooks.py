@@ -83,9 +83,14 @@ class CodebookCallback(TrainerCallback):
             layer["perplexity"] = sum(layer["perplexity"]) / len(layer["perplexity"])
         names = ("perplexity", "active_fraction", "relative_error", "revived")
         self.history.append({"step": state.global_step} | {name: [layer[name] for layer in layers] for name in names})
-        logs["codebook_perplexity"] = sum(layer["perplexity"] for layer in layers) / len(layers)
-        logs["codebook_perplexity_min"] = min(layer["perplexity"] for layer in layers)
-        logs["codebook_active_fraction"] = sum(layer["active_fraction"] for layer in layers) / len(layers)
+        added = {
+            "codebook_perplexity": sum(layer["perplexity"] for layer in layers) / len(layers),
+            "codebook_perplexity_min": min(layer["perplexity"] for layer in layers),
+            "codebook_active_fraction": sum(layer["active_fraction"] for layer in layers) / len(layers),
+        }
+        logs.update(added)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(added)  # which Trainer copied before
         self._warn(state.global_step, [layer["perplexity"] for layer in layers])
 
     def _warn(self, step: int, perplexities: list[float]) -> None:
