@@ -244,7 +244,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         "default": _longvq({}),
         "heads_s4d": _longvq(
             {"num_attention_heads": 2, "ssm_type": "s4d", "norm_type": "rmsnorm", "tie_word_embeddings": False}
-            | {"window_size": 4, "chunk_size": 3}
+            | {"window_size": 5, "chunk_size": 4}
         ),
         "plain_keys": _longvq({"qk_norm": False, "window_size": 1, "chunk_size": 1, "codebook_size": 50}),
     },
@@ -271,6 +271,9 @@ HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "AutoModelForAudioClassification": {"input_type": "values"},
     },
 }
+
+# What the common checks of Transformers presuppose: two layers, as many in the encoder as in the decoder.
+SHALLOW_SETTINGS: dict[str, dict[str, Any]] = {"spade": {"encoder_layers": 2, "decoder_layers": 2}}
 
 # Heads whose inputs are no token ids (batch, length).
 OTHER_INPUTS = ("AutoModelForMultipleChoice", "AutoModelForImageClassification", "AutoModelForAudioClassification")
@@ -303,12 +306,22 @@ class Case:
         """The model in evaluation mode, its parameters moved away from their initial values; each time the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return perturb(self.model_class(self.config(**overrides))).eval()
+            model = perturb(self.model_class(self.config(**overrides))).eval()
+            balance_routers(model, self)
+            return model
 
     @property
     def is_seq2seq(self) -> bool:
         """Whether a forward pass takes decoder inputs."""
         return "decoder_input_ids" in inspect.signature(self.model_class.forward).parameters
+
+    @property
+    def has_attentions(self) -> bool:
+        """Whether every stack of the model can return its attention weights."""
+        with torch.device("meta"):
+            model = self.model_class(self.config())
+        stacks = [module for module in model.modules() if getattr(type(module), "_can_record_outputs", None)]
+        return all("attentions" in stack._can_record_outputs for stack in stacks)
 
     @property
     def is_causal(self) -> bool:
@@ -369,6 +382,11 @@ def all_heads(*, other_inputs: bool = False) -> list[Case]:
     ]
 
 
+def shallow_settings(model_type: str) -> dict[str, Any]:
+    """Overrides that give the model of a type the same small depth everywhere."""
+    return SHALLOW_SETTINGS.get(model_type, {})
+
+
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
     """`@parametrize(cases)` gives the test an argument `case`, with readable names."""
     identifiers = [f"{case.model_type}-{case.auto_name.removeprefix('AutoModel')}-{case.variant}" for case in cases]
@@ -388,6 +406,25 @@ def perturb(model: torch.nn.Module, seed: int = 1) -> Any:
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return model
+
+
+@torch.no_grad()
+def balance_routers(model: torch.nn.Module, case: Case) -> None:
+    """Moves the threshold of every router so that it activates about half of some random tokens: all or none hides errors."""
+    routers = [module for module in model.modules() if hasattr(module, "log_temperature")]
+    for router in routers:
+        margins: list[torch.Tensor] = []
+
+        def keep(_module: torch.nn.Module, _inputs: tuple, routing: Any, margins: list = margins) -> None:
+            margins.append(routing.logits[..., 1] - routing.logits[..., 0] - _module.act_bias)
+
+        handle = router.register_forward_hook(keep)
+        inputs = case.inputs(batch=4, length=24)
+        if model.config.dual_encoder:
+            inputs["pair_input_ids"] = inputs["input_ids"]
+        model(**inputs)
+        handle.remove()
+        router.bias[1] -= margins[0].median()
 
 
 def random_ids(batch: int, length: int) -> torch.Tensor:

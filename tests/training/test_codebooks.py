@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
 from hf_hybrid.modeling.modeling_longvq import LongVQForCausalLM
@@ -106,7 +106,8 @@ def test_models_without_codebooks_are_left_alone() -> None:
     callback = CodebookCallback()
     logs = {"loss": 1.0}
     callback.on_step_end(None, None, None, model=torch.nn.Linear(2, 2))
-    callback.on_log(None, None, None, model=torch.nn.Linear(2, 2), logs=logs)
+    state = TrainerState()
+    callback.on_log(None, state, None, model=torch.nn.Linear(2, 2), logs=logs)
     assert logs == {"loss": 1.0} and not callback.history
     assert not codebooks.has_codebooks(torch.nn.Linear(2, 2))
 
@@ -114,3 +115,16 @@ def test_models_without_codebooks_are_left_alone() -> None:
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="`collapse_perplexity` must be at least 1"):
         CodebookCallback(collapse_perplexity=0.5)
+
+
+def test_picture_of_the_codebooks(tmp_path: Path) -> None:
+    from hf_hybrid.viz import codebook_usage
+
+    network = model()
+    history = [{"step": step, "perplexity": [2.0 + step, 3.0]} for step in range(3)]
+    figure = codebook_usage(network, tmp_path / "pictures" / "usage.png", history=history)
+    assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 3
+    assert (tmp_path / "pictures" / "usage.png").stat().st_size > 5000
+    assert len(codebook_usage(network).axes) == 1
+    with pytest.raises(ValueError, match="Linear has no codebooks"):
+        codebook_usage(torch.nn.Linear(2, 2))

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .model_type import ReadsOwnModelType
+
 _PROBABILITIES = ("hidden_dropout", "value_dropout", "attention_dropout", "classifier_dropout")
 _POSITIVE = (
     "vocab_size",
@@ -29,7 +31,7 @@ _SWITCHED_OFF = {
 
 
 @strict
-class SeqBoatConfig(PreTrainedConfig):
+class SeqBoatConfig(ReadsOwnModelType, PreTrainedConfig):
     """Configuration of all SeqBoat models. The default is a bidirectional encoder; `is_decoder=True` makes a decoder.
 
     Args:

@@ -360,7 +360,7 @@ def _to_official(config: MegaConfig) -> dict[str, Any]:
             "max_target_positions": decoder.max_positions,
             "decoder_ffn_embed_dim": decoder.nffn_hidden_size if decoder.use_normalized_ffn else 0,
             "decoder_chunk_size": decoder.chunk_size if decoder.use_chunking else -1,
-            "share_all_embeddings": config.share_encoder_decoder_embeddings,
+            "share_all_embeddings": config.shares_embeddings,
             "share_decoder_input_output_embed": config.tie_word_embeddings,
         }
     adaptive = config.adaptive_cutoffs is not None
@@ -540,7 +540,7 @@ def _translation_names(config: MegaConfig) -> TensorNames:
     names = {encoder: ours("encoder")}
     aliases: dict[str, str] = {}
     our_aliases: dict[str, str] = {}
-    if config.share_encoder_decoder_embeddings:
+    if config.shares_embeddings:
         aliases |= {decoder: encoder, output: encoder}
         our_aliases |= {ours("decoder"): ours("encoder"), head: ours("encoder")}
     else:

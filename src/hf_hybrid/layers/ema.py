@@ -14,7 +14,9 @@ Shape letters: B batch, L tokens, D features, N components, K = D rows of parame
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from ..ops.diagonal_ssm import (
     step_decay,
     system_kernel,
 )
+from ..ops.export_shapes import is_open
 from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
 from ..ops.layout import to_signals, to_states
 from .kept_results import KeepsResults
@@ -139,7 +142,13 @@ class MultiDimensionalDampedEma(KeepsResults):
         return system_kernel(self.system(), self._reach(length))
 
     def _reach(self, length: int) -> int:
-        return length if self.truncation is None else min(length, self.truncation)
+        if self.truncation is None:
+            return length
+        return self.truncation if is_open(length) else min(length, self.truncation)
+
+    def _constants(self) -> dict[str, Callable[[], Any]]:
+        steps = {} if self.bidirectional else {"step": self._step_constants}
+        return {"system": self._compute_system, **steps}
 
     # ------------------------------------------------------------------------------------------------------ forward
 
@@ -208,7 +217,7 @@ class MultiDimensionalDampedEma(KeepsResults):
     def _average(self, inputs: torch.Tensor, system: DiagonalSystem, feedthrough: torch.Tensor) -> torch.Tensor:
         """As `_averages`, of a whole sequence and without state."""
         length, features = inputs.shape[-1], self.hidden_size
-        if self._reach(length) == length and self._uses_scan(inputs):
+        if self._uses_scan(inputs) and self._reach(length) == length:
             if not self.bidirectional:
                 return diagonal_scan(inputs, system, feedthrough=feedthrough, group_size=_GROUP_SIZE)[0]
             forward, future = _split_rows(system, features)

@@ -11,7 +11,7 @@ of the last tokens that were active, and the memory of LongVQ, which knows most 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
+    DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
@@ -304,7 +306,7 @@ class WorkingMemoryLayer(CacheLayerMixin):
         self.cumulative_length += tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise NotImplementedError("A working memory is made by the layer that writes to it.")
+        self.is_initialized = True  # the layer that writes to a memory makes it
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("A working memory is written to through `memory`.")
@@ -464,8 +466,90 @@ def check_code_cache(cache: Cache, num_layers: int, layout: dict[str, Any], vers
     for layer, version in zip(cache.layers, versions):
         if layer.get_seq_length() == 0:
             layer.codebook_version = version
-        elif layer.codebook_version != version:
+        elif layer.codebook_version not in (None, version):  # None: a state that was put together from tensors
             raise ValueError(
                 "`past_key_values` was made with other codebooks than the model has now: its codes have lost their meaning. "
                 "Leave `past_key_values` unset and read the text again after training steps, loading or moving the model."
             )
+
+
+# ------------------------------------------------------------------------------------------------- state as tensors
+
+
+def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
+    """Every tensor of a cache that a call has filled, by layer and kind: "0.keys", "0.values", "0.state", "0.cross_keys" ..."""
+    if isinstance(cache, EncoderDecoderCache):
+        cross = cache_tensors(cache.cross_attention_cache)
+        renamed = {name.replace(".", ".cross_"): tensor for name, tensor in cross.items()}
+        return cache_tensors(cache.self_attention_cache) | renamed
+    found = {}
+    for index, layer in enumerate(cache.layers):
+        named: dict[str, torch.Tensor | None] = {"keys": layer.keys, "values": layer.values}
+        if isinstance(layer, SlidingRecurrentLayer):
+            named["state"] = layer.recurrent_states[0]
+        elif isinstance(layer, GatedAttentionLayer):
+            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
+            named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
+            named |= {"cross_keys": layer.cross_keys, "cross_values": layer.cross_values}
+        elif isinstance(layer, WorkingMemoryLayer):
+            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
+            named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
+            named |= {"positions": layer.positions, "counts": layer.counts}
+        elif isinstance(layer, CodeMemoryLayer):
+            named |= {name: getattr(layer, name) for name in (*CodeMemory._fields, "state")}
+        found |= {f"{index}.{kind}": tensor for kind, tensor in named.items() if tensor is not None}
+    return found
+
+
+def fill_cache(cache: Cache, tensors: Mapping[str, torch.Tensor], past: int) -> Cache:
+    """Puts tensors under the names of `cache_tensors` into an empty cache, as if `past` tokens had been read."""
+    if isinstance(cache, EncoderDecoderCache):
+        own = {name: tensor for name, tensor in tensors.items() if ".cross_" not in name}
+        cross = {name.replace(".cross_", "."): tensors[name] for name in tensors.keys() - own.keys()}
+        fill_cache(cache.self_attention_cache, own, past)
+        fill_cache(cache.cross_attention_cache, cross, 0)
+        cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
+        return cache
+    depth = 1 + max(int(name.split(".")[0]) for name in tensors)
+    cache.layers.extend(
+        DynamicLayer() for _ in range(len(cache.layers), depth)
+    )  # `DynamicCache` starts without layers
+    for index, layer in enumerate(cache.layers):
+        prefix = f"{index}."
+        _fill_layer(layer, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, past)
+        if isinstance(layer, SlidingRecurrentLayer):
+            write_state(cache, index, tensors[f"{index}.state"])
+    return cache
+
+
+def _fill_layer(layer: CacheLayerMixin, tensors: Mapping[str, torch.Tensor], past: int) -> None:
+    if isinstance(layer, CodeMemoryLayer):
+        layer.memory = CodeMemory(*(tensors[name] for name in CodeMemory._fields))
+        layer.state, layer.cumulative_length = tensors["state"], past
+        return
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if not isinstance(layer, DynamicLayer) or layer.is_sliding:
+        layer.cumulative_length = past
+    if isinstance(layer, (GatedAttentionLayer, WorkingMemoryLayer)):
+        layer.state = tensors["state"]
+        if "state_1" in tensors:
+            layer.state = (tensors["state"], tensors["state_1"])
+    if isinstance(layer, WorkingMemoryLayer):
+        layer.positions, layer.counts = tensors["positions"], tensors["counts"]
+    if isinstance(layer, GatedAttentionLayer):
+        layer.cross_keys, layer.cross_values = tensors.get("cross_keys"), tensors.get("cross_values")
+
+
+def kept_tokens(cache: Cache) -> int | None:
+    """Tokens whose keys a cache keeps at most; None when it keeps all."""
+    if isinstance(cache, EncoderDecoderCache):
+        return kept_tokens(cache.self_attention_cache)
+    if not cache.layers:
+        return None
+    layer = cache.layers[0]
+    if isinstance(layer, WorkingMemoryLayer):
+        return layer.layout["window_size"]
+    if isinstance(layer, CodeMemoryLayer):
+        return layer.layout["window_size"] - 1
+    return layer.window if isinstance(layer, GatedAttentionLayer) else layer.sliding_window - 1

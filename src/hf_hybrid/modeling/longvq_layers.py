@@ -15,11 +15,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ..configuration.configuration_longvq import LongVQConfig
-from ..layers import norms
 from ..layers.classifier import activation_function
 from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.full_precision import KeepsFullPrecision
+from ..layers.norms import build_norm as norm_by_name
 from ..layers.quantizer import Quantized, VectorQuantizer
 from ..layers.s4d import ActivatedS4D
 from ..ops.code_memory import empty_memory, remember
@@ -33,7 +33,7 @@ LayerResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def build_norm(config: LongVQConfig) -> nn.Module:
     """Norm over the hidden size."""
     kind = {"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[config.norm_type]
-    return norms.build_norm(kind, config.hidden_size, config.norm_eps)
+    return norm_by_name(kind, config.hidden_size, config.norm_eps)
 
 
 def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:

@@ -144,6 +144,7 @@ class LongVQModel(LongVQPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         input_values: torch.Tensor | None = None,
+        output_quantization: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongVQModelOutput:
         """Runs over a text, or over its next tokens. In training it first applies what the last step told of the codebooks.
@@ -154,6 +155,8 @@ class LongVQModel(LongVQPreTrainedModel):
             past_key_values: cache of an earlier call; causal models only.
             use_cache: return the cache; default `config.use_cache` outside training, for causal models.
             input_values: (B, L) real numbers, instead of ids, for models with `input_type="values"`.
+            output_quantization: return `commitment_loss` and `codebook_perplexity`; default: in training. (Pipelines split
+                every tensor of an output into the rows of the batch.)
 
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another model or of other
@@ -192,11 +195,13 @@ class LongVQModel(LongVQPreTrainedModel):
             )
             commitments.append(commitment)
             perplexities.append(perplexity)
+        if output_quantization is None:
+            output_quantization = self.training
         return LongVQModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            commitment_loss=torch.stack(commitments).mean(),
-            codebook_perplexity=torch.stack(perplexities),
+            commitment_loss=torch.stack(commitments).mean() if output_quantization else None,
+            codebook_perplexity=torch.stack(perplexities) if output_quantization else None,
         )
 
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class Quantization:
-    """What every LongVQ output holds besides.
+    """What every LongVQ output holds besides, in training, with labels, or when asked for by `output_quantization=True`.
 
     Args:
         commitment_loss: mean square distance of a coordinate of a key from its codeword, mean of the layers; without its

@@ -26,6 +26,7 @@ from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.kept_results import KeepsResults
 from ..layers.norms import sequence_norm
 from ..layers.value_embedding import ValueEmbedding
+from ..ops.export_shapes import is_open
 from ..ops.gated_attention import (
     cached_gated_attention,
     gated_attention,
@@ -209,7 +210,7 @@ class MegaAttention(nn.Module):
         mask = None if mask is None else mask[:, -visible:]
         positions = None if positions is None else positions[:, -visible:]
         piece = visible
-        if self.chunk_size is not None and (visible > self.chunk_size or positions is not None):
+        if self.chunk_size is not None and (positions is not None or is_open(visible) or visible > self.chunk_size):
             piece = self.chunk_size
         settings = {
             "activation": self.attention_activation,
@@ -304,7 +305,8 @@ class MegaCrossAttention(nn.Module):
 
     def _bias(self, num_rows: int, num_columns: int, past: int, shift: torch.Tensor | None) -> torch.Tensor:
         """Biases (T + S - 1,) or (B, T + S - 1), entry T - 1 + (j - i), for targets past .. past + T - 1."""
-        self.rel_pos_bias.check_length(max(past + num_rows, num_columns))
+        self.rel_pos_bias.check_length(past + num_rows)
+        self.rel_pos_bias.check_length(num_columns)
         device = next(self.rel_pos_bias.parameters()).device
         offsets = torch.arange(1 - num_rows, num_columns, device=device) - past
         return self.rel_pos_bias.at(offsets if shift is None else offsets + shift.unsqueeze(-1))
@@ -328,7 +330,7 @@ class MegaCrossAttention(nn.Module):
             past: position of the first target.
             shift: (B,) leading padding of the target minus that of the source, or None when there is none.
             past_key_values: cache to continue and to extend.
-            output_attentions: also return the weights, (B, T, S).
+            output_attentions: also return the weights, (B, 1, T, S).
         """
         gate, reset, query = self.q_proj(self.norm(hidden_states) if self.norm_first else hidden_states).split(
             self.split_sizes, dim=-1
@@ -341,7 +343,7 @@ class MegaCrossAttention(nn.Module):
         }
         dropout = self.attention_dropout if self.training else 0.0
         attended = gated_cross_attention(query, key, value, dropout_p=dropout, **settings)
-        weights = gated_cross_attention_weights(query, key, **settings) if output_attentions else None
+        weights = gated_cross_attention_weights(query, key, **settings).unsqueeze(1) if output_attentions else None
         candidate = self.dropout(self.h_proj(recomputed(_reset, attended, reset)), function=self.activation)
         output = recomputed(_interpolate, hidden_states, candidate, gate)
         return output if self.norm_first else self.norm(output), weights

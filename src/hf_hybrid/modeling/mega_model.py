@@ -21,6 +21,7 @@ from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import FeatureScale, ScaleNorm
 from ..layers.value_embedding import ValueEmbedding
+from ..ops.export_shapes import is_open
 from .cache import check_gated_cache, gated_cache
 from .inputs import check_inputs, check_values, pool_tokens, simplify_mask
 from .mega_layers import (
@@ -244,7 +245,7 @@ class MegaModel(MegaPreTrainedModel):
 
         Returns:
             The states; with `output_attentions` the weights of each layer, (B, chunks, C, C), and of its cross-attention,
-            (B, L, S).
+            (B, 1, L, S).
 
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a text longer than the table of the
@@ -314,7 +315,9 @@ class MegaModel(MegaPreTrainedModel):
 
     def _check_length(self, length: int) -> None:
         chunk = self.config.attention_chunk
-        if chunk is not None and not self.config.auto_pad_to_chunk and length > chunk and length % chunk:
+        if chunk is None or self.config.auto_pad_to_chunk or is_open(length):
+            return
+        if length > chunk and length % chunk:
             raise ValueError(
                 f"The input has {length} tokens, no multiple of `chunk_size` = {chunk}: pad it, or set `auto_pad_to_chunk=True`, "
                 "which lets the last chunk be shorter."

@@ -53,6 +53,12 @@ class LongVQHead(LongVQPreTrainedModel):
         _require(config, type(self).__name__, **wanted)
         self.model = LongVQModel(config)
 
+    def _states(self, has_labels: bool, **kwargs: Any) -> LongVQModelOutput:
+        """Output of the stack; with labels, how well the codebooks serve is part of it."""
+        if has_labels:
+            kwargs.setdefault("output_quantization", True)
+        return self.model(**kwargs)
+
     def _with_commitment(
         self,
         loss: torch.Tensor | None,
@@ -138,8 +144,9 @@ class LongVQForCausalLM(LongVQLanguageModel, GenerationMixin):
         shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
         if labels is not None or shift_labels is not None:
             use_cache = False if use_cache is None else use_cache
-        outputs: LongVQModelOutput = self.model(
-            input_ids,
+        outputs = self._states(
+            labels is not None or shift_labels is not None,
+            input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
@@ -178,7 +185,8 @@ class LongVQForMaskedLM(LongVQLanguageModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongVQMaskedLMOutput:
         """`logits` (B, L, V); `labels` (B, L), -100 ignored, give the mean cross-entropy as `loss`."""
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        outputs = self._states(labels is not None, **inputs, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return LongVQMaskedLMOutput(
@@ -200,9 +208,11 @@ class LongVQClassifier(LongVQHead):
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear((2 if config.dual_encoder else 1) * config.hidden_size, config.num_labels)
 
-    def _encode(self, attention_mask: torch.Tensor | None, **kwargs: object) -> tuple[LongVQModelOutput, torch.Tensor]:
+    def _encode(
+        self, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[LongVQModelOutput, torch.Tensor]:
         """Output of the stack, and its pooled states (B, D)."""
-        outputs = self.model(attention_mask=attention_mask, use_cache=False, **kwargs)
+        outputs = self._states(labels is not None, attention_mask=attention_mask, use_cache=False, **kwargs)
         return outputs, pool_tokens(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
 
     def _classify(
@@ -266,17 +276,23 @@ class LongVQForSequenceClassification(LongVQClassifier):
                 else "This model classifies single texts (`dual_encoder=False`): leave `pair_input_ids` unset."
             )
         outputs, pooled = self._encode(
-            attention_mask, input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values, **kwargs
+            attention_mask,
+            labels,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            **kwargs,
         )
         if has_pair:
             pair = {"input_ids": pair_input_ids, "inputs_embeds": pair_inputs_embeds}
-            others, second = self._encode(pair_attention_mask, **pair, codebook_slot=1)
+            others, second = self._encode(pair_attention_mask, labels, **pair, codebook_slot=1)
             if second.shape[0] != pooled.shape[0]:
                 raise ValueError(
                     f"`pair_input_ids` has {second.shape[0]} rows but `input_ids` has {pooled.shape[0]}; both must share the "
                     "batch dimension."
                 )
-            outputs.commitment_loss = (outputs.commitment_loss + others.commitment_loss) / 2
+            if outputs.commitment_loss is not None and others.commitment_loss is not None:
+                outputs.commitment_loss = (outputs.commitment_loss + others.commitment_loss) / 2
             pooled = torch.cat([second, pooled], dim=-1)  # in the order of Mega: second text first
         return self._classify(LongVQSequenceClassifierOutput, outputs, pooled, labels)
 
@@ -301,7 +317,7 @@ class LongVQForImageClassification(LongVQClassifier):
         if pixel_values is None:
             raise ValueError("Pass `pixel_values`: grey images (batch, 1, height, width).")
         values = flatten_pixels(pixel_values, self.config.image_size)
-        outputs, pooled = self._encode(None, input_values=values, **kwargs)
+        outputs, pooled = self._encode(None, labels, input_values=values, **kwargs)
         return self._classify(LongVQImageClassifierOutput, outputs, pooled, labels)
 
 
@@ -323,7 +339,7 @@ class LongVQForAudioClassification(LongVQClassifier):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongVQSequenceClassifierOutput:
         """`logits` (B, num_labels) of waveforms (B, L); `attention_mask` (B, L) is 1 at samples, 0 at padding."""
-        outputs, pooled = self._encode(attention_mask, input_values=input_values, **kwargs)
+        outputs, pooled = self._encode(attention_mask, labels, input_values=input_values, **kwargs)
         return self._classify(LongVQSequenceClassifierOutput, outputs, pooled, labels)
 
 
@@ -349,7 +365,7 @@ class LongVQForTokenClassification(LongVQHead):
     ) -> LongVQTokenClassifierOutput:
         """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        outputs = self.model(**inputs, use_cache=False, **kwargs)
+        outputs = self._states(labels is not None, **inputs, use_cache=False, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return LongVQTokenClassifierOutput(
@@ -382,10 +398,11 @@ class LongVQForQuestionAnswering(LongVQHead):
     ) -> LongVQQuestionAnsweringOutput:
         """`start_logits` and `end_logits` (B, L); the positions (B,) are token indices, outside the input = ignored."""
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        outputs = self.model(**inputs, use_cache=False, **kwargs)
+        has_labels = start_positions is not None and end_positions is not None
+        outputs = self._states(has_labels, **inputs, use_cache=False, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if has_labels:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return LongVQQuestionAnsweringOutput(
             loss=self._with_commitment(loss, outputs),

@@ -8,6 +8,8 @@ The stack is in `seqboat_model`, its layers in `seqboat_layers`, its outputs in 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -21,7 +23,7 @@ from ..configuration.configuration_seqboat import SeqBoatConfig
 from ..layers.classifier import LraClassifier
 from .cache import refuse_cache_implementation
 from .inputs import flatten_pixels, pool_tokens
-from .losses import check_class_labels, shift_labels, token_cross_entropy
+from .losses import align_labels, check_class_labels, token_cross_entropy
 from .seqboat_model import SeqBoatModel, SeqBoatPreTrainedModel
 from .seqboat_outputs import (
     SeqBoatCausalLMOutput,
@@ -40,7 +42,9 @@ def _require(config: SeqBoatConfig, name: str, **wanted: object) -> None:
             raise ValueError(f"{name} needs a configuration with `{field}={value!r}`; got {getattr(config, field)!r}.")
 
 
-def _with_auxiliary(loss: torch.Tensor | None, outputs: ModelOutput, config: SeqBoatConfig) -> torch.Tensor | None:
+def _with_auxiliary(
+    loss: torch.Tensor | None, outputs: SeqBoatModelOutput, config: SeqBoatConfig
+) -> torch.Tensor | None:
     """The loss plus the weighted dead layer penalty, where both exist."""
     if loss is None or outputs.auxiliary_loss is None:
         return loss
@@ -106,13 +110,16 @@ class SeqBoatForCausalLM(SeqBoatLanguageModel, GenerationMixin):
 
         Args:
             labels: (B, L) ids, unshifted; -100 is ignored.
+            shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
             logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
 
         Returns:
             `logits` (B, L, V), and with `labels` the mean next-token cross-entropy as `loss`.
         """
-        if labels is not None:
+        # No argument of its own: `Trainer` evaluates only with values for every argument that is named like a label.
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
+        if labels is not None or shift_labels is not None:
             use_cache = False if use_cache is None else use_cache
         outputs: SeqBoatModelOutput = self.model(
             input_ids,
@@ -125,8 +132,7 @@ class SeqBoatForCausalLM(SeqBoatLanguageModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state
-        if labels is not None:
-            labels = shift_labels(labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
         logits = self.lm_head(hidden_states[:, kept])
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return SeqBoatCausalLMOutput(

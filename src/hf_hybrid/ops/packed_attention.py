@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .blocked_attention import PAIRS_AT_A_TIME, dropout_factors
+from .export_shapes import count_blocks
 from .gated_scores import ACCELERATOR_PAIRS_AT_A_TIME, LAPLACE_MEAN, LAPLACE_STD, activate
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
@@ -71,30 +72,36 @@ def packed_attention_static(stream: Stream, dropout_p: float = 0.0) -> torch.Ten
     """
     query, key, value, rank_bias, position_bias, rows, positions, activation, window, causal = stream
     dtype, length = query.dtype, query.shape[0]
-    size = _BLOCK if window is not None else length
-    left = length if window is None else window
-    right = 0 if causal else left
-    blocks = -(-length // size)
-    rest = blocks * size - length
-    span = left + size + right
+    if window is None:  # one block, which holds everything
+        left, rest, size, span = 0, 0, length, length
+    else:
+        left, size, span = window, _BLOCK, window + _BLOCK + (0 if causal else window)
+        rest = count_blocks(length, size) * size - length
+
+    def blocks(states: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        if window is None:
+            return states.unsqueeze(0)
+        return F.pad(states, (0, 0) * (states.dim() - 1) + (0, rest), value=fill).unflatten(0, (-1, size))
 
     def slots(states: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        amounts = (0, 0) * (states.dim() - 1) + (left, rest + right)
+        if window is None:
+            return states.movedim(0, -1).unsqueeze(0)
+        amounts = (0, 0) * (states.dim() - 1) + (left, rest + span - left - size)
         return F.pad(states, amounts, value=fill).unfold(0, span, size)  # (T, ..., S)
 
-    queries = F.pad(query, (0, 0, 0, rest)).unflatten(0, (blocks, size))
-    scores = queries @ slots(key.to(dtype))
+    scores = blocks(query) @ slots(key.to(dtype))
     offsets = torch.arange(span, device=query.device) - left - torch.arange(size, device=query.device).unsqueeze(1)
-    visible = (offsets >= -left) & (offsets <= right)
-    query_rows = F.pad(rows, (0, rest), value=-2).unflatten(0, (blocks, size))
-    visible = visible & (query_rows.unsqueeze(-1) == slots(rows, -3).unsqueeze(-2))
-    if rank_bias is not None:
-        scores = scores + rank_bias.to(dtype)[(offsets + left).clamp(0, rank_bias.shape[0] - 1)]
-    if position_bias is not None:
-        query_positions = F.pad(positions, (0, rest)).unflatten(0, (blocks, size))
-        distances = slots(positions).unsqueeze(-2) - query_positions.unsqueeze(-1)
-        reach = position_bias.shape[0] // 2
-        scores = scores + position_bias.to(dtype)[distances.clamp(-reach, reach) + reach]
+    visible = blocks(rows, -2).unsqueeze(-1) == slots(rows, -3).unsqueeze(-2)
+    if window is not None:
+        visible = visible & (offsets.abs() <= window)
+    if causal:
+        visible = visible & (offsets <= 0)
+    for bias, distances in ((rank_bias, offsets), (position_bias, None)):
+        if bias is not None:
+            if distances is None:
+                distances = slots(positions).unsqueeze(-2) - blocks(positions).unsqueeze(-1)
+            reach = bias.shape[0] // 2
+            scores = scores + bias.to(dtype)[distances.clamp(-reach, reach) + reach]
     weights = activate(scores.masked_fill(~visible, torch.finfo(dtype).min), activation).masked_fill(~visible, 0)
     outputs = F.dropout(weights, dropout_p) @ slots(value.to(dtype)).mT
     outputs = outputs.flatten(0, 1)[:length]
@@ -168,10 +175,19 @@ class _Blocks:
         )
         key_rows = key_rows.unfold(0, self.span, self.size)
         self.foreign = query_rows.unsqueeze(-1), key_rows.unsqueeze(-2)
-        self.borders = (key_rows[:, 0] != key_rows[:, -1]).tolist()  # rows rise: between equal ends there is no other
+        self.borders = self._borders()
         if self.table is not None:
             query_positions = F.pad(self.positions, (0, self.rest)).view(self.num_blocks, self.size)
             self.places = query_positions.unsqueeze(-1), self._slots(self.positions).unsqueeze(-2)
+
+    def _borders(self) -> list[bool]:
+        """Blocks with keys of several rows, or outside the stream: those that a start or the end of a row lies inside of."""
+        flags = [False] * self.num_blocks
+        for start in self.starts:
+            first = max(0, (start - self.size - self.right) // self.size + 1)
+            last = min(self.num_blocks - 1, (start + self.left - 1) // self.size)
+            flags[first : last + 1] = [True] * max(0, last + 1 - first)
+        return flags
 
     def blocks(self, states: torch.Tensor) -> torch.Tensor:
         """(C, X) -> (T, b, X)."""
@@ -386,21 +402,23 @@ def _packed_attention_backward(
             if band_gradient is not None:
                 entries = band_gradient.shape[0]
                 band_gradient += toeplitz_bias_gradient(score_gradient.sum(0), entries, shift=part.shift)
-            if table_gradient is not None:
+            if table_gradient is not None and part.distances is not None:
                 table_gradient.index_add_(0, part.distances.flatten(), score_gradient.flatten())
             query_gradient[tokens] = blocks.product(score_gradient, keys).flatten(0, 1)[: tokens.stop - tokens.start]
             key_gradient.add(part, blocks.product(score_gradient.mT, queries))
-        if band_gradient is not None:
+        if band_gradient is not None and rank_bias is not None:
             centre = rank_bias.shape[0] // 2
             after = rank_bias.shape[0] - centre - 1 - blocks.right
-            band_gradient = F.pad(band_gradient, (centre - blocks.left, after))
+            band_gradient = F.pad(band_gradient, (centre - blocks.left, after)).to(rank_bias.dtype)
+        if table_gradient is not None and position_bias is not None:
+            table_gradient = table_gradient.to(position_bias.dtype)
         empty = query.new_zeros(0)
         return (
             query_gradient,
             key_gradient.total().to(key.dtype),
             value_gradient.total().to(value.dtype),
-            empty if band_gradient is None else band_gradient.to(rank_bias.dtype),
-            empty.clone() if table_gradient is None else table_gradient.to(position_bias.dtype),
+            empty if band_gradient is None else band_gradient,
+            empty.clone() if table_gradient is None else table_gradient,
         )
 
 
@@ -416,9 +434,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient):
-    *gradients, band, table = _packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
-    has_band, has_table = (ctx.saved_tensors[index] is not None for index in (3, 4))
-    return *gradients, band if has_band else None, table if has_table else None, *(None,) * 7
+    saved = ctx.saved_tensors
+    *gradients, band, table = _packed_attention_backward(gradient, *saved, *ctx.options)
+    return *gradients, None if saved[3] is None else band, None if saved[4] is None else table, *(None,) * 7
 
 
 _packed_attention.register_autograd(_backward, setup_context=_save_for_backward)

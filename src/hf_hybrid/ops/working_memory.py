@@ -129,7 +129,6 @@ def memory_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     new_ranks = memory.counts.unsqueeze(-1) + active.long().cumsum(-1) - 1
     ranks = torch.cat([memory.ranks(), torch.where(active, new_ranks, -1)], dim=1)
-    keys, values = (torch.cat(pair, dim=1).to(dtype) for pair in ((memory.keys, key), (memory.values, value)))
     steps = ranks.unsqueeze(1) - new_ranks.unsqueeze(2)  # (B, T, W + T)
     seen = (ranks >= 0).unsqueeze(1) & (steps <= 0)
     if window is not None:
@@ -141,7 +140,7 @@ def memory_attention(
         states = states / window
     else:
         states = states / (new_ranks + 1).clamp(min=1).unsqueeze(-1)
-    scores = states @ keys.mT
+    scores = torch.cat([states @ keys.to(dtype).mT for keys in (memory.keys, key)], dim=-1)
     if rank_bias is not None:
         reach = rank_bias.shape[0] // 2
         scores = scores + rank_bias.to(dtype)[steps.clamp(-reach, reach) + reach]
@@ -151,7 +150,9 @@ def memory_attention(
         distances = torch.cat([memory.positions, new_positions], dim=1).unsqueeze(1) - new_positions.unsqueeze(2)
         scores = scores + position_bias.to(dtype)[distances.clamp(-reach, reach) + reach]
     weights = activate(scores.masked_fill(~seen, torch.finfo(dtype).min), activation).masked_fill(~seen, 0)
-    return (weights @ values).to(value.dtype)
+    slots = memory.keys.shape[1]
+    outputs = weights[..., :slots] @ memory.values.to(dtype) + weights[..., slots:] @ value.to(dtype)
+    return outputs.to(value.dtype)
 
 
 def continued_attention(

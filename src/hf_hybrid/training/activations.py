@@ -51,21 +51,26 @@ def attention_spans(active: torch.Tensor, window: int | None, causal: bool) -> t
     return (passed + coming).double() / (before + after).double()
 
 
-def sparse_units(model: nn.Module) -> list[nn.Module]:
+def sparse_units(model: nn.Module) -> list[Any]:
     """The units of a model that a router drives, in the order of the layers.
 
     Raises:
         ValueError: the model has none.
     """
-    found = [module for module in model.modules() if getattr(module, "router", None) is not None]
-    units = [module for module in found if hasattr(module.router, "log_temperature")]
+    modules = model.modules()
+    units: list[Any] = [module for module in modules if hasattr(getattr(module, "router", None), "log_temperature")]
     if not units:
         raise ValueError(f"{type(model).__name__} has no layers with a router: only SeqBoat models have activations.")
     return units
 
 
+def has_routers(model: nn.Module) -> bool:
+    """Whether a model has layers with a router."""
+    return any(hasattr(getattr(module, "router", None), "log_temperature") for module in model.modules())
+
+
 @contextmanager
-def watch_routers(model: nn.Module, notice: Any) -> Iterator[list[nn.Module]]:
+def watch_routers(model: nn.Module, notice: Any) -> Iterator[list[Any]]:
     """Calls `notice(layer, routing, mask)` whenever a router has decided, until the end of the block.
 
     Args:
@@ -135,7 +140,7 @@ class LayerActivation:
 class ActivationCollector:
     """Sums up decisions of routers; the sums stay on the device of the model until `summary`."""
 
-    def __init__(self, units: list[nn.Module]) -> None:
+    def __init__(self, units: list[Any]) -> None:
         self.units = units
         self.rates: list[list[torch.Tensor]] = [[] for _ in units]
         self.sums: list[list[torch.Tensor]] = [[] for _ in units]
@@ -279,6 +284,28 @@ class ActivationCallback(TrainerCallback):
         if self.collector is not None and state.global_step % self.every == 0:
             self.looking = set(range(len(self.collector.units)))
 
+    def entries(self, step: int) -> dict[str, float]:
+        """What was seen since the last call, by name of the log entry; empty if nothing was. Warns of dead layers."""
+        layers = [] if self.collector is None else self.collector.summary()
+        if self.collector is None or not layers:
+            return {}
+        found = {f"activation_rate/layer_{layer.layer}": round(layer.rate, 5) for layer in layers}
+        found |= {f"activation_span/layer_{layer.layer}": round(layer.span, 2) for layer in layers}
+        found["activation_rate/mean"] = round(sum(layer.rate for layer in layers) / len(layers), 5)
+        for layer in layers:
+            index, looks = layer.layer, len(self.collector.rates[layer.layer])
+            self.silent[index] = self.silent[index] + looks if layer.is_dead else 0
+            if self.silent[index] >= self.patience and index not in self.warned:
+                self.warned.add(index)
+                logger.warning(
+                    "Layer %d activates no token any more (step %d), so that its router gets no gradient. Train with "
+                    "`dead_layer_loss_weight` > 0 to revive it.",
+                    index,
+                    step,
+                )
+        self.collector = ActivationCollector(self.collector.units)
+        return found
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -287,29 +314,12 @@ class ActivationCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.collector is None or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
-        layers = self.collector.summary()
-        if not layers:
-            return
-        entries = {f"activation_rate/layer_{layer.layer}": round(layer.rate, 5) for layer in layers}
-        entries |= {f"activation_span/layer_{layer.layer}": round(layer.span, 2) for layer in layers}
-        entries["activation_rate/mean"] = round(sum(layer.rate for layer in layers) / len(layers), 5)
-        logs.update(entries)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(entries)
-        for layer in layers:
-            looks = len(self.collector.rates[layer.layer])
-            self.silent[layer.layer] = self.silent[layer.layer] + looks if layer.is_dead else 0
-            if self.silent[layer.layer] >= self.patience and layer.layer not in self.warned:
-                self.warned.add(layer.layer)
-                logger.warning(
-                    "Layer %d activates no token any more (step %d): its router gets no gradient. Train with "
-                    "`dead_layer_loss_weight` > 0 to revive it.",
-                    layer.layer,
-                    state.global_step,
-                )
-        self.collector = ActivationCollector(self.collector.units)
+        found = self.entries(state.global_step)
+        logs.update(found)
+        if found and state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(found)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

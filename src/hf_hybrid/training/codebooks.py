@@ -64,6 +64,24 @@ class CodebookCallback(TrainerCallback):
         if quantized is not None:
             quantized.apply_codebook_updates()
 
+    def entries(self, model: Any, step: int) -> dict[str, float]:
+        """What a log of training says about the codebooks; empty without any. It joins the history."""
+        quantized = quantized_model(model)
+        layers = [] if quantized is None else quantized.codebook_stats()
+        if not layers or any(layer["perplexity"] is None for layer in layers):
+            return {}
+        for layer in layers:
+            layer["perplexity"] = sum(layer["perplexity"]) / len(layer["perplexity"])
+        names = ("perplexity", "active_fraction", "relative_error", "revived")
+        self.history.append({"step": step} | {name: [layer[name] for layer in layers] for name in names})
+        perplexities = [layer["perplexity"] for layer in layers]
+        self._warn(step, perplexities)
+        return {
+            "codebook_perplexity": round(sum(perplexities) / len(layers), 4),
+            "codebook_perplexity_min": round(min(perplexities), 4),
+            "codebook_active_fraction": round(sum(layer["active_fraction"] for layer in layers) / len(layers), 4),
+        }
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -73,25 +91,13 @@ class CodebookCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        quantized = quantized_model(model)
-        if quantized is None or logs is None or "loss" not in logs:  # logs of training, not of evaluations
+        # Logs of training, not of evaluations; those of `HybridTrainer` have the entries already.
+        if logs is None or "loss" not in logs or "codebook_perplexity" in logs:
             return
-        layers = quantized.codebook_stats()
-        if any(layer["perplexity"] is None for layer in layers):
-            return
-        for layer in layers:
-            layer["perplexity"] = sum(layer["perplexity"]) / len(layer["perplexity"])
-        names = ("perplexity", "active_fraction", "relative_error", "revived")
-        self.history.append({"step": state.global_step} | {name: [layer[name] for layer in layers] for name in names})
-        added = {
-            "codebook_perplexity": sum(layer["perplexity"] for layer in layers) / len(layers),
-            "codebook_perplexity_min": min(layer["perplexity"] for layer in layers),
-            "codebook_active_fraction": sum(layer["active_fraction"] for layer in layers) / len(layers),
-        }
-        logs.update(added)
+        found = self.entries(model, state.global_step)
+        logs.update(found)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(added)  # which Trainer copied before
-        self._warn(state.global_step, [layer["perplexity"] for layer in layers])
+            state.log_history[-1].update(found)  # which Trainer copied before
 
     def _warn(self, step: int, perplexities: list[float]) -> None:
         for index, value in enumerate(perplexities):
