@@ -155,7 +155,7 @@ class LongVQModel(LongVQPreTrainedModel):
             past_key_values: cache of an earlier call; causal models only.
             use_cache: return the cache; default `config.use_cache` outside training, for causal models.
             input_values: (B, L) real numbers, instead of ids, for models with `input_type="values"`.
-            output_quantization: return `commitment_loss` and `codebook_perplexity`; default: in training. (Pipelines split
+            output_quantization: return `commitment_loss` and `codebook_perplexity`, as in training. (Pipelines split
                 every tensor of an output into the rows of the batch.)
 
         Raises:
@@ -195,8 +195,7 @@ class LongVQModel(LongVQPreTrainedModel):
             )
             commitments.append(commitment)
             perplexities.append(perplexity)
-        if output_quantization is None:
-            output_quantization = self.training
+        output_quantization = self.training or bool(output_quantization)
         return LongVQModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,

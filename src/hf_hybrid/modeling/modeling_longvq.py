@@ -62,7 +62,7 @@ class LongVQHead(LongVQPreTrainedModel):
     def _with_commitment(
         self,
         loss: torch.Tensor | None,
-        outputs: ModelOutput,
+        outputs: LongVQModelOutput,
         attention_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | None:
@@ -74,7 +74,8 @@ class LongVQHead(LongVQPreTrainedModel):
         weight = self.config.commitment_loss_weight
         if loss is None or not self.training or weight == 0:
             return loss
-        commitment = weight * outputs.commitment_loss.to(loss.dtype)
+        assert outputs.commitment_loss is not None and outputs.last_hidden_state is not None
+        commitment: torch.Tensor = weight * outputs.commitment_loss.to(loss.dtype)
         if num_items_in_batch is not None:
             batch, length = outputs.last_hidden_state.shape[:2]
             tokens = (

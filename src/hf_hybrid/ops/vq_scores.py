@@ -282,9 +282,8 @@ def _row_gradients(call, rows, cuts, gradients, query_gradient, key_gradient, va
     size = 0 if far is None else call.size
     heads = call._numbers(rows)[1]
     number, width = call.number, key_gradient.shape[-1]
-    code_gradient = None
-    if far is not None:  # of the mean residuals and mean values of every code, together
-        code_gradient = gradients.new_empty(len(heads), number, size, width + value_gradient.shape[-1])
+    # of the mean residuals and mean values of every code, together
+    code_gradient = gradients.new_empty(len(heads), number, size, width + value_gradient.shape[-1])
     for part in call.parts(rows, cuts, far):
         chunks = part.chunks
         shape = (len(heads), chunks.stop - chunks.start)
@@ -301,9 +300,8 @@ def _row_gradients(call, rows, cuts, gradients, query_gradient, key_gradient, va
             slots = slice(size + piece * call.chunk, size + (piece + 1) * call.chunk)
             key_gradient[rows, touched] += found_keys[:, :, slots]
             value_gradient[rows, touched] += found_values[:, :, slots]
-        if far is not None:
-            code_gradient[:, chunks, :, :width] = found_keys[:, :, :size]
-            code_gradient[:, chunks, :, width:] = found_values[:, :, :size]
+        code_gradient[:, chunks, :, :width] = found_keys[:, :, :size]
+        code_gradient[:, chunks, :, width:] = found_values[:, :, :size]
     if far is None:
         return
     code_gradient.div_(far.counts.clamp(min=1).unsqueeze(-1))
