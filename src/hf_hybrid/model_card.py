@@ -105,6 +105,7 @@ class ModelCard:
         extra_tags: added to the tags of the header.
         intended_use: what the model may be used for, and what not.
         limits: known failures; what the figures do not say.
+        adapter_of: name of the checkpoint below a LoRA adapter; None for a whole model.
     """
 
     model_name: str
@@ -127,6 +128,7 @@ class ModelCard:
     extra_tags: Sequence[str] = ()
     intended_use: str = ""
     limits: str = ""
+    adapter_of: str | None = None
 
     def render(self) -> str:
         """The whole README.md, header included."""
@@ -177,7 +179,19 @@ class ModelCard:
         )
         return data.to_yaml()
 
+    def _adapter_usage(self) -> str:
+        name, loader = _PREPARED_BY.get(self.auto_class, ("tokenizer", "AutoTokenizer"))
+        return (
+            f"This is a LoRA adapter of the checkpoint `{self.adapter_of}`, which must be there too; loading merges the two:\n\n"
+            f"```python\nimport hf_hybrid  # registers the architectures\nfrom transformers import {self.auto_class}, {loader}\n"
+            "from hf_hybrid.training.adapters import load_adapted_model\n\n"
+            'source = "."  # this folder, or the name of the repository\n'
+            f"{name} = {loader}.from_pretrained(source)\nmodel = load_adapted_model({self.auto_class}, source)\n```"
+        )
+
     def _usage(self) -> str:
+        if self.adapter_of is not None:
+            return self._adapter_usage()
         name, loader = _PREPARED_BY.get(self.auto_class, ("tokenizer", "AutoTokenizer"))
         load = (
             f"from transformers import {self.auto_class}, {loader}\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from skip_conditions import condition
 from hf_hybrid.auto import ARCHITECTURES, load_config_class
 
 BEGIN, END = "<!-- begin of the generated part -->", "<!-- end of the generated part -->"
+_CHECK = re.compile(r"conformance/test_\w+\.py::(\w+Test)::(test_\w+)$")
 TOKENIZERS = {"SentencePieceTokenizerTest": "SentencePiece", "ByteTokenizerTest": "bytes"}
 
 
@@ -28,15 +29,25 @@ class Outcome:
     reason: str | None = None
 
 
-def read_outcome(report: object) -> Outcome | None:
-    """The outcome in a report of pytest, or None where it holds no result of a common check."""
-    if not isinstance(report, pytest.TestReport) or hasattr(report, "context"):  # the part of a check
-        return None
-    match = re.search(r"conformance/test_\w+\.py::(\w+Test)::(test_\w+)$", report.nodeid)
-    if match is None or not (report.when == "call" or (report.when == "setup" and report.skipped)):
-        return None
-    reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else None
-    return Outcome(match[1], base_name(match[2]), report.passed, reason)
+def read_outcomes(reports: Iterable[object]) -> list[Outcome]:
+    """The outcomes in the reports of pytest. A check of which a part was skipped counts as skipped."""
+    outcomes: dict[str, Outcome] = {}
+    skipped_parts: dict[str, str] = {}
+    for report in reports:
+        match = isinstance(report, pytest.TestReport) and _CHECK.search(report.nodeid)
+        if not match or not (report.when == "call" or (report.when == "setup" and report.skipped)):
+            continue
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else None
+        if not hasattr(report, "context"):
+            outcomes[report.nodeid] = Outcome(match[1], base_name(match[2]), report.passed, reason)
+        elif reason is not None:
+            skipped_parts[report.nodeid] = reason
+    return [
+        replace(outcome, passed=False, reason=skipped_parts[name])
+        if outcome.passed and name in skipped_parts
+        else outcome
+        for name, outcome in outcomes.items()
+    ]
 
 
 def base_name(check: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from conformance_table import read_outcome, write_table
+from conformance_table import read_outcomes, write_table
 from skip_conditions import is_accepted
 
 MARKERS_OF_TRANSFORMERS = (
@@ -48,7 +48,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     path = config.getoption("conformance_table", None)
     if path is None:
         return
-    reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    outcomes = [outcome for report in reports if (outcome := read_outcome(report)) is not None]
+    outcomes = read_outcomes(report for reports in terminalreporter.stats.values() for report in reports)
     write_table(Path(path), outcomes)
     terminalreporter.write_line(f"{len(outcomes)} results of the common checks of Transformers written into {path}")

@@ -15,7 +15,7 @@ CONDITIONS = {
         "no stack that can return attention weights"
     ),
     r"This model has no `base_model_class` defined in tester\.": "a check of the bare model",
-    r"This model does not (support RoPE scaling|have RoPE)|\w+ has no axial RoPE layer defined\.": (
+    r"This model does not (support RoPE scaling|have RoPE)|.+ has no axial RoPE layer defined\.": (
         "no rotary embedding of the library's"
     ),
     r"Model does not have position embeddings": "no table of positions that the check knows how to resize",

@@ -63,6 +63,16 @@ _MEGA = {
     "bos_token_id": 2,
 }
 
+# The least sizes, as `config_overrides` of the recipes.
+TINY_OVERRIDES = {
+    "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,attention_window=8,ssm_state_size=4",
+    "spade_lm": "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=1,attention_window=8,ssm_state_size=4",
+    "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16",
+    "seqboat": "hidden_size=16,num_hidden_layers=1,value_dim=16,qk_dim=8,ema_dim=4,window_size=8",
+    "longvq": "hidden_size=16,num_hidden_layers=1,value_size=16,shared_representation_size=8,intermediate_size=16,window_size=8,"
+    "codebook_size=8",
+}
+
 
 def _mega(settings: dict[str, Any]) -> Callable[..., MegaConfig]:
     def build(**overrides: Any) -> MegaConfig:
@@ -310,6 +320,11 @@ class Case:
             balance_routers(model, self)
             return model
 
+    def shallow_model(self) -> PreTrainedModel:
+        """The model with one layer in each stack, for tests that trace it: a second or two per layer."""
+        depths = ("encoder_layers", "decoder_layers", "num_layers", "num_hidden_layers")
+        return self.model(**{name: 1 for name in depths if name in type(self.config()).__dataclass_fields__})
+
     @property
     def is_seq2seq(self) -> bool:
         """Whether a forward pass takes decoder inputs."""
@@ -422,6 +437,8 @@ def balance_routers(model: torch.nn.Module, case: Case) -> None:
         inputs = case.inputs(batch=4, length=24)
         if model.config.dual_encoder:
             inputs["pair_input_ids"] = inputs["input_ids"]
+        if "pixel_values" in inputs and model.config.image_size is not None:
+            inputs["pixel_values"] = torch.rand(4, 1, model.config.image_size, model.config.image_size)
         model(**inputs)
         handle.remove()
         router.bias[1] -= margins[0].median()

@@ -151,7 +151,8 @@ def test_the_lists_name_what_there_is(model_type: str) -> None:
                 model = Case(model_type, auto_name, variant).model()
             except (ValueError, TypeError, StrictDataclassError):  # a head that this variant does not have
                 continue
-            names = [(name, module) for name, module in model.named_modules() if ".layers." in f".{name}"]
+            stack = getattr(model, model.base_model_prefix, model)  # without the layers of a classifier
+            names = [(name, module) for name, module in stack.named_modules() if ".layers." in f".{name}"]
             linear |= {name.rpartition(".")[2] for name, module in names if isinstance(module, torch.nn.Linear)}
             modules |= {name.rpartition(".")[2] for name, _ in names}
     assert linear == set(LORA_TARGET_MODULES[model_type])

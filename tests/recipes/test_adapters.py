@@ -112,6 +112,7 @@ def test_train_evaluate_and_merge(kind: str, lora: Any, tmp_path: Path) -> None:
     assert not {"model.safetensors", "config.json"} & names
     card = (run / "README.md").read_text()
     assert model_card_problems(card) == [] and "LoRA of rank 2" in card
+    assert "load_adapted_model(" in card and f"adapter of the checkpoint `{base.name}`" in card
 
     dropped = (
         "lora_rank",

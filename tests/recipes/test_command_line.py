@@ -24,7 +24,9 @@ TRAINING = (
 
 
 @pytest.mark.parametrize(
-    "name", [*TRAINING, "generate", "generate_lra", "evaluate", "push_to_hub", "export_model", "inspect_activations"]
+    "name",
+    [*TRAINING, "generate", "generate_lra", "evaluate", "push_to_hub", "export_model", "merge_adapter", "lm_eval"]
+    + ["inspect_activations"],
 )
 def test_help_is_complete(name, capsys):
     with pytest.raises(SystemExit) as stopped:

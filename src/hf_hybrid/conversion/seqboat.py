@@ -23,7 +23,15 @@ from ..modeling.modeling_seqboat import (
     SeqBoatForImageClassification,
     SeqBoatForSequenceClassification,
 )
-from .common import StateDict, TensorNames, tensors_from_official, tensors_to_official
+from .common import (
+    MOVING_AVERAGE_NAMES,
+    NORM_LEAVES,
+    NORM_STATISTICS,
+    StateDict,
+    TensorNames,
+    tensors_from_official,
+    tensors_to_official,
+)
 
 KINDS = ("lm", "lra")
 
@@ -290,28 +298,13 @@ def config_to_official(config: SeqBoatConfig, base: Mapping[str, Any] | None = N
 
 # ----------------------------------------------------------------------------------------------------------- tensors
 
-_AVERAGE = {
-    "delta": "damping_factor",
-    "alpha": "decay_factor",
-    "beta": "ema_expansion_matrix",
-    "gamma": "kernel_projection_matrix",
-    "omega": "residual_weight",
-}
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_NORM_LEAVES = {
-    "layernorm": ("weight", "bias"),
-    "scalenorm": ("scalar",),
-    "rmsnorm": ("weight",),
-    "batchnorm": ("weight", "bias"),
-    "syncbatchnorm": ("weight", "bias"),
-}
 _ROUTER_ROWS = 2  # of the official `hx_proj`, before those of the skip branch
 
 
 def _norm(official: str, ours: str, config: SeqBoatConfig, affine: bool = True) -> dict[str, str]:
-    leaves = _NORM_LEAVES[config.norm_type] if affine else ()
+    leaves = NORM_LEAVES[config.norm_type] if affine else ()
     if config.norm_type.endswith("batchnorm"):
-        leaves = (*leaves, *_STATISTICS)
+        leaves = (*leaves, *NORM_STATISTICS)
     return {f"{official}.norm.{leaf}": f"{ours}.norm.{leaf}" for leaf in leaves}
 
 
@@ -322,7 +315,7 @@ def _linear(official: str, ours: str) -> dict[str, str]:
 def unit_names(official: str, ours: str, config: SeqBoatConfig) -> dict[str, str]:
     """Names of the tensors of one unit; the prefixes end with a dot. `hx_proj.router` is the part that `_split` makes."""
     names = {f"{official}gamma": f"{ours}qk_weight", f"{official}beta": f"{ours}qk_bias"}
-    names |= {f"{official}move.{theirs}": f"{ours}ema.{name}" for theirs, name in _AVERAGE.items()}
+    names |= {f"{official}move.{theirs}": f"{ours}ema.{name}" for theirs, name in MOVING_AVERAGE_NAMES.items()}
     names |= _norm(f"{official}norm", f"{ours}norm", config)
     names |= _linear(f"{official}hx_proj", f"{ours}skip_proj")
     names |= _linear(f"{official}mx_proj", f"{ours}in_proj") | _linear(f"{official}h_proj", f"{ours}out_proj")

@@ -14,7 +14,7 @@ def activation_function(name: str) -> nn.Module:
     return ACT2FN[name]
 
 
-class LraClassifier(nn.Module):
+class LraClassificationHead(nn.Module):
     """Linear, dropout and activation in each layer, then a projection without bias.
 
     Args:

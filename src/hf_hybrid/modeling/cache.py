@@ -106,7 +106,68 @@ def refuse_cache_implementation(name: str | None, model_name: str) -> None:
         )
 
 
-class GatedAttentionLayer(CacheLayerMixin):
+class RecurrentStateLayer(CacheLayerMixin):
+    """What layers of our own have in common: tensors with the batch first, and the state of a moving average.
+
+    Attributes:
+        state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
+        layout: settings of the model that made the cache, which the model that continues it must share.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+    batch_tensors: tuple[str, ...] = ()  # attributes that hold tensors, or None, beside the state
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        super().__init__()
+        self.layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        for name in self.batch_tensors:
+            setattr(self, name, None)
+        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in earlier versions of Transformers."""
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation on the batch to every tensor."""
+        for name in self.batch_tensors:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+        if isinstance(self.state, tuple):
+            self.state = tuple(change(tensor) for tensor in self.state)
+        elif self.state is not None:
+            self.state = change(self.state)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+
+class GatedAttentionLayer(RecurrentStateLayer):
     """State of one layer of gated attention over a moving average.
 
     Attributes:
@@ -121,26 +182,19 @@ class GatedAttentionLayer(CacheLayerMixin):
         layout: see above.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
+    batch_tensors = ("keys", "values", "cross_keys", "cross_values")
+    cross_keys: torch.Tensor | None
+    cross_values: torch.Tensor | None
 
     def __init__(self, window: int | None, layout: dict[str, Any]) -> None:
-        super().__init__()
         self.window = window
-        self.layout = layout
-        self._clear()
+        super().__init__(layout)
 
     def _clear(self) -> None:
-        self.keys = self.values = None
+        super()._clear()
         self._rooms: dict[
             str, torch.Tensor
         ] = {}  # with space behind `keys` and `values`, which are views of their fronts
-        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-        self.cross_keys: torch.Tensor | None = None
-        self.cross_values: torch.Tensor | None = None
-        self.cumulative_length = 0
-        self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = key_states[:, :0], value_states[:, :0]
@@ -173,16 +227,13 @@ class GatedAttentionLayer(CacheLayerMixin):
         was needed when it last ran out.
         """
         kept = getattr(self, name)
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        has_gradient = torch.is_grad_enabled() and (kept.requires_grad or states.requires_grad)
+        if self.window is not None or is_traced or has_gradient:
+            return torch.cat([kept, states], dim=1)
         length, total = kept.shape[1], kept.shape[1] + states.shape[1]
         if length == 0:
             return states
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if (
-            self.window is not None
-            or is_traced
-            or (torch.is_grad_enabled() and (kept.requires_grad or states.requires_grad))
-        ):
-            return torch.cat([kept, states], dim=1)
         room = self._rooms.get(name)
         is_ours = room is not None and room.data_ptr() == kept.data_ptr() and room.dtype == states.dtype
         if not is_ours or room.shape[1] < total or room.is_inference() != torch.is_inference_mode_enabled():
@@ -191,41 +242,6 @@ class GatedAttentionLayer(CacheLayerMixin):
             self._rooms[name] = room
         room[:, length:total] = states
         return room[:, :total]
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
-        for name in ("keys", "values", "cross_keys", "cross_values"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-        if isinstance(self.state, tuple):
-            self.state = tuple(change(tensor) for tensor in self.state)
-        elif self.state is not None:
-            self.state = change(self.state)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     def offload(self) -> None:
         raise NotImplementedError("The state of gated attention cannot be offloaded.")
@@ -263,7 +279,7 @@ def _check_own_cache(cache: Cache, kind: type, what: str, num_layers: int, layou
         )
 
 
-class WorkingMemoryLayer(CacheLayerMixin):
+class WorkingMemoryLayer(RecurrentStateLayer):
     """State of one layer of sparsely activated attention over a moving average: constant in size when there is a window.
 
     Attributes:
@@ -272,20 +288,9 @@ class WorkingMemoryLayer(CacheLayerMixin):
         layout: settings of the model that made the cache; see `check_memory_cache`.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, layout: dict[str, Any]) -> None:
-        super().__init__()
-        self.layout = layout
-        self._clear()
-
-    def _clear(self) -> None:
-        self.keys = self.values = self.positions = self.counts = None
-        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-        self.cumulative_length = 0
-        self.is_initialized = False
+    batch_tensors = ("keys", "values", "positions", "counts")
+    positions: torch.Tensor | None
+    counts: torch.Tensor | None
 
     @property
     def memory(self) -> WorkingMemory | None:
@@ -311,41 +316,6 @@ class WorkingMemoryLayer(CacheLayerMixin):
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("A working memory is written to through `memory`.")
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
-        for name in ("keys", "values", "positions", "counts"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-        if isinstance(self.state, tuple):
-            self.state = tuple(change(tensor) for tensor in self.state)
-        elif self.state is not None:
-            self.state = change(self.state)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
-
     def offload(self) -> None:
         raise NotImplementedError("A working memory cannot be offloaded.")
 
@@ -360,7 +330,7 @@ def check_memory_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) ->
     _check_own_cache(cache, WorkingMemoryLayer, "sparsely activated attention", num_layers, layout)
 
 
-class CodeMemoryLayer(CacheLayerMixin):
+class CodeMemoryLayer(RecurrentStateLayer):
     """State of one layer of attention over quantised keys of a state space: constant in size.
 
     Attributes:
@@ -370,27 +340,17 @@ class CodeMemoryLayer(CacheLayerMixin):
         codebook_version: of the codebook that the codes belong to.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, layout: dict[str, Any]) -> None:
-        super().__init__()
-        self.layout = layout
-        self._clear()
+    batch_tensors = CodeMemory._fields
+    code_count: torch.Tensor | None
 
     def _clear(self) -> None:
+        super()._clear()
         self.keys = self.values = None
-        for name in CodeMemory._fields:
-            setattr(self, name, None)
-        self.state: torch.Tensor | None = None
         self.codebook_version: Any = None
-        self.cumulative_length = 0
-        self.is_initialized = False
 
     @property
     def memory(self) -> CodeMemory | None:
-        if not self.is_initialized:
+        if self.code_count is None:
             return None
         return CodeMemory(*(getattr(self, name) for name in CodeMemory._fields))
 
@@ -402,11 +362,10 @@ class CodeMemoryLayer(CacheLayerMixin):
 
     def advance(self, batch: int, tokens: int) -> None:
         """Counts the tokens of a call, which may come from the rows that made the cache only."""
-        memory = self.memory
-        if memory is not None and memory.code_count.shape[0] != batch:
+        held = None if self.code_count is None else self.code_count.shape[0]
+        if held not in (None, batch):
             raise ValueError(
-                f"The input has {batch} rows but `past_key_values` holds {memory.code_count.shape[0]}: continue the batch that "
-                "made the cache."
+                f"The input has {batch} rows but `past_key_values` holds {held}: continue the batch that made the cache."
             )
         self.cumulative_length += tokens
 
@@ -415,37 +374,6 @@ class CodeMemoryLayer(CacheLayerMixin):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("A memory of codes is written to through `memory`.")
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
-        for name in (*CodeMemory._fields, "state"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     def offload(self) -> None:
         raise NotImplementedError("A memory of codes cannot be offloaded.")
@@ -482,7 +410,7 @@ def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
         cross = cache_tensors(cache.cross_attention_cache)
         renamed = {name.replace(".", ".cross_"): tensor for name, tensor in cross.items()}
         return cache_tensors(cache.self_attention_cache) | renamed
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.layers):
         named: dict[str, torch.Tensor | None] = {"keys": layer.keys, "values": layer.values}
         if isinstance(layer, SlidingRecurrentLayer):

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .cache import cache_tensors, fill_cache, kept_tokens
 
@@ -60,7 +59,7 @@ class DecodingStep(nn.Module):
         decoder = self.model.get_decoder() if self.has_encoder else self.model.base_model
         return decoder.build_cache()
 
-    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache, **source: Any) -> ModelOutput:
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache, **source: Any) -> Any:
         if not self.has_encoder:
             return self.model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
         return self.model(
@@ -89,6 +88,8 @@ class DecodingStep(nn.Module):
         for name, tensor in cache_tensors(cache).items():
             if name.endswith((".keys", ".values")):
                 state[name] = tensor.new_zeros(*tensor.shape[:-2], length, tensor.shape[-1])
+            elif name.endswith(".positions"):
+                state[name] = tensor.new_zeros(tensor.shape[0], length)
             elif ".cross_" not in name:
                 state[name] = torch.zeros_like(tensor)
         return state

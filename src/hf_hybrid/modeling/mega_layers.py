@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs
 
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveEmbedding
-from ..layers.classifier import LraClassifier, activation_function
+from ..layers.classifier import LraClassificationHead, activation_function
 from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.kept_results import KeepsResults
@@ -420,7 +420,7 @@ def build_classifier(config: MegaConfig) -> nn.Module:
     """The classifier that `config.classifier_type` names."""
     if config.classifier_type == "hf":
         return MegaClassificationHead(config)
-    return LraClassifier(
+    return LraClassificationHead(
         config.hidden_size * (2 if config.dual_encoder else 1),
         config.classifier_hidden_size or config.hidden_size,
         config.num_labels,

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveEmbedding
-from ..layers.classifier import LraClassifier
+from ..layers.classifier import LraClassificationHead
 from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import FeatureScale, ScaleNorm
@@ -91,7 +91,7 @@ class MegaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AdaptiveEmbedding):
             for projection in module.projections:
                 init.xavier_uniform_(projection.weight)
-        elif isinstance(module, LraClassifier):
+        elif isinstance(module, LraClassificationHead):
             for projection in [*module.layers, module.out_proj]:
                 init.xavier_uniform_(projection.weight)
 

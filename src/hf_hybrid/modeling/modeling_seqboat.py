@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..layers.classifier import LraClassifier
+from ..layers.classifier import LraClassificationHead
 from .cache import refuse_cache_implementation
 from .inputs import flatten_pixels, pool_tokens
 from .losses import align_labels, check_class_labels, token_cross_entropy
@@ -191,7 +191,7 @@ class SeqBoatClassifier(SeqBoatPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = SeqBoatModel(config)
         copies = 1 if not config.dual_encoder else 4 if config.pair_features else 2
-        self.classifier = LraClassifier(
+        self.classifier = LraClassificationHead(
             copies * config.hidden_size,
             config.classifier_dim or config.hidden_size,
             config.num_labels,

@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..layers.classifier import LraClassifier
+from ..layers.classifier import LraClassificationHead
 from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import ScaleNorm
@@ -78,7 +78,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, SeqBoatEmbeddings) and module.project_in is not None:
             init.xavier_uniform_(module.project_in.weight)
-        elif isinstance(module, LraClassifier):
+        elif isinstance(module, LraClassificationHead):
             for projection in [*module.layers, module.out_proj]:
                 init.xavier_uniform_(projection.weight)
 
@@ -213,11 +213,11 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if output_activations is None:
             output_activations = config.output_activations
         active = [gate.detach() > 0 for gate in gates]
-        number = batch * length if mask is None else mask.sum().clamp(min=1)
+        number = length if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
         return SeqBoatModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            activation_rate=torch.stack([layer.sum() for layer in active]) / number,
+            activation_rate=torch.stack([layer.sum(-1) for layer in active], dim=-1) / number,
             active=tuple(active) if output_activations else None,
             gate_probs=tuple(gates) if output_activations else None,
             auxiliary_loss=None if penalties[0] is None else torch.stack(penalties).mean(),

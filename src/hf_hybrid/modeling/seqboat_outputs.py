@@ -21,7 +21,7 @@ class Activations:
     """What every SeqBoat output holds besides.
 
     Args:
-        activation_rate: (num_hidden_layers,) share of the real tokens that were active in each layer.
+        activation_rate: (B, num_hidden_layers) share of the real tokens of each row that were active in each layer.
         active: with `output_activations=True`, per layer (B, L) bool.
         gate_probs: with `output_activations=True`, per layer (B, L) factors of the attention unit, 0 where inactive.
         auxiliary_loss: mean dead layer penalty of the layers, with `dead_layer_loss_weight`; without its weight.

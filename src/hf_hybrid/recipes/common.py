@@ -38,6 +38,7 @@ from ..training.adapters import (
     add_lora,
     base_model,
     check_resumable,
+    is_adapted,
     load_adapted_model,
     state_modules,
 )
@@ -552,6 +553,8 @@ def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelC
         base_model=report.base_model,
         training_data=report.training_data,
         lengths=report.lengths,
+        adapter_of=display_names([str(job.model.name_or_path)]) if is_adapted(job.trainer.model) else None,
+        extra_tags=["lora", "peft"] if is_adapted(job.trainer.model) else [],
         training=_training_rows(job.trainer, metrics),
         environment={
             "hardware": ", ".join(environment["accelerators"]) or processor,

@@ -354,19 +354,23 @@ def _misfits(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> l
     return problems
 
 
-def load_adapted_model(auto_class: Any, folder: Path, **kwargs: Any) -> PreTrainedModel:
+def load_adapted_model(auto_class: Any, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """The checkpoint below an adapter with the adapter merged into it: an ordinary model.
 
     Args:
         auto_class: Auto class of the head.
-        folder: of the adapter, local.
+        name_or_path: folder of the adapter, or its Hub name.
         kwargs: of `from_pretrained`; fields of the configuration are accepted.
 
     Raises:
-        ValueError: something is missing or damaged, or the checkpoint is another model than the adapter was made for.
+        ValueError: this is no adapter, something is missing or damaged, or the checkpoint is another model than the adapter was made
+            for.
         ImportError: PEFT is not installed.
     """
     require_peft()
+    folder = adapter_folder(name_or_path)
+    if folder is None:
+        raise ValueError(f"{str(name_or_path)!r} is no adapter: it has no {ADAPTER_CONFIG_FILE}.")
     check_checkpoint(folder)
     name, config, below = base_name(folder), adapted_config(folder), config_below(folder)
     if os.path.isdir(name):
