@@ -59,10 +59,17 @@ def gradients(outputs: torch.Tensor, call: dict[str, torch.Tensor], weight: torc
     return dict(zip(trained, found))
 
 
-def composed(call: dict[str, torch.Tensor], chunk_size: int, mask: torch.Tensor | None, memory=None) -> torch.Tensor:
+def composed(
+    call: dict[str, torch.Tensor],
+    chunk_size: int,
+    mask: torch.Tensor | None,
+    memory=None,
+    far_key_gradient: bool = True,
+) -> torch.Tensor:
     """The form of accelerators and exported graphs."""
     names = ("query", "key", "value", "codes", "codebook", "window_bias")
-    return module._composed_attention(*(call[name] for name in names), mask, memory, chunk_size, call["causal"])
+    settings = mask, memory, chunk_size, call["causal"], far_key_gradient
+    return module._composed_attention(*(call[name] for name in names), *settings)
 
 
 @pytest.fixture(params=["one part", "many parts"])
@@ -83,17 +90,19 @@ def test_equals_the_definition_with_its_gradients(causal: bool, parts) -> None:
         size=st.sampled_from([1, 3, 60]),
         heads=st.integers(1, 2),
         kind=st.sampled_from(["none", "left", "right", "inside"]),
+        far=st.booleans(),
     )
-    def check(length: int, window: int, more: int, size: int, heads: int, kind: str) -> None:
+    def check(length: int, window: int, more: int, size: int, heads: int, kind: str, far: bool) -> None:
         chunk_size = max(window - 1, 1) + more
         call = inputs(length, heads=heads, size=size, window=window, causal=causal)
         mask = padding(kind, 2, length)
-        expected = vq_attention_reference(**call, chunk_size=chunk_size, key_mask=mask)
+        options = {"chunk_size": chunk_size, "key_mask": mask, "far_key_gradient": far}
+        expected = vq_attention_reference(**call, **options)
         weight = torch.randn_like(expected)
         wanted = gradients(expected, call, weight)
         for actual in (
-            vq_attention(**call, chunk_size=chunk_size, key_mask=mask),
-            composed(call, chunk_size, mask),
+            vq_attention(**call, **options),
+            composed(call, chunk_size, mask, far_key_gradient=far),
         ):
             torch.testing.assert_close(actual, expected, **TIGHT)
             for name, gradient in gradients(actual, call, weight).items():

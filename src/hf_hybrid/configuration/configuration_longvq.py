@@ -40,6 +40,8 @@ class LongVQConfig(ReadsOwnModelType, PreTrainedConfig):
         window_size: distances w that a learned bias tells apart, 0 to w - 1 (in both directions for an encoder).
         chunk_size: tokens of a chunk, at least w - 1: keys of the same and the neighbouring chunk have gradients of their own, all
             others share those of their codeword. The outputs do not depend on it. None: the largest of w, half the codebook and 64.
+        far_key_gradient: False stops the gradients of keys outside these chunks: for comparison only, as models then hardly
+            learn to find anything that is far.
         codebook_size: codewords per head and layer, S.
         codebook_decay, codebook_decay_warmup: the codewords are moving averages of keys; at first, means over all batches.
         codebook_init, codebook_init_iters: where they start: at keys of the first batch ("data"), clustered ("kmeans") in so many
@@ -76,6 +78,7 @@ class LongVQConfig(ReadsOwnModelType, PreTrainedConfig):
     is_causal: bool = True
     window_size: int = 128
     chunk_size: int | None = None
+    far_key_gradient: bool = True
     codebook_size: int = 512
     codebook_decay: float | int = 0.99
     codebook_decay_warmup: bool = True

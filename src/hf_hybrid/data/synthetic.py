@@ -10,7 +10,6 @@ Ids: 0 is padding, 1 the separator; the others are told at each task.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -152,12 +151,26 @@ def induction(size: int, *, length: int = 128, vocab_size: int = 32, seed: int =
     return SyntheticDataset(make, size, seed)
 
 
-def recall_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of the tokens that could be known and were predicted: logits (B, L, V) of a causal model, unshifted labels (B, L)."""
+def shares_right(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """What was predicted of what could be known.
+
+    Args:
+        predicted: (B, L) ids, each for the place after its own.
+        labels: (B, L), unshifted.
+
+    Returns:
+        `accuracy`, the share of tokens that are right, and `exact_match`, that of examples with all of them right.
+    """
     targets = labels[:, 1:]
     counted = targets != IGNORED
-    right: Any = (logits[:, :-1].argmax(-1) == targets) & counted
-    return float(right.sum() / counted.sum().clamp(min=1))
+    right = (predicted[:, :-1] == targets) & counted
+    whole = right.sum(-1) == counted.sum(-1)
+    return {"accuracy": float(right.sum() / max(counted.sum(), 1)), "exact_match": float(whole.mean())}
+
+
+def recall_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """`accuracy` of `shares_right`, of the logits (B, L, V) of a causal model and unshifted labels (B, L)."""
+    return shares_right(logits.argmax(-1).cpu().numpy(), labels.cpu().numpy())["accuracy"]
 
 
 TASKS: dict[str, Callable[..., SyntheticDataset]] = {

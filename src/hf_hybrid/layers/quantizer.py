@@ -114,8 +114,12 @@ class VectorQuantizer(KeepsFullPrecision):
 
     @torch.no_grad()
     def initialize(self, init: ModuleType | type) -> None:
-        """Writes initial values through `init.copy_`: codewords with a mean square of 1, each with a count of 1."""
-        words = torch.randn(self.codebook.shape)
+        """Writes initial values through `init.copy_`: codewords with a mean square of 1, each with a count of 1.
+
+        The codewords are random but always the same, like any buffer: processes begin alike whatever their seeds.
+        """
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        words = torch.randn(self.codebook.shape, generator=generator, dtype=torch.float32, device="cpu")
         words = words * words.square().mean(-1, keepdim=True).rsqrt()
         init.copy_(self.codebook, words.to(self.codebook))
         init.copy_(self.ema_count, torch.ones_like(self.ema_count))

@@ -415,16 +415,10 @@ def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
         named: dict[str, torch.Tensor | None] = {"keys": layer.keys, "values": layer.values}
         if isinstance(layer, SlidingRecurrentLayer):
             named["state"] = layer.recurrent_states[0]
-        elif isinstance(layer, GatedAttentionLayer):
+        elif isinstance(layer, RecurrentStateLayer):
             parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
+            named = {name: getattr(layer, name) for name in layer.batch_tensors}
             named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
-            named |= {"cross_keys": layer.cross_keys, "cross_values": layer.cross_values}
-        elif isinstance(layer, WorkingMemoryLayer):
-            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
-            named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
-            named |= {"positions": layer.positions, "counts": layer.counts}
-        elif isinstance(layer, CodeMemoryLayer):
-            named |= {name: getattr(layer, name) for name in (*CodeMemory._fields, "state")}
         found |= {f"{index}.{kind}": tensor for kind, tensor in named.items() if tensor is not None}
     return found
 
@@ -451,22 +445,18 @@ def fill_cache(cache: Cache, tensors: Mapping[str, torch.Tensor], past: int) -> 
 
 
 def _fill_layer(layer: CacheLayerMixin, tensors: Mapping[str, torch.Tensor], past: int) -> None:
-    if isinstance(layer, CodeMemoryLayer):
-        layer.memory = CodeMemory(*(tensors[name] for name in CodeMemory._fields))
-        layer.state, layer.cumulative_length = tensors["state"], past
+    if isinstance(layer, RecurrentStateLayer):
+        for name in layer.batch_tensors:
+            setattr(layer, name, tensors.get(name))
+        layer.state = (tensors["state"], tensors["state_1"]) if "state_1" in tensors else tensors["state"]
+        layer.is_initialized, layer.cumulative_length = True, past
+        if isinstance(layer, CodeMemoryLayer) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            layer._map(torch.clone)  # it changes its tensors in place
         return
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     if not isinstance(layer, DynamicLayer) or layer.is_sliding:
         layer.cumulative_length = past
-    if isinstance(layer, (GatedAttentionLayer, WorkingMemoryLayer)):
-        layer.state = tensors["state"]
-        if "state_1" in tensors:
-            layer.state = (tensors["state"], tensors["state_1"])
-    if isinstance(layer, WorkingMemoryLayer):
-        layer.positions, layer.counts = tensors["positions"], tensors["counts"]
-    if isinstance(layer, GatedAttentionLayer):
-        layer.cross_keys, layer.cross_values = tensors.get("cross_keys"), tensors.get("cross_values")
 
 
 def kept_tokens(cache: Cache) -> int | None:

@@ -66,7 +66,7 @@ class LongVQMixer(nn.Module):
         self.is_causal = config.is_causal
         self.num_heads = config.num_attention_heads
         self.window = config.window_size
-        self.chunk_size = config.attention_chunk
+        self.chunk_size, self.far_key_gradient = config.attention_chunk, config.far_key_gradient
         self.qk_norm, self.qk_norm_eps = config.qk_norm, config.qk_norm_eps
         width, values, keys = config.hidden_size, config.value_size, config.shared_representation_size
         self.scale = (keys // self.num_heads) ** -0.5
@@ -145,6 +145,7 @@ class LongVQMixer(nn.Module):
             causal=self.is_causal,
             key_mask=mask,
             memory=memory,
+            far_key_gradient=self.far_key_gradient,
         )
         if cache is not None:
             if memory is None:

@@ -34,7 +34,7 @@ class LongVQPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LongVQLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     # Patterns: state spaces and codebooks; the number of updates is an integer and stays one.
-    _keep_in_fp32_modules_strict = [r"\.ssm\.", r"quantizer\.(codebook|ema_count|ema_sum)"]
+    _keep_in_fp32_modules_strict = [r"ssm\.\w+", r"quantizer\.(?!num_updates)\w+"]
     _can_compile_fullgraph = True
     _is_stateful = True  # a state space cannot be rolled back
 

@@ -10,7 +10,7 @@ of their values. The tokens are cut into chunks: a chunk of queries sees the key
 one (near), and the codewords of all others (far), in one softmax. The result does not depend on the size of the chunks.
 
 The gradient does: a near key has the straight-through gradient of its own scores, while the far keys of one codeword share
-theirs equally. The codebook has none.
+theirs equally (or have none: `far_key_gradient`). The codebook has none.
 
 Shapes: B batch, H heads, L tokens, S codewords, d width of keys, e width of values, C chunk size, T chunks, K chunks of keys
 (with empty ones around), w window.
@@ -38,6 +38,7 @@ def vq_attention(
     causal: bool,
     key_mask: torch.Tensor | None = None,
     memory: CodeMemory | None = None,
+    far_key_gradient: bool = True,
 ) -> torch.Tensor:
     """Attention over quantised keys.
 
@@ -52,6 +53,7 @@ def vq_attention(
         causal: tokens see those before them only.
         key_mask: (B, L) bool, True at real tokens, or None.
         memory: of the text before these tokens (causal only); it gets no gradient.
+        far_key_gradient: False stops the gradient of far keys, as arXiv 2309.16354 does; the outputs are the same.
 
     Returns:
         (B, H, L, e) in the dtype of `value`; zeros for queries that see no token. The softmax is in float32 or better.
@@ -68,8 +70,8 @@ def vq_attention(
     arguments = (query, key, value, codes, codebook, window_bias, key_mask, memory)
     keeps_gradient = torch.is_grad_enabled() and memory is not None and memory.code_value_mean.requires_grad
     if query.device.type == "cpu" and not torch.compiler.is_exporting() and not keeps_gradient:
-        return vq_scores_attention(*arguments, chunk_size, causal)
-    return _composed_attention(*arguments, chunk_size, causal)
+        return vq_scores_attention(*arguments, chunk_size, causal, far_key_gradient)
+    return _composed_attention(*arguments, chunk_size, causal, far_key_gradient)
 
 
 def _check_arguments(window_bias: torch.Tensor, chunk_size: int, causal: bool, memory: CodeMemory | None) -> int:
@@ -96,6 +98,7 @@ def vq_attention_reference(
     chunk_size: int,
     causal: bool,
     key_mask: torch.Tensor | None = None,
+    far_key_gradient: bool = True,
 ) -> torch.Tensor:
     """`vq_attention` by the definition, with all L x L scores (and as many keys for the gradient rule)."""
     length = query.shape[2]
@@ -113,7 +116,8 @@ def vq_attention_reference(
     far = ((chunk_distance >= 1) if causal else (chunk_distance != 0)) & ~near
     members = same & far[:, None, :] & real[:, None, None, None, :]  # (B, H, i, j, j')
     shares = members.to(key.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
-    mean_residual = torch.einsum("bhijk,bhkd->bhijd", shares, residual)
+    far_residual = residual if far_key_gradient else torch.zeros_like(residual)
+    mean_residual = torch.einsum("bhijk,bhkd->bhijd", shares, far_residual)
     own_residual = residual.unsqueeze(2).expand_as(mean_residual)
     heads = torch.arange(codebook.shape[0], device=codes.device)[:, None]
     quantised = codebook.to(key.dtype)[heads, codes]
@@ -127,12 +131,14 @@ def vq_attention_reference(
     return torch.where(seen, weights, 0) @ value
 
 
-def _composed_attention(query, key, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal):
+def _composed_attention(
+    query, key, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal, far_key_gradient
+):
     """Attention by operations that PyTorch differentiates, for accelerators and exported graphs."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, _ = query.shape
     words = codebook.to(dtype)
-    number = -(-length // chunk_size)
+    number = (length + chunk_size - 1) // chunk_size
     tail = number * chunk_size - length
     layout = (chunk_size, tail if causal else tail + chunk_size)  # an empty chunk in front, and one behind
     if key_mask is None:
@@ -159,7 +165,9 @@ def _composed_attention(query, key, value, codes, codebook, window_bias, key_mas
         counts = counts + before
         means = means + (before.unsqueeze(-1) * memory.code_value_mean.to(dtype).unsqueeze(2))
     divisor = counts.clamp(min=1).unsqueeze(-1)
-    means, far_keys = means / divisor, words.unsqueeze(1) + shift / divisor
+    means, far_keys = means / divisor, words.unsqueeze(1)
+    if far_key_gradient:
+        far_keys = far_keys + shift / divisor
 
     span = (2 if causal else 3) * chunk_size
     queries = F.pad(query.to(dtype), (0, 0, 0, tail)).unflatten(2, cut)  # (B, H, T, C, d)

@@ -44,12 +44,11 @@ def far_sums(parts: torch.Tensor, causal: bool) -> torch.Tensor:
     Chunk k of keys is chunk k - 1 of queries. Prefix and suffix sums: a total less the near ones would cancel.
     """
     number = parts.shape[1] - (1 if causal else 2)
-    sides = (0, 0) * (parts.dim() - 2)
-    before = F.pad(parts[:, : number - 1], (*sides, 1, 0)).cumsum(1)
+    layout = (0, 0) * (parts.dim() - 2) + (1, 0)
+    before = F.pad(parts, layout).cumsum(1)[:, :number]
     if causal:
         return before
-    after = F.pad(parts[:, 3:], (*sides, 0, 1)).flip(1).cumsum(1).flip(1)
-    return before + after
+    return before + F.pad(parts.flip(1), layout).cumsum(1)[:, :number].flip(1)
 
 
 def far_sums_gradient(gradient: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -217,6 +216,7 @@ def _attention(
     code_value_mean: torch.Tensor | None,
     chunk_size: int,
     causal: bool,
+    far_key_gradient: bool,
 ) -> torch.Tensor:
     with torch.autocast("cpu", enabled=False):
         memory = _memory((window_codes, window_values, window_mask, code_count, code_value_mean))
@@ -251,6 +251,7 @@ def _attention_backward(
     code_value_mean: torch.Tensor | None,
     chunk_size: int,
     causal: bool,
+    far_key_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast("cpu", enabled=False):
         memory = _memory((window_codes, window_values, window_mask, code_count, code_value_mean))
@@ -262,7 +263,8 @@ def _attention_backward(
         value_gradient = torch.zeros_like(call.values).unflatten(1, (-1, chunk_size))
         band_gradient = torch.zeros_like(call.band)
         for rows, cuts in call.row_slices():
-            _row_gradients(call, rows, cuts, gradients, query_gradient, key_gradient, value_gradient, band_gradient)
+            found = (query_gradient, key_gradient, value_gradient, band_gradient)
+            _row_gradients(call, rows, cuts, gradients, *found, far_key_gradient)
         tokens = slice(chunk_size, chunk_size + call.shape[2])
         shape = call.shape[:2]
         bias_gradient = toeplitz_bias_gradient(band_gradient, call.band_entries, shift=chunk_size - 1)
@@ -276,7 +278,9 @@ def _attention_backward(
         )
 
 
-def _row_gradients(call, rows, cuts, gradients, query_gradient, key_gradient, value_gradient, band_gradient) -> None:
+def _row_gradients(
+    call, rows, cuts, gradients, query_gradient, key_gradient, value_gradient, band_gradient, far_key_gradient
+) -> None:
     """Adds the gradients of some rows."""
     far = call.far(rows)
     size = 0 if far is None else call.size
@@ -309,7 +313,8 @@ def _row_gradients(call, rows, cuts, gradients, query_gradient, key_gradient, va
     index = call.codes[rows].unflatten(1, (-1, call.chunk)).unsqueeze(-1)
     real = call.row_mask(rows).to(call.dtype).unflatten(1, (-1, call.chunk)).unsqueeze(-1)
     gathered = shares.gather(2, index.expand(*index.shape[:-1], shares.shape[-1])).mul_(real)
-    key_gradient[rows] += gathered[..., :width]
+    if far_key_gradient:
+        key_gradient[rows] += gathered[..., :width]
     value_gradient[rows] += gathered[..., width:]
 
 
@@ -319,18 +324,18 @@ def _(gradient, query, key, value, window_bias, *arguments) -> tuple[torch.Tenso
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:-2])
-    ctx.settings = inputs[-2:]
+    ctx.save_for_backward(*inputs[:-3])
+    ctx.settings = inputs[-3:]
 
 
 def _backward(ctx, gradient):
-    return *_attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 10
+    return *_attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def vq_scores_attention(query, key, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal):
+def vq_scores_attention(query, key, value, codes, codebook, window_bias, key_mask, memory, *settings):
     """As `vq_attention`, with one more way to write the same arguments."""
     parts = (None,) * 5 if memory is None else tuple(memory)
-    return _attention(query, key, value, window_bias, codes, codebook, key_mask, *parts, chunk_size, causal)
+    return _attention(query, key, value, window_bias, codes, codebook, key_mask, *parts, *settings)

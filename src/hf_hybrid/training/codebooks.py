@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ def quantized_model(model: Any) -> Any:
     return None
 
 
-def has_codebooks(model: nn.Module) -> bool:
+def has_codebooks(model: Any) -> bool:
     """Whether a model quantises its keys."""
     return quantized_model(model) is not None
 
