@@ -144,24 +144,23 @@ class VectorQuantizer(KeepsFullPrecision):
             mask: (B, L) bool, True at real tokens, or None.
             slot: number of the call within a step. What is stored replaces what the slot held.
         """
-        with torch.autocast(keys.device.type, enabled=False):
-            words = self.codebook.to(torch.promote_types(keys.dtype, self.codebook.dtype))
-            if torch.is_grad_enabled() and words is self.codebook:
-                words = words.clone()
-            keys = keys.to(words.dtype)
-            codes = nearest_codes(keys.detach(), words)
-            error = (keys - look_up(words, codes)).square().sum(-1)  # (B, H, L)
-            square = keys.detach().square().sum(-1)
-            if mask is not None:
-                error, square = error * mask.unsqueeze(1), square * mask.unsqueeze(1)
-            number = float(codes.shape[0] * codes.shape[2]) if mask is None else mask.sum().clamp(min=1)
-            commitment = error.sum() / (number * words.shape[0] * words.shape[2])
-            counts = code_counts(codes, mask, self.codebook_size, words.dtype)
-            used = perplexity(counts)
-            if self.training and not self.frozen:
-                self._store(keys.detach(), codes, error.detach(), mask, counts, slot)
-            if not torch.compiler.is_exporting():
-                self._last = (used.detach(), error.detach().sum() / square.sum().clamp(min=1e-12))
+        words = self.codebook.to(torch.promote_types(keys.dtype, self.codebook.dtype))
+        if torch.is_grad_enabled() and words is self.codebook:
+            words = words.clone()
+        keys = keys.to(words.dtype)
+        codes = nearest_codes(keys.detach(), words)
+        error = (keys - look_up(words, codes)).square().sum(-1)  # (B, H, L)
+        square = keys.detach().square().sum(-1)
+        if mask is not None:
+            error, square = error * mask.unsqueeze(1), square * mask.unsqueeze(1)
+        number = float(codes.shape[0] * codes.shape[2]) if mask is None else mask.sum().clamp(min=1)
+        commitment = error.sum() / (number * words.shape[0] * words.shape[2])
+        counts = code_counts(codes, mask, self.codebook_size, words.dtype)
+        used = perplexity(counts)
+        if self.training and not self.frozen:
+            self._store(keys.detach(), codes, error.detach(), mask, counts, slot)
+        if not torch.compiler.is_exporting():
+            self._last = (used.detach(), error.detach().sum() / square.sum().clamp(min=1e-12))
         return Quantized(codes, words, commitment, used)
 
     def _store(

@@ -56,10 +56,16 @@ def nearest_codes(keys: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     words = words.to(dtype)
     offset = words.square().sum(-1).mul(-0.5).unsqueeze(-2)  # (H, 1, S)
     size = max(1, PAIRS_AT_A_TIME // (words.shape[0] * words.shape[1]))
+    # Autocast would round the products, and keys go to other codewords.
+    with torch.autocast(keys.device.type, enabled=False):
+        return _nearest_codes(keys.to(dtype), words, offset, size)
+
+
+def _nearest_codes(keys: torch.Tensor, words: torch.Tensor, offset: torch.Tensor, size: int) -> torch.Tensor:
     is_whole = keys.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting()
     if is_whole or keys.shape[0] * keys.shape[2] <= size:
-        return torch.argmax(keys.to(dtype) @ words.mT + offset, dim=-1)
-    rows = keys.transpose(0, 1).flatten(1, 2).to(dtype)  # (H, B L, d)
+        return torch.argmax(keys @ words.mT + offset, dim=-1)
+    rows = keys.transpose(0, 1).flatten(1, 2)  # (H, B L, d)
     codes = [torch.baddbmm(offset, part, words.mT).argmax(-1) for part in rows.split(size, dim=1)]
     return torch.cat(codes, dim=1).unflatten(1, (keys.shape[0], -1)).transpose(0, 1).contiguous()
 

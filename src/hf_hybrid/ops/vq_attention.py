@@ -139,6 +139,8 @@ def _composed_attention(
     batch, heads, length, _ = query.shape
     words = codebook.to(dtype)
     number = (length + chunk_size - 1) // chunk_size
+    if torch.compiler.is_exporting():
+        number += 1  # an empty chunk: graphs in which there may be one alone fix whether there is
     tail = number * chunk_size - length
     layout = (chunk_size, tail if causal else tail + chunk_size)  # an empty chunk in front, and one behind
     if key_mask is None:
