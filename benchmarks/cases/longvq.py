@@ -194,10 +194,10 @@ CASES = (
         name="longvq-train",
         timed="train step of a causal LongVQ",
         build="train",
-        sizes=({"length": 16384},),
+        sizes=({"length": 2048}, {"length": 16384}),
         check="check_train",
         work="tokens",
-        peers=(Peer("the same model with dense attention", "train_dense", at_least=3.0),),
+        peers=(Peer("the same model with dense attention", "train_dense", at_least=3.0, floor_from=16384),),
     ),
     Case(
         name="longvq-decode",

@@ -33,9 +33,9 @@ def step(layer: VectorQuantizer, states: torch.Tensor, mask: torch.Tensor | None
 
 
 def clusters(size: int, number: int, noise: float) -> torch.Tensor:
-    """(1, HEADS, number, WIDTH) keys around `size` centres per head."""
+    """(1, HEADS, number, WIDTH) keys around `size` centres per head, as many around each."""
     centres = torch.nn.functional.normalize(torch.randn(HEADS, size, WIDTH), dim=-1) * 3
-    chosen = torch.randint(size, (HEADS, number))
+    chosen = (torch.arange(number) % size).expand(HEADS, -1)
     states = centres[torch.arange(HEADS)[:, None], chosen]
     return (states + noise * torch.randn_like(states)).unsqueeze(0)
 
@@ -155,7 +155,7 @@ class TestUpdates:
         found = layer(states)
         error = (states - layer.codebook[torch.arange(HEADS)[:, None], found.codes]).square().sum()
         assert error / states.square().sum() < 0.05
-        assert (found.perplexity > 0.9 * SIZE * 0.95).all()
+        assert (found.perplexity > 0.9 * SIZE).all()
         report = layer.report()
         assert report["relative_error"] < 0.05 and report["active_fraction"] == 1 and report["num_updates"] == 60
 
