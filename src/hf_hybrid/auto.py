@@ -95,6 +95,23 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         image_processor="processing.image_processing:PixelSequenceImageProcessor",
         feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
     ),
+    Architecture(
+        model_type="longvq",
+        config="configuration.configuration_longvq:LongVQConfig",
+        modeling="modeling.modeling_longvq",
+        heads={
+            "AutoModel": "LongVQModel",
+            "AutoModelForCausalLM": "LongVQForCausalLM",
+            "AutoModelForMaskedLM": "LongVQForMaskedLM",
+            "AutoModelForSequenceClassification": "LongVQForSequenceClassification",
+            "AutoModelForTokenClassification": "LongVQForTokenClassification",
+            "AutoModelForQuestionAnswering": "LongVQForQuestionAnswering",
+            "AutoModelForImageClassification": "LongVQForImageClassification",
+            "AutoModelForAudioClassification": "LongVQForAudioClassification",
+        },
+        image_processor="processing.image_processing:PixelSequenceImageProcessor",
+        feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
+    ),
 )
 
 

@@ -297,3 +297,57 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     return path
+
+
+def codebook_usage(
+    model: Any, path: str | os.PathLike | None = None, *, history: Sequence[Mapping[str, Any]] | None = None
+) -> Any:
+    """Draw how evenly the codewords of each layer are used, and how their perplexity went over the training.
+
+    Args:
+        model: a LongVQ model of any head.
+        path: a PNG to write; None writes nothing.
+        history: of `training.codebooks.CodebookCallback`; with it a second picture shows the perplexity over the steps.
+
+    Returns:
+        the matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the model has no codebooks.
+    """
+    from .training.codebooks import quantized_model
+
+    quantized = quantized_model(model)
+    if quantized is None:
+        raise ValueError(f"{type(model).__name__} has no codebooks: only LongVQ models quantise their keys.")
+    counts = [layer.mixer.quantizer.ema_count.detach().double().cpu() for layer in quantized.base_model.layers]
+    figure, usage = new_figure(10.0 if history else 6.0, 3.8)
+    if history:
+        usage.set_subplotspec(figure.add_gridspec(1, 2)[0])
+        perplexities = figure.add_subplot(1, 2, 2)
+        perplexities.spines[["top", "right"]].set_visible(False)
+        perplexities.grid(True, alpha=0.25, linewidth=0.6)
+    depth, size = len(counts), counts[0].shape[-1]
+    for layer, count in enumerate(counts):
+        shade = 0.25 + 0.7 * layer / max(depth - 1, 1)
+        options = {"color": (0.0, 0.45 * (1.4 - shade), 0.7, shade), "linewidth": 1.3}
+        shares = (count / count.sum(-1, keepdim=True).clamp(min=1e-12)).sort(-1, descending=True).values
+        for head in shares:
+            usage.plot(range(1, size + 1), (size * head).tolist(), **options)
+        if history:
+            steps, values = [entry["step"] for entry in history], [entry["perplexity"][layer] for entry in history]
+            perplexities.plot(steps, values, label=f"layer {layer}", **options)
+    usage.axhline(1.0, color=EVALUATION_COLOUR, linewidth=0.9, linestyle="--")
+    usage.set(xlabel="codeword, by use", ylabel="use (1 = all alike)", yscale="symlog")
+    usage.set_title("Use of the codewords", loc="left")
+    if history:
+        perplexities.set(xlabel="step", ylabel="perplexity of the codes", ylim=(0, size))
+        perplexities.set_title("Perplexity", loc="left")
+        if depth <= 8:
+            perplexities.legend(frameon=False, fontsize=8)
+    if path is not None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=140)
+    return figure

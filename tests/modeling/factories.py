@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_hybrid.auto import ARCHITECTURES, Architecture, load_heads
+from hf_hybrid.configuration.configuration_longvq import LongVQConfig
 from hf_hybrid.configuration.configuration_mega import MegaConfig
 from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
 from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
@@ -68,6 +69,8 @@ TINY_OVERRIDES = {
     "spade_lm": "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=1,attention_window=8,ssm_state_size=4",
     "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16",
     "seqboat": "hidden_size=16,num_hidden_layers=1,value_dim=16,qk_dim=8,ema_dim=4,window_size=8",
+    "longvq": "hidden_size=16,num_hidden_layers=1,value_size=16,shared_representation_size=8,intermediate_size=16,window_size=8,"
+    "codebook_size=8",
 }
 
 
@@ -101,6 +104,35 @@ def _seqboat(settings: dict[str, Any]) -> Callable[..., SeqBoatConfig]:
         return SeqBoatConfig(
             **_SEQBOAT | settings | {names.get(name, name): value for name, value in overrides.items()}
         )
+
+    return build
+
+
+# The codebooks stand still and cost nothing: the common tests call a model twice and expect the same. `test_longvq` has the others.
+_LONGVQ = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "shared_representation_size": 8,
+    "value_size": 24,
+    "intermediate_size": 20,
+    "ssm_state_size": 4,
+    "window_size": 3,
+    "chunk_size": 4,
+    "codebook_size": 6,
+    "freeze_codebook": True,
+    "commitment_loss_weight": 0.0,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def _longvq(settings: dict[str, Any]) -> Callable[..., LongVQConfig]:
+    def build(**overrides: Any) -> LongVQConfig:
+        names = {"dropout_rate": "dropout"}
+        return LongVQConfig(**_LONGVQ | settings | {names.get(name, name): value for name, value in overrides.items()})
 
     return build
 
@@ -218,6 +250,14 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         ),
         "always_active": _seqboat({"always_active": True, "position_bias": "distance", "window_size": 5}),
     },
+    "longvq": {
+        "default": _longvq({}),
+        "heads_s4d": _longvq(
+            {"num_attention_heads": 2, "ssm_type": "s4d", "norm_type": "rmsnorm", "tie_word_embeddings": False}
+            | {"window_size": 5, "chunk_size": 4}
+        ),
+        "plain_keys": _longvq({"qk_norm": False, "window_size": 1, "chunk_size": 1, "codebook_size": 50}),
+    },
 }
 
 # What a head needs of its configuration besides the variant.
@@ -231,6 +271,13 @@ HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "seqboat": {
         "AutoModelForCausalLM": {"is_decoder": True},
         "AutoModelForImageClassification": {"input_type": "values"},
+        "AutoModelForAudioClassification": {"input_type": "values"},
+    },
+    "longvq": {
+        "AutoModelForMaskedLM": {"is_causal": False},
+        "AutoModelForTokenClassification": {"is_causal": False},
+        "AutoModelForQuestionAnswering": {"is_causal": False},
+        "AutoModelForImageClassification": {"input_type": "values", "is_causal": False},
         "AutoModelForAudioClassification": {"input_type": "values"},
     },
 }

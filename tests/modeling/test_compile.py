@@ -25,10 +25,15 @@ SEQBOAT = [
     Case("seqboat", "AutoModelForCausalLM", "unlimited_t5"),
     Case("seqboat", "AutoModelForTokenClassification", "always_active"),
 ]
+LONGVQ = [
+    Case("longvq", "AutoModelForCausalLM", "default"),
+    Case("longvq", "AutoModelForMaskedLM", "heads_s4d"),
+    Case("longvq", "AutoModelForTokenClassification", "plain_keys"),
+]
 SEQ2SEQ = [Case("spade", "AutoModelForSeq2SeqLM", variant) for variant in ("default", "local_decoder_chunk")]
 CAUSAL = [Case("spade_lm", "AutoModelForCausalLM", variant) for variant in ("default", "official", "chunk_gated")]
-COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA + SEQBOAT
-QUICK = [ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2], *SEQBOAT[:2]]
+COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA + SEQBOAT + LONGVQ
+QUICK = [ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2], *SEQBOAT[:2], LONGVQ[0]]
 OTHER_HEADS = [case for case in all_heads() + all_heads(other_inputs=True) if case not in COMPILED]
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
 

@@ -9,6 +9,8 @@ from test_generation import STRATEGIES, generate
 from transformers import EncoderDecoderCache
 from transformers.utils import ModelOutput
 
+from hf_hybrid.modeling.cache import cache_tensors
+
 SEQ2SEQ = all_variants("AutoModelForSeq2SeqLM")
 CAUSAL = all_variants("AutoModelForCausalLM")
 DEFAULTS = [case for case in SEQ2SEQ + CAUSAL if case.variant == "default"]
@@ -77,9 +79,10 @@ class TestDictionaryOfOutputs:
             parts = [cache.self_attention_cache, cache.cross_attention_cache]
         for part in parts:
             assert len(part.layers) == decoder_layers(model)
-            for layer in part.layers:
-                for tensor in (layer.keys, layer.values):
-                    assert tensor.shape[0] == 6 and tensor.isfinite().all()
+            tensors = cache_tensors(part)
+            assert {name.split(".")[0] for name in tensors} == {str(index) for index in range(len(part.layers))}
+            for tensor in tensors.values():
+                assert tensor.shape[0] == 6 and tensor.isfinite().all()
 
 
 @parametrize(CAUSAL)

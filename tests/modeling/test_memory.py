@@ -38,6 +38,7 @@ SETTINGS = {
     ],
 }
 SETTINGS["seqboat"] = ["window_size=64", "is_decoder=True, position_bias='distance', attention_activation='relu2'"]
+SETTINGS["longvq"] = ["window_size=32, chunk_size=64, codebook_size=64"]
 SETTINGS["spade_lm"] = SETTINGS["spade"]
 CASES = [(case, text) for case in all_heads() if case.auto_name == "AutoModel" for text in SETTINGS[case.model_type]]
 

@@ -108,7 +108,7 @@ class TestBetweenHeads:
             case = Case(architecture.model_type, "AutoModel", variant)
             model = case.model()
             state = model.state_dict()
-            dropped = [name for name in state if not name.endswith("kernel_length")][::2]
+            dropped = [name for name, value in state.items() if value.is_floating_point()][::2]
             folder = tmp_path / variant
             model.save_pretrained(folder, state_dict={k: v for k, v in state.items() if k not in dropped})
             loaded, report = AutoModel.from_pretrained(folder, output_loading_info=True)

@@ -26,7 +26,7 @@ TRAINING = (
 @pytest.mark.parametrize(
     "name",
     [*TRAINING, "generate", "generate_lra", "evaluate", "push_to_hub", "export_model", "merge_adapter", "lm_eval"]
-    + ["inspect_activations"],
+    + ["inspect_activations", "train_synthetic"],
 )
 def test_help_is_complete(name, capsys):
     with pytest.raises(SystemExit) as stopped:

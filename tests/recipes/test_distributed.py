@@ -13,12 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_hybrid.recipes import pretrain_mlm, pretrain_span_corruption, train_lra
+from hf_hybrid.recipes import pretrain_mlm, pretrain_span_corruption, train_lra, train_synthetic
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY_MEGA = (
     "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16,dropout_prob=0,"
     "hidden_dropout_prob=0,attention_probs_dropout_prob=0,nffn_activation_dropout_prob=0"
+)
+
+TINY_LONGVQ = (
+    "hidden_size=16,num_hidden_layers=2,value_size=16,shared_representation_size=8,intermediate_size=16,window_size=4,chunk_size=4,"
+    "codebook_size=8,codebook_init=random,dead_code_threshold=0,commitment_loss_weight=0.1,dropout=0"
 )
 
 
@@ -113,3 +118,19 @@ def test_classification_on_two_processes(tmp_path):
     same_weights(tmp_path / "one", tmp_path / "two")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["eval_accuracy"] == pytest.approx(one["eval_accuracy"]) and two["eval_samples"] == 9
+
+
+@pytest.mark.slow
+def test_codebooks_on_two_processes(tmp_path):
+    """Weights and codebooks are those of one process, the last update included; nothing is revived, as that is random."""
+    options = {
+        "task": "induction", "length": 24, "arch": "longvq", "config_overrides": TINY_LONGVQ, "num_train": 64, "max_steps": 6,
+        "num_validation": 4, "learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no", "eval_strategy": "no",
+    }  # fmt: skip
+    batch = {"per_device_train_batch_size": 8}
+    train_synthetic.main(command_line({**options, **batch, "output_dir": tmp_path / "one"}))
+    batch = {"per_device_train_batch_size": 4}
+    launch("torchrun", "run_train_synthetic.py", {**options, **batch, "output_dir": tmp_path / "two"})
+    same_weights(tmp_path / "one", tmp_path / "two")
+    tensors = load_file(tmp_path / "two" / "model.safetensors")
+    assert [int(value) for name, value in tensors.items() if name.endswith("num_updates")] == [6, 6]

@@ -6,7 +6,7 @@ search, chunked prefill and continuation work as for every other model.
 
 Gated attention (Mega) keeps keys and values of one head, of different widths, the state of its moving average, which may be
 several tensors, and the keys and values of an encoder: that is a layer of our own. So is the working memory of SeqBoat, a ring
-of the last tokens that were active.
+of the last tokens that were active, and the memory of LongVQ, which knows most tokens by their codes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
+from ..ops.code_memory import CodeMemory
 from ..ops.working_memory import WorkingMemory
 
 SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that grow with the text
@@ -329,6 +330,77 @@ def check_memory_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) ->
     _check_own_cache(cache, WorkingMemoryLayer, "sparsely activated attention", num_layers, layout)
 
 
+class CodeMemoryLayer(RecurrentStateLayer):
+    """State of one layer of attention over quantised keys of a state space: constant in size.
+
+    Attributes:
+        state: state of the moving average or state space, batch first; None before the first call.
+        memory: `ops.code_memory.CodeMemory`, whose fields are attributes of this layer too; None before the first call.
+        layout: settings of the model that made the cache; see `check_code_cache`.
+        codebook_version: of the codebook that the codes belong to.
+    """
+
+    batch_tensors = CodeMemory._fields
+    code_count: torch.Tensor | None
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.keys = self.values = None
+        self.codebook_version: Any = None
+
+    @property
+    def memory(self) -> CodeMemory | None:
+        if self.code_count is None:
+            return None
+        return CodeMemory(*(getattr(self, name) for name in CodeMemory._fields))
+
+    @memory.setter
+    def memory(self, memory: CodeMemory) -> None:
+        for name, tensor in zip(CodeMemory._fields, memory):
+            setattr(self, name, tensor)
+        self.is_initialized = True
+
+    def advance(self, batch: int, tokens: int) -> None:
+        """Counts the tokens of a call, which may come from the rows that made the cache only."""
+        held = None if self.code_count is None else self.code_count.shape[0]
+        if held not in (None, batch):
+            raise ValueError(
+                f"The input has {batch} rows but `past_key_values` holds {held}: continue the batch that made the cache."
+            )
+        self.cumulative_length += tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("A memory of codes is made by the layer that writes to it.")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("A memory of codes is written to through `memory`.")
+
+    def offload(self) -> None:
+        raise NotImplementedError("A memory of codes cannot be offloaded.")
+
+
+def code_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
+    """Cache of a stack of attention over quantised keys; `layout` as in `gated_cache`."""
+    return Cache(layers=[CodeMemoryLayer(layout) for _ in range(num_layers)])
+
+
+def check_code_cache(cache: Cache, num_layers: int, layout: dict[str, Any], versions: list[Any]) -> None:
+    """Raises ValueError for a cache that `code_cache` did not make, or made for other settings or other codebooks.
+
+    Args:
+        versions: of the codebooks of all layers; empty where they cannot be told.
+    """
+    _check_own_cache(cache, CodeMemoryLayer, "attention over quantised keys", num_layers, layout)
+    for layer, version in zip(cache.layers, versions):
+        if layer.get_seq_length() == 0:
+            layer.codebook_version = version
+        elif layer.codebook_version not in (None, version):  # None: a state that was put together from tensors
+            raise ValueError(
+                "`past_key_values` was made with other codebooks than the model has now: its codes have lost their meaning. "
+                "Leave `past_key_values` unset and read the text again after training steps, loading or moving the model."
+            )
+
+
 # ------------------------------------------------------------------------------------------------- state as tensors
 
 
@@ -343,14 +415,10 @@ def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
         named: dict[str, torch.Tensor | None] = {"keys": layer.keys, "values": layer.values}
         if isinstance(layer, SlidingRecurrentLayer):
             named["state"] = layer.recurrent_states[0]
-        elif isinstance(layer, GatedAttentionLayer):
+        elif isinstance(layer, RecurrentStateLayer):
             parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
+            named = {name: getattr(layer, name) for name in layer.batch_tensors}
             named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
-            named |= {"cross_keys": layer.cross_keys, "cross_values": layer.cross_values}
-        elif isinstance(layer, WorkingMemoryLayer):
-            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
-            named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
-            named |= {"positions": layer.positions, "counts": layer.counts}
         found |= {f"{index}.{kind}": tensor for kind, tensor in named.items() if tensor is not None}
     return found
 
@@ -377,18 +445,18 @@ def fill_cache(cache: Cache, tensors: Mapping[str, torch.Tensor], past: int) -> 
 
 
 def _fill_layer(layer: CacheLayerMixin, tensors: Mapping[str, torch.Tensor], past: int) -> None:
+    if isinstance(layer, RecurrentStateLayer):
+        for name in layer.batch_tensors:
+            setattr(layer, name, tensors.get(name))
+        layer.state = (tensors["state"], tensors["state_1"]) if "state_1" in tensors else tensors["state"]
+        layer.is_initialized, layer.cumulative_length = True, past
+        if isinstance(layer, CodeMemoryLayer) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            layer._map(torch.clone)  # it changes its tensors in place
+        return
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     if not isinstance(layer, DynamicLayer) or layer.is_sliding:
         layer.cumulative_length = past
-    if isinstance(layer, (GatedAttentionLayer, WorkingMemoryLayer)):
-        layer.state = tensors["state"]
-        if "state_1" in tensors:
-            layer.state = (tensors["state"], tensors["state_1"])
-    if isinstance(layer, WorkingMemoryLayer):
-        layer.positions, layer.counts = tensors["positions"], tensors["counts"]
-    if isinstance(layer, GatedAttentionLayer):
-        layer.cross_keys, layer.cross_values = tensors.get("cross_keys"), tensors.get("cross_values")
 
 
 def kept_tokens(cache: Cache) -> int | None:
@@ -400,4 +468,6 @@ def kept_tokens(cache: Cache) -> int | None:
     layer = cache.layers[0]
     if isinstance(layer, WorkingMemoryLayer):
         return layer.layout["window_size"]
+    if isinstance(layer, CodeMemoryLayer):
+        return layer.layout["window_size"] - 1
     return layer.window if isinstance(layer, GatedAttentionLayer) else layer.sliding_window - 1

@@ -67,6 +67,7 @@ def check_values(
     attention_mask: torch.Tensor | None,
     *,
     hidden_size: int,
+    past: int = 0,
 ) -> torch.Tensor | None:
     """Checks a sequence of real numbers (B, L), or its embeddings, and returns the padding mask as booleans.
 
@@ -89,7 +90,7 @@ def check_values(
         )
     values = input_values.unsqueeze(-1) if input_values is not None else inputs_embeds
     width = hidden_size if input_values is None else None
-    return check_inputs(None, values, attention_mask, None, hidden_size=width)
+    return check_inputs(None, values, attention_mask, None, hidden_size=width, past=past)
 
 
 def flatten_pixels(pixel_values: torch.Tensor, size: int | None) -> torch.Tensor:

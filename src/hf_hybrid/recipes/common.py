@@ -43,7 +43,9 @@ from ..training.adapters import (
     state_modules,
 )
 from ..training.arguments import FinetuningArguments
+from ..training.codebooks import CodebookCallback, has_codebooks
 from ..training.run_folder import (
+    CODEBOOK_FILE,
     ENVIRONMENT_FILE,
     LOSS_CURVE_FILE,
     METRICS_FILE,
@@ -53,7 +55,7 @@ from ..training.run_folder import (
     is_main_process,
     peak_memory,
 )
-from ..viz import plot_loss_curves
+from ..viz import codebook_usage, plot_loss_curves
 
 logger = logging.getLogger(__name__)
 
@@ -511,6 +513,7 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     if is_main_process():
         trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
         plot_loss_curves(trainer.state.log_history, folder.path / LOSS_CURVE_FILE)
+        _plot_codebooks(trainer, folder.path)
         write_model_card(make_card(job, folder, metrics), folder.path)
         if job.write_results is not None:
             job.write_results(folder.path)
@@ -521,6 +524,13 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
+def _plot_codebooks(trainer: Trainer, folder: Path) -> None:
+    """Use of the codewords and their perplexity over the steps, of models that have codebooks."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CodebookCallback) and has_codebooks(trainer.model):
+            codebook_usage(trainer.model, folder / CODEBOOK_FILE, history=callback.history)
+
+
 def _push_records(trainer: Trainer, folder: RunFolder) -> None:
     """Replaces the card that the Trainer drafted on the Hub by that of the run, and adds its figures."""
     from huggingface_hub import HfApi
@@ -528,7 +538,7 @@ def _push_records(trainer: Trainer, folder: RunFolder) -> None:
     HfApi(library_name="hf_hybrid").upload_folder(
         repo_id=str(trainer.hub_model_id),
         folder_path=folder.path,
-        allow_patterns=[CARD_FILE, METRICS_FILE, LOSS_CURVE_FILE],
+        allow_patterns=[CARD_FILE, METRICS_FILE, LOSS_CURVE_FILE, CODEBOOK_FILE],
         revision=trainer.args.hub_revision,
         commit_message="Model card and figures of the run",
     )

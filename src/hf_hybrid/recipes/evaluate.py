@@ -4,8 +4,8 @@
     python -m hf_hybrid.recipes.evaluate summarization --model_name_or_path runs/summaries --data articles/ \
         --generation_num_beams 4 --output_dir runs/summaries-eval
 
-The first word is the kind of task: span_corruption, clm, mlm, glue, summarization, translation, lra, image or audio. The other
-options are those of the recipe that trains it; `<kind> --help` lists them. `metrics.json`, `arguments.json` and
+The first word is the kind of task: span_corruption, clm, mlm, glue, summarization, translation, lra, synthetic, image or
+audio. The other options are those of the recipe that trains it; `<kind> --help` lists them. `metrics.json`, `arguments.json` and
 `environment.json` are written.
 """
 
@@ -18,7 +18,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ..training.arguments import FinetuningArguments, PretrainingArguments, Seq2SeqFinetuningArguments
+from ..training.arguments import (
+    FinetuningArguments,
+    PretrainingArguments,
+    Seq2SeqFinetuningArguments,
+    SyntheticTrainingArguments,
+)
 from ..training.run_folder import RunFolder, is_main_process
 from .common import NewModelArguments, parse_arguments, resolved_arguments, set_up_logging
 from .finetuning_data import CheckpointArguments
@@ -45,6 +50,7 @@ KINDS: dict[str, tuple[str, str, type, type]] = {
     ),
     "translation": ("finetune_translation", "TranslationArguments", NewModelArguments, Seq2SeqFinetuningArguments),
     "lra": ("train_lra", "LraArguments", ClassifierArguments, FinetuningArguments),
+    "synthetic": ("train_synthetic", "SyntheticArguments", ClassifierArguments, SyntheticTrainingArguments),
     "image": ("classify_image", "ImageArguments", ClassifierArguments, FinetuningArguments),
     "audio": ("classify_audio", "AudioArguments", ClassifierArguments, FinetuningArguments),
 }

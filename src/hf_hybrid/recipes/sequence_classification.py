@@ -69,6 +69,8 @@ def _published_fields(known: PreTrainedConfig, overrides: Mapping[str, Any]) -> 
     if known.model_type == "seqboat":
         width = overrides.get("hidden_size", known.hidden_size)
         return {"pooling": "mean", "classifier_dim": 2 * width, "scale_embedding": False}
+    if known.model_type == "longvq":
+        return {"is_causal": False, "pooling": "mean"}
     if known.model_type != "mega":
         return {}
     return {

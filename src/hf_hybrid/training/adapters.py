@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..layers.quantizer import VectorQuantizer
 from .run_folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_checkpoint
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ LORA_TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "spade_lm": _SPADE_TARGETS,
     "mega": ("v_proj", "mx_proj", "h_proj", "q_proj", "k_proj", "fc1", "fc2"),
     "seqboat": ("skip_proj", "in_proj", "out_proj", "fc1", "fc2"),
+    "longvq": ("v_proj", "mx_proj", "h_proj", "fc1", "fc2"),
 }
 
 # The recurrent parts, which low-rank updates cannot reach: candidates for `modules_to_save` (training in full).
@@ -36,6 +38,7 @@ STATE_MODULES: dict[str, tuple[str, ...]] = {
     "spade_lm": ("ssm",),
     "mega": ("ema_gate",),
     "seqboat": ("ema",),
+    "longvq": ("ssm",),
 }
 
 ADAPTED_CONFIG_FILE = "adapted_config.json"
@@ -101,8 +104,13 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def _modules_with_statistics(model: nn.Module) -> list[str]:
-    """Batch normalisations: their running statistics change in training, so the adapter has to carry them."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    """Batch normalisations and codebooks: they change in training without gradients, so the adapter has to carry them."""
+    kinds = (nn.modules.batchnorm._BatchNorm, VectorQuantizer)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not getattr(module, "frozen", False)
+    ]
 
 
 def lora_task_type(model: PreTrainedModel) -> str | None:

@@ -58,6 +58,22 @@ class PretrainingArguments(HybridTrainingArguments):
 
 
 @dataclass
+class SyntheticTrainingArguments(PretrainingArguments):
+    """Training arguments with the defaults for synthetic tasks."""
+
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples of a step and device."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    ssm_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the state space parameters. Default: `learning_rate`."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="all", metadata={"help": "Count the tokens of the inputs: all, non_padding or no."}
+    )
+    prediction_loss_only: bool = field(default=False, metadata={"help": "Evaluate the loss alone."})
+
+
+@dataclass
 class FinetuningArguments(HybridTrainingArguments):
     """The same with defaults for fine-tuning: one evaluation and checkpoint per epoch, batches of similar lengths."""
 

@@ -33,6 +33,7 @@ ARGUMENTS_FILE = "arguments.json"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.json"
 LOSS_CURVE_FILE = "loss_curve.png"
+CODEBOOK_FILE = "codebooks.png"
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 RECORDED_PACKAGES = (

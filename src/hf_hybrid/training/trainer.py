@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .activations import ActivationCallback, has_routers
 from .adapters import is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
+from .codebooks import CodebookCallback, has_codebooks
 from .parameter_groups import parameter_groups
 
 
@@ -43,7 +44,8 @@ class EpochLengthSampler(LengthGroupedSampler):
 class HybridTrainer(Trainer):
     """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
 
-    Models with routers log the share of active tokens of each layer as well (`ActivationCallback`).
+    Models with routers log the share of active tokens of each layer as well (`ActivationCallback`), those with codebooks their
+    perplexity (`CodebookCallback`).
 
     The arguments are those of `Trainer`; pass `HybridTrainingArguments` as `args` for the additional options.
     """
@@ -60,9 +62,21 @@ class HybridTrainer(Trainer):
         self._activations = ActivationCallback() if self.model is not None and has_routers(self.model) else None
         if self._activations is not None:
             self.add_callback(self._activations)
+        self._codebooks = self._codebook_callback()
         self._interval_start: tuple[float, int] | None = None
         self._paused_seconds = 0.0
         self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def _codebook_callback(self) -> CodebookCallback | None:
+        """The callback that follows codebooks, where there are any: that of the caller, or a new one."""
+        if self.model is None or not has_codebooks(self.model):
+            return None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, CodebookCallback):
+                return callback
+        callback = CodebookCallback()
+        self.add_callback(callback)
+        return callback
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -143,6 +157,8 @@ class HybridTrainer(Trainer):
             self._interval_start, self._paused_seconds = (now, tokens), 0.0
             if self._activations is not None:  # here, so that every callback that reports logs sees them
                 logs.update(self._activations.entries(self.state.global_step))
+            if self._codebooks is not None:
+                logs.update(self._codebooks.entries(self.model, self.state.global_step))
         super().log(logs, start_time)
         if not self.args.logging_nan_inf_filter and not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(

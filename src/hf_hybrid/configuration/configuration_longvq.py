@@ -1,0 +1,193 @@
+"""Configuration of LongVQ, attention over vector-quantised keys with a structured memory (arXiv 2404.11163)."""
+
+# No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .model_type import ReadsOwnModelType
+
+_PROBABILITIES = ("dropout", "hidden_dropout", "classifier_dropout")
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "shared_representation_size",
+    "value_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "ssm_state_size",
+    "window_size",
+    "chunk_size",
+    "codebook_size",
+    "image_size",
+)
+
+
+@strict
+class LongVQConfig(ReadsOwnModelType, PreTrainedConfig):
+    """Configuration of all LongVQ models. The default is a decoder; `is_causal=False` makes a bidirectional encoder.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, intermediate_size, hidden_act, use_cache: as in any Transformers model.
+        shared_representation_size: width Z of queries and keys, over all heads.
+        value_size: width E of values, over all heads; None: twice `hidden_size`.
+        num_attention_heads: heads, each with its own codebooks; a divisor of the two widths above.
+        ssm_type: "ema", Mega's damped moving average, or "s4d", a diagonal state space.
+        ssm_state_size: averages per feature, or twice the complex modes.
+        is_causal: tokens see those before them only.
+        window_size: distances w that a learned bias tells apart, 0 to w - 1 (in both directions for an encoder).
+        chunk_size: tokens of a chunk, at least w - 1: keys of the same and the neighbouring chunk have gradients of their own, all
+            others share those of their codeword. The outputs do not depend on it. None: the largest of w, half the codebook and 64.
+        far_key_gradient: False stops the gradients of keys outside these chunks: for comparison only, as models then hardly
+            learn to find anything that is far.
+        codebook_size: codewords per head and layer, S.
+        codebook_decay, codebook_decay_warmup: the codewords are moving averages of keys; at first, means over all batches.
+        codebook_init, codebook_init_iters: where they start: at keys of the first batch ("data"), clustered ("kmeans") in so many
+            iterations, or "random".
+        dead_code_threshold: codewords used less than this share of the average are put where keys are served badly; 0 for never.
+        commitment_loss_weight: weight, in training, of the mean square distance of keys from their codewords.
+        freeze_codebook: no codeword ever changes.
+        qk_norm, qk_norm_eps: queries and keys have a root mean square of 1 in every head.
+        norm_type, norm_eps: "layernorm" or "rmsnorm".
+        dropout: of the outputs of the state space, of attention and of the feed-forward layer.
+        hidden_dropout: of attention values and inside the feed-forward layer.
+        initializer_range: deviation of embeddings and linear maps at first.
+        tie_word_embeddings: the language model head uses the embedding matrix.
+        input_type: "tokens", or "values" for sequences of real numbers (pixels, samples of a waveform).
+        image_size: height and width that image classification accepts; None accepts any.
+        pooling: what classifiers read: the "mean" of all real tokens, or the "last"; None: the last if causal, else the mean.
+        classifier_dropout: of the heads; None means `dropout`.
+        dual_encoder: classify pairs of texts, from [second, first].
+    """
+
+    model_type = "longvq"
+    # What concerns the codebooks is no prediction: Trainer must not gather it over an evaluation.
+    keys_to_ignore_at_inference = ["past_key_values", "commitment_loss", "codebook_perplexity"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    shared_representation_size: int = 128
+    value_size: int | None = None
+    intermediate_size: int = 1024
+    num_attention_heads: int = 1
+    ssm_type: Literal["ema", "s4d"] = "ema"
+    ssm_state_size: int = 16
+    is_causal: bool = True
+    window_size: int = 128
+    chunk_size: int | None = None
+    far_key_gradient: bool = True
+    codebook_size: int = 512
+    codebook_decay: float | int = 0.99
+    codebook_decay_warmup: bool = True
+    codebook_init: Literal["data", "kmeans", "random"] = "data"
+    codebook_init_iters: int = 10
+    dead_code_threshold: float | int = 0.01
+    commitment_loss_weight: float | int = 1e-3
+    freeze_codebook: bool = False
+    qk_norm: bool = True
+    qk_norm_eps: float = 1e-6
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    dropout: float | int = 0.1
+    hidden_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    input_type: Literal["tokens", "values"] = "tokens"
+    image_size: int | None = None
+    pooling: Literal["mean", "last"] | None = None
+    classifier_dropout: float | int | None = None
+    dual_encoder: bool = False
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.value_size is None:
+            self.value_size = 2 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    # ------------------------------------------------------------------------------------------------ derived sizes
+
+    @property
+    def attention_chunk(self) -> int:
+        """Tokens of a chunk."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return max(self.window_size, self.codebook_size // 2, 64)
+
+    @property
+    def classifier_pooling(self) -> str:
+        """What classifiers read: "mean" or "last"."""
+        if self.pooling is not None:
+            return self.pooling
+        return "last" if self.is_causal else "mean"
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout of the classification heads."""
+        return self.dropout if self.classifier_dropout is None else self.classifier_dropout
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    def validate_architecture(self) -> None:
+        """Checks that fields fit together; called on construction and on saving."""
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        for name in _PROBABILITIES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {value}.")
+        self._check_attention()
+        self._check_codebook()
+        self._check_tokens()
+
+    def _check_attention(self) -> None:
+        for name in ("shared_representation_size", "value_size"):
+            if getattr(self, name) % self.num_attention_heads:
+                raise ValueError(
+                    f"`num_attention_heads` must divide `{name}`: {getattr(self, name)} cannot be split among "
+                    f"{self.num_attention_heads} heads. Change one of the two."
+                )
+        if self.attention_chunk < self.window_size - 1:
+            raise ValueError(
+                f"`chunk_size` must be at least `window_size` - 1 = {self.window_size - 1}, so that the window lies within "
+                f"neighbouring chunks; got {self.chunk_size}. Raise it, leave it None, or lower `window_size`."
+            )
+        if self.ssm_type == "s4d" and self.ssm_state_size % 2:
+            raise ValueError(f"`ssm_type='s4d'` needs an even `ssm_state_size`; got {self.ssm_state_size}.")
+        for name in ("qk_norm_eps", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0; got {getattr(self, name)}.")
+
+    def _check_codebook(self) -> None:
+        if not 0 <= self.codebook_decay < 1:
+            raise ValueError(f"`codebook_decay` must lie in [0, 1); got {self.codebook_decay}.")
+        if not 0 <= self.dead_code_threshold < 1:
+            raise ValueError(
+                f"`dead_code_threshold` is a share of the average use and must lie in [0, 1); got {self.dead_code_threshold}."
+            )
+        if self.commitment_loss_weight < 0:
+            raise ValueError(f"`commitment_loss_weight` must not be negative; got {self.commitment_loss_weight}.")
+        if self.codebook_init_iters < 0:
+            raise ValueError(f"`codebook_init_iters` must not be negative; got {self.codebook_init_iters}.")
+
+    def _check_tokens(self) -> None:
+        if self.input_type == "values":
+            return
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            tokens = getattr(self, name)
+            for token in tokens if isinstance(tokens, list) else [tokens]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"`{name}` is {tokens}, outside the vocabulary of {self.vocab_size} tokens (0 to {self.vocab_size - 1})."
+                    )
+
+
+__all__ = ["LongVQConfig"]

@@ -1,0 +1,223 @@
+"""Building blocks of LongVQ: gated attention over quantised keys of a state space, feed-forward layer.
+
+Shapes: B batch, L new tokens, D hidden size, H heads, Z and E widths of keys and values over all heads, N state size, S
+codewords, w window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ..configuration.configuration_longvq import LongVQConfig
+from ..layers.classifier import activation_function
+from ..layers.dropout import SequenceDropout
+from ..layers.ema import MultiDimensionalDampedEma
+from ..layers.full_precision import KeepsFullPrecision
+from ..layers.norms import build_norm as norm_by_name
+from ..layers.quantizer import Quantized, VectorQuantizer
+from ..layers.s4d import ActivatedS4D
+from ..ops.code_memory import empty_memory, remember
+from ..ops.recompute import recomputed
+from ..ops.vq_attention import vq_attention
+
+# Hidden states, commitment loss and perplexity (H,).
+LayerResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def build_norm(config: LongVQConfig) -> nn.Module:
+    """Norm over the hidden size."""
+    kind = {"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[config.norm_type]
+    return norm_by_name(kind, config.hidden_size, config.norm_eps)
+
+
+def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
+    return attended * F.silu(reset)
+
+
+def _interpolate(residual: torch.Tensor, candidate: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return residual + torch.sigmoid(gate) * (candidate - residual)
+
+
+class LongVQEma(KeepsFullPrecision, MultiDimensionalDampedEma):
+    """Mega's moving average, with tensors that stay in float32."""
+
+    def __init__(self, hidden_size: int, state_size: int, *, bidirectional: bool) -> None:
+        super().__init__(hidden_size, state_size, bidirectional=bidirectional)
+        self.widen()
+
+
+class LongVQMixer(nn.Module):
+    """Gated attention over quantised keys, whose queries, keys and gates are computed from a state space.
+
+    With x the input, f the activation, n = norm(x), M = SSM(n) and v = f(V n): [u | z | r | c] = W M, q = silu(z) * gamma_0 + beta_0 and
+    k = silu(z) * gamma_1 + beta_1, both normalised in each head, h = f(c + H (attention(q, k^, v) * silu(r))), and the output
+    is x + sigmoid(u) * (h - x).
+    """
+
+    def __init__(self, config: LongVQConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_causal
+        self.num_heads = config.num_attention_heads
+        self.window = config.window_size
+        self.chunk_size, self.far_key_gradient = config.attention_chunk, config.far_key_gradient
+        self.qk_norm, self.qk_norm_eps = config.qk_norm, config.qk_norm_eps
+        width, values, keys = config.hidden_size, config.value_size, config.shared_representation_size
+        self.scale = (keys // self.num_heads) ** -0.5
+        self.split_sizes = [width, keys, values, width]
+        self.norm = build_norm(config)
+        ssm_class = LongVQEma if config.ssm_type == "ema" else ActivatedS4D
+        self.ssm = ssm_class(width, config.ssm_state_size, bidirectional=not config.is_causal)
+        self.v_proj = nn.Linear(width, values)
+        self.mx_proj = nn.Linear(width, 2 * width + keys + values)
+        self.h_proj = nn.Linear(values, width)
+        self.qk_gamma = nn.Parameter(torch.empty(2, keys))
+        self.qk_beta = nn.Parameter(torch.empty(2, keys))
+        distances = self.window if config.is_causal else 2 * self.window - 1
+        self.window_bias = nn.Parameter(torch.empty(self.num_heads, distances))
+        self.quantizer = VectorQuantizer(
+            self.num_heads,
+            config.codebook_size,
+            keys // self.num_heads,
+            decay=config.codebook_decay,
+            decay_warmup=config.codebook_decay_warmup,
+            init=config.codebook_init,
+            init_iterations=config.codebook_init_iters,
+            dead_code_threshold=config.dead_code_threshold,
+            frozen=config.freeze_codebook,
+        )
+        self.activation = activation_function(config.hidden_act)
+        self.dropout = SequenceDropout(config.dropout)
+        self.hidden_dropout = SequenceDropout(config.hidden_dropout)
+
+    def _run_ssm(self, normed: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        """The state space over (B, L, D), continued from the state in the cache."""
+        if cache is None:
+            return self.ssm(normed, mask)[0]
+        layer = cache.layers[self.layer_idx]
+        output, layer.state = self.ssm(normed, mask, initial_state=layer.state, return_state=True)
+        return output
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, L, X) to (B, H, L, X / H)."""
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def queries_and_keys(self, shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled queries and keys, (B, H, L, Z / H) in float32 or better, of the shared representation (B, L, Z)."""
+        with torch.autocast(shared.device.type, enabled=False):
+            shared = shared.to(torch.promote_types(shared.dtype, torch.float32))
+            query, key = (
+                self._heads(torch.addcmul(beta.to(shared.dtype), shared, gamma.to(shared.dtype)))
+                for gamma, beta in zip(self.qk_gamma, self.qk_beta)
+            )
+            if self.qk_norm:
+                query, key = (
+                    states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.qk_norm_eps)
+                    for states in (query, key)
+                )
+            return query * self.scale, key
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        quantized: Quantized,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """(B, H, L, E / H); a cache is read and extended."""
+        memory = None if cache is None else cache.layers[self.layer_idx].memory
+        output = vq_attention(
+            query,
+            key,
+            value,
+            quantized.codes,
+            quantized.words,
+            self.window_bias,
+            chunk_size=self.chunk_size,
+            causal=self.is_causal,
+            key_mask=mask,
+            memory=memory,
+            far_key_gradient=self.far_key_gradient,
+        )
+        if cache is not None:
+            if memory is None:
+                memory = empty_memory(quantized.codes, value, self.quantizer.codebook_size, self.window)
+            cache.layers[self.layer_idx].memory = remember(memory, quantized.codes, value, mask)
+        return output
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        slot: int = 0,
+        past_key_values: Cache | None = None,
+    ) -> LayerResult:
+        """Runs the block.
+
+        Args:
+            hidden_states: (B, L, D).
+            mask: (B, L) bool, True at real tokens, or None.
+            slot: see `VectorQuantizer.forward`.
+            past_key_values: cache to continue and to extend.
+        """
+        residual = hidden_states
+        normed = self.norm(hidden_states)
+        value = self.v_proj(normed)
+        memory_states = self.dropout(self._run_ssm(normed, mask, past_key_values))
+        gate, shared, reset, candidate = self.mx_proj(memory_states).split(self.split_sizes, dim=-1)
+        query, key = self.queries_and_keys(F.silu(shared))
+        quantized = self.quantizer(key, mask, slot)
+        value = self._heads(self.hidden_dropout(value, function=self.activation))
+        attended = self._attend(query, key, value, quantized, mask, past_key_values)
+        attended = attended.transpose(1, 2).flatten(2)
+        attended = self.h_proj(recomputed(_reset, attended, reset))
+        candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
+        output = recomputed(_interpolate, residual, candidate, gate)
+        return output, quantized.commitment, quantized.perplexity
+
+
+class LongVQFeedForward(nn.Module):
+    """x + W_2 f(W_1 norm(x))."""
+
+    def __init__(self, config: LongVQConfig) -> None:
+        super().__init__()
+        self.norm = build_norm(config)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = activation_function(config.hidden_act)
+        self.dropout = SequenceDropout(config.dropout)
+        self.hidden_dropout = SequenceDropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to the same shape."""
+        inner = self.hidden_dropout(self.fc1(self.norm(hidden_states)), function=self.activation)
+        return hidden_states + self.dropout(self.fc2(inner))
+
+
+class LongVQLayer(GradientCheckpointingLayer):
+    """Mixer and feed-forward layer."""
+
+    def __init__(self, config: LongVQConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.mixer = LongVQMixer(config, layer_idx)
+        self.ffn = LongVQFeedForward(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        slot: int = 0,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LayerResult:
+        """As `LongVQMixer`."""
+        hidden_states, commitment, perplexity = self.mixer(hidden_states, mask, slot, past_key_values)
+        return self.ffn(hidden_states), commitment, perplexity

@@ -1,0 +1,207 @@
+"""The stack of LongVQ layers: a decoder, or a bidirectional encoder (arXiv 2404.11163).
+
+Shapes: B batch, L new tokens, D hidden size, H heads, E width of values over all heads, N state size, S codewords, w window.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_longvq import LongVQConfig
+from ..layers.ema import MultiDimensionalDampedEma
+from ..layers.quantizer import VectorQuantizer, update_quantizers
+from ..layers.s4d import ActivatedS4D
+from ..layers.value_embedding import ValueEmbedding
+from .cache import check_code_cache, code_cache
+from .inputs import check_inputs, check_values, simplify_mask
+from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
+from .longvq_outputs import LongVQModelOutput
+
+
+class LongVQPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, the codebooks, and the interface to Transformers, for all LongVQ models."""
+
+    config: LongVQConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LongVQLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Patterns: state spaces and codebooks; the number of updates is an integer and stays one.
+    _keep_in_fp32_modules_strict = [r"ssm\.\w+", r"quantizer\.(?!num_updates)\w+"]
+    _can_compile_fullgraph = True
+    _is_stateful = True  # a state space cannot be rolled back
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (MultiDimensionalDampedEma, ActivatedS4D, VectorQuantizer)):
+            module.initialize(init)
+        elif isinstance(module, LongVQMixer):
+            # With normalised queries and keys the scale of gamma is irrelevant, but must not be near that of epsilon.
+            init.normal_(module.qk_gamma, mean=0.0, std=1.0 if module.qk_norm else std)
+            init.zeros_(module.qk_beta)
+            init.normal_(module.window_bias, mean=0.0, std=std)
+        elif isinstance(module, ValueEmbedding):
+            init.normal_(module.weight, mean=0.0, std=1.0)
+            init.normal_(module.bias, mean=0.0, std=0.1)
+
+    def _quantizers(self) -> list[VectorQuantizer]:
+        return [layer.mixer.quantizer for layer in self.base_model.layers]
+
+    def apply_codebook_updates(self) -> None:
+        """Changes the codebooks by what the last training step told; the next one does so by itself.
+
+        In a distributed run all processes have to call it.
+        """
+        update_quantizers(self._quantizers())
+
+    def codebook_stats(self) -> list[dict[str, Any]]:
+        """Health of the codebooks of each layer; see `VectorQuantizer.report`.
+
+        Watch the perplexity. A small commitment loss or relative error is no sign of health: keys that have all become the
+        same are quantised without error.
+        """
+        return [quantizer.report() for quantizer in self._quantizers()]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; what the last training step told enters the codebooks first, in a run of one process."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            self.apply_codebook_updates()
+        return super().save_pretrained(*args, **kwargs)
+
+
+class LongVQModel(LongVQPreTrainedModel):
+    """The bare stack.
+
+    A causal one keeps a cache of constant size: per layer the state of the moving average, (B, D, N) (or of the state space,
+    (B, D, N / 2, 2)); codes (B, H, w - 1), values (B, H, w - 1, E / H) and mask (B, w - 1) of the last tokens; numbers (B, H, S)
+    and mean values (B, H, S, E / H) of all earlier ones by code. It belongs to the codebooks it was made with.
+    """
+
+    _can_record_outputs = {"hidden_states": OutputRecorder(LongVQLayer, index=0)}
+
+    def __init__(self, config: LongVQConfig) -> None:
+        super().__init__(config)
+        if config.input_type == "values":
+            self.value_embeddings = ValueEmbedding(config.hidden_size)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(LongVQLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.value_embeddings if self.config.input_type == "values" else self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        setattr(self, "value_embeddings" if self.config.input_type == "values" else "embed_tokens", value)
+
+    # ------------------------------------------------------------------------------------------------------- cache
+
+    def _cache_layout(self) -> dict[str, object]:
+        names = (
+            "hidden_size",
+            "value_size",
+            "num_attention_heads",
+            "ssm_type",
+            "ssm_state_size",
+            "window_size",
+            "codebook_size",
+        )
+        return {name: getattr(self.config, name) for name in names}
+
+    def build_cache(self) -> Cache:
+        """Empty cache, which will stay of constant size."""
+        return code_cache(self.config.num_hidden_layers, self._cache_layout())
+
+    def _check_cache(self, cache: Cache) -> None:
+        if not self.config.is_causal:
+            raise ValueError(
+                "`past_key_values` need a causal model: this one sees the future (`is_causal=False`), so its states cannot be "
+                "continued."
+            )
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        versions = [] if is_traced else [quantizer.version() for quantizer in self._quantizers()]
+        check_code_cache(cache, self.config.num_hidden_layers, self._cache_layout(), versions)
+
+    # ------------------------------------------------------------------------------------------------------ forward
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        input_values: torch.Tensor | None = None,
+        output_quantization: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LongVQModelOutput:
+        """Runs over a text, or over its next tokens. In training it first applies what the last step told of the codebooks.
+
+        Args:
+            input_ids: (B, L), L >= 1, with or without a cache; or `inputs_embeds` (B, L, D).
+            attention_mask: (B, past + L), 1 at real tokens; either side may be padded.
+            past_key_values: cache of an earlier call; causal models only.
+            use_cache: return the cache; default `config.use_cache` outside training, for causal models.
+            input_values: (B, L) real numbers, instead of ids, for models with `input_type="values"`.
+            output_quantization: return `commitment_loss` and `codebook_perplexity`, as in training. (Pipelines split
+                every tensor of an output into the rows of the batch.)
+
+        Raises:
+            ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another model or of other
+                codebooks.
+        """
+        config = self.config
+        slot: int = kwargs.pop("codebook_slot", 0)  # type: ignore[typeddict-item] # of a later text of the same step
+        if slot == 0 and self.training and torch.is_grad_enabled() and not config.freeze_codebook:
+            self.apply_codebook_updates()
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if use_cache and config.is_causal and past_key_values is None:
+            past_key_values = self.build_cache()
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if config.input_type == "values":
+            size = config.hidden_size
+            mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=size, past=past)
+            inputs = input_values
+        else:
+            vocabulary, size = config.vocab_size, config.hidden_size
+            mask = check_inputs(input_ids, inputs_embeds, attention_mask, vocabulary, hidden_size=size, past=past)
+            inputs = input_ids
+        batch, length = (inputs if inputs_embeds is None else inputs_embeds).shape[:2]
+        for layer in () if past_key_values is None else past_key_values.layers:
+            layer.advance(batch, length)
+        mask = simplify_mask(mask)[0]
+        mask = None if mask is None else mask[:, past:]
+
+        hidden_states = self.get_input_embeddings()(inputs) if inputs_embeds is None else inputs_embeds
+        commitments, perplexities = [], []
+        for layer in self.layers:
+            hidden_states, commitment, perplexity = layer(
+                hidden_states, mask, slot, past_key_values=past_key_values, **kwargs
+            )
+            commitments.append(commitment)
+            perplexities.append(perplexity)
+        output_quantization = self.training or bool(output_quantization)
+        return LongVQModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            commitment_loss=torch.stack(commitments).mean() if output_quantization else None,
+            codebook_perplexity=torch.stack(perplexities) if output_quantization else None,
+        )
+
+
+__all__ = ["LongVQModel", "LongVQPreTrainedModel"]

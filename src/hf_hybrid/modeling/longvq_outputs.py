@@ -1,0 +1,75 @@
+"""Outputs of LongVQ models: those of Transformers, and how well the codebooks serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ImageClassifierOutput,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class Quantization:
+    """What every LongVQ output holds besides, in training, with labels, or when asked for by `output_quantization=True`.
+
+    Args:
+        commitment_loss: mean square distance of a coordinate of a key from its codeword, mean of the layers; without its
+            weight. Small is not healthy by itself: keys that have all become the same have none.
+        codebook_perplexity: (num_hidden_layers, num_attention_heads) perplexity of the codes of this input: 1 when a single
+            codeword is used, `codebook_size` when all are used alike.
+    """
+
+    commitment_loss: torch.FloatTensor | None = None
+    codebook_perplexity: torch.FloatTensor | None = None
+
+
+QUANTIZATION_FIELDS = ("commitment_loss", "codebook_perplexity")
+
+
+@dataclass
+class LongVQModelOutput(Quantization, BaseModelOutputWithPast):
+    """States (B, L, D) and cache of the stack, and its quantisation."""
+
+
+@dataclass
+class LongVQCausalLMOutput(Quantization, CausalLMOutputWithPast):
+    """Output of the language model, and its quantisation."""
+
+
+@dataclass
+class LongVQMaskedLMOutput(Quantization, MaskedLMOutput):
+    """Output of the masked language model, and its quantisation."""
+
+
+@dataclass
+class LongVQSequenceClassifierOutput(Quantization, SequenceClassifierOutput):
+    """Output of a classifier of whole inputs, and its quantisation (that of the first text of a pair)."""
+
+
+@dataclass
+class LongVQTokenClassifierOutput(Quantization, TokenClassifierOutput):
+    """Output of the token classifier, and its quantisation."""
+
+
+@dataclass
+class LongVQQuestionAnsweringOutput(Quantization, QuestionAnsweringModelOutput):
+    """Output of extractive question answering, and its quantisation."""
+
+
+@dataclass
+class LongVQImageClassifierOutput(Quantization, ImageClassifierOutput):
+    """Output of the image classifier, and its quantisation."""
+
+
+def quantization_of(outputs: ModelOutput) -> dict[str, object]:
+    """The quantisation in an output, as keyword arguments for another."""
+    return {name: getattr(outputs, name) for name in QUANTIZATION_FIELDS}

@@ -1,0 +1,224 @@
+"""Softmax attention over vector-quantised keys in linear time (arXiv 2404.11163; arXiv 2309.16354, section 3).
+
+Key j is replaced by its codeword k^_j = C_{z_j}, and query i gives it the score
+
+    s_ij = q_i . k^_j + [j in the window of i] bias(i - j),        o_i = sum_j softmax_j(s_ij) v_j
+
+over the real tokens j <= i (causal) or all of them. All tokens of one code have the same score but for the bias, so those
+outside the window count as one: sum_j exp(q . C_s) v_j = exp(q . C_s + log n_s) mu_s with n_s their number and mu_s the mean
+of their values. The tokens are cut into chunks: a chunk of queries sees the keys of its own and the neighbouring chunks one by
+one (near), and the codewords of all others (far), in one softmax. The result does not depend on the size of the chunks.
+
+The gradient does: a near key has the straight-through gradient of its own scores, while the far keys of one codeword share
+theirs equally (or have none: `far_key_gradient`). The codebook has none.
+
+Shapes: B batch, H heads, L tokens, S codewords, d width of keys, e width of values, C chunk size, T chunks, K chunks of keys
+(with empty ones around), w window.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .code_memory import CodeMemory
+from .relative_position import toeplitz_bias
+from .vq_scores import far_sums, near_bias, vq_scores_attention
+
+
+def vq_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    window_bias: torch.Tensor,
+    *,
+    chunk_size: int,
+    causal: bool,
+    key_mask: torch.Tensor | None = None,
+    memory: CodeMemory | None = None,
+    far_key_gradient: bool = True,
+) -> torch.Tensor:
+    """Attention over quantised keys.
+
+    Args:
+        query: (B, H, L, d), scaled.
+        key: (B, H, L, d), the keys themselves: they get gradients, the scores are computed from `codebook`.
+        value: (B, H, L, e).
+        codes: (B, H, L) int64, index of the codeword of each key.
+        codebook: (H, S, d); without gradient.
+        window_bias: (H, w), entry i - j, if causal; else (H, 2 w - 1), entry i - j + w - 1.
+        chunk_size: C >= w - 1 tokens.
+        causal: tokens see those before them only.
+        key_mask: (B, L) bool, True at real tokens, or None.
+        memory: of the text before these tokens (causal only); it gets no gradient.
+        far_key_gradient: False stops the gradient of far keys, as arXiv 2309.16354 does; the outputs are the same.
+
+    Returns:
+        (B, H, L, e) in the dtype of `value`; zeros for queries that see no token. The softmax is in float32 or better.
+
+    Raises:
+        ValueError: the chunks are shorter than the window, or a memory for bidirectional attention.
+    """
+    window = _check_arguments(window_bias, chunk_size, causal, memory)
+    length = query.shape[2]
+    if length == 1 and memory is not None:
+        return _step(query, value, codes, codebook, window_bias, key_mask, memory)
+    if not torch.compiler.is_exporting():
+        chunk_size = min(chunk_size, max(length, window - 1, 1))  # with a single chunk all keys are near anyway
+    arguments = (query, key, value, codes, codebook, window_bias, key_mask, memory)
+    keeps_gradient = torch.is_grad_enabled() and memory is not None and memory.code_value_mean.requires_grad
+    if query.device.type == "cpu" and not torch.compiler.is_exporting() and not keeps_gradient:
+        return vq_scores_attention(*arguments, chunk_size, causal, far_key_gradient)
+    return _composed_attention(*arguments, chunk_size, causal, far_key_gradient)
+
+
+def _check_arguments(window_bias: torch.Tensor, chunk_size: int, causal: bool, memory: CodeMemory | None) -> int:
+    """Returns the window w."""
+    entries = window_bias.shape[-1]
+    window = entries if causal else (entries + 1) // 2
+    if chunk_size < max(window - 1, 1):
+        raise ValueError(
+            f"`chunk_size` must be at least the window less one, {window - 1}, and at least 1; got {chunk_size}."
+        )
+    if memory is not None and not causal:
+        raise ValueError("Bidirectional attention sees the whole text at once: `memory` needs `causal=True`.")
+    return window
+
+
+def vq_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    window_bias: torch.Tensor,
+    *,
+    chunk_size: int,
+    causal: bool,
+    key_mask: torch.Tensor | None = None,
+    far_key_gradient: bool = True,
+) -> torch.Tensor:
+    """`vq_attention` by the definition, with all L x L scores (and as many keys for the gradient rule)."""
+    length = query.shape[2]
+    window = window_bias.shape[-1] if causal else (window_bias.shape[-1] + 1) // 2
+    places = torch.arange(length, device=query.device)
+    distance = places.unsqueeze(1) - places  # (i, j)
+    real = torch.ones_like(codes[:, 0], dtype=torch.bool) if key_mask is None else key_mask
+    allowed = real[:, None, None, :].expand(-1, 1, length, -1)
+    if causal:
+        allowed = allowed & (distance >= 0)
+    chunk_distance = places.unsqueeze(1) // chunk_size - places // chunk_size
+    near = (chunk_distance >= 0) & (chunk_distance <= 1) if causal else chunk_distance.abs() <= 1
+    residual = key - key.detach()  # 0, with the gradient of a key
+    same = (codes.unsqueeze(-1) == codes.unsqueeze(-2))[:, :, None]  # (B, H, 1, j, j')
+    far = ((chunk_distance >= 1) if causal else (chunk_distance != 0)) & ~near
+    members = same & far[:, None, :] & real[:, None, None, None, :]  # (B, H, i, j, j')
+    shares = members.to(key.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
+    far_residual = residual if far_key_gradient else torch.zeros_like(residual)
+    mean_residual = torch.einsum("bhijk,bhkd->bhijd", shares, far_residual)
+    own_residual = residual.unsqueeze(2).expand_as(mean_residual)
+    heads = torch.arange(codebook.shape[0], device=codes.device)[:, None]
+    quantised = codebook.to(key.dtype)[heads, codes]
+    keys = quantised.unsqueeze(2) + torch.where(near[..., None], own_residual, mean_residual)
+    scores = torch.einsum("bhid,bhijd->bhij", query, keys)
+    in_window = distance.abs() < window if not causal else (distance >= 0) & (distance < window)
+    entry = (distance if causal else distance + window - 1).clamp(0, window_bias.shape[-1] - 1)
+    scores = scores + torch.where(in_window, window_bias[:, entry], 0)
+    seen = allowed.any(-1, keepdim=True)
+    weights = torch.softmax(torch.where(allowed | ~seen, scores, -torch.inf), dim=-1)
+    return torch.where(seen, weights, 0) @ value
+
+
+def _composed_attention(
+    query, key, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal, far_key_gradient
+):
+    """Attention by operations that PyTorch differentiates, for accelerators and exported graphs."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, length, _ = query.shape
+    words = codebook.to(dtype)
+    number = (length + chunk_size - 1) // chunk_size
+    if torch.compiler.is_exporting():
+        number += 1  # an empty chunk: graphs in which there may be one alone fix whether there is
+    tail = number * chunk_size - length
+    layout = (chunk_size, tail if causal else tail + chunk_size)  # an empty chunk in front, and one behind
+    if key_mask is None:
+        key_mask = torch.ones(batch, length, dtype=torch.bool, device=query.device)
+    mask, all_codes = F.pad(key_mask, layout), F.pad(codes, layout)
+    values = F.pad(value.to(dtype), (0, 0, *layout))
+    residual = F.pad((key - key.detach()).to(dtype), (0, 0, *layout))
+    if memory is not None:
+        mask, all_codes, values = _put_window_in_front(mask, all_codes, values, memory, chunk_size)
+    row = torch.arange(heads, device=codes.device)[:, None]
+    near_keys = words[row, all_codes] + residual  # (B, H, K C, d)
+
+    # far: counts and means of every code before (and after) the neighbouring chunks
+    size = words.shape[1]
+    cut = (-1, chunk_size)
+    hot = F.one_hot(all_codes, size).to(dtype) * mask[:, None, :, None]
+    hot = hot.unflatten(2, cut).transpose(-1, -2)  # (B, H, K, S, C)
+    counts, means, shift = (
+        far_sums(part.flatten(0, 1), causal).unflatten(0, (batch, heads))  # (B, H, T, S), then with widths e and d
+        for part in (hot.sum(-1), hot @ values.unflatten(2, cut), hot @ residual.unflatten(2, cut))
+    )
+    if memory is not None:
+        before = memory.code_count.to(dtype).unsqueeze(2)
+        counts = counts + before
+        means = means + (before.unsqueeze(-1) * memory.code_value_mean.to(dtype).unsqueeze(2))
+    divisor = counts.clamp(min=1).unsqueeze(-1)
+    means, far_keys = means / divisor, words.unsqueeze(1)
+    if far_key_gradient:
+        far_keys = far_keys + shift / divisor
+
+    span = (2 if causal else 3) * chunk_size
+    queries = F.pad(query.to(dtype), (0, 0, 0, tail)).unflatten(2, cut)  # (B, H, T, C, d)
+    slabs = [part.unfold(2, span, chunk_size) for part in (near_keys, values)]  # (B, H, T, ., span)
+    hiding = torch.finfo(dtype).min / 2
+    band = near_bias(window_bias.to(dtype), chunk_size, causal)
+    bias = toeplitz_bias(band, chunk_size, span, shift=chunk_size - 1).unsqueeze(1)  # (H, 1, C, span)
+    visible = mask.unfold(1, span, chunk_size)[:, None, :, None, :]
+    if causal:
+        places = torch.arange(span, device=query.device)
+        visible = visible & (places <= torch.arange(chunk_size, device=query.device)[:, None] + chunk_size)
+    near_scores = (queries @ slabs[0] + bias).masked_fill(~visible, hiding)
+    has_far = (counts > 0).unsqueeze(-2)
+    far_scores = queries @ far_keys.mT + counts.clamp(min=1).log().unsqueeze(-2)
+    far_scores = far_scores.masked_fill(~has_far, hiding)
+    seen = visible.any(-1, keepdim=True) | has_far.any(-1, keepdim=True)
+    weights = torch.softmax(torch.cat([far_scores, near_scores], dim=-1), dim=-1)
+    outputs = weights[..., :size] @ means + weights[..., size:] @ slabs[1].mT
+    return outputs.masked_fill(~seen, 0).flatten(2, 3)[:, :, :length].to(value.dtype)
+
+
+def _put_window_in_front(mask, codes, values, memory: CodeMemory, chunk_size: int):
+    """The last tokens of the text before take the end of the empty chunk in front."""
+    kept = memory.window_codes.shape[-1]
+    gap = chunk_size - kept
+    mask = torch.cat([mask[:, :gap], memory.window_mask, mask[:, chunk_size:]], dim=1)
+    codes = torch.cat([codes[..., :gap], memory.window_codes, codes[..., chunk_size:]], dim=2)
+    window = memory.window_values.to(values.dtype)
+    values = torch.cat([values[..., :gap, :], window, values[..., chunk_size:, :]], dim=2)
+    return mask, codes, values
+
+
+def _step(query, value, codes, codebook, window_bias, key_mask, memory: CodeMemory) -> torch.Tensor:
+    """One token after others: its scores with all codewords give those of the window and its own by their codes."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(dtype) @ codebook.to(dtype).mT  # (B, H, 1, S)
+    hiding = torch.finfo(dtype).min / 2
+    count = memory.code_count.to(dtype).unsqueeze(2)
+    far = torch.where(count > 0, scores + count.clamp(min=1).log(), hiding)
+    recent = torch.cat([memory.window_codes, codes], dim=-1).unsqueeze(2)
+    mask = memory.window_mask
+    if key_mask is None:
+        key_mask = torch.ones(query.shape[0], 1, dtype=torch.bool, device=query.device)
+    mask = torch.cat([mask, key_mask], dim=-1)[:, None, None]
+    near = torch.where(mask, scores.gather(-1, recent) + window_bias.to(dtype).flip(-1).unsqueeze(1), hiding)
+    weights = torch.softmax(torch.cat([far, near], dim=-1), dim=-1)
+    seen = mask.any(-1, keepdim=True) | (count > 0).any(-1, keepdim=True)
+    weights = torch.where(seen, weights, 0)
+    size = codebook.shape[1]
+    values = torch.cat([memory.window_values.to(dtype), value.to(dtype)], dim=2)
+    output = weights[..., :size] @ memory.code_value_mean.to(dtype) + weights[..., size:] @ values
+    return output.to(value.dtype)

@@ -1,0 +1,252 @@
+"""LongVQ against stored outputs of a plain float64 implementation of its definition, dense and with loops.
+
+Everything is computed in float32 against the tolerances of the files' description, and in float64 within 1e-9. The stored names of the
+state spaces' tensors are translated; all others are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison import Row, largest_error
+
+from hf_hybrid.configuration.configuration_longvq import LongVQConfig
+from hf_hybrid.modeling.cache import code_cache
+from hf_hybrid.modeling.longvq_layers import LongVQMixer
+from hf_hybrid.modeling.modeling_longvq import LongVQForCausalLM
+from hf_hybrid.ops.codebook import (
+    Codebook,
+    CodeStatistics,
+    average_codebook,
+    averaging_decay,
+    code_counts,
+    look_up,
+    nearest_codes,
+    perplexity,
+)
+
+Tensors = Mapping[str, torch.Tensor]
+
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE, UPDATE_TOLERANCE, FLOAT64_TOLERANCE = 2e-5, 2e-4, 1e-6, 1e-9
+_EMA = {
+    "delta": "damping_factor",
+    "alpha": "decay_factor",
+    "beta": "ema_expansion_matrix",
+    "gamma": "kernel_projection_matrix",
+    "omega": "residual_weight",
+}
+EXACT = ("code_indices", "greedy_tokens", "batch_count", "new.num_updates", "revived", "window_mask")
+
+
+def _part(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _our_name(name: str, config: LongVQConfig) -> str:
+    front, dot, leaf = name.rpartition(".")
+    is_average = config.ssm_type == "ema" and front.endswith("ssm")
+    return front + dot + _EMA[leaf] if is_average else name
+
+
+def _config(settings: Mapping[str, Any]) -> LongVQConfig:
+    return LongVQConfig(**settings, dropout=0.0, hidden_dropout=0.0, pad_token_id=None, eos_token_id=None)
+
+
+def _load(module: torch.nn.Module, parameters: Tensors, config: LongVQConfig, left_out: set[str]) -> None:
+    renamed = {_our_name(name, config): tensor for name, tensor in parameters.items()}
+    incompatible = module.load_state_dict(renamed, strict=False)
+    missing = {name for name in incompatible.missing_keys if not name.endswith("num_updates")}
+    assert not incompatible.unexpected_keys and missing == left_out, incompatible
+
+
+class _Run:
+    """Our values in one precision, by the stored names without `output.`, with the mask of the entries that count."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+        self.masks: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, value: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        self.values[name] = value.detach()
+        if mask is not None:
+            self.masks[name] = mask
+
+    def error(self, name: str, expected: torch.Tensor) -> float:
+        actual, mask = self.values[name], self.masks.get(name)
+        if name in EXACT or name.endswith("window_codes"):
+            expected = expected.to(actual.dtype)
+        return largest_error(actual, expected, mask, relative=".grad." in name)
+
+
+def _tolerance(name: str) -> float:
+    if name.rpartition("state.")[2] in (*EXACT, "window_codes"):
+        return 0.0
+    if name.startswith(("new.", "decay", "batch_sum")):
+        return UPDATE_TOLERANCE
+    return GRADIENT_TOLERANCE if ".grad." in name else OUTPUT_TOLERANCE
+
+
+def _rows(single: _Run, double: _Run, stored: Tensors) -> list[Row]:
+    rows = []
+    for name, expected in stored.items():
+        if name not in single.values:
+            continue
+        error, error64 = single.error(name, expected), double.error(name, expected)
+        tolerance = _tolerance(name)
+        if error64 > FLOAT64_TOLERANCE:  # worse than float32 is allowed to be: fails whatever the float32 error
+            error = max(error, tolerance + error64)
+        rows.append(Row(f"output.{name}", error, tolerance, error64))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+def _run_layer(config: LongVQConfig, tensors: Tensors, dtype: torch.dtype) -> _Run:
+    mixer = LongVQMixer(config, 0)
+    _load(mixer, _part(tensors, "param."), config, set())
+    mixer = mixer.to(dtype).eval()
+    run, states = _Run(), tensors["input.hidden_states"].to(dtype)
+    mask = tensors["input.attention_mask"].bool()
+    real, heads = mask.unsqueeze(-1), mask[:, None, :, None]
+    seen: dict[str, Any] = {}
+    mixer.quantizer.register_forward_hook(lambda _m, inputs, output: seen.update(key=inputs[0], quantized=output))
+    mixer.ssm.register_forward_hook(lambda _m, _inputs, output: seen.update(ssm=output[0]))
+    attend = mixer._attend
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        output = attend(query, key, value, *arguments)
+        seen.update(query=query, value=value, attn=output)
+        return output
+
+    mixer._attend = watched  # type: ignore[method-assign]
+    with torch.no_grad():
+        output, commitment, used = mixer(states, mask)
+    run.add("hidden_states", output, real)
+    run.add("commitment_loss", commitment)
+    run.add("perplexity", used)
+    quantized = seen["quantized"]
+    run.add("code_indices", quantized.codes, mask.unsqueeze(1))
+    counts = code_counts(quantized.codes, mask, config.codebook_size, dtype)
+    run.add("batch_count", counts)
+    run.add("ssm", seen["ssm"], real)
+    for name, value in (("q", "query"), ("k", "key"), ("v", "value"), ("attn", "attn")):
+        run.add(name, seen[value], heads)
+    if config.is_causal:
+        cache = code_cache(1, {})
+        with torch.no_grad():
+            mixer(states, mask, past_key_values=cache)
+        layer = cache.layers[0]
+        run.add("state.ssm_state", layer.state)
+        run.add("state.code_count", layer.code_count)
+        run.add("state.code_value_mean", layer.code_value_mean)
+        kept = layer.window_mask.unsqueeze(1)
+        run.add("state.window_codes", layer.window_codes, kept)
+        run.add("state.window_values", layer.window_values, kept.unsqueeze(-1))
+        run.add("state.window_mask", layer.window_mask)
+    if "output.train.loss" in tensors:
+        _train_layer(mixer, states.clone().requires_grad_(), mask, tensors, run)
+    return run
+
+
+def _train_layer(mixer: LongVQMixer, states: torch.Tensor, mask: torch.Tensor, tensors: Tensors, run: _Run) -> None:
+    before = {name: buffer.clone() for name, buffer in mixer.named_buffers()}
+    output, commitment, _ = mixer.train()(states, mask)
+    weight = tensors["input.train.output_weight"].to(states.dtype)
+    loss = (output * weight * mask.unsqueeze(-1)).sum() + 10 * commitment
+    run.add("train.loss", loss)
+    loss.backward()
+    run.add("train.grad.hidden_states", states.grad)
+    gradients = {name: parameter.grad for name, parameter in mixer.named_parameters()}
+    for name in _part(tensors, "output.train.grad."):
+        if name != "hidden_states":
+            run.add(f"train.grad.{name}", gradients[_our_name(name, LongVQConfig(ssm_type="ema"))])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in mixer.named_buffers())
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def _run_model(config: LongVQConfig, tensors: Tensors, dtype: torch.dtype) -> _Run:
+    model = LongVQForCausalLM(config)
+    _load(model, _part(tensors, "param."), config, {"lm_head.weight"})
+    model = model.to(dtype).eval()
+    inputs = {"input_ids": tensors["input.input_ids"], "attention_mask": tensors["input.attention_mask"]}
+    mask, run = inputs["attention_mask"].bool(), _Run()
+    codes: list[torch.Tensor] = []
+    handles = [
+        quantizer.register_forward_hook(lambda _m, _inputs, output: codes.append(output.codes))
+        for quantizer in model._quantizers()
+    ]
+    with torch.no_grad():
+        outputs = model(**inputs, labels=tensors["input.labels"], output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    run.add("logits", outputs.logits, mask.unsqueeze(-1))
+    run.add("last_hidden_state", outputs.hidden_states[-1], mask.unsqueeze(-1))
+    run.add("eval_loss", outputs.loss)
+    run.add("commitment_loss", outputs.commitment_loss)
+    run.add("codebook_perplexity", outputs.codebook_perplexity)
+    run.add("code_indices", torch.stack(codes), mask[:, None])
+    new = tensors["output.greedy_tokens"].shape[1]
+    generated = model.generate(
+        **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    run.add("greedy_tokens", generated[:, -new:])
+    model.train()
+    loss = model(**inputs, labels=tensors["input.labels"]).loss
+    run.add("train.loss", loss)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name in _part(tensors, "output.train.grad."):
+        run.add(f"train.grad.{name}", gradients[_our_name(name, config)])
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ codebook
+
+
+def _run_update(config: LongVQConfig, tensors: Tensors, dtype: torch.dtype) -> _Run:
+    before = _part(tensors, "param.quantizer.")
+    codebook = Codebook(
+        before["codebook"].to(dtype), before["ema_count"].to(dtype), before["ema_sum"].to(dtype), before["num_updates"]
+    )
+    keys, mask = tensors["input.keys"].to(dtype), tensors["input.attention_mask"].bool()
+    run = _Run()
+    codes = nearest_codes(keys, codebook.words)
+    counts = code_counts(codes, mask, config.codebook_size, dtype)
+    run.add("code_indices", codes, mask.unsqueeze(1))
+    run.add("batch_count", counts)
+    run.add("perplexity", perplexity(counts))
+    error = (keys - look_up(codebook.words, codes)).square().sum(-1) * mask.unsqueeze(1)
+    run.add("commitment_loss", error.sum() / (mask.sum() * keys.shape[1] * keys.shape[3]))
+    hot = torch.nn.functional.one_hot(codes, config.codebook_size).to(dtype) * mask[:, None, :, None]
+    sums = torch.einsum("bhls,bhld->hsd", hot, keys)
+    run.add("batch_sum", sums)
+    candidates = tensors["input.candidates"].to(dtype)
+    statistics = CodeStatistics(counts, sums, candidates, torch.ones(candidates.shape[1], dtype=dtype))
+    new, revived = average_codebook(
+        codebook,
+        statistics,
+        decay=config.codebook_decay,
+        decay_warmup=config.codebook_decay_warmup,
+        dead_code_threshold=config.dead_code_threshold,
+    )
+    decay = averaging_decay(codebook.num_updates, config.codebook_decay, config.codebook_decay_warmup)
+    run.add("decay", decay)
+    run.add("revived", revived)
+    for name, value in zip(("codebook", "ema_count", "ema_sum", "num_updates"), new):
+        run.add(f"new.{name}", value)
+    return run
+
+
+def check(path: Path, config: Mapping[str, Any], tensors: Tensors) -> list[Row]:
+    """Rows for every stored output that is known here."""
+    kind = path.stem.split("_")[0]
+    run = {"layer": _run_layer, "model": _run_model, "codebook": _run_update}[kind]
+    settings = _config(config)
+    single, double = (run(settings, tensors, dtype) for dtype in (torch.float32, torch.float64))
+    return _rows(single, double, _part(tensors, "output."))
