@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_hybrid.auto import ARCHITECTURES, Architecture, load_heads
+from hf_hybrid.configuration.configuration_bst import BstConfig
 from hf_hybrid.configuration.configuration_mega import MegaConfig
 from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 
@@ -66,6 +67,35 @@ def _mega(settings: dict[str, Any]) -> Callable[..., MegaConfig]:
     def build(**overrides: Any) -> MegaConfig:
         names = {"dropout_rate": "dropout_prob"}
         return MegaConfig(**_MEGA | settings | {names.get(name, name): value for name, value in overrides.items()})
+
+    return build
+
+
+_BST = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 24,
+    "block_size": 4,
+    "bst_layers": [1],
+    "num_context_states": 3,
+    "ssm_state_size": 8,
+    "ssm_filter_length": 7,
+    "ssm_filter_emb_dim": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "final_dropout": 0.0,
+}
+
+
+def _bst(**settings: Any) -> Callable[..., BstConfig]:
+    def build(**overrides: Any) -> BstConfig:
+        names = {"dropout_rate": "hidden_dropout"}
+        return BstConfig(**_BST | settings | {names.get(name, name): value for name, value in overrides.items()})
 
     return build
 
@@ -158,6 +188,14 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
             }
             | {"add_lm_hidden_dense_layer": False, "adaptive_cutoffs": [12, 25], "adaptive_factor": 2}
         ),
+    },
+    "bst": {
+        "default": _bst(),
+        "mf": _bst(context_variant="mf", bst_layers=[0, 1]),
+        "mh_sliding": _bst(context_variant="mh", local_attention="sliding_window", qk_norm=False),
+        "mf_unstructured": _bst(context_variant="mf", ssm_type="unstructured", tie_word_embeddings=False),
+        "sh_unstructured": _bst(ssm_type="unstructured", local_attention="sliding_window", block_size=5),
+        "mh_s4": _bst(context_variant="mh", ssm_type="s4", bst_layers=[0]),
     },
 }
 

@@ -20,7 +20,10 @@ MEGA = [
 ]
 SEQ2SEQ = [Case("spade", "AutoModelForSeq2SeqLM", variant) for variant in ("default", "local_decoder_chunk")]
 CAUSAL = [Case("spade_lm", "AutoModelForCausalLM", variant) for variant in ("default", "official", "chunk_gated")]
-COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA
+BST = [
+    Case("bst", "AutoModelForCausalLM", name) for name in ("default", "mf", "mh_sliding", "mf_unstructured", "mh_s4")
+]
+COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA + BST
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
 
 
@@ -53,13 +56,13 @@ def check_compiled_training(case: Case, backend: str) -> None:
         torch.testing.assert_close(compiled_gradients[name], gradient, **CLOSE, msg=name)
 
 
-@parametrize([ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2]])
+@parametrize([ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2], *BST[:2]])
 def test_one_graph_forward_and_backward(case: Case) -> None:
     check_compiled_training(case, "aot_eager")
 
 
 @pytest.mark.slow
-@parametrize([ENCODERS[1], SEQ2SEQ[1], *CAUSAL[1:], MEGA[1], *MEGA[3:]])
+@parametrize([ENCODERS[1], SEQ2SEQ[1], *CAUSAL[1:], MEGA[1], *MEGA[3:], *BST[2:]])
 def test_one_graph_forward_and_backward_of_the_other_variants(case: Case) -> None:
     check_compiled_training(case, "aot_eager")
 
@@ -101,7 +104,7 @@ def test_dynamic_lengths() -> None:
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
-@parametrize([SEQ2SEQ[0], CAUSAL[0], MEGA[1]])
+@parametrize([SEQ2SEQ[0], CAUSAL[0], MEGA[1], *BST[:2]])
 def test_export(case: Case) -> None:
     model = case.model().double()
     inputs = padded_inputs(case)

@@ -37,6 +37,10 @@ SETTINGS = {
         "use_chunking=True, chunk_size=64, attention_activation='laplace', bidirectional=False, is_decoder=True",
     ],
 }
+SETTINGS["bst"] = [
+    "block_size=64, context_variant='mf'",
+    "block_size=64, ssm_type='unstructured', ssm_filter_length=1024",
+]
 SETTINGS["spade_lm"] = SETTINGS["spade"]
 CASES = [(case, text) for case in all_heads() if case.auto_name == "AutoModel" for text in SETTINGS[case.model_type]]
 

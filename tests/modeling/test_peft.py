@@ -13,8 +13,13 @@ peft = pytest.importorskip("peft")
 TARGETS = {
     "spade": ["q_proj", "k_proj", "v_proj", "o_proj", "wi", "wi_0", "wi_1", "wo", "aggregate"],
     "mega": ["v_proj", "mx_proj", "h_proj", "fc1", "fc2"],
+    "bst": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
 }
-TOUCHED = {"spade": {"q_proj", "k_proj", "v_proj", "o_proj", "wo", "aggregate"}, "mega": set(TARGETS["mega"])}
+TOUCHED = {
+    "spade": {"q_proj", "k_proj", "v_proj", "o_proj", "wo", "aggregate"},
+    "mega": set(TARGETS["mega"]),
+    "bst": set(TARGETS["bst"]),
+}
 CASES = {
     Case("spade", "AutoModelForSeq2SeqLM", "default"): "SEQ_2_SEQ_LM",
     Case("spade", "AutoModelForSequenceClassification", "official"): "SEQ_CLS",
@@ -26,6 +31,8 @@ CASES = {
     Case("mega", "AutoModelForCausalLM", "default"): "CAUSAL_LM",
     Case("mega", "AutoModelForSeq2SeqLM", "default"): "SEQ_2_SEQ_LM",
     Case("mega", "AutoModelForSequenceClassification", "laplace_simple"): "SEQ_CLS",
+    Case("bst", "AutoModelForCausalLM", "mh_sliding"): "CAUSAL_LM",
+    Case("bst", "AutoModelForSequenceClassification", "mf"): "SEQ_CLS",
 }
 
 

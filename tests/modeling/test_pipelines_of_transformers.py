@@ -33,7 +33,8 @@ TEXTS = ["w3 w4 w5 w6 w7", "w8", "w9 w10 w11"]
 @pytest.mark.parametrize(
     ("model_type", "variant"),
     [("spade_lm", name) for name in ("default", "rotary_add", "chunk_gated")]
-    + [("mega", name) for name in ("default", "chunk_laplace")],
+    + [("mega", name) for name in ("default", "chunk_laplace")]
+    + [("bst", name) for name in ("default", "mf")],
 )
 def test_text_generation(tokenizer: PreTrainedTokenizerFast, model_type: str, variant: str) -> None:
     model = Case(model_type, "AutoModelForCausalLM", variant).model()
@@ -52,7 +53,7 @@ def test_text_generation(tokenizer: PreTrainedTokenizerFast, model_type: str, va
     assert len(beams) == 2
 
 
-@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega"])
+@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega", "bst"])
 def test_text_classification(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
     model = Case(model_type, "AutoModelForSequenceClassification", "default").model(num_labels=3)
     classifier = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)

@@ -38,6 +38,7 @@ ADAPTERS = {
     "sc_raw": "mega_vectors",
     "mega_lm": "mega_vectors",
     "mega": "mega_vectors",
+    "bst": "bst_vectors",
 }
 
 CHECKED_PREFIXES = ("output.", "output64.", "post.", "post64.", "grad.", "grad64.")
@@ -78,6 +79,8 @@ def check_file(path: Path) -> Report:
     try:
         config, tensors = read_vectors(path)
         kind = config.get("model") or config.get("kind") or config.get("model_type")
+        if kind is None and "bst_layers" in config:
+            kind = "bst"
         if kind not in ADAPTERS:
             return Report(path, rows, f"no adapter for {kind!r}; known are {', '.join(sorted(ADAPTERS))}")
         torch.manual_seed(0)

@@ -28,6 +28,8 @@ TINY = {
     "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,attention_window=8,ssm_state_size=4",
     "spade_lm": "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=1,attention_window=8,ssm_state_size=4",
     "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16",
+    "bst": "hidden_size=16,num_hidden_layers=2,intermediate_size=16,num_attention_heads=2,head_dim=8,block_size=8,"
+    "ssm_state_size=4",
 }
 ARCHES = [item.model_type for item in ARCHITECTURES if "AutoModelForSequenceClassification" in item.heads]
 SHORT = {"max_depth": 4, "max_args": 3, "longer_than": 3, "shorter_than": 30, "num_train": 24, "num_validation": 12}

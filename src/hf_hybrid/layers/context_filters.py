@@ -327,6 +327,14 @@ class InputHistory:
         ahead = None if self.ahead is None else change(self.ahead)
         return InputHistory(change(self.inputs), self.length, self.filled, ahead)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `InputHistory(history, history_length)` needs to be the same again."""
+        room = self.inputs.shape[-1] - self.length
+        return {
+            "history": F.pad(self.last(self.length).detach(), (0, room)),
+            "history_length": torch.tensor(self.length),
+        }
+
     @property
     def is_full(self) -> bool:
         """Whether there is no room for another input."""

@@ -251,3 +251,147 @@ def check_gated_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> 
             f"`past_key_values` was made by a model with `{name}` = {layers[0].layout.get(name)}, but this one has {layout[name]}: "
             "pass the cache of an earlier call of the same model, or leave `past_key_values` unset."
         )
+
+
+class BlockStateLayer(CacheLayerMixin):
+    """State of one layer of block-state attention, of constant size: rings of the last tokens, and what their context needs.
+
+    Attributes:
+        keys, values: (B, n, W, e) rings, that of position p in slot p mod W; None before the first call.
+        context_keys, context_values: (B, n, W, e) rings of context states, or (B, n, S, e) those of the current block; None in
+            layers without context.
+        state: state of the filters, a tensor or an object with a method `map`; None in layers without context.
+        positions: (B,) real tokens of each row so far.
+        is_uniform: all rows have had `cumulative_length` real tokens.
+        was_reset: some rows have begun a new text since the last call.
+        layout: settings of the model that made the cache; see `check_block_cache`.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+    _TENSORS = ("keys", "values", "context_keys", "context_values", "positions")
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        super().__init__()
+        self.layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = self.context_keys = self.context_values = self.positions = None
+        self.state: Any = None
+        self.cumulative_length = 0
+        self.is_uniform, self.was_reset = True, False
+        self.is_initialized = False
+
+    @property
+    def start(self) -> int | torch.Tensor:
+        """Real tokens so far: one number for all rows where they agree, else (B,)."""
+        return self.cumulative_length if self.is_uniform else self.positions
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ValueError unless the call has the rows that made the cache."""
+        held = None if self.positions is None else self.positions.shape[0]
+        if held not in (None, batch):
+            raise ValueError(
+                f"The input has {batch} rows but `past_key_values` holds {held}: continue the batch that made the cache."
+            )
+
+    def advance(self, positions: torch.Tensor, length: int, is_uniform: bool) -> None:
+        """Counts the tokens of a call: `length` of them, after which the rows have had `positions` (B,) real ones."""
+        self.positions = positions
+        self.cumulative_length += length
+        self.is_uniform = self.is_uniform and is_uniform
+        self.is_initialized, self.was_reset = True, False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("Rings are made by the layer that writes to them.")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("Rings are written to by their layer.")
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in earlier versions of Transformers."""
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation on the batch to every tensor."""
+        for name in self._TENSORS:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+        if self.state is not None:
+            self.state = change(self.state) if isinstance(self.state, torch.Tensor) else self.state.map(change)
+
+    def detach(self) -> None:
+        """Cuts the state off the graph that made it: the next segment of a text gets no gradient into this one."""
+        self._map(torch.Tensor.detach)
+
+    def reset_rows(self, rows: torch.Tensor) -> None:
+        """Begins a new text in the rows (B,) bool; the others go on."""
+        if self.positions is None:
+            return
+        self._map(lambda tensor: tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
+        self.is_uniform, self.was_reset = False, True
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+    def offload(self) -> None:
+        raise NotImplementedError("The state of block-state attention cannot be offloaded.")
+
+
+def block_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
+    """Cache of a stack of block-state attention; `layout` as in `gated_cache`."""
+    return Cache(layers=[BlockStateLayer(layout) for _ in range(num_layers)])
+
+
+def check_block_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
+    """Raises ValueError for a cache that `block_cache` did not make, or made for a model with other settings."""
+    layers = getattr(cache, "layers", [])
+    if len(layers) != num_layers or not all(isinstance(layer, BlockStateLayer) for layer in layers):
+        raise ValueError(
+            f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the state of this model, {num_layers} "
+            "layers of block-state attention: pass the cache of an earlier call, or leave `past_key_values` unset."
+        )
+    different = [name for name in layout if layers[0].layout.get(name) != layout[name]]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"`past_key_values` was made by a model with `{name}` = {layers[0].layout.get(name)}, but this one has {layout[name]}: "
+            "pass the cache of an earlier call of the same model, or leave `past_key_values` unset."
+        )
+
+
+def detach_cache(cache: Cache) -> None:
+    """Cuts every state off the graph that made it, between two segments of a text in training."""
+    for layer in cache.layers:
+        layer.detach()
+
+
+def reset_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Begins a new text in the rows (B,) bool of a cache, between two segments."""
+    for layer in cache.layers:
+        layer.reset_rows(rows)
+
+
+def carries_segments(cache: Cache) -> bool:
+    """Whether the state of a model can be carried through the segments of documents, see `detach_cache` and `reset_rows`."""
+    return bool(cache.layers) and all(isinstance(layer, BlockStateLayer) for layer in cache.layers)

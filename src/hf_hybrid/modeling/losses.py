@@ -36,6 +36,32 @@ def shift_labels(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return F.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
+def align_labels(
+    labels: torch.Tensor | None, aligned: torch.Tensor | None, shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    """The targets of a causal model at the positions that predict them.
+
+    Args:
+        labels: (B, L) ids of the input itself, which are shifted; -100 is ignored.
+        aligned: (B, L) targets that are shifted already; they replace `labels`. Whoever cuts a text into shards has to shift
+            it before, since the target of the last token of a shard is the first token of the next.
+        shape: (B, L) of the hidden states.
+
+    Returns:
+        (B, L), or None without any labels.
+
+    Raises:
+        ValueError: labels of another shape.
+    """
+    if aligned is None:
+        return None if labels is None else shift_labels(labels, shape)
+    if aligned.shape != shape:
+        raise ValueError(
+            f"`shift_labels` must have the shape of the input, {tuple(shape)}; got {tuple(aligned.shape)}."
+        )
+    return aligned
+
+
 def mean_over_labels(
     total: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
