@@ -390,7 +390,7 @@ class ExplicitFilters(KeepsResults):
     @torch.no_grad()
     def initialize(self, init: ModuleType) -> None:
         """Filters of unit expected energy, with decays exp(-alpha) from 1 / 20 down to 2e-7 over their length."""
-        like = {"dtype": self.alpha.dtype, "device": self.alpha.device}
+        like: dict[str, Any] = {"dtype": self.alpha.dtype, "device": self.alpha.device}
         alpha = torch.linspace(math.log(100) / 1.5, math.log(100) / 0.3, self.hidden_size, **like)
         init.copy_(self.alpha, alpha)
         steps = torch.arange(self.length, **like) / (self.length - 1)

@@ -6,7 +6,7 @@ states, K block ends.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -264,7 +264,7 @@ class BstContext(_HeadScores):
             return initial
         cached = [memory.context_keys.unsqueeze(2), memory.context_values.unsqueeze(2)]
         if memory.was_reset:
-            begins = (passage.start == 0).view(-1, 1, 1, 1, 1)
+            begins = (memory.positions == 0).view(-1, 1, 1, 1, 1)
             return [torch.where(begins, first, later) for first, later in zip(initial, cached)]
         # In training every parameter takes part, if only with weight zero: distributed wrappers wait for its gradient.
         return [later + 0 * first for first, later in zip(initial, cached)] if initial else cached
@@ -350,7 +350,7 @@ def _take_block(contexts: torch.Tensor, index: Start) -> torch.Tensor:
     return contexts.take_along_dim(index.view(-1, 1, 1, 1, 1), dim=2).squeeze(2)
 
 
-def _weight_of(linear: nn.Module) -> torch.Tensor:
+def _weight_of(linear: Any) -> torch.Tensor:
     """Matrix (out, in) of a linear map, whatever wraps it (adapters, quantised weights)."""
     weight = getattr(linear, "weight", None)
     if type(linear) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor):

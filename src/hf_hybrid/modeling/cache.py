@@ -271,6 +271,9 @@ class BlockStateLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
     _TENSORS = ("keys", "values", "context_keys", "context_values", "positions")
+    context_keys: Any
+    context_values: Any
+    positions: Any
 
     def __init__(self, layout: dict[str, Any]) -> None:
         super().__init__()

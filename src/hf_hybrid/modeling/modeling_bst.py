@@ -121,11 +121,11 @@ class BstModel(BstPreTrainedModel):
         size = self.config.block_size
         valid = None if mask is None else mask[:, 0]
         position = torch.full((1,), start, device=device) if isinstance(start, int) else start
-        is_end = start % size == size - 1
+        is_end: bool | torch.Tensor = start % size == size - 1
         if valid is not None:
             is_end = valid & (position % size == size - 1)
-        views = (ring_view(position, size, is_sliding=is_sliding) for is_sliding in (True, False))
-        return Passage(start, None, Step(start % size, *views, is_end, valid))
+        window, block = (ring_view(position, size, is_sliding=is_sliding) for is_sliding in (True, False))
+        return Passage(start, None, Step(start % size, window, block, is_end, valid))
 
     @capture_outputs
     def forward(

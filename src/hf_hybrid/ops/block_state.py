@@ -13,7 +13,7 @@ Reference: arXiv 2306.09539.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +89,9 @@ def ring_after(
     slots = torch.arange(size, device=states.device)
     if isinstance(start, int) and counts is None:
         return ring.index_copy(2, (slots[:length] + start) % size, states)
-    last = (start + (length if counts is None else counts) - 1).unsqueeze(1)  # (B, 1)
+    first = torch.as_tensor(start, device=states.device).view(-1, 1)  # (B, 1), or (1, 1) for all rows
+    last = first + (length if counts is None else counts.unsqueeze(1)) - 1
     newest = last - (last - slots) % size  # position whose slot this is, (B, W)
-    first = start.unsqueeze(1) if isinstance(start, torch.Tensor) else start
     index = torch.where(newest >= first, newest - first + size, slots)
     return _gather_tokens(torch.cat([ring, states], dim=2), index)
 
@@ -169,7 +169,7 @@ def segment_attention(
     Returns:
         (B, n, T, e).
     """
-    options = {"scale": scale, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
     if isinstance(start, int) and start == 0:
         if is_sliding:
             return local_attention(query, key, value, radius=block_size - 1, causal=True, bias=bias, **options)
@@ -189,8 +189,9 @@ def segment_attention(
         has_block = (start >= block_size).unsqueeze(1).expand(-1, block_size)
         key_mask = F.pad(has_block, (0, columns.shape[0]), value=True)
         keys, values = (torch.cat(pair, dim=2) for pair in zip(rings, (keys, values)))
-        options |= {"bias": bias, "key_mask": key_mask}
-        outputs = cached_local_attention(queries, keys, values, radius=block_size - 1, **options)
+        outputs = cached_local_attention(
+            queries, keys, values, radius=block_size - 1, bias=bias, key_mask=key_mask, **options
+        )
     else:
         outputs = _blocks(queries, keys, values, block_size, bias, options)
     return _gather_tokens(outputs, phase + columns[:length])

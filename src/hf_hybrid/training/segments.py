@@ -32,7 +32,7 @@ def new_state(model: Any) -> Cache:
         ValueError: its state cannot be carried through segments.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base = inner.base_model if isinstance(inner, PreTrainedModel) else inner
+    base: Any = inner.base_model if isinstance(inner, PreTrainedModel) else inner
     cache = base.build_cache() if hasattr(base, "build_cache") else None
     if cache is None or not carries_segments(cache):
         raise ValueError(
@@ -63,12 +63,14 @@ class SegmentTrainer(HybridTrainer):
                 "`segment_length` instead."
             )
         rows = self.args.train_batch_size * self.args.world_size
-        if self.train_dataset is not None and self.train_dataset.num_rows != rows:
-            raise ValueError(f"The training data has {self.train_dataset.num_rows} rows but a step reads {rows}.")
+        data: Any = self.train_dataset
+        if data is not None and data.num_rows != rows:
+            raise ValueError(f"The training data has {data.num_rows} rows but a step reads {rows}.")
         self._carried: Cache | None = None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loss of one segment per row, after those before it."""
@@ -113,8 +115,9 @@ class SegmentTrainer(HybridTrainer):
     ) -> dict[str, float]:
         """Mean loss per token of whole documents, and that of ranges of positions (`eval_loss_0_4096`, ...)."""
         began = time.perf_counter()
-        dataset: DocumentSegments = self.eval_dataset if eval_dataset is None else eval_dataset
-        model, was_training = self.model, self.model.training
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        model: Any = self.model
+        was_training = model.training
         model.eval()
         rows = range(self.args.process_index, dataset.num_rows, self.args.world_size)
         cache, positions = new_state(model), torch.zeros(len(rows), dtype=torch.long)
@@ -168,7 +171,8 @@ class SegmentTrainer(HybridTrainer):
 def state_tensors(cache: Cache) -> dict[str, torch.Tensor]:
     """Every tensor of a cache of block states by name, to be saved between two segments."""
     found: dict[str, torch.Tensor] = {}
-    for index, layer in enumerate(cache.layers):
+    layers: Any = cache.layers
+    for index, layer in enumerate(layers):
         numbers = [layer.cumulative_length, layer.is_uniform]
         found[f"{index}.numbers"] = torch.tensor([int(number) for number in numbers])
         for name in STATE_NAMES:
@@ -189,7 +193,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def load_state_tensors(cache: Cache, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     """Fills a cache with what `state_tensors` gave, before its next segment."""
-    for index, layer in enumerate(cache.layers):
+    layers: Any = cache.layers
+    for index, layer in enumerate(layers):
         length, is_uniform = tensors[f"{index}.numbers"].tolist()
         layer.cumulative_length, layer.is_uniform, layer.is_initialized = length, bool(is_uniform), True
         for name in (*STATE_NAMES, "state"):
