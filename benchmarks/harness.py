@@ -295,8 +295,13 @@ def groups(case: Case, revision: Path | None, revision_name: str) -> Iterator[li
             yield [ours(smaller), ours(larger)]
     else:
         for index, size in enumerate(case.sizes):
-            peers = [peer for peer in case.peers if peer.sizes is None or index in peer.sizes]
+            peers = peers_at(case, index)
             yield [ours(size)] + [Contender(p.name, case, p.build, size, p.environment) for p in peers]
+
+
+def peers_at(case: Case, index: int) -> list[Peer]:
+    """The peers that run at one of the sizes of a case."""
+    return [peer for peer in case.peers if peer.sizes is None or index in peer.sizes]
 
 
 Progress = Callable[[str], None]
@@ -331,7 +336,8 @@ def _missed(case: Case, results: list[dict[str, Any]]) -> Iterator[str]:
     """Floors that one comparison stayed below."""
     ours, others = results[0], results[1:]
     place = next(iter(ours["size"].values()))
-    floors = {peer.name: peer.at_least for peer in case.peers if place >= peer.floor_from}
+    peers = peers_at(case, case.sizes.index(ours["size"]))
+    floors = {peer.name: peer.at_least for peer in peers if place >= peer.floor_from}
     for other in others:
         floor = floors.get(other["contender"])
         if floor is not None and other["ratio"] < floor:

@@ -19,6 +19,7 @@ EXTRAS = [
     "evaluate",
     "google.protobuf",
     "hypothesis",
+    "lm_eval",
     "matplotlib",
     "onnx",
     "pandas",

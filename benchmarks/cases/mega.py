@@ -162,7 +162,16 @@ CASES = (
         sizes=({"length": 4096}, {"length": 16384}),
         check="check_train",
         work="tokens",
-        peers=(Peer("Transformers 4.57.6", "train_transformers_4", environment=TRANSFORMERS_4, at_least=2.5),),
+        peers=tuple(
+            Peer(
+                "Transformers 4.57.6",
+                "train_transformers_4",
+                at_least=floor,
+                environment=TRANSFORMERS_4,
+                sizes=(index,),
+            )
+            for index, floor in enumerate((2.5, 4.0))
+        ),
     ),
     Case(
         name="mega-train-growth",

@@ -80,6 +80,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
     ),
     Architecture(
+        model_type="seqboat",
+        config="configuration.configuration_seqboat:SeqBoatConfig",
+        modeling="modeling.modeling_seqboat",
+        heads={
+            "AutoModel": "SeqBoatModel",
+            "AutoModelForCausalLM": "SeqBoatForCausalLM",
+            "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
+            "AutoModelForSequenceClassification": "SeqBoatForSequenceClassification",
+            "AutoModelForTokenClassification": "SeqBoatForTokenClassification",
+            "AutoModelForImageClassification": "SeqBoatForImageClassification",
+            "AutoModelForAudioClassification": "SeqBoatForAudioClassification",
+        },
+        image_processor="processing.image_processing:PixelSequenceImageProcessor",
+        feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
+    ),
+    Architecture(
         model_type="bst",
         config="configuration.configuration_bst:BstConfig",
         modeling="modeling.modeling_bst",
@@ -92,6 +108,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )
 
 
+# Task -> (class in `pipelines`, Auto class of its models). Transformers 5 bars the names of the pipelines that it removed.
+PIPELINES: dict[str, tuple[str, str]] = {
+    "seq2seq-summarization": ("Seq2SeqSummarizationPipeline", "AutoModelForSeq2SeqLM"),
+    "seq2seq-text2text": ("Seq2SeqText2TextPipeline", "AutoModelForSeq2SeqLM"),
+    "extractive-question-answering": ("ExtractiveQuestionAnsweringPipeline", "AutoModelForQuestionAnswering"),
+}
+
+
 def public_classes() -> dict[str, str]:
     """Public class name -> module (relative to this package) that defines it."""
     names: dict[str, str] = {}
@@ -102,6 +126,7 @@ def public_classes() -> dict[str, str]:
         for processor in filter(None, (architecture.image_processor, architecture.feature_extractor)):
             module, name = processor.split(":")
             names[name] = module
+    names.update({name: "pipelines" for name, _ in PIPELINES.values()})
     return names
 
 
@@ -153,6 +178,19 @@ def _register_feature_extractors() -> None:
         if architecture.feature_extractor is not None:
             extractor = _load(*architecture.feature_extractor.split(":"))
             module.AutoFeatureExtractor.register(load_config_class(architecture), extractor, exist_ok=True)
+
+
+def _register_pipelines() -> None:
+    _register_models()
+    registry = import_module("transformers.pipelines").PIPELINE_REGISTRY
+    modeling_auto = import_module("transformers.models.auto.modeling_auto")
+    for task, (class_name, auto_name) in PIPELINES.items():
+        if task not in registry.supported_tasks:
+            pipeline_class, model_class = _load("pipelines", class_name), getattr(modeling_auto, auto_name)
+            registry.register_pipeline(task, pipeline_class=pipeline_class, pt_model=model_class, type="text")
+            # Without it `save_pretrained` would copy the source of the pipeline beside the model, and loading from there would
+            # run the copy, after asking for trust, although the class is here.
+            del pipeline_class._registered_impl  # type: ignore[attr-defined]
 
 
 class _RegisterAfterImport(MetaPathFinder):
@@ -208,6 +246,7 @@ _REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.image_processing_auto": _register_image_processors,
     "transformers.models.auto.feature_extraction_auto": _register_feature_extractors,
+    "transformers.pipelines": _register_pipelines,
 }
 
 

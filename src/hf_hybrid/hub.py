@@ -1,233 +1,226 @@
-"""Model cards: written from what a run saw, and checked without a network.
+"""Sharing models: write them with their code, push them to the Hub, describe them.
 
-A value the run did not determine reads "not measured"; nothing is copied from papers.
+What users need is here; the flat source files are made in `remote_code`, the cards in `model_card`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-UNKNOWN = "not measured"
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Papers of the architectures, by `model_type`.
-CITATIONS = {
-    "spade": ("Efficient Long Sequence Modeling via State Space Augmented Transformer", "2212.08136"),
-    "spade_lm": ("Efficient Long Sequence Modeling via State Space Augmented Transformer", "2212.08136"),
-    "mega": ("Mega: Moving Average Equipped Gated Attention", "2209.10655"),
-    "seqboat": ("Sparse Modular Activation for Efficient Sequence Modeling", "2306.11197"),
-    "bst": ("Block-State Transformers", "2306.09539"),
-    "longvq": ("LongVQ: Long Sequence Modeling with Vector Quantization on Structured Memory", "2404.11163"),
-}
-
-# Licences the Hub accepts (https://huggingface.co/docs/hub/repositories-licenses), the common ones.
-LICENSES = frozenset(
-    "apache-2.0 mit openrail bigscience-openrail-m afl-3.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause cc cc0-1.0 "
-    "cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-sa-3.0 "
-    "cc-by-nc-sa-4.0 cc-by-nd-4.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0 mpl-2.0 unlicense wtfpl isc "
-    "odbl pddl odc-by other unknown".split()
+from .model_card import (
+    CARD_FILE,
+    UNKNOWN,
+    EvaluationResult,
+    ModelCard,
+    card_of_model,
+    check_model_card,
+    model_card_problems,
+    with_metadata,
+    write_model_card,
+)
+from .remote_code import (
+    MANIFEST_FILE,
+    architecture_of,
+    export_remote_code,
+    file_digest,
+    save_checkpoint,
+    verify_export,
 )
 
-PIPELINE_TAGS = frozenset(
-    "text-classification token-classification question-answering zero-shot-classification translation summarization "
-    "feature-extraction text-generation fill-mask sentence-similarity multiple-choice image-classification "
-    "audio-classification text-ranking".split()
-)
+logger = logging.getLogger(__name__)
 
-_LANGUAGE = re.compile(r"^([a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual)$")
-_PLACEHOLDERS = ("[More Information Needed]", "TODO", "{{", "}}")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")  # states of training, and files that run code when they are read
 
-
-@dataclass
-class EvaluationResult:
-    """One measured number: `value` of `metric` on a split of a data set."""
-
-    metric: str
-    value: float
-    dataset: str
-    split: str = "validation"
-
-
-@dataclass
-class ModelCard:
-    """What a card says. Every field that stays empty is rendered as "not measured" or left out of the header.
-
-    Attributes:
-        model_name: title of the card.
-        description: what the model is and what it was trained to do, in full sentences.
-        model_type, architecture: of the configuration and the class.
-        num_parameters: counted, tied tensors once.
-        auto_class: Auto class that loads the checkpoint.
-        task_type: Hub task of the evaluation results, e.g. "text-classification".
-        pipeline_tag: Hub pipeline, where one fits.
-        language: codes of the languages of the training text.
-        license: of the weights; decided by the publisher, never guessed.
-        datasets: Hub names of the training data; `training_data` describes data of any origin.
-        base_model: Hub name of the checkpoint that was fine-tuned.
-        training: rows of the training table.
-        environment: rows of the hardware and software table.
-        results: the evaluation table.
-        lengths: tokens of the inputs and targets that were trained or evaluated.
-        extra_tags: added to the tags of the header.
-    """
-
-    model_name: str
-    description: str
-    model_type: str
-    architecture: str
-    num_parameters: int | None = None
-    auto_class: str = "AutoModel"
-    task_type: str | None = None
-    pipeline_tag: str | None = None
-    language: Sequence[str] = ()
-    license: str | None = None
-    datasets: Sequence[str] = ()
-    training_data: str = ""
-    base_model: str | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    results: Sequence[EvaluationResult] = ()
-    lengths: str = ""
-    extra_tags: Sequence[str] = ()
-
-    def render(self) -> str:
-        """The whole README.md, header included."""
-        parts = [
-            "---\n" + self._header() + "\n---",
-            f"# {self.model_name}",
-            self.description or UNKNOWN,
-            "## How to use\n\n" + self._usage(),
-            "## Architecture\n\n"
-            + _table(
-                {"class": self.architecture, "model type": self.model_type, "parameters": _count(self.num_parameters)}
-            ),
-            "## Training\n\n" + f"Data: {self.training_data or UNKNOWN}\n\n" + _table(self.training),
-            "## Evaluation\n\n" + self._results_table(),
-            f"Lengths used: {self.lengths or UNKNOWN}.",
-            "## Environment\n\n" + _table(self.environment),
-            "## Limits\n\nKnown failures, bias and out-of-scope uses: not measured. The figures above are those of one "
-            "run on the data named here; nothing is claimed beyond them.",
-            "## Citation\n\n" + self._citation(),
-        ]
-        return "\n\n".join(parts) + "\n"
-
-    def _header(self) -> str:
-        from huggingface_hub import EvalResult, ModelCardData
-
-        results = [
-            EvalResult(
-                task_type=self.task_type or "text-generation",
-                dataset_type=result.dataset,
-                dataset_name=result.dataset,
-                dataset_split=result.split,
-                metric_type=result.metric,
-                metric_value=round(float(result.value), 6),
-            )
-            for result in self.results
-        ]
-        data = ModelCardData(
-            language=list(self.language) or None,
-            license=self.license,
-            library_name="transformers",
-            pipeline_tag=self.pipeline_tag,
-            tags=sorted({"hf_hybrid", self.model_type, *self.extra_tags}),
-            datasets=list(self.datasets) or None,
-            metrics=sorted({result.metric for result in self.results}) or None,
-            base_model=self.base_model,
-            model_name=self.model_name,
-            eval_results=results or None,
-        )
-        return data.to_yaml()
-
-    def _usage(self) -> str:
-        return (
-            "```python\nimport hf_hybrid  # registers the architectures\n"
-            f"from transformers import AutoTokenizer, {self.auto_class}\n\n"
-            'folder = "."  # this folder, or the name of the repository\n'
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-            f"model = {self.auto_class}.from_pretrained(folder)\n```"
-        )
-
-    def _results_table(self) -> str:
-        if not self.results:
-            return UNKNOWN
-        rows = "\n".join(
-            f"| {result.dataset} | {result.split} | {result.metric} | {result.value:.4g} |" for result in self.results
-        )
-        return "| data | split | metric | value |\n|---|---|---|---|\n" + rows
-
-    def _citation(self) -> str:
-        if self.model_type not in CITATIONS:
-            return UNKNOWN
-        title, identifier = CITATIONS[self.model_type]
-        return f"Architecture: *{title}*, [arXiv {identifier}](https://arxiv.org/abs/{identifier})."
+__all__ = [
+    "CARD_FILE",
+    "MANIFEST_FILE",
+    "UNKNOWN",
+    "EvaluationResult",
+    "ModelCard",
+    "architecture_of",
+    "card_of_model",
+    "check_model_card",
+    "export_remote_code",
+    "log_in",
+    "model_card_problems",
+    "push",
+    "push_folder",
+    "save_checkpoint",
+    "verify_export",
+    "with_metadata",
+    "write_model_card",
+]
 
 
-def _count(value: int | None) -> str:
-    return UNKNOWN if value is None else f"{value:,}"
+def push(
+    model: PreTrainedModel,
+    repo_id: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    processor: Any | None = None,
+    card: ModelCard | str | None = None,
+    remote_code: bool = True,
+    private: bool | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> str:
+    """Pushes a model to the Hub: weights, configurations, tokenizer, processor, card, and the code to load it.
 
-
-def _table(rows: Mapping[str, Any]) -> str:
-    if not rows:
-        return UNKNOWN
-    lines = [f"| {key} | {UNKNOWN if value in (None, '', []) else value} |" for key, value in rows.items()]
-    return "| | |\n|---|---|\n" + "\n".join(lines)
-
-
-def write_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
-    """Write `README.md` into a folder, after checking it.
-
-    Raises:
-        ValueError: the card has problems; all are listed.
-    """
-    text = card.render()
-    problems = model_card_problems(text)
-    if problems:
-        raise ValueError("The model card is not valid: " + "; ".join(problems) + ".")
-    path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def model_card_problems(text: str) -> list[str]:
-    """What the Hub, or a reader, would object to in a model card; checked without a network.
+    All files arrive in one commit, so that nobody ever sees a part of them.
 
     Args:
-        text: the whole README.md.
+        model: any model of this package.
+        repo_id: "name" or "owner/name"; it is created when it does not exist.
+        tokenizer, processor: saved with the model.
+        card: the README.md, or what it says; None drafts one from the model.
+        remote_code: include the source files, so that the model loads without this package.
+        private: of a repository that is created; None leaves it to the Hub.
+        overwrite: replace what the repository holds, in the same commit.
+        token: of the Hub; None takes the one of `hf auth login` or of `HF_TOKEN`.
+        commit_message: None says what is uploaded.
+        max_shard_size: of the weight files.
 
     Returns:
-        One sentence per problem; an empty list for a valid card.
-    """
-    from huggingface_hub import ModelCard as HubCard
-    from yaml import YAMLError
+        The address of the repository.
 
+    Raises:
+        ValueError: no token, no valid name, no valid card, or no model of this package.
+        PermissionError: the Hub refuses the token.
+        FileExistsError: the repository holds other files and `overwrite` is False.
+    """
+    architecture_of(model)
+    api, repo_id = log_in(repo_id, token)
+    with tempfile.TemporaryDirectory(prefix="hf_hybrid-push-") as temporary:
+        folder = Path(temporary) / "model"
+        parts: dict[str, Any] = {"processor": processor, "card": card, "max_shard_size": max_shard_size}
+        if remote_code:
+            export_remote_code(model, folder, tokenizer, **parts)
+        else:
+            save_checkpoint(model, folder, tokenizer, **parts)
+        message = commit_message or f"Upload {type(model).__name__}"
+        return _upload(api, folder, repo_id, private=private, overwrite=overwrite, message=message)
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Pushes a folder that `export_remote_code` or `save_checkpoint` wrote; options and errors as in `push`.
+
+    Raises:
+        ValueError: also when the folder differs from its manifest, or is none that these functions wrote.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a model: it holds no config.json.")
+    entries = [path for path in folder.iterdir() if path.name not in (".cache", ".git")]
+    foreign = sorted(path.name for path in entries if path.is_dir() or path.suffix in _PICKLES)
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {', '.join(foreign)}, which do not belong to a shared model. The recipe push_to_hub takes the "
+            "model out of the folder of a run."
+        )
+    if (folder / MANIFEST_FILE).is_file():
+        verify_export(folder)
+    api, repo_id = log_in(repo_id, token)
+    message = commit_message or "Upload model"
+    return _upload(api, folder, repo_id, private=private, overwrite=overwrite, message=message)
+
+
+def log_in(repo_id: str, token: str | None = None) -> tuple[HfApi, str]:
+    """A client with a token, and the full name of the repository.
+
+    Raises:
+        ValueError: there is no token, or no valid name.
+        PermissionError: the Hub refuses the token (asked only for a name without owner).
+    """
+    token = token or get_token()
+    if not token:
+        raise ValueError(
+            "Pushing needs a token of the Hub and there is none: run `hf auth login`, set the environment variable "
+            "HF_TOKEN, or pass `token`."
+        )
     try:
-        data = HubCard(text, ignore_metadata_errors=False).data.to_dict()
-    except (YAMLError, ValueError, TypeError, KeyError) as error:
-        return [f"the YAML header cannot be read: {error}"]
-    if not data:
-        return ["the YAML header is missing"]
-    problems = []
-    license_name = data.get("license")
-    if license_name is not None and license_name not in LICENSES:
-        problems.append(f"license {license_name!r} is not an identifier of the Hub (see hub.LICENSES)")
-    languages = data.get("language") or []
-    for language in [languages] if isinstance(languages, str) else languages:
-        if not _LANGUAGE.match(str(language)):
-            problems.append(f"language {language!r} is not an ISO 639 code")
-    tag = data.get("pipeline_tag")
-    if tag is not None and tag not in PIPELINE_TAGS:
-        problems.append(f"pipeline_tag {tag!r} is unknown")
-    if not data.get("library_name"):
-        problems.append("library_name is missing")
-    problems += [f"the placeholder {mark!r} is left in the text" for mark in _PLACEHOLDERS if mark in text]
-    for index in data.get("model-index") or []:
-        for result in index.get("results", []):
-            if not result.get("metrics"):
-                problems.append("a result of the model index has no metric")
-    return problems
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` {repo_id!r} is no name of a repository: {error}") from error
+    api = HfApi(token=token, library_name="hf_hybrid")
+    if "/" not in repo_id:
+        repo_id = f"{_checked(api.whoami, 'log in')['name']}/{repo_id}"
+    return api, repo_id
+
+
+def _checked(call: Any, doing: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls the Hub; a refused token becomes a PermissionError that says what to do."""
+    try:
+        return call(*args, **kwargs)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"The Hub refused to {doing}: the token is not valid or may not write there. Log in again with "
+                f"`hf auth login`, or set HF_TOKEN to a token with write access. ({error})"
+            ) from error
+        raise
+
+
+def _upload(api: HfApi, folder: Path, repo_id: str, *, private: bool | None, overwrite: bool, message: str) -> str:
+    url = str(_checked(api.create_repo, f"create {repo_id}", repo_id, private=private, exist_ok=True))
+    # What was looked at is named as the parent of the commit: a change in between is refused by the Hub.
+    parent = api.model_info(repo_id).sha
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=parent)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
+    differing = _differing(folder, there)
+    if not differing:
+        logger.info("%s already holds these files.", url)
+        return url
+    if there and not overwrite:
+        raise FileExistsError(
+            f"The repository {repo_id} exists and holds other files ({', '.join(differing[:5])}"
+            f"{' …' if len(differing) > 5 else ''}). Choose another name, or replace them with `overwrite=True`."
+        )
+    _checked(
+        api.upload_folder,
+        f"write to {repo_id}",
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        delete_patterns="*" if there else None,
+        parent_commit=parent,
+    )
+    logger.info("Pushed %s", url)
+    return url
+
+
+def _differing(folder: Path, there: Mapping[str, RepoFile]) -> list[str]:
+    """Names of files that a folder and a repository do not have alike, by the hashes that the Hub tells."""
+    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    differing = set(here) ^ set(there)
+    for name in here.keys() & there.keys():
+        path, entry = here[name], there[name]
+        same = (
+            file_digest(path) == entry.lfs.sha256
+            if entry.lfs is not None
+            else git_hash(path.read_bytes()) == entry.blob_id
+        )
+        if not same:
+            differing.add(name)
+    return sorted(differing)

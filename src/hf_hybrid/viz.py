@@ -166,3 +166,134 @@ def plot_state_space_channels(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     return path
+
+
+def activation_map(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    path: str | os.PathLike | None = None,
+    *,
+    tokens_per_line: int = 64,
+    max_tokens: int = 256,
+) -> Any:
+    """Draw which tokens of a text activate the attention unit of each layer: layers by tokens, shaded by the gate.
+
+    Args:
+        model: a SeqBoat model of any head that reads tokens.
+        tokenizer: its tokenizer.
+        text: what to show.
+        path: a PNG to write; None writes nothing.
+        tokens_per_line: longer texts are continued below.
+        max_tokens: a longer text is cut.
+
+    Returns:
+        the matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the text is empty, or the model has no routers.
+    """
+    import torch
+
+    from .training.activations import record_activations
+
+    encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens, return_token_type_ids=False)
+    if encoded["input_ids"].numel() == 0:
+        raise ValueError("`text` is empty: there is no token to show.")
+    device = next(model.parameters()).device
+    was_training = model.training
+    with torch.no_grad(), record_activations(model.eval()) as recorded:
+        model.base_model(**{name: value.to(device) for name, value in encoded.items()})
+    model.train(was_training)
+    gates = torch.stack([layer[0][0] for layer in recorded]).float().cpu().numpy()
+    labels = [_printable(tokenizer.decode([token])) for token in encoded["input_ids"][0].tolist()]
+    return draw_activation_map(gates, labels, path, tokens_per_line=tokens_per_line)
+
+
+def _printable(token: str) -> str:
+    """A token as a label on an axis; the dollar sign would start a formula."""
+    visible = token.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5").replace("$", "\\$")
+    return "".join(symbol if symbol.isprintable() else "\u00b7" for symbol in visible) or "\u00b7"
+
+
+def draw_activation_map(
+    gates: Any, labels: Sequence[str], path: str | os.PathLike | None = None, *, tokens_per_line: int = 64
+) -> Any:
+    """The picture of `activation_map`.
+
+    Args:
+        gates: array (layers, tokens): 0 where inactive, else in (0.5, 1].
+        labels: one per token.
+        path: a PNG to write; None writes nothing.
+        tokens_per_line: more tokens are continued below.
+
+    Returns:
+        the matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: another number of labels than tokens.
+    """
+    depth, length = gates.shape
+    if len(labels) != length or length == 0:
+        raise ValueError(f"`labels` must name each of the {length} tokens of `gates`; got {len(labels)}.")
+    lines = -(-length // tokens_per_line)
+    width = min(length, tokens_per_line)
+    figure, first = new_figure(max(4.0, 0.17 * width + 1.4), lines * (0.16 * depth + 0.9) + 0.5)
+    figure.delaxes(first)
+    for line in range(lines):
+        axes = figure.add_subplot(lines, 1, line + 1)
+        part = slice(line * tokens_per_line, min((line + 1) * tokens_per_line, length))
+        image = axes.imshow(gates[:, part], cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_xticks(range(part.stop - part.start), labels[part], rotation=90, fontsize=7)
+        axes.set_yticks(range(depth), [str(layer) for layer in range(depth)], fontsize=7)
+        axes.set_ylabel("layer", fontsize=8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    rates = ", ".join(f"{100 * float((layer > 0).mean()):.0f}" for layer in gates)
+    figure.suptitle(f"Active tokens per layer (%): {rates}", fontsize=9, x=0.01, ha="left")
+    figure.colorbar(image, ax=figure.axes, label="gate (0 = inactive)", shrink=0.8)
+    if path is not None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=140)
+    return figure
+
+
+def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.PathLike) -> Path:
+    """Draw how much, and how far, each layer attends: share of active tokens with its deviation, and span of the active ones.
+
+    Args:
+        statistics: label (a task, a model) -> `LayerActivation` of its layers.
+        path: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: nothing to draw.
+    """
+    if not statistics or not all(statistics.values()):
+        raise ValueError("`statistics` must hold at least one layer for each label.")
+    figure, rates = new_figure(10.0, 3.8)
+    rates.set_subplotspec(figure.add_gridspec(1, 2)[0])
+    spans = figure.add_subplot(1, 2, 2)
+    spans.spines[["top", "right"]].set_visible(False)
+    spans.grid(True, alpha=0.25, linewidth=0.6)
+    colours = (TRAIN_COLOUR, EVALUATION_COLOUR, "#009E73", "#555555")
+    for number, (label, layers) in enumerate(statistics.items()):
+        colour, depth = colours[number % len(colours)], [layer.layer for layer in layers]
+        values = [100 * layer.rate for layer in layers]
+        errors = [100 * layer.rate_std for layer in layers]
+        options = {"color": colour, "linewidth": 1.4, "marker": "o", "markersize": 3.5, "label": label}
+        rates.errorbar(depth, values, yerr=errors, capsize=2, **options)
+        spans.plot(depth, [max(layer.span, 0.5) for layer in layers], **options)
+    rates.set(xlabel="layer", ylabel="active tokens (%)", ylim=(-3, 103))
+    rates.set_title("Activation", loc="left")
+    spans.set(xlabel="layer", ylabel="mean distance (tokens)", yscale="log")
+    spans.set_title("Span of attention", loc="left")
+    spans.legend(frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    return path

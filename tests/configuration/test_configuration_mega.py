@@ -152,7 +152,10 @@ def test_halves_of_an_encoder_decoder() -> None:
         ({"adaptive_cutoffs": [20, 10]}, "`adaptive_cutoffs` must be a rising list"),
         ({"adaptive_cutoffs": [20]}, "`add_lm_hidden_dense_layer=False`"),
         ({"adaptive_input_size": 7}, "`adaptive_input_size` must equal `hidden_size`"),
-        ({"is_encoder_decoder": True, "tie_word_embeddings": False}, "`share_encoder_decoder_embeddings=True` needs"),
+        (
+            {"is_encoder_decoder": True, "tie_word_embeddings": False, "share_encoder_decoder_embeddings": True},
+            "`share_encoder_decoder_embeddings=True` needs",
+        ),
         ({"num_classifier_layers": -1}, "`num_classifier_layers` must not be negative"),
     ],
 )

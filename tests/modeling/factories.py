@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from hf_hybrid.auto import ARCHITECTURES, Architecture, load_heads
 from hf_hybrid.configuration.configuration_bst import BstConfig
 from hf_hybrid.configuration.configuration_mega import MegaConfig
+from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
 from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 
 VOCABULARY = 40
@@ -62,11 +63,47 @@ _MEGA = {
     "bos_token_id": 2,
 }
 
+# The least sizes, as `config_overrides` of the recipes.
+TINY_OVERRIDES = {
+    "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,attention_window=8,ssm_state_size=4",
+    "spade_lm": "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=1,attention_window=8,ssm_state_size=4",
+    "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16",
+    "seqboat": "hidden_size=16,num_hidden_layers=1,value_dim=16,qk_dim=8,ema_dim=4,window_size=8",
+    "bst": "hidden_size=16,num_hidden_layers=2,intermediate_size=16,num_attention_heads=2,head_dim=8,block_size=8,"
+    "ssm_state_size=4",
+}
+
 
 def _mega(settings: dict[str, Any]) -> Callable[..., MegaConfig]:
     def build(**overrides: Any) -> MegaConfig:
         names = {"dropout_rate": "dropout_prob"}
         return MegaConfig(**_MEGA | settings | {names.get(name, name): value for name, value in overrides.items()})
+
+    return build
+
+
+_SEQBOAT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "qk_dim": 8,
+    "value_dim": 24,
+    "ema_dim": 4,
+    "window_size": 4,
+    "max_position_embeddings": 32,
+    "hidden_dropout": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def _seqboat(settings: dict[str, Any]) -> Callable[..., SeqBoatConfig]:
+    def build(**overrides: Any) -> SeqBoatConfig:
+        names = {"dropout_rate": "hidden_dropout"}
+        return SeqBoatConfig(
+            **_SEQBOAT | settings | {names.get(name, name): value for name, value in overrides.items()}
+        )
 
     return build
 
@@ -189,6 +226,30 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
             | {"add_lm_hidden_dense_layer": False, "adaptive_cutoffs": [12, 25], "adaptive_factor": 2}
         ),
     },
+    "seqboat": {
+        "default": _seqboat({}),
+        "relu2_distance": _seqboat(
+            {"attention_activation": "relu2", "position_bias": "distance", "window_size": 3, "ema_truncation": 5}
+            | {"norm_type": "rmsnorm", "max_position_embeddings": 6, "tie_word_embeddings": False}
+        ),
+        "laplace_rank": _seqboat(
+            {"attention_activation": "laplace", "position_bias": "rank", "window_size": 1, "norm_type": "scalenorm"}
+            | {"prenorm": False, "embedding_norm": True, "hidden_act": "gelu"}
+        ),
+        "unlimited_t5": _seqboat(
+            {"position_bias": "t5", "window_size": None, "intermediate_size": 20, "absolute_sinusoid": True}
+            | {"final_norm_affine": False, "initializer_scheme": "official"}
+        ),
+        "unlimited_relu2": _seqboat(
+            {
+                "attention_activation": "relu2",
+                "window_size": None,
+                "router_act_bias": 0.1,
+                "dead_layer_loss_weight": 0.1,
+            }
+        ),
+        "always_active": _seqboat({"always_active": True, "position_bias": "distance", "window_size": 5}),
+    },
     "bst": {
         "default": _bst(),
         "mf": _bst(context_variant="mf", bst_layers=[0, 1]),
@@ -207,7 +268,15 @@ HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "AutoModelForImageClassification": {"input_type": "values"},
         "AutoModelForAudioClassification": {"input_type": "values"},
     },
+    "seqboat": {
+        "AutoModelForCausalLM": {"is_decoder": True},
+        "AutoModelForImageClassification": {"input_type": "values"},
+        "AutoModelForAudioClassification": {"input_type": "values"},
+    },
 }
+
+# What the common checks of Transformers presuppose: two layers, as many in the encoder as in the decoder.
+SHALLOW_SETTINGS: dict[str, dict[str, Any]] = {"spade": {"encoder_layers": 2, "decoder_layers": 2}}
 
 # Heads whose inputs are no token ids (batch, length).
 OTHER_INPUTS = ("AutoModelForMultipleChoice", "AutoModelForImageClassification", "AutoModelForAudioClassification")
@@ -240,12 +309,27 @@ class Case:
         """The model in evaluation mode, its parameters moved away from their initial values; each time the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return perturb(self.model_class(self.config(**overrides))).eval()
+            model = perturb(self.model_class(self.config(**overrides))).eval()
+            balance_routers(model, self)
+            return model
+
+    def shallow_model(self) -> PreTrainedModel:
+        """The model with one layer in each stack, for tests that trace it: a second or two per layer."""
+        depths = ("encoder_layers", "decoder_layers", "num_layers", "num_hidden_layers")
+        return self.model(**{name: 1 for name in depths if name in type(self.config()).__dataclass_fields__})
 
     @property
     def is_seq2seq(self) -> bool:
         """Whether a forward pass takes decoder inputs."""
         return "decoder_input_ids" in inspect.signature(self.model_class.forward).parameters
+
+    @property
+    def has_attentions(self) -> bool:
+        """Whether every stack of the model can return its attention weights."""
+        with torch.device("meta"):
+            model = self.model_class(self.config())
+        stacks = [module for module in model.modules() if getattr(type(module), "_can_record_outputs", None)]
+        return all("attentions" in stack._can_record_outputs for stack in stacks)
 
     @property
     def is_causal(self) -> bool:
@@ -306,6 +390,11 @@ def all_heads(*, other_inputs: bool = False) -> list[Case]:
     ]
 
 
+def shallow_settings(model_type: str) -> dict[str, Any]:
+    """Overrides that give the model of a type the same small depth everywhere."""
+    return SHALLOW_SETTINGS.get(model_type, {})
+
+
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
     """`@parametrize(cases)` gives the test an argument `case`, with readable names."""
     identifiers = [f"{case.model_type}-{case.auto_name.removeprefix('AutoModel')}-{case.variant}" for case in cases]
@@ -325,6 +414,27 @@ def perturb(model: torch.nn.Module, seed: int = 1) -> Any:
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return model
+
+
+@torch.no_grad()
+def balance_routers(model: torch.nn.Module, case: Case) -> None:
+    """Moves the threshold of every router so that it activates about half of some random tokens: all or none hides errors."""
+    routers = [module for module in model.modules() if hasattr(module, "log_temperature")]
+    for router in routers:
+        margins: list[torch.Tensor] = []
+
+        def keep(_module: torch.nn.Module, _inputs: tuple, routing: Any, margins: list = margins) -> None:
+            margins.append(routing.logits[..., 1] - routing.logits[..., 0] - _module.act_bias)
+
+        handle = router.register_forward_hook(keep)
+        inputs = case.inputs(batch=4, length=24)
+        if model.config.dual_encoder:
+            inputs["pair_input_ids"] = inputs["input_ids"]
+        if "pixel_values" in inputs and model.config.image_size is not None:
+            inputs["pixel_values"] = torch.rand(4, 1, model.config.image_size, model.config.image_size)
+        model(**inputs)
+        handle.remove()
+        router.bias[1] -= margins[0].median()
 
 
 def random_ids(batch: int, length: int) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from factories import Case, all_variants, parametrize, random_ids
 from torch.nn import functional as F
 
 from hf_hybrid.modeling.losses import token_cross_entropy
@@ -35,3 +37,16 @@ def test_half_precision_is_computed_in_float32() -> None:
 def test_gradient() -> None:
     logits, labels = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.tensor([1, -100, 3])
     assert torch.autograd.gradcheck(lambda x: token_cross_entropy(x, labels), logits)
+
+
+@parametrize(all_variants("AutoModelForCausalLM"))
+def test_targets_that_are_shifted_already(case: Case) -> None:
+    """A text cut into shards has the loss of the whole text: its targets are shifted before it is cut."""
+    model = case.model()
+    ids = random_ids(2, 12)
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    expected = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, shift_labels=targets).loss, expected)
+    torch.testing.assert_close(model(ids, labels=random_ids(2, 12), shift_labels=targets).loss, expected)
+    with pytest.raises(ValueError, match=r"`shift_labels` must have the shape of the input, \(2, 12\)"):
+        model(ids, shift_labels=targets[:, 1:])

@@ -11,8 +11,8 @@ from check import read_vectors
 from factories import Case, all_variants, parametrize, random_ids
 from safetensors.torch import load_file, save_file
 
+from hf_hybrid.layers.dropout import SequenceDropout
 from hf_hybrid.modeling import modeling_mega
-from hf_hybrid.modeling.mega_layers import MegaDropout
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 OLD_FILES = sorted((Path(__file__).parents[1] / "parity" / "vectors" / "mega").glob("hf_*.safetensors"))
@@ -148,8 +148,8 @@ def test_cross_attention_weights(case: Case) -> None:
     outputs = model(**inputs, output_attentions=True)
     assert len(outputs.cross_attentions) == model.config.decoder_layers
     for weights in outputs.cross_attentions:
-        assert weights.shape == (2, 6, 11)
-        assert not weights[1, :, 8:].any()
+        assert weights.shape == (2, 1, 6, 11)
+        assert not weights[1, ..., 8:].any()
     assert len(outputs.encoder_attentions) == model.config.num_hidden_layers
     assert len(outputs.decoder_attentions) == model.config.decoder_layers
     encoder_outputs = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -332,14 +332,14 @@ def test_texts_longer_than_max_positions() -> None:
 
 
 def test_feature_dropout_is_constant_over_positions() -> None:
-    states = MegaDropout(0.5, by_feature=True)(torch.ones(3, 7, 40))
+    states = SequenceDropout(0.5, by_feature=True)(torch.ones(3, 7, 40))
     assert ((states == 0) == (states[:, :1] == 0)).all()
     dropped = (states[:, 0] == 0).float().mean()
     assert 0.3 < dropped < 0.7 and states.max() == 2.0
-    single = MegaDropout(0.25)(torch.ones(3, 70, 40))
+    single = SequenceDropout(0.25)(torch.ones(3, 70, 40))
     assert not ((single == 0) == (single[:, :1] == 0)).all()
     assert 0.22 < (single == 0).float().mean() < 0.28 and single.max() == torch.tensor(1 / 0.75)
-    assert torch.equal(MegaDropout(0.25).eval()(states), states)
+    assert torch.equal(SequenceDropout(0.25).eval()(states), states)
     model = CAUSAL.model(use_feature_dropout=True, dropout_prob=0.3, hidden_dropout_prob=0.3).train()
     assert model(random_ids(2, 6), labels=random_ids(2, 6)).loss.isfinite()
 
@@ -410,3 +410,19 @@ class TestBadInput:
             model(**source, decoder_input_ids=random_ids(3, 4))
         with pytest.raises(ValueError, match="`decoder_start_token_id` and `pad_token_id`"):
             SEQ2SEQ[0].model(pad_token_id=None)(**source, labels=random_ids(2, 4))
+
+
+@pytest.mark.parametrize(("shared", "tied"), [(None, True), (False, True), (None, False)], ids=["one", "two", "three"])
+def test_resizing_one_two_or_three_embedding_matrices(shared: bool | None, tied: bool) -> None:
+    """Both sides and the head know the new vocabulary, and what was tied stays tied."""
+    case = Case("mega", "AutoModelForSeq2SeqLM", "default")
+    model = case.model(share_encoder_decoder_embeddings=shared, tie_word_embeddings=tied)
+    inputs = case.inputs()
+    expected = model(**inputs).logits
+    model.resize_token_embeddings(50)
+    torch.testing.assert_close(model(**inputs).logits[..., :40], expected)
+    new = {name: torch.full_like(ids, 49) for name, ids in inputs.items()}
+    assert model(**new).logits.shape[-1] == 50
+    source, target = model.encoder.get_input_embeddings().weight, model.decoder.get_input_embeddings().weight
+    assert (source is target) == (shared is not False and tied)
+    assert (model.lm_head.weight is target) == tied

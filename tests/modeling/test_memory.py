@@ -41,6 +41,7 @@ SETTINGS["bst"] = [
     "block_size=64, context_variant='mf'",
     "block_size=64, ssm_type='unstructured', ssm_filter_length=1024",
 ]
+SETTINGS["seqboat"] = ["window_size=64", "is_decoder=True, position_bias='distance', attention_activation='relu2'"]
 SETTINGS["spade_lm"] = SETTINGS["spade"]
 CASES = [(case, text) for case in all_heads() if case.auto_name == "AutoModel" for text in SETTINGS[case.model_type]]
 

@@ -165,7 +165,7 @@ class TestEncoderDecoderLoss:
         torch.testing.assert_close(model(**inputs, labels=labels).loss, -logits[0, 2].log_softmax(-1)[17])
 
 
-@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega", "bst"])
+@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega", "seqboat", "bst"])
 class TestSequenceLoss:
     def case(self, model_type: str) -> Case:
         return Case(model_type, "AutoModelForSequenceClassification", "default")
@@ -228,6 +228,7 @@ WIDE = {
     "spade": {"d_model": 512, "num_heads": 8, "d_ff": 1024, "encoder_layers": 2, "decoder_layers": 2, "d_kv": 64},
     "spade_lm": {"d_model": 512, "num_heads": 8, "d_ff": 1024, "num_layers": 2},
     "mega": {"hidden_size": 512, "intermediate_size": 1024, "nffn_hidden_size": 1024, "num_hidden_layers": 2},
+    "seqboat": {"hidden_size": 512, "num_hidden_layers": 2},
 }
 
 
@@ -262,6 +263,7 @@ SMALL = {
     "spade": {"d_model": 32, "d_kv": 16, "d_ff": 64},
     "spade_lm": {"d_model": 32, "d_ff": 64},
     "mega": {"hidden_size": 32, "intermediate_size": 64, "nffn_hidden_size": 64},
+    "seqboat": {"hidden_size": 32, "value_dim": 64},
     "bst": {"hidden_size": 32, "head_dim": 16, "intermediate_size": 64},
 }
 
@@ -285,7 +287,13 @@ def test_encoder_decoder_learns_eight_pairs(model_type: str, variant: str) -> No
 
 @pytest.mark.parametrize(
     ("model_type", "variant"),
-    [("spade_lm", "default"), ("spade_lm", "official"), ("mega", "chunk_relu2_adaptive"), ("bst", "default")],
+    [
+        ("spade_lm", "default"),
+        ("spade_lm", "official"),
+        ("mega", "chunk_relu2_adaptive"),
+        ("seqboat", "default"),
+        ("bst", "default"),
+    ],
 )
 def test_language_model_learns_eight_texts(model_type: str, variant: str) -> None:
     case = Case(model_type, "AutoModelForCausalLM", variant)

@@ -39,6 +39,7 @@ ADAPTERS = {
     "mega_lm": "mega_vectors",
     "mega": "mega_vectors",
     "bst": "bst_vectors",
+    "seqboat": "seqboat_vectors",
 }
 
 CHECKED_PREFIXES = ("output.", "output64.", "post.", "post64.", "grad.", "grad64.")
@@ -81,6 +82,8 @@ def check_file(path: Path) -> Report:
         kind = config.get("model") or config.get("kind") or config.get("model_type")
         if kind is None and "bst_layers" in config:
             kind = "bst"
+        if kind is None and "init_temp_scale" in config:  # only the routers of SeqBoat have a temperature
+            kind = "seqboat"
         if kind not in ADAPTERS:
             return Report(path, rows, f"no adapter for {kind!r}; known are {', '.join(sorted(ADAPTERS))}")
         torch.manual_seed(0)

@@ -73,8 +73,12 @@ def _transformers_outputs(model: torch.nn.Module, inputs: Tensors, names: set[st
     found: dict[str, torch.Tensor] = {
         name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)
     }
-    for name in ("hidden_states", "attentions", "cross_attentions"):
+    for name in ("hidden_states", "attentions"):
         found |= {f"{name}.{index}": value for index, value in enumerate(outputs.get(name) or ())}
+    for index, value in enumerate(
+        outputs.get("cross_attentions") or ()
+    ):  # Transformers 4.57 had no dimension of heads there
+        found[f"cross_attentions.{index}"] = value.squeeze(1)
     if "loss" in found:
         found["loss"] = found["loss"].view(1)
     if model.config.is_decoder:
@@ -241,7 +245,7 @@ def _translation_outputs(model: torch.nn.Module, inputs: Tensors, recorder: _Rec
     encoded, encoded_mask = _time_first(outputs.encoder_last_hidden_state, source_mask, source_mask.shape[1])
     found: Found = {
         "logits": (outputs.logits, target_mask.unsqueeze(-1)),
-        "attn": (outputs.cross_attentions[-1], target_mask.unsqueeze(-1)),
+        "attn": (outputs.cross_attentions[-1].squeeze(1), target_mask.unsqueeze(-1)),
         "encoder_out": (encoded, encoded_mask),
         "mask": (target_mask, None),
         "source_mask": (source_mask, None),

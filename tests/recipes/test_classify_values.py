@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from factories import TINY_OVERRIDES
 from PIL import Image
 from transformers import (
     AutoFeatureExtractor,
@@ -18,10 +19,6 @@ from transformers import (
 from hf_hybrid.auto import ARCHITECTURES
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import classify_audio, classify_image, evaluate, train_lra
-
-TINY = {
-    "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16"
-}
 
 
 def arches(head: str) -> list[str]:
@@ -64,7 +61,7 @@ def training(options) -> dict:
 
 @pytest.mark.parametrize("arch", arches("AutoModelForImageClassification"))
 def test_images_are_told_apart(training, images, tmp_path, arch):
-    base = {**training, "data": [str(images)], "arch": arch, "config_overrides": TINY[arch]}
+    base = {**training, "data": [str(images)], "arch": arch, "config_overrides": TINY_OVERRIDES[arch]}
     metrics = classify_image.main({**base, "max_steps": 40, "learning_rate": 1e-2})
     assert metrics["eval_accuracy"] == 1.0 and metrics["pixels"] == 16
     run = tmp_path / "run"
@@ -85,7 +82,7 @@ def test_images_are_told_apart(training, images, tmp_path, arch):
 
 @pytest.mark.parametrize("arch", arches("AutoModelForAudioClassification"))
 def test_waveforms_are_classified(training, sounds, tmp_path, arch):
-    base = {**training, "data": [str(sounds)], "arch": arch, "config_overrides": TINY[arch]}
+    base = {**training, "data": [str(sounds)], "arch": arch, "config_overrides": TINY_OVERRIDES[arch]}
     metrics = classify_audio.main({**base, "max_steps": 2})
     assert metrics["sampling_rate"] == 8000 and metrics["longest_sequence"] == 31
     run = tmp_path / "run"
@@ -114,7 +111,7 @@ def test_waveforms_are_classified(training, sounds, tmp_path, arch):
     ],
 )
 def test_bad_sounds_are_explained(training, sounds, tmp_path, arch, changes, message):
-    base = {**training, "data": [str(sounds)], "arch": arch, "config_overrides": TINY[arch], "max_steps": 1}
+    base = {**training, "data": [str(sounds)], "arch": arch, "config_overrides": TINY_OVERRIDES[arch], "max_steps": 1}
     with pytest.raises(ValueError, match=message):
         classify_audio.main({**base, **changes})
     assert not (tmp_path / "run").exists()
@@ -122,7 +119,7 @@ def test_bad_sounds_are_explained(training, sounds, tmp_path, arch, changes, mes
 
 @pytest.mark.parametrize("arch", arches("AutoModelForImageClassification"))
 def test_bad_images_are_explained(training, images, arch):
-    base = {**training, "data": [str(images)], "arch": arch, "config_overrides": TINY[arch], "max_steps": 1}
+    base = {**training, "data": [str(images)], "arch": arch, "config_overrides": TINY_OVERRIDES[arch], "max_steps": 1}
     write_split(images, "validation", [{"pixels": [1, 2], "label": 0}])
     with pytest.raises(ValueError, match="Training images have 16 pixels, validation images 2"):
         classify_image.main(base)

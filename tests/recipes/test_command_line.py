@@ -23,13 +23,19 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize("name", [*TRAINING, "generate", "generate_lra", "evaluate"])
+@pytest.mark.parametrize(
+    "name",
+    [*TRAINING, "generate", "generate_lra", "evaluate", "push_to_hub", "export_model", "merge_adapter", "lm_eval"]
+    + ["inspect_activations"],
+)
 def test_help_is_complete(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         import_module(f"hf_hybrid.recipes.{name}").main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert f"hf_hybrid.recipes.{name}" in text
+    assert (import_module(f"hf_hybrid.recipes.{name}").__doc__ or "").strip() in text, (
+        "the example commands are reflowed"
+    )
     if name in TRAINING:
         for option in ("--data", "--output_dir", "--seed", "--resume_from_checkpoint", "--max_minutes", "--max_steps"):
             assert option in text

@@ -237,3 +237,26 @@ def test_mega_there_and_back(tmp_path, source):
     assert again["model"].keys() == official.keys()
     marks = ("_float_tensor", "version")
     assert_same(*({k: v for k, v in state.items() if not k.endswith(marks)} for state in (again["model"], official)))
+
+
+SEQBOAT = sorted((Path(__file__).parents[1] / "parity" / "vectors" / "seqboat").glob("cls_[it]*.safetensors"))
+
+
+@pytest.mark.parametrize("source", SEQBOAT, ids=lambda path: path.stem)
+def test_seqboat_there_and_back(tmp_path, source):
+    stored, tensors = read_vectors(source)
+    official = {name[6:]: value for name, value in tensors.items() if name.startswith("param.")}
+    contents = {"model": official, "args": argparse.Namespace(**stored)}
+    torch.save(contents, tmp_path / "checkpoint_best.pt")
+    result = convert(tmp_path / "checkpoint_best.pt", tmp_path / "ours")
+    assert result["model_type"] == "seqboat"
+    config = AutoConfig.from_pretrained(tmp_path / "ours")
+    model, info = getattr(hf_hybrid, config.architectures[0]).from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    convert(tmp_path / "ours", tmp_path / "official", direction="to_official")
+    again = torch.load(tmp_path / "official" / "checkpoint.pt", weights_only=False)
+    assert vars(again["args"]) == stored and again["model"].keys() == official.keys()
+    marks = ("inv_freq", "version")
+    assert_same(*({k: v for k, v in state.items() if not k.endswith(marks)} for state in (again["model"], official)))

@@ -13,9 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_hybrid.recipes import pretrain_span_corruption
+from hf_hybrid.recipes import pretrain_mlm, pretrain_span_corruption, train_lra
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+TINY_MEGA = (
+    "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16,dropout_prob=0,"
+    "hidden_dropout_prob=0,attention_probs_dropout_prob=0,nffn_activation_dropout_prob=0"
+)
 
 
 def command_line(options: dict) -> list[str]:
@@ -80,3 +84,32 @@ def test_summaries_on_two_processes(tmp_path, checkpoint):
     launch("torchrun", "run_finetune_summarization.py", {**options, "output_dir": tmp_path / "two"})
     predictions = (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["references"] for line in predictions] == [[row["summary"]] for row in rows]
+
+
+@pytest.mark.slow
+def test_masked_language_modelling_on_two_processes(tmp_path, tokenizer_folder, corpus):
+    options = {
+        "config_name": "mega", "config_overrides": TINY_MEGA, "tokenizer": tokenizer_folder, "data": corpus, "block_length": 32,
+        "max_validation_segments": 6, "max_steps": 4, "learning_rate": 1e-3, "use_cpu": True, "eval_strategy": "no",
+    }  # fmt: skip
+    batch = {"per_device_train_batch_size": 8}
+    pretrain_mlm.main(command_line({**options, **batch, "output_dir": tmp_path / "one"}))
+    batch = {"per_device_train_batch_size": 4}
+    launch("torchrun", "run_pretrain_mlm.py", {**options, **batch, "output_dir": tmp_path / "two"})
+    same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_classification_on_two_processes(tmp_path):
+    options = {
+        "task": "listops", "arch": "mega", "config_overrides": TINY_MEGA, "max_depth": 4, "max_args": 3, "longer_than": 3,
+        "shorter_than": 30, "num_train": 32, "num_validation": 9, "max_steps": 4, "learning_rate": 1e-3, "use_cpu": True,
+        "save_strategy": "no", "eval_strategy": "no", "train_sampling_strategy": "random",
+    }  # fmt: skip
+    batch = {"per_device_train_batch_size": 8}
+    one = train_lra.main(command_line({**options, **batch, "output_dir": tmp_path / "one"}))
+    batch = {"per_device_train_batch_size": 4}
+    launch("torchrun", "run_train_lra.py", {**options, **batch, "output_dir": tmp_path / "two"})
+    same_weights(tmp_path / "one", tmp_path / "two")
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["eval_accuracy"] == pytest.approx(one["eval_accuracy"]) and two["eval_samples"] == 9

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import TINY_OVERRIDES
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
@@ -24,13 +25,6 @@ from hf_hybrid.recipes.finetuning_data import Labels
 from hf_hybrid.recipes.sequence_classification import ClassifierArguments, build_classifier, classifier_config
 from hf_hybrid.recipes.train_lra import main
 
-TINY = {
-    "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,attention_window=8,ssm_state_size=4",
-    "spade_lm": "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=1,attention_window=8,ssm_state_size=4",
-    "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16",
-    "bst": "hidden_size=16,num_hidden_layers=2,intermediate_size=16,num_attention_heads=2,head_dim=8,block_size=8,"
-    "ssm_state_size=4",
-}
 ARCHES = [item.model_type for item in ARCHITECTURES if "AutoModelForSequenceClassification" in item.heads]
 SHORT = {"max_depth": 4, "max_args": 3, "longer_than": 3, "shorter_than": 30, "num_train": 24, "num_validation": 12}
 
@@ -57,7 +51,7 @@ def training(options) -> dict:
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("task", ["listops", "text", "retrieval", "image", "pathfinder"])
 def test_every_architecture_trains_on_every_task(training, tmp_path, task, arch):
-    base = {**training, "task": task, "arch": arch, "config_overrides": TINY[arch], "max_steps": 2}
+    base = {**training, "task": task, "arch": arch, "config_overrides": TINY_OVERRIDES[arch], "max_steps": 2}
     if task == "listops":
         base |= SHORT
     else:
@@ -78,7 +72,12 @@ def test_every_architecture_trains_on_every_task(training, tmp_path, task, arch)
 
 
 def test_a_rule_is_learnt_and_found_again(training, tmp_path):
-    base = {**training, "task": "text", "arch": "spade", "config_overrides": TINY["spade"] + ",dropout_rate=0.0"}
+    base = {
+        **training,
+        "task": "text",
+        "arch": "spade",
+        "config_overrides": TINY_OVERRIDES["spade"] + ",dropout_rate=0.0",
+    }
     for split, count in (("train", 32), ("validation", 12)):
         write_split(tmp_path / "data", split, rows_of("text", count))
     changes = {"data": [str(tmp_path / "data")], "max_steps": 40, "learning_rate": 1e-2}
@@ -95,7 +94,13 @@ def test_a_rule_is_learnt_and_found_again(training, tmp_path):
 def test_generated_files_give_what_is_generated_on_the_way(training, tmp_path):
     summary = generate_lra.main({**SHORT, "task": "listops", "output_dir": str(tmp_path / "lists"), "num_test": 5})
     assert {name: row["rows"] for name, row in summary.items()} == {"validation": 12, "test": 5, "train": 24}
-    base = {**training, "task": "listops", "arch": "spade", "config_overrides": TINY["spade"], "max_steps": 2}
+    base = {
+        **training,
+        "task": "listops",
+        "arch": "spade",
+        "config_overrides": TINY_OVERRIDES["spade"],
+        "max_steps": 2,
+    }
     read = main({**base, "data": [str(tmp_path / "lists")], "output_dir": str(tmp_path / "a")})
     made = main({**base, **SHORT, "num_test": 5, "output_dir": str(tmp_path / "b")})
     assert read["eval_loss"] == made["eval_loss"] and read["eval_samples"] == 12
@@ -166,7 +171,13 @@ def write_distributed(folder, task: str) -> None:
 def test_distributed_files_are_read(training, tmp_path, task, train, validation):
     (tmp_path / "data").mkdir()
     write_distributed(tmp_path / "data", task)
-    base = {**training, "task": task, "arch": "spade_lm", "config_overrides": TINY["spade_lm"], "max_steps": 1}
+    base = {
+        **training,
+        "task": task,
+        "arch": "spade_lm",
+        "config_overrides": TINY_OVERRIDES["spade_lm"],
+        "max_steps": 1,
+    }
     changes = {"validation_split": "test"} if task == "text" else {}
     metrics = main({**base, **changes, "data": [str(tmp_path / "data")]})
     assert (metrics["train_samples"], metrics["eval_samples"]) == (train, validation)
@@ -174,7 +185,7 @@ def test_distributed_files_are_read(training, tmp_path, task, train, validation)
 
 def test_pathfinder_is_generated(training):
     small = {"difficulty": "easy", "num_train": 4, "num_validation": 3, "max_steps": 1}
-    base = {**training, "task": "pathfinder", "arch": "spade_lm", "config_overrides": TINY["spade_lm"]}
+    base = {**training, "task": "pathfinder", "arch": "spade_lm", "config_overrides": TINY_OVERRIDES["spade_lm"]}
     metrics = main({**base, **small})
     assert metrics["longest_sequence"] == 1024 and metrics["train_samples"] == 4
 
@@ -195,14 +206,14 @@ def test_pathfinder_is_generated(training):
     ],
 )
 def test_bad_options_are_explained(training, tmp_path, changes, message):
-    base = {**training, **SHORT, "task": "listops", "arch": "spade", "config_overrides": TINY["spade"]}
+    base = {**training, **SHORT, "task": "listops", "arch": "spade", "config_overrides": TINY_OVERRIDES["spade"]}
     with pytest.raises(ValueError, match=message):
         main({**base, **changes})
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_labels_are_explained(training, tmp_path):
-    base = {**training, "task": "text", "arch": "spade", "config_overrides": TINY["spade"]}
+    base = {**training, "task": "text", "arch": "spade", "config_overrides": TINY_OVERRIDES["spade"]}
     rows = [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}]
     for split in ("train", "validation"):
         write_split(tmp_path / "data", split, rows)

@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .model_type import ReadsOwnModelType
+
 logger = logging.get_logger(__name__)
 
 _POSITIVE = (
@@ -27,7 +29,7 @@ _EVEN = {
 
 
 @strict
-class BstConfig(PreTrainedConfig):
+class BstConfig(ReadsOwnModelType, PreTrainedConfig):
     """Configuration of all Block-State Transformers: a causal Transformer with local attention, some of whose layers also
     attend to context states that a state space model computes from the whole past.
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .model_type import ReadsOwnModelType
+
 _PROBABILITIES = (
     "dropout_prob",
     "hidden_dropout_prob",
@@ -43,7 +45,7 @@ _POSITIVE = (
 
 
 @strict
-class MegaConfig(PreTrainedConfig):
+class MegaConfig(ReadsOwnModelType, PreTrainedConfig):
     """Configuration of all Mega models.
 
     One stack is an encoder (default), or a decoder with `is_decoder=True, bidirectional=False`. With
@@ -103,7 +105,8 @@ class MegaConfig(PreTrainedConfig):
         decoder_layers, decoder_intermediate_size, decoder_nffn_hidden_size, decoder_ema_projection_size,
             decoder_shared_representation_size, decoder_chunk_size, max_target_positions: the decoder of an encoder-decoder; None:
             as the encoder.
-        share_encoder_decoder_embeddings: one embedding matrix for both sides (needs `tie_word_embeddings`).
+        share_encoder_decoder_embeddings: one embedding matrix for both sides (needs `tie_word_embeddings`). None: as
+            `tie_word_embeddings`.
     """
 
     model_type = "mega"
@@ -185,7 +188,7 @@ class MegaConfig(PreTrainedConfig):
     decoder_shared_representation_size: int | None = None
     decoder_chunk_size: int | None = None
     max_target_positions: int | None = None
-    share_encoder_decoder_embeddings: bool = True
+    share_encoder_decoder_embeddings: bool | None = None
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -227,6 +230,12 @@ class MegaConfig(PreTrainedConfig):
     def cross_bias_entries(self) -> int:
         """Entries of the "simple" table of cross-attention."""
         return self.relative_bias_entries if self.cross_bias_table_size is None else 2 * self.cross_bias_table_size - 1
+
+    @property
+    def shares_embeddings(self) -> bool:
+        """Whether encoder and decoder of an encoder-decoder have one embedding matrix."""
+        shares = self.share_encoder_decoder_embeddings
+        return self.tie_word_embeddings if shares is None else shares
 
     @property
     def head_dropout(self) -> float:

@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .model_type import ReadsOwnModelType
+
 FEED_FORWARD_TYPES = ("relu", "gelu", "gated-gelu", "gated-silu")
 
 
@@ -94,7 +96,7 @@ def _check_buckets(config: PreTrainedConfig, *, is_causal: bool) -> None:
 
 
 @strict
-class SpadeConfig(PreTrainedConfig):
+class SpadeConfig(ReadsOwnModelType, PreTrainedConfig):
     """Configuration of the SPADE encoder-decoder.
 
     The encoder uses local attention in every layer and adds a bidirectional state space model (SSM) in `ssm_layers`; the
@@ -285,7 +287,7 @@ class SpadeConfig(PreTrainedConfig):
 
 
 @strict
-class SpadeLMConfig(PreTrainedConfig):
+class SpadeLMConfig(ReadsOwnModelType, PreTrainedConfig):
     """Configuration of the decoder-only SPADE language model; fields not listed here mean what they mean in `SpadeConfig`.
 
     Args:

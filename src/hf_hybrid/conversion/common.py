@@ -18,6 +18,23 @@ StateDict = dict[str, torch.Tensor]
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
+# Official leaf names of a damped moving average -> ours, and the tensors of a norm by its kind.
+MOVING_AVERAGE_NAMES = {
+    "delta": "damping_factor",
+    "alpha": "decay_factor",
+    "beta": "ema_expansion_matrix",
+    "gamma": "kernel_projection_matrix",
+    "omega": "residual_weight",
+}
+NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+NORM_LEAVES = {
+    "layernorm": ("weight", "bias"),
+    "scalenorm": ("scalar",),
+    "rmsnorm": ("weight",),
+    "batchnorm": ("weight", "bias"),
+    "syncbatchnorm": ("weight", "bias"),
+}
+
 
 @dataclass(frozen=True)
 class TensorNames:

@@ -24,7 +24,15 @@ from ..modeling.modeling_mega import (
     MegaForImageClassification,
     MegaForSequenceClassification,
 )
-from .common import StateDict, TensorNames, tensors_from_official, tensors_to_official
+from .common import (
+    MOVING_AVERAGE_NAMES,
+    NORM_LEAVES,
+    NORM_STATISTICS,
+    StateDict,
+    TensorNames,
+    tensors_from_official,
+    tensors_to_official,
+)
 
 KINDS = ("lra", "sc_raw", "mega_lm", "mega")
 
@@ -360,7 +368,7 @@ def _to_official(config: MegaConfig) -> dict[str, Any]:
             "max_target_positions": decoder.max_positions,
             "decoder_ffn_embed_dim": decoder.nffn_hidden_size if decoder.use_normalized_ffn else 0,
             "decoder_chunk_size": decoder.chunk_size if decoder.use_chunking else -1,
-            "share_all_embeddings": config.share_encoder_decoder_embeddings,
+            "share_all_embeddings": config.shares_embeddings,
             "share_decoder_input_output_embed": config.tie_word_embeddings,
         }
     adaptive = config.adaptive_cutoffs is not None
@@ -409,27 +417,11 @@ def config_to_official(config: MegaConfig, base: Mapping[str, Any] | None = None
 
 # ----------------------------------------------------------------------------------------------------------- tensors
 
-_AVERAGE = {
-    "delta": "damping_factor",
-    "alpha": "decay_factor",
-    "beta": "ema_expansion_matrix",
-    "gamma": "kernel_projection_matrix",
-    "omega": "residual_weight",
-}
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_NORM_LEAVES = {
-    "layernorm": ("weight", "bias"),
-    "scalenorm": ("scalar",),
-    "rmsnorm": ("weight",),
-    "batchnorm": ("weight", "bias"),
-    "syncbatchnorm": ("weight", "bias"),
-}
-
 
 def _norm(official: str, ours: str, config: MegaConfig, affine: bool = True) -> dict[str, str]:
-    leaves = _NORM_LEAVES[config.normalization_type] if affine and config.norm_affine else ()
+    leaves = NORM_LEAVES[config.normalization_type] if affine and config.norm_affine else ()
     if config.normalization_type.endswith("batchnorm"):
-        leaves = (*leaves, *_STATISTICS)
+        leaves = (*leaves, *NORM_STATISTICS)
     return {f"{official}.norm.{leaf}": f"{ours}.norm.{leaf}" for leaf in leaves}
 
 
@@ -466,7 +458,9 @@ def _stack(official: str, ours: str, config: MegaConfig) -> TensorNames:
         source, target = f"{official}layers.{index}", f"{ours}layers.{index}"
         block, layer = f"{source}.mega_layer", f"{target}.mega_layer"
         names = {f"{block}.gamma": f"{layer}.qk_weight", f"{block}.beta": f"{layer}.qk_bias"}
-        names |= {f"{block}.move.{theirs}": f"{layer}.ema_gate.{name}" for theirs, name in _AVERAGE.items()}
+        names |= {
+            f"{block}.move.{theirs}": f"{layer}.ema_gate.{name}" for theirs, name in MOVING_AVERAGE_NAMES.items()
+        }
         names |= _linear(block, layer, "v_proj", "mx_proj", "h_proj")
         names |= _norm(f"{block}.norm", f"{layer}.norm", config)
         parts += [TensorNames(names), _bias(block, layer, config)]
@@ -540,7 +534,7 @@ def _translation_names(config: MegaConfig) -> TensorNames:
     names = {encoder: ours("encoder")}
     aliases: dict[str, str] = {}
     our_aliases: dict[str, str] = {}
-    if config.share_encoder_decoder_embeddings:
+    if config.shares_embeddings:
         aliases |= {decoder: encoder, output: encoder}
         our_aliases |= {ours("decoder"): ours("encoder"), head: ours("encoder")}
     else:

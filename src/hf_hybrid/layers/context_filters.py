@@ -33,12 +33,12 @@ from ..ops.diagonal_ssm import (
     system_kernel,
 )
 from ..ops.fft_conv import causal_fft_conv
+from ..ops.input_history import InputHistory
 from ..ops.s4 import DenseSystem, dplr_advance, dplr_block_states, dplr_dense, dplr_step
 from ..ops.windowed_filter import filtered_block_ends, lag_features, windowed_filters
 from .kept_results import KeepsResults, keeping_precision
 from .ssm import StateSpaceLayer
 
-_TOKENS_AHEAD = 256  # of explicit filters: how far the effect of the past is computed at once while decoding
 _GROUP = 32  # tokens per group where a final state is all that is wanted
 
 
@@ -116,6 +116,12 @@ class DiagonalFilters(KeepsResults):
         return DiagonalSystem(
             decay_real, decay_imag, input_real.to(dtype), input_imag.to(dtype), output[..., 0], output[..., 1]
         )
+
+    def _step_decay(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return step_decay(self._cached("system", self.system))
+
+    def _constants(self) -> dict[str, Callable[[], Any]]:
+        return {"system": self.system, "decay": self._step_decay}
 
     def forward(
         self,
@@ -205,7 +211,7 @@ class DiagonalFilters(KeepsResults):
             inputs = hidden_states[:, 0].to(self.C.dtype).unsqueeze(-1)
             system = self._cached("system", self.system)
             before = inputs.new_zeros(*inputs.shape[:2], self.state_size // 2, 2) if state is None else state
-            decay = self._cached("decay", lambda: step_decay(system))
+            decay = self._cached("decay", self._step_decay)
             real, imag = complex_multiply(before[..., 0], before[..., 1], *decay)
             after = torch.stack([real + system.input_real * inputs, imag + system.input_imag * inputs], dim=-1)
             return after if valid is None else torch.where(valid[:, None, None, None], after, before)
@@ -249,8 +255,17 @@ class DplrFilters(StateSpaceLayer):
                 state = self._last_state(inputs, initial_state, counts)
             return outputs, state
 
+    def _compute_dense(self) -> DenseSystem:
+        return dplr_dense(self.dplr_system(self._wide_dtype))
+
+    def _compute_output(self) -> torch.Tensor:
+        return self.raw_c().to(self._math_dtype)
+
+    def _constants(self) -> dict[str, Callable[[], Any]]:
+        return {**super()._constants(), "dense": self._compute_dense, "output": self._compute_output}
+
     def _dense(self) -> DenseSystem:
-        return self._cached("dense", lambda: dplr_dense(self.dplr_system(self._wide_dtype)))
+        return self._cached("dense", self._compute_dense)
 
     def _last_state(
         self, inputs: torch.Tensor, initial_state: torch.Tensor | None, counts: torch.Tensor | None
@@ -286,7 +301,7 @@ class DplrFilters(StateSpaceLayer):
         return self._read(states.flatten(0, 1), last.flatten(0, 1)).unflatten(0, last.shape[:2])
 
     def _read(self, states: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        output = self._cached("output", lambda: self.raw_c().to(self._math_dtype))
+        output = self._cached("output", self._compute_output)
         weight = torch.stack([output[..., 0], -output[..., 1]], dim=-1).flatten(2)  # (F, D, N)
         return 2 * torch.einsum("xdn,fdn->xfd", states.flatten(2), weight) + self.D * inputs.unsqueeze(1)
 
@@ -307,43 +322,6 @@ class DplrFilters(StateSpaceLayer):
         """As `DiagonalFilters.read`."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self._read(state, hidden_states[:, 0].to(self._math_dtype))
-
-
-class InputHistory:
-    """State of explicit filters: the last L inputs before an anchor, those since then, and what the former still cause.
-
-    Attributes:
-        inputs: (B, D, L + P), the first L + `filled` of them written, oldest first.
-        length: L.
-        filled: inputs since the anchor, at most P.
-        ahead: (B, F, D, P) outputs at the P tokens behind the anchor from the inputs before it, or None if not computed yet.
-    """
-
-    def __init__(self, inputs: torch.Tensor, length: int, filled: int = 0, ahead: torch.Tensor | None = None) -> None:
-        self.inputs, self.length, self.filled, self.ahead = inputs, length, filled, ahead
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> InputHistory:
-        """The history with an operation applied to every tensor."""
-        ahead = None if self.ahead is None else change(self.ahead)
-        return InputHistory(change(self.inputs), self.length, self.filled, ahead)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What `InputHistory(history, history_length)` needs to be the same again."""
-        room = self.inputs.shape[-1] - self.length
-        return {
-            "history": F.pad(self.last(self.length).detach(), (0, room)),
-            "history_length": torch.tensor(self.length),
-        }
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there is no room for another input."""
-        return self.length + self.filled == self.inputs.shape[-1]
-
-    def last(self, count: int) -> torch.Tensor:
-        """The newest `count` inputs (B, D, count), oldest first."""
-        stop = self.length + self.filled
-        return self.inputs[..., stop - count : stop]
 
 
 class _FilterProjection(nn.Module):
@@ -381,7 +359,6 @@ class ExplicitFilters(KeepsResults):
             )
         self.hidden_size, self.num_filters, self.length = hidden_size, num_filters, length
         self.feature_size, self.base = feature_size, base
-        self.room = min(_TOKENS_AHEAD, length)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.filter_proj = _FilterProjection(num_filters * hidden_size, feature_size, dtype)
         self.D = nn.Parameter(torch.empty(num_filters, hidden_size, dtype=dtype))
@@ -425,9 +402,15 @@ class ExplicitFilters(KeepsResults):
             features,
         )
 
+    def _compute_filters(self) -> torch.Tensor:
+        return windowed_filters(*self._map())
+
+    def _constants(self) -> dict[str, Callable[[], Any]]:
+        return {"filters": self._compute_filters}
+
     def filters(self) -> torch.Tensor:
         """(F, D, L)."""
-        return self._cached("filters", lambda: windowed_filters(*self._map()))
+        return self._cached("filters", self._compute_filters)
 
     def forward(
         self,
@@ -467,11 +450,7 @@ class ExplicitFilters(KeepsResults):
         else:
             index = counts.unsqueeze(1) + torch.arange(self.length, device=known.device)
             past = padded.gather(2, index.unsqueeze(1).expand(-1, known.shape[1], -1))
-        return self._history(past)
-
-    def _history(self, past: torch.Tensor) -> InputHistory:
-        """A history of L inputs (B, D, L), with room for P more."""
-        return InputHistory(F.pad(past, (0, self.room)), self.length)
+        return InputHistory.of(past)
 
     def advance(
         self, hidden_states: torch.Tensor, state: InputHistory | None, valid: torch.Tensor | None = None
@@ -480,12 +459,12 @@ class ExplicitFilters(KeepsResults):
         with torch.autocast(hidden_states.device.type, enabled=False):
             inputs = hidden_states.transpose(1, 2).to(self.D.dtype)  # (B, D, 1)
             if state is None:
-                state = self._history(inputs.new_zeros(*inputs.shape[:2], self.length))
+                state = InputHistory.of(inputs.new_zeros(*inputs.shape[:2], self.length))
             if valid is not None:
                 known = torch.cat([state.last(self.length), inputs], dim=-1)
                 return self._history_after(known, 1, valid.long())
             if state.is_full:
-                state = self._history(state.last(self.length))
+                state = InputHistory.of(state.last(self.length))
             buffer = writable(state.inputs, inputs)
             buffer[..., self.length + state.filled] = inputs[..., 0]
             return InputHistory(buffer, self.length, state.filled + 1, state.ahead)
@@ -503,7 +482,7 @@ class ExplicitFilters(KeepsResults):
                 return filtered_block_ends(state.last(self.length), *self._map(), ends)[:, 0] + direct
             filters, recent = self.filters(), state.last(state.filled)
             if state.ahead is None:
-                past = F.pad(state.inputs[..., : self.length], (0, self.room))
+                past = F.pad(state.inputs[..., : self.length], (0, state.inputs.shape[-1] - self.length))
                 state.ahead = causal_fft_conv(past.unsqueeze(1), filters)[..., self.length :]
             taps = filters[..., : state.filled].flip(-1)
             return state.ahead[..., state.filled - 1] + torch.einsum("bdk,fdk->bfd", recent, taps) + direct

@@ -14,7 +14,9 @@ Shape letters: B batch, L tokens, D features, N components, K = D rows of parame
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from ..ops.diagonal_ssm import (
     step_decay,
     system_kernel,
 )
+from ..ops.export_shapes import is_open
 from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
 from ..ops.layout import to_signals, to_states
 from .kept_results import KeepsResults
@@ -58,13 +61,20 @@ class MultiDimensionalDampedEma(KeepsResults):
         ema_size: N.
         bidirectional: average over the future too; such a layer has no state.
         truncation: tau, reach in tokens, the current one included; None for no limit.
+        activate: apply the silu.
 
     Raises:
         ValueError: a size is not positive.
     """
 
     def __init__(
-        self, hidden_size: int, ema_size: int = 16, *, bidirectional: bool = False, truncation: int | None = None
+        self,
+        hidden_size: int,
+        ema_size: int = 16,
+        *,
+        bidirectional: bool = False,
+        truncation: int | None = None,
+        activate: bool = True,
     ) -> None:
         super().__init__()
         if hidden_size < 1 or ema_size < 1:
@@ -72,7 +82,7 @@ class MultiDimensionalDampedEma(KeepsResults):
         if truncation is not None and truncation < 1:
             raise ValueError(f"`truncation` must be a positive number of tokens, or None; got {truncation}.")
         self.hidden_size, self.ema_size = hidden_size, ema_size
-        self.bidirectional, self.truncation = bidirectional, truncation
+        self.bidirectional, self.truncation, self.activate = bidirectional, truncation, activate
         rows = 2 * hidden_size if bidirectional else hidden_size
         self.damping_factor = nn.Parameter(torch.empty(rows, ema_size, 1))
         self.decay_factor = nn.Parameter(torch.empty(rows, ema_size, 1))
@@ -132,7 +142,13 @@ class MultiDimensionalDampedEma(KeepsResults):
         return system_kernel(self.system(), self._reach(length))
 
     def _reach(self, length: int) -> int:
-        return length if self.truncation is None else min(length, self.truncation)
+        if self.truncation is None:
+            return length
+        return self.truncation if is_open(length) else min(length, self.truncation)
+
+    def _constants(self) -> dict[str, Callable[[], Any]]:
+        steps = {} if self.bidirectional else {"step": self._step_constants}
+        return {"system": self._compute_system, **steps}
 
     # ------------------------------------------------------------------------------------------------------ forward
 
@@ -171,7 +187,7 @@ class MultiDimensionalDampedEma(KeepsResults):
                 averages, state = self._averages(to_signals(inputs), feedthrough, initial_state, return_state)
                 outputs = to_states(averages)
                 outputs = outputs if mask is None else torch.addcmul(outputs, residual, states)
-            outputs = F.silu(outputs).to(hidden_states.dtype)
+            outputs = (F.silu(outputs) if self.activate else outputs).to(hidden_states.dtype)
         return outputs, state if return_state else None
 
     def _averages(
@@ -201,7 +217,7 @@ class MultiDimensionalDampedEma(KeepsResults):
     def _average(self, inputs: torch.Tensor, system: DiagonalSystem, feedthrough: torch.Tensor) -> torch.Tensor:
         """As `_averages`, of a whole sequence and without state."""
         length, features = inputs.shape[-1], self.hidden_size
-        if self._reach(length) == length and self._uses_scan(inputs):
+        if self._uses_scan(inputs) and self._reach(length) == length:
             if not self.bidirectional:
                 return diagonal_scan(inputs, system, feedthrough=feedthrough, group_size=_GROUP_SIZE)[0]
             forward, future = _split_rows(system, features)

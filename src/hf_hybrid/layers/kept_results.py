@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class KeepsResults(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._cache: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}
+        self._frozen: dict[str, Any] | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsResults:
         self._cache.clear()
@@ -53,8 +55,14 @@ class KeepsResults(nn.Module):
             return None
         return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
+    def _constants(self) -> dict[str, Callable[[], Any]]:
+        """What may be asked of `_cached` for any input, by name; the layers that have some add theirs."""
+        return {}
+
     def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
         """Result of `compute`, kept while no tensor of the layer changes."""
+        if self._frozen is not None and name in self._frozen:
+            return self._frozen[name]
         key = self._cache_key()
         if key is None:
             return compute()
@@ -80,3 +88,20 @@ def keeping_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[t
 
 def _is_low_precision(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
+
+
+@contextmanager
+def frozen_results(model: nn.Module) -> Iterator[None]:
+    """Takes what the layers of a model compute from their tensors alone for constants, as long as the context lasts.
+
+    A graph that is exported inside holds the results and not their computation.
+    """
+    layers = [module for module in model.modules() if isinstance(module, KeepsResults)]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer._frozen = {name: compute() for name, compute in layer._constants().items()}
+        yield
+    finally:
+        for layer in layers:
+            layer._frozen = None

@@ -29,6 +29,7 @@ from ..ops.diagonal_ssm import (
     initial_state_response,
     system_kernel,
 )
+from ..ops.export_shapes import is_open
 from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
 from ..ops.hippo import hippo_legs_dplr, s4d_init
 from ..ops.s4 import (
@@ -252,6 +253,13 @@ class StateSpaceLayer(KeepsResults):
     def kernel(self, length: int) -> torch.Tensor:
         """Convolution kernel of the first `length` taps (fewer when the reach is shorter): (c or 2c, H, taps)."""
         limit = self.max_length if self.ssm_type == "s4" else None
+        if self._frozen is not None and "longest kernel" in self._frozen:
+            return self._frozen["longest kernel"]
+        if is_open(length) and self.ssm_type == "s4":
+            raise ValueError(
+                "The kernel of an 's4' state space layer cannot be computed for a length that a graph leaves open: export through "
+                "`hf_hybrid.export` a model whose `ssm_max_length` is set, or export with a fixed length."
+            )
         reach = length if limit is None else min(length, limit)
         if self._cache_key() is None:
             return self._compute_kernel(reach)
@@ -262,9 +270,15 @@ class StateSpaceLayer(KeepsResults):
         kept = min(kept, self._truncated_for()) if reach <= self._truncated_for() else kept
         return self._cached(f"kernel {kept}", lambda: self._compute_kernel(kept))[..., :reach]
 
+    def _constants(self) -> dict[str, Callable[[], Any]]:
+        if self.ssm_type == "s4d":
+            return {"system": self.diagonal_system}
+        kernel = {} if self.max_length is None else {"longest kernel": lambda: self._compute_kernel(self.max_length)}
+        return kernel if self.bidirectional else {**kernel, "step": self._step_constants, "blocks": self._blocks}
+
     def _compute_kernel(self, length: int) -> torch.Tensor:
         if self.ssm_type == "s4d":
-            return system_kernel(self.diagonal_system(), length)
+            return system_kernel(self._cached("system", self.diagonal_system), length)
         dtype, truncated_for = self._math_dtype, self._truncated_for()
         if 0 < length <= truncated_for:
             wide = self._wide_dtype
@@ -331,8 +345,8 @@ class StateSpaceLayer(KeepsResults):
     def _convolve(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, H, L) -> (B, c, H, L) by convolution with the kernel."""
         length = inputs.shape[-1]
-        if self.ssm_type == "s4" and self.max_length is not None and length > self.max_length:
-            if not torch.compiler.is_compiling():
+        if self.ssm_type == "s4" and self.max_length is not None and not torch.compiler.is_compiling():
+            if length > self.max_length:
                 logger.warning_once(
                     f"The input has {length} tokens but the state space layer reaches only {self.max_length} back; "
                     "longer dependencies are cut off. Raise `ssm_max_length` in the config to at least the input length."

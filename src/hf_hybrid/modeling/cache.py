@@ -5,12 +5,13 @@ and a recurrent state whose size does not depend on the text. Both live in the l
 search, chunked prefill and continuation work as for every other model.
 
 Gated attention (Mega) keeps keys and values of one head, of different widths, the state of its moving average, which may be
-several tensors, and the keys and values of an encoder: that is a layer of our own.
+several tensors, and the keys and values of an encoder: that is a layer of our own. So are the working memory of SeqBoat, a ring
+of the last tokens that were active, and the rings and context states of the Block-State Transformer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,14 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
+    DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
+
+from ..ops.input_history import InputHistory
+from ..ops.working_memory import WorkingMemory
 
 SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that grow with the text
 
@@ -100,7 +106,70 @@ def refuse_cache_implementation(name: str | None, model_name: str) -> None:
         )
 
 
-class GatedAttentionLayer(CacheLayerMixin):
+class RecurrentStateLayer(CacheLayerMixin):
+    """What layers of our own have in common: tensors with the batch first, and the state of a moving average.
+
+    Attributes:
+        state: state of the recurrence, a tensor, a tuple of tensors, or past inputs, batch first; None before the first call.
+        layout: settings of the model that made the cache, which the model that continues it must share.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+    batch_tensors: tuple[str, ...] = ()  # attributes that hold tensors, or None, beside the state
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        super().__init__()
+        self.layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        for name in self.batch_tensors:
+            setattr(self, name, None)
+        self.state: torch.Tensor | tuple[torch.Tensor, ...] | InputHistory | None = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in earlier versions of Transformers."""
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation on the batch to every tensor."""
+        for name in self.batch_tensors:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+        if isinstance(self.state, tuple):
+            self.state = tuple(change(tensor) for tensor in self.state)
+        elif isinstance(self.state, InputHistory):
+            self.state = self.state.map(change)
+        elif self.state is not None:
+            self.state = change(self.state)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+
+class GatedAttentionLayer(RecurrentStateLayer):
     """State of one layer of gated attention over a moving average.
 
     Attributes:
@@ -115,26 +184,19 @@ class GatedAttentionLayer(CacheLayerMixin):
         layout: see above.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
+    batch_tensors = ("keys", "values", "cross_keys", "cross_values")
+    cross_keys: torch.Tensor | None
+    cross_values: torch.Tensor | None
 
     def __init__(self, window: int | None, layout: dict[str, Any]) -> None:
-        super().__init__()
         self.window = window
-        self.layout = layout
-        self._clear()
+        super().__init__(layout)
 
     def _clear(self) -> None:
-        self.keys = self.values = None
+        super()._clear()
         self._rooms: dict[
             str, torch.Tensor
         ] = {}  # with space behind `keys` and `values`, which are views of their fronts
-        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-        self.cross_keys: torch.Tensor | None = None
-        self.cross_values: torch.Tensor | None = None
-        self.cumulative_length = 0
-        self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = key_states[:, :0], value_states[:, :0]
@@ -167,16 +229,13 @@ class GatedAttentionLayer(CacheLayerMixin):
         was needed when it last ran out.
         """
         kept = getattr(self, name)
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        has_gradient = torch.is_grad_enabled() and (kept.requires_grad or states.requires_grad)
+        if self.window is not None or is_traced or has_gradient:
+            return torch.cat([kept, states], dim=1)
         length, total = kept.shape[1], kept.shape[1] + states.shape[1]
         if length == 0:
             return states
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if (
-            self.window is not None
-            or is_traced
-            or (torch.is_grad_enabled() and (kept.requires_grad or states.requires_grad))
-        ):
-            return torch.cat([kept, states], dim=1)
         room = self._rooms.get(name)
         is_ours = room is not None and room.data_ptr() == kept.data_ptr() and room.dtype == states.dtype
         if not is_ours or room.shape[1] < total or room.is_inference() != torch.is_inference_mode_enabled():
@@ -185,41 +244,6 @@ class GatedAttentionLayer(CacheLayerMixin):
             self._rooms[name] = room
         room[:, length:total] = states
         return room[:, :total]
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
-        for name in ("keys", "values", "cross_keys", "cross_values"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-        if isinstance(self.state, tuple):
-            self.state = tuple(change(tensor) for tensor in self.state)
-        elif self.state is not None:
-            self.state = change(self.state)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     def offload(self) -> None:
         raise NotImplementedError("The state of gated attention cannot be offloaded.")
@@ -238,11 +262,15 @@ def gated_cache(num_layers: int, window: int | None, layout: dict[str, Any]) -> 
 
 def check_gated_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
     """Raises ValueError for a cache that `gated_cache` did not make, or made for a model with other settings."""
+    _check_own_cache(cache, GatedAttentionLayer, "gated attention", num_layers, layout)
+
+
+def _check_own_cache(cache: Cache, kind: type, what: str, num_layers: int, layout: dict[str, Any]) -> None:
     layers = getattr(cache, "layers", [])
-    if len(layers) != num_layers or not all(isinstance(layer, GatedAttentionLayer) for layer in layers):
+    if len(layers) != num_layers or not all(isinstance(layer, kind) for layer in layers):
         raise ValueError(
             f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the state of this model, {num_layers} "
-            "layers of gated attention: pass the cache of an earlier call, or leave `past_key_values` unset."
+            f"layers of {what}: pass the cache of an earlier call, or leave `past_key_values` unset."
         )
     different = [name for name in layout if layers[0].layout.get(name) != layout[name]]
     if different:
@@ -253,39 +281,79 @@ def check_gated_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> 
         )
 
 
-class BlockStateLayer(CacheLayerMixin):
+class WorkingMemoryLayer(RecurrentStateLayer):
+    """State of one layer of sparsely activated attention over a moving average: constant in size when there is a window.
+
+    Attributes:
+        state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
+        memory: the last active tokens of every row (`ops.working_memory.WorkingMemory`), or None before the first call.
+        layout: settings of the model that made the cache; see `check_memory_cache`.
+    """
+
+    batch_tensors = ("keys", "values", "positions", "counts")
+    positions: torch.Tensor | None
+    counts: torch.Tensor | None
+
+    @property
+    def memory(self) -> WorkingMemory | None:
+        return None if self.keys is None else WorkingMemory(self.keys, self.values, self.positions, self.counts)
+
+    @memory.setter
+    def memory(self, memory: WorkingMemory) -> None:
+        self.keys, self.values, self.positions, self.counts = memory
+        self.is_initialized = True
+
+    def advance(self, batch: int, tokens: int) -> None:
+        """Counts the tokens of a call, which may come from the rows that made the cache only."""
+        held = None if self.counts is None else self.counts.shape[0]
+        if held not in (None, batch):
+            raise ValueError(
+                f"The input has {batch} rows but `past_key_values` holds {held}: continue the batch that made the cache."
+            )
+        self.cumulative_length += tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True  # the layer that writes to a memory makes it
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("A working memory is written to through `memory`.")
+
+    def offload(self) -> None:
+        raise NotImplementedError("A working memory cannot be offloaded.")
+
+
+def memory_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
+    """Cache of a stack of sparsely activated attention; `layout` as in `gated_cache`."""
+    return Cache(layers=[WorkingMemoryLayer(layout) for _ in range(num_layers)])
+
+
+def check_memory_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
+    """Raises ValueError for a cache that `memory_cache` did not make, or made for a model with other settings."""
+    _check_own_cache(cache, WorkingMemoryLayer, "sparsely activated attention", num_layers, layout)
+
+
+class BlockStateLayer(RecurrentStateLayer):
     """State of one layer of block-state attention, of constant size: rings of the last tokens, and what their context needs.
 
     Attributes:
         keys, values: (B, n, W, e) rings, that of position p in slot p mod W; None before the first call.
         context_keys, context_values: (B, n, W, e) rings of context states, or (B, n, S, e) those of the current block; None in
             layers without context.
-        state: state of the filters, a tensor or an object with a method `map`; None in layers without context.
+        state: state of the filters, a tensor or an `InputHistory`; None in layers without context.
         positions: (B,) real tokens of each row so far.
         is_uniform: all rows have had `cumulative_length` real tokens.
         was_reset: some rows have begun a new text since the last call.
         layout: settings of the model that made the cache; see `check_block_cache`.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-    _TENSORS = ("keys", "values", "context_keys", "context_values", "positions")
+    batch_tensors = ("keys", "values", "context_keys", "context_values", "positions")
     context_keys: Any
     context_values: Any
     positions: Any
 
-    def __init__(self, layout: dict[str, Any]) -> None:
-        super().__init__()
-        self.layout = layout
-        self._clear()
-
     def _clear(self) -> None:
-        self.keys = self.values = self.context_keys = self.context_values = self.positions = None
-        self.state: Any = None
-        self.cumulative_length = 0
+        super()._clear()
         self.is_uniform, self.was_reset = True, False
-        self.is_initialized = False
 
     @property
     def start(self) -> int | torch.Tensor:
@@ -308,34 +376,13 @@ class BlockStateLayer(CacheLayerMixin):
         self.is_initialized, self.was_reset = True, False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise NotImplementedError("Rings are made by the layer that writes to them.")
+        self.is_initialized = True  # the layer that writes to the rings makes them
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("Rings are written to by their layer.")
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
-        for name in self._TENSORS:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-        if self.state is not None:
-            self.state = change(self.state) if isinstance(self.state, torch.Tensor) else self.state.map(change)
+    def offload(self) -> None:
+        raise NotImplementedError("The state of block-state attention cannot be offloaded.")
 
     def detach(self) -> None:
         """Cuts the state off the graph that made it: the next segment of a text gets no gradient into this one."""
@@ -348,17 +395,28 @@ class BlockStateLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
         self.is_uniform, self.was_reset = False, True
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """Everything that `fill` needs to go on from here."""
+        state = self.state.last(self.state.length) if isinstance(self.state, InputHistory) else self.state
+        named = {"state": state, "counts": self.positions}
+        return (
+            {"keys": self.keys, "values": self.values}
+            | named
+            | {
+                "context_keys": self.context_keys,
+                "context_values": self.context_values,
+            }
+        )
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
-
-    def offload(self) -> None:
-        raise NotImplementedError("The state of block-state attention cannot be offloaded.")
+    def fill(self, tensors: Mapping[str, torch.Tensor], past: int) -> None:
+        """Takes over the `tensors` of another layer; rows of count 0 begin a text."""
+        for name in self.batch_tensors:
+            setattr(self, name, tensors.get("counts" if name == "positions" else name))
+        state = tensors.get("state")
+        is_history = state is not None and self.layout["ssm_type"] == "unstructured"
+        self.state = InputHistory.of(state) if is_history else state
+        self.cumulative_length, self.is_initialized = past, True
+        self.is_uniform, self.was_reset = False, True
 
 
 def block_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
@@ -368,19 +426,7 @@ def block_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
 
 def check_block_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
     """Raises ValueError for a cache that `block_cache` did not make, or made for a model with other settings."""
-    layers = getattr(cache, "layers", [])
-    if len(layers) != num_layers or not all(isinstance(layer, BlockStateLayer) for layer in layers):
-        raise ValueError(
-            f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the state of this model, {num_layers} "
-            "layers of block-state attention: pass the cache of an earlier call, or leave `past_key_values` unset."
-        )
-    different = [name for name in layout if layers[0].layout.get(name) != layout[name]]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"`past_key_values` was made by a model with `{name}` = {layers[0].layout.get(name)}, but this one has {layout[name]}: "
-            "pass the cache of an earlier call of the same model, or leave `past_key_values` unset."
-        )
+    _check_own_cache(cache, BlockStateLayer, "block-state attention", num_layers, layout)
 
 
 def detach_cache(cache: Cache) -> None:
@@ -398,3 +444,84 @@ def reset_rows(cache: Cache, rows: torch.Tensor) -> None:
 def carries_segments(cache: Cache) -> bool:
     """Whether the state of a model can be carried through the segments of documents, see `detach_cache` and `reset_rows`."""
     return bool(cache.layers) and all(isinstance(layer, BlockStateLayer) for layer in cache.layers)
+
+
+# ------------------------------------------------------------------------------------------------- state as tensors
+
+
+def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
+    """Every tensor of a cache that a call has filled, by layer and kind: "0.keys", "0.values", "0.state", "0.cross_keys" ..."""
+    if isinstance(cache, EncoderDecoderCache):
+        cross = cache_tensors(cache.cross_attention_cache)
+        renamed = {name.replace(".", ".cross_"): tensor for name, tensor in cross.items()}
+        return cache_tensors(cache.self_attention_cache) | renamed
+    found: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        named: dict[str, torch.Tensor | None] = {"keys": layer.keys, "values": layer.values}
+        if isinstance(layer, SlidingRecurrentLayer):
+            named["state"] = layer.recurrent_states[0]
+        elif isinstance(layer, GatedAttentionLayer):
+            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
+            named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
+            named |= {"cross_keys": layer.cross_keys, "cross_values": layer.cross_values}
+        elif isinstance(layer, WorkingMemoryLayer):
+            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
+            named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
+            named |= {"positions": layer.positions, "counts": layer.counts}
+        elif isinstance(layer, BlockStateLayer):
+            named = layer.tensors()
+        found |= {f"{index}.{kind}": tensor for kind, tensor in named.items() if tensor is not None}
+    return found
+
+
+def fill_cache(cache: Cache, tensors: Mapping[str, torch.Tensor], past: int) -> Cache:
+    """Puts tensors under the names of `cache_tensors` into an empty cache, as if `past` tokens had been read."""
+    if isinstance(cache, EncoderDecoderCache):
+        own = {name: tensor for name, tensor in tensors.items() if ".cross_" not in name}
+        cross = {name.replace(".cross_", "."): tensors[name] for name in tensors.keys() - own.keys()}
+        fill_cache(cache.self_attention_cache, own, past)
+        fill_cache(cache.cross_attention_cache, cross, 0)
+        cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
+        return cache
+    depth = 1 + max(int(name.split(".")[0]) for name in tensors)
+    cache.layers.extend(
+        DynamicLayer() for _ in range(len(cache.layers), depth)
+    )  # `DynamicCache` starts without layers
+    for index, layer in enumerate(cache.layers):
+        prefix = f"{index}."
+        _fill_layer(layer, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, past)
+        if isinstance(layer, SlidingRecurrentLayer):
+            write_state(cache, index, tensors[f"{index}.state"])
+    return cache
+
+
+def _fill_layer(layer: CacheLayerMixin, tensors: Mapping[str, torch.Tensor], past: int) -> None:
+    if isinstance(layer, BlockStateLayer):
+        layer.fill(tensors, past)
+        return
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if not isinstance(layer, DynamicLayer) or layer.is_sliding:
+        layer.cumulative_length = past
+    if isinstance(layer, (GatedAttentionLayer, WorkingMemoryLayer)):
+        layer.state = tensors["state"]
+        if "state_1" in tensors:
+            layer.state = (tensors["state"], tensors["state_1"])
+    if isinstance(layer, WorkingMemoryLayer):
+        layer.positions, layer.counts = tensors["positions"], tensors["counts"]
+    if isinstance(layer, GatedAttentionLayer):
+        layer.cross_keys, layer.cross_values = tensors.get("cross_keys"), tensors.get("cross_values")
+
+
+def kept_tokens(cache: Cache) -> int | None:
+    """Tokens whose keys a cache keeps at most; None when it keeps all."""
+    if isinstance(cache, EncoderDecoderCache):
+        return kept_tokens(cache.self_attention_cache)
+    if not cache.layers:
+        return None
+    layer = cache.layers[0]
+    if isinstance(layer, WorkingMemoryLayer):
+        return layer.layout["window_size"]
+    if isinstance(layer, BlockStateLayer):
+        return layer.layout["block_size"]
+    return layer.window if isinstance(layer, GatedAttentionLayer) else layer.sliding_window - 1

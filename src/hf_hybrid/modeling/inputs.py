@@ -92,6 +92,27 @@ def check_values(
     return check_inputs(None, values, attention_mask, None, hidden_size=width)
 
 
+def flatten_pixels(pixel_values: torch.Tensor, size: int | None) -> torch.Tensor:
+    """Grey images (B, 1, H, W), (B, H, W) or (B, H * W) as (B, H * W), row by row.
+
+    Raises:
+        ValueError: another number of dimensions, several channels, or images that are not `size` by `size` (None: any).
+    """
+    shape = tuple(pixel_values.shape)
+    is_image = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
+    if not (is_image or len(shape) == 2):
+        raise ValueError(
+            f"`pixel_values` must be grey images (batch, 1, height, width) or their pixels (batch, height * width); got "
+            f"{shape}."
+        )
+    if size is not None and (shape[-2:] != (size, size) if is_image else shape[1] != size * size):
+        raise ValueError(
+            f"`pixel_values` must be images of {size} by {size} pixels (`image_size`); got shape {shape}. Resize them, as "
+            "PixelSequenceImageProcessor does."
+        )
+    return pixel_values.flatten(1)
+
+
 def can_read_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor may be looked at: eagerly on the CPU, where it costs no synchronisation."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()

@@ -9,12 +9,10 @@ Z query and key width, E value width, C chunk size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
@@ -22,10 +20,13 @@ from transformers.utils import TransformersKwargs
 
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveEmbedding
+from ..layers.classifier import LraClassificationHead, activation_function
+from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.kept_results import KeepsResults
 from ..layers.norms import sequence_norm
-from ..ops.blocked_attention import random_mask
+from ..layers.value_embedding import ValueEmbedding
+from ..ops.export_shapes import is_open
 from ..ops.gated_attention import (
     cached_gated_attention,
     gated_attention,
@@ -35,13 +36,6 @@ from ..ops.gated_attention import (
 )
 from ..ops.recompute import recomputed
 from ..ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
-
-
-def activation_function(name: str) -> nn.Module:
-    """The activation with that Transformers name; raises ValueError for an unknown one."""
-    if name not in ACT2FN:
-        raise ValueError(f"`activation` must be one of {', '.join(sorted(ACT2FN))}; got {name!r}.")
-    return ACT2FN[name]
 
 
 def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
@@ -62,47 +56,6 @@ def build_norm(config: MegaConfig, affine: bool | None = None) -> nn.Module:
     )
 
 
-class MegaDropout(nn.Module):
-    """Dropout of single entries, or (`by_feature`) of whole features of a sample over all positions."""
-
-    def __init__(self, probability: float, by_feature: bool = False) -> None:
-        super().__init__()
-        self.probability = probability
-        self.by_feature = by_feature
-
-    def _kept(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) or (B, 1, D) bool, False at what is dropped."""
-        shape = (states.shape[0], 1, states.shape[2]) if self.by_feature else states.shape
-        if states.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            return random_mask(torch.Size(shape), self.probability, torch.default_generator)
-        return torch.rand(shape, device=states.device) >= self.probability
-
-    def forward(self, *tensors: torch.Tensor, function: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
-        """Dropout of `function(*tensors)`, or of one tensor: (B, L, D) to the same shape.
-
-        The result of the pointwise `function` is not kept for the backward pass beside that of the dropout.
-        """
-        if not self.training or self.probability == 0:
-            return tensors[0] if function is None else function(*tensors)
-        kept, scale = self._kept(tensors[0]), 1 / (1 - self.probability)
-        if function is None:
-            return tensors[0] * kept * scale
-        return recomputed(lambda mask, *inputs: function(*inputs) * mask * scale, kept, *tensors)
-
-
-class MegaValueEmbedding(nn.Module):
-    """Embeds real numbers: value * weight + bias."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.bias = nn.Parameter(torch.empty(hidden_size))
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, L) to (B, L, D)."""
-        return torch.addcmul(self.bias, values.to(self.weight.dtype).unsqueeze(-1), self.weight)
-
-
 class MegaEmbeddings(nn.Module):
     """Embeddings of tokens (plain or adaptive) or of real numbers, and of token types."""
 
@@ -110,7 +63,7 @@ class MegaEmbeddings(nn.Module):
         super().__init__()
         self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
         if config.input_type == "values":
-            self.value_embeddings = MegaValueEmbedding(config.hidden_size)
+            self.value_embeddings = ValueEmbedding(config.hidden_size)
         elif config.adaptive_cutoffs is None:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         else:
@@ -223,8 +176,8 @@ class MegaAttention(nn.Module):
             config.relative_positional_bias, keys, config.relative_bias_reach, config.relative_bias_entries
         )
         self.activation = activation_function(config.activation)
-        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
-        self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
+        self.dropout = SequenceDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = SequenceDropout(config.hidden_dropout_prob, config.use_feature_dropout)
 
     def _average(self, normed: torch.Tensor, token_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
         """The moving average of (B, L, D), continued from the state in the cache."""
@@ -257,7 +210,7 @@ class MegaAttention(nn.Module):
         mask = None if mask is None else mask[:, -visible:]
         positions = None if positions is None else positions[:, -visible:]
         piece = visible
-        if self.chunk_size is not None and (visible > self.chunk_size or positions is not None):
+        if self.chunk_size is not None and (positions is not None or is_open(visible) or visible > self.chunk_size):
             piece = self.chunk_size
         settings = {
             "activation": self.attention_activation,
@@ -333,8 +286,8 @@ class MegaCrossAttention(nn.Module):
             config.relative_positional_bias, keys, config.cross_bias_reach, config.cross_bias_entries
         )
         self.activation = activation_function(config.activation)
-        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
-        self.hidden_dropout = MegaDropout(config.hidden_dropout_prob, config.use_feature_dropout)
+        self.dropout = SequenceDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = SequenceDropout(config.hidden_dropout_prob, config.use_feature_dropout)
 
     def _keys_and_values(self, source: torch.Tensor | None, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         layer = None if cache is None else cache.layers[self.layer_idx]
@@ -352,7 +305,8 @@ class MegaCrossAttention(nn.Module):
 
     def _bias(self, num_rows: int, num_columns: int, past: int, shift: torch.Tensor | None) -> torch.Tensor:
         """Biases (T + S - 1,) or (B, T + S - 1), entry T - 1 + (j - i), for targets past .. past + T - 1."""
-        self.rel_pos_bias.check_length(max(past + num_rows, num_columns))
+        self.rel_pos_bias.check_length(past + num_rows)
+        self.rel_pos_bias.check_length(num_columns)
         device = next(self.rel_pos_bias.parameters()).device
         offsets = torch.arange(1 - num_rows, num_columns, device=device) - past
         return self.rel_pos_bias.at(offsets if shift is None else offsets + shift.unsqueeze(-1))
@@ -376,7 +330,7 @@ class MegaCrossAttention(nn.Module):
             past: position of the first target.
             shift: (B,) leading padding of the target minus that of the source, or None when there is none.
             past_key_values: cache to continue and to extend.
-            output_attentions: also return the weights, (B, T, S).
+            output_attentions: also return the weights, (B, 1, T, S).
         """
         gate, reset, query = self.q_proj(self.norm(hidden_states) if self.norm_first else hidden_states).split(
             self.split_sizes, dim=-1
@@ -389,7 +343,7 @@ class MegaCrossAttention(nn.Module):
         }
         dropout = self.attention_dropout if self.training else 0.0
         attended = gated_cross_attention(query, key, value, dropout_p=dropout, **settings)
-        weights = gated_cross_attention_weights(query, key, **settings) if output_attentions else None
+        weights = gated_cross_attention_weights(query, key, **settings).unsqueeze(1) if output_attentions else None
         candidate = self.dropout(self.h_proj(recomputed(_reset, attended, reset)), function=self.activation)
         output = recomputed(_interpolate, hidden_states, candidate, gate)
         return output if self.norm_first else self.norm(output), weights
@@ -405,8 +359,8 @@ class MegaFeedForward(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.nffn_hidden_size)
         self.fc2 = nn.Linear(config.nffn_hidden_size, config.hidden_size)
         self.activation = activation_function(config.activation)
-        self.dropout = MegaDropout(config.dropout_prob, config.use_feature_dropout)
-        self.hidden_dropout = MegaDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
+        self.dropout = SequenceDropout(config.dropout_prob, config.use_feature_dropout)
+        self.hidden_dropout = SequenceDropout(config.nffn_activation_dropout_prob, config.use_feature_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to the same shape."""
@@ -462,28 +416,15 @@ class MegaClassificationHead(nn.Module):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
 
 
-class MegaLraClassificationHead(nn.Module):
-    """Linear, dropout and activation in each layer, then a projection without bias (the published classifier)."""
-
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__()
-        width = config.hidden_size * (2 if config.dual_encoder else 1)
-        inner = config.classifier_hidden_size or config.hidden_size
-        widths = [width] + [inner] * config.num_classifier_layers
-        self.layers = nn.ModuleList(nn.Linear(first, second) for first, second in zip(widths, widths[1:]))
-        self.out_proj = nn.Linear(widths[-1], config.num_labels, bias=False)
-        self.dropout = nn.Dropout(
-            config.dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        )
-        self.activation = activation_function(config.classifier_activation)
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(B, D), or (B, 2 D) for pairs, to (B, num_labels)."""
-        for layer in self.layers:
-            pooled = self.activation(self.dropout(layer(pooled)))
-        return self.out_proj(pooled)
-
-
 def build_classifier(config: MegaConfig) -> nn.Module:
     """The classifier that `config.classifier_type` names."""
-    return MegaLraClassificationHead(config) if config.classifier_type == "lra" else MegaClassificationHead(config)
+    if config.classifier_type == "hf":
+        return MegaClassificationHead(config)
+    return LraClassificationHead(
+        config.hidden_size * (2 if config.dual_encoder else 1),
+        config.classifier_hidden_size or config.hidden_size,
+        config.num_labels,
+        num_layers=config.num_classifier_layers,
+        activation=config.classifier_activation,
+        dropout=config.dropout_prob if config.classifier_dropout is None else config.classifier_dropout,
+    )

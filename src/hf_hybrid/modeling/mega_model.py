@@ -16,19 +16,20 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveEmbedding
+from ..layers.classifier import LraClassificationHead
+from ..layers.dropout import SequenceDropout
 from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import FeatureScale, ScaleNorm
+from ..layers.value_embedding import ValueEmbedding
+from ..ops.export_shapes import is_open
 from .cache import check_gated_cache, gated_cache
 from .inputs import check_inputs, check_values, pool_tokens, simplify_mask
 from .mega_layers import (
     MegaAttention,
     MegaCrossAttention,
-    MegaDropout,
     MegaEmbeddings,
     MegaLayer,
-    MegaLraClassificationHead,
     MegaRelativeBias,
-    MegaValueEmbedding,
     build_norm,
 )
 
@@ -75,7 +76,7 @@ class MegaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, MegaValueEmbedding):
+        elif isinstance(module, ValueEmbedding):
             init.normal_(module.weight, mean=0.0, std=1.0)
             init.normal_(module.bias, mean=0.0, std=0.1)
         if config.initializer_scheme == "official":
@@ -90,7 +91,7 @@ class MegaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AdaptiveEmbedding):
             for projection in module.projections:
                 init.xavier_uniform_(projection.weight)
-        elif isinstance(module, MegaLraClassificationHead):
+        elif isinstance(module, LraClassificationHead):
             for projection in [*module.layers, module.out_proj]:
                 init.xavier_uniform_(projection.weight)
 
@@ -136,7 +137,7 @@ class MegaModel(MegaPreTrainedModel):
             )
         self.embedding_layer = MegaEmbeddings(config)
         self.embed_norm = build_norm(config) if config.normalize_embeddings else None
-        self.embedding_dropout = MegaDropout(config.embedding_dropout_prob, config.use_feature_dropout)
+        self.embedding_dropout = SequenceDropout(config.embedding_dropout_prob, config.use_feature_dropout)
         self.layers = nn.ModuleList(MegaLayer(config, index) for index in range(config.num_hidden_layers))
         affine = config.norm_affine and config.final_norm_affine
         self.final_norm = build_norm(config, affine=affine) if config.final_norm else None
@@ -244,7 +245,7 @@ class MegaModel(MegaPreTrainedModel):
 
         Returns:
             The states; with `output_attentions` the weights of each layer, (B, chunks, C, C), and of its cross-attention,
-            (B, L, S).
+            (B, 1, L, S).
 
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a text longer than the table of the
@@ -314,7 +315,9 @@ class MegaModel(MegaPreTrainedModel):
 
     def _check_length(self, length: int) -> None:
         chunk = self.config.attention_chunk
-        if chunk is not None and not self.config.auto_pad_to_chunk and length > chunk and length % chunk:
+        if chunk is None or self.config.auto_pad_to_chunk or is_open(length):
+            return
+        if length > chunk and length % chunk:
             raise ValueError(
                 f"The input has {length} tokens, no multiple of `chunk_size` = {chunk}: pad it, or set `auto_pad_to_chunk=True`, "
                 "which lets the last chunk be shorter."

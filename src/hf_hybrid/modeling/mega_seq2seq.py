@@ -26,7 +26,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
 
     The configuration needs `is_encoder_decoder=True`. Embeddings of both sides and the head are one matrix, or two with
     `share_encoder_decoder_embeddings=False` (the head then belongs to the decoder), or three with
-    `tie_word_embeddings=False` besides.
+    `tie_word_embeddings=False`.
     """
 
     def __init__(self, config: MegaConfig) -> None:
@@ -42,7 +42,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
                 "`input_type='tokens'`."
             )
         self._tied_weights_keys = {"lm_head.weight": f"decoder.{_EMBEDDING}"}
-        if config.share_encoder_decoder_embeddings:
+        if config.shares_embeddings:
             self._tied_weights_keys = {
                 "lm_head.weight": f"encoder.{_EMBEDDING}",
                 f"decoder.{_EMBEDDING}": f"encoder.{_EMBEDDING}",
@@ -63,7 +63,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.set_input_embeddings(value)
-        if self.config.share_encoder_decoder_embeddings:
+        if self.config.shares_embeddings:
             self.decoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -73,11 +73,14 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
-        if not self.config.share_encoder_decoder_embeddings:
-            raise ValueError(
-                "`resize_token_embeddings` is not defined for separate vocabularies (`share_encoder_decoder_embeddings=False`)."
-            )
-        return super().resize_token_embeddings(*args, **kwargs)
+        """Resizes the vocabulary of both sides and of the head."""
+        table = super().resize_token_embeddings(*args, **kwargs)
+        if not self.config.shares_embeddings:
+            self.decoder.resize_token_embeddings(*args, **kwargs)
+            self.tie_weights()
+        for stack in (self.encoder, self.decoder):
+            stack.config.vocab_size = self.config.vocab_size
+        return table
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (B, T) shifted right behind `decoder_start_token_id`; -100 becomes padding."""

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D hidden size, N state size, n heads, e head width, W
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -228,7 +229,6 @@ class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Scores or continues a text; arguments as in `BstModel.forward`.
@@ -242,6 +242,7 @@ class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
         Returns:
             `logits` (B, T, V), and with `labels` the mean next-token cross-entropy as `loss`.
         """
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
         if labels is not None or shift_labels is not None:
             use_cache = False if use_cache is None else use_cache
         outputs = self.model(

@@ -9,6 +9,8 @@ unchanged. The stack itself is in `mega_model`, its layers in `mega_layers`, the
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -31,8 +33,8 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_mega import MegaConfig
 from ..layers.adaptive import AdaptiveSoftmax
 from .cache import refuse_cache_implementation
-from .inputs import pool_tokens
-from .losses import check_class_labels, mean_over_labels, shift_labels, token_cross_entropy
+from .inputs import flatten_pixels, pool_tokens
+from .losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
 from .mega_layers import build_classifier
 from .mega_model import MegaModel, MegaPreTrainedModel
 from .mega_seq2seq import MegaForConditionalGeneration
@@ -180,6 +182,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, L) ids, unshifted; -100 is ignored.
+            shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
             logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
 
@@ -187,7 +190,9 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             `logits` (B, L, V), and with `labels` the mean next-token cross-entropy as `loss`. In training the adaptive softmax
             evaluates only what the loss needs, and `logits` is None.
         """
-        if labels is not None:
+        # No argument of its own: `Trainer` evaluates only with values for every argument that is named like a label.
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
+        if labels is not None or shift_labels is not None:
             use_cache = False if use_cache is None else use_cache
         outputs = self.mega(
             input_ids,
@@ -201,8 +206,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if labels is not None:
-            labels = shift_labels(labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
         if self.dense is not None:
             hidden_states = torch.tanh(self.dense(hidden_states))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -327,22 +331,6 @@ class MegaForImageClassification(MegaClassifier):
             raise ValueError(f"Image classification needs `input_type='values'`; got {config.input_type!r}.")
         self.post_init()
 
-    def _flatten(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        size = self.config.image_size
-        shape = tuple(pixel_values.shape)
-        is_image = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
-        if not (is_image or len(shape) == 2):
-            raise ValueError(
-                f"`pixel_values` must be grey images (batch, 1, height, width) or their pixels (batch, height * width); got "
-                f"{shape}."
-            )
-        if size is not None and (shape[-2:] != (size, size) if is_image else shape[1] != size * size):
-            raise ValueError(
-                f"`pixel_values` must be images of {size} by {size} pixels (`image_size`); got shape {shape}. Resize them, as "
-                "PixelSequenceImageProcessor does."
-            )
-        return pixel_values.flatten(1)
-
     @can_return_tuple
     def forward(
         self,
@@ -353,7 +341,9 @@ class MegaForImageClassification(MegaClassifier):
         """`logits` (B, num_labels) of grey images (B, 1, H, W), (B, H, W) or (B, H * W), scaled and normalised."""
         if pixel_values is None:
             raise ValueError("Pass `pixel_values`: grey images (batch, 1, height, width).")
-        outputs, pooled = self._encode(None, input_values=self._flatten(pixel_values), **kwargs)
+        outputs, pooled = self._encode(
+            None, input_values=flatten_pixels(pixel_values, self.config.image_size), **kwargs
+        )
         return self._classify(ImageClassifierOutput, outputs, pooled, labels)
 
 

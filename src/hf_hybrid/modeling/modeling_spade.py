@@ -55,7 +55,7 @@ class SpadePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpadeEncoderLayer", "SpadeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = [r"ssm\.(?!kernel_length)"]  # a pattern; the length is an integer and stays one
+    _keep_in_fp32_modules_strict = [r"ssm\.(?!kernel_length)\w+"]  # a pattern; the length is an integer and stays one
     _supports_sdpa = True
     _can_compile_fullgraph = True
 

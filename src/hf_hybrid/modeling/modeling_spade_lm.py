@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, D hidden size, N state size, n heads, d head width, V
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from ..layers.norms import build_norm
 from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
-from .losses import check_class_labels, mean_over_labels, shift_labels, token_cross_entropy
+from .losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
 from .spade_layers import SpadeMixer, build_feed_forward
 
 
@@ -82,7 +83,7 @@ class SpadeLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpadeLMLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = [r"ssm\.(?!kernel_length)"]  # a pattern; the length is an integer and stays one
+    _keep_in_fp32_modules_strict = [r"ssm\.(?!kernel_length)\w+"]  # a pattern; the length is an integer and stays one
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _is_stateful = True  # a recurrent state cannot be rolled back
@@ -294,6 +295,7 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, L) ids, unshifted; -100 is ignored.
+            shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
             logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
 
@@ -301,7 +303,9 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
             `logits` (B, L, V), and with `labels` the mean next-token cross-entropy as `loss`. In training the adaptive softmax
             evaluates only what the loss needs, and `logits` is None.
         """
-        if labels is not None:
+        # No argument of its own: `Trainer` evaluates only with values for every argument that is named like a label.
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
+        if labels is not None or shift_labels is not None:
             use_cache = False if use_cache is None else use_cache
         outputs = self.model(
             input_ids,
@@ -312,8 +316,7 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if labels is not None:
-            labels = shift_labels(labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = None, None
         if self.config.adaptive_cutoffs is not None:

@@ -65,8 +65,10 @@ def blocked_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, bias))
-    single = query.shape[2] == 1 and not trains and dropout_p == 0  # a decoding step: one call takes half the time
-    if query.device.type != "cpu" or torch.compiler.is_exporting() or single:
+    exporting = torch.compiler.is_exporting()
+    # A decoding step: one call takes half the time.
+    single = not exporting and query.shape[2] == 1 and not trains and dropout_p == 0
+    if query.device.type != "cpu" or exporting or single:
         return _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     query_segments, key_segments = (None, None) if segments is None else segments
@@ -76,9 +78,22 @@ def blocked_attention(
 
 def _slots(states: torch.Tensor, dim: int, blocks: Blocks, num_blocks: int, fill: float = 0) -> torch.Tensor:
     """Slices of all blocks, an overlapping view of the padded `states`: dimension Lk becomes T, and w is appended."""
+    if torch.compiler.is_exporting():
+        return _copied_slots(states, dim, blocks, num_blocks, fill)
     back = (num_blocks - 1) * blocks.period + blocks.span - blocks.front - states.shape[dim]
     amounts = (0, 0) * (states.dim() - 1 - dim) + (blocks.front, back)  # negative amounts crop
     return F.pad(states, amounts, value=fill).unfold(dim, blocks.span, blocks.period)
+
+
+def _copied_slots(states: torch.Tensor, dim: int, blocks: Blocks, num_blocks: int, fill: float) -> torch.Tensor:
+    """`_slots` for exported graphs, which may have no overlapping views: side by side, whole periods of the states."""
+    pieces = -(-blocks.span // blocks.period)
+    periods = num_blocks + pieces - 1
+    back = periods * blocks.period - blocks.front - states.shape[dim]
+    padded = F.pad(states, (0, 0) * (states.dim() - 1 - dim) + (blocks.front, back), value=fill)
+    parts = padded.unflatten(dim, (periods, blocks.period))
+    slots = torch.cat([parts.narrow(dim, piece, num_blocks) for piece in range(pieces)], dim=dim + 1)
+    return slots.narrow(dim + 1, 0, blocks.span).movedim(dim + 1, -1)
 
 
 def _hidden_slots(key: torch.Tensor, key_mask: torch.Tensor | None, blocks: Blocks, num_blocks: int) -> torch.Tensor:

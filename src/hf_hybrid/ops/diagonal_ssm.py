@@ -23,6 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .export_shapes import count_blocks, is_open
+
+_OPEN_GROUP_SIZE = 64  # for kernels whose length a graph leaves open
+
 
 class DiagonalSystem(NamedTuple):
     """Discretised system of every channel; tensors (D, N), the output coefficients (D, N) or (S, D, N)."""
@@ -191,9 +195,12 @@ def _split_rows(rows: torch.Tensor, is_complex: bool) -> tuple[torch.Tensor, tor
 def two_level_split(length: int) -> tuple[int, int]:
     """Group size C and number of groups G with G * C >= length, both near sqrt(length)."""
     size = 1
-    while size * size < length:
-        size *= 2
-    return size, -(-length // size)
+    if is_open(length):
+        size = _OPEN_GROUP_SIZE
+    else:
+        while size * size < length:
+            size *= 2
+    return size, count_blocks(length, size)
 
 
 def diagonal_kernel(

@@ -14,15 +14,20 @@ from typing import Any
 
 import torch
 
+from .diagonal_ssm import complex_multiply
+from .export_shapes import is_open
+
 
 def fast_fft_length(n: int) -> int:
-    """Smallest 2^a 3^b 5^c that is at least `n`: a length every FFT library handles fast.
+    """Smallest 2^a 3^b 5^c that is at least `n`: a length every FFT library handles fast. Left open: the next even number.
 
     Raises:
         ValueError: if `n` is not positive.
     """
     if n < 1:
         raise ValueError(f"`n` must be a positive number of samples; got {n}.")
+    if is_open(n):
+        return 2 * ((n + 1) // 2)
     best = 1
     while best < n:
         best *= 2
@@ -39,9 +44,32 @@ def fast_fft_length(n: int) -> int:
     return best
 
 
-class _CircularConvolution(torch.autograd.Function):
-    """First `length` outputs of the circular convolution of size `n_fft` of two zero-padded real signals."""
+def _circular_convolution(inputs: torch.Tensor, kernel: torch.Tensor, n_fft: int) -> torch.Tensor:
+    """First outputs, as many as inputs, of the circular convolution of size `n_fft` of two zero-padded real signals."""
+    if not torch.compiler.is_exporting():
+        return _CircularConvolution.apply(inputs, kernel, n_fft)
+    # For graph formats, which know the transform of real numbers, but not all of complex products and of inverse transforms.
+    # Some runtimes are imprecise at lengths that are no power of two (onnxruntime: 2e-3 at 2,018 samples), hence float64.
+    signal = _real_transform(inputs.double(), n_fft)
+    response = _real_transform(kernel.double(), n_fft)
+    spectrum = _all_frequencies(*complex_multiply(*signal, *response), n_fft)
+    outputs = _all_frequencies(*_real_transform(spectrum, n_fft), n_fft) / n_fft
+    return outputs[..., : inputs.shape[-1]].to(inputs.dtype)
 
+
+def _real_transform(signal: torch.Tensor, n_fft: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real and imaginary part of the one-sided transform."""
+    real, imag = torch.view_as_real(torch.fft.rfft(signal, n=n_fft)).unbind(-1)
+    return real, imag
+
+
+def _all_frequencies(real: torch.Tensor, imag: torch.Tensor, n_fft: int) -> torch.Tensor:
+    """Hartley transform from a one-sided Fourier transform; it is its own inverse up to the factor `n_fft`."""
+    mirrored = n_fft - real.shape[-1]
+    return torch.cat([real - imag, (real + imag)[..., 1 : mirrored + 1].flip(-1)], dim=-1)
+
+
+class _CircularConvolution(torch.autograd.Function):
     @staticmethod
     def forward(inputs: torch.Tensor, kernel: torch.Tensor, n_fft: int) -> torch.Tensor:
         spectrum = torch.fft.rfft(inputs, n=n_fft) * torch.fft.rfft(kernel, n=n_fft)
@@ -88,9 +116,10 @@ def causal_fft_conv(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """
     length = inputs.shape[-1]
     dtype = _promote(inputs, kernel)
-    kernel = kernel[..., :length]
+    if not is_open(length):
+        kernel = kernel[..., :length]
     n_fft = fast_fft_length(length + kernel.shape[-1] - 1)
-    return _CircularConvolution.apply(inputs.to(dtype), kernel.to(dtype), n_fft).to(inputs.dtype)
+    return _circular_convolution(inputs.to(dtype), kernel.to(dtype), n_fft).to(inputs.dtype)
 
 
 def bidirectional_fft_conv(
@@ -110,13 +139,14 @@ def bidirectional_fft_conv(
     """
     length = inputs.shape[-1]
     dtype = _promote(inputs, forward_kernel, backward_kernel)
-    forward_kernel = forward_kernel[..., :length].to(dtype)
-    backward_kernel = backward_kernel[..., : max(length - 1, 1)].to(dtype)
+    forward_kernel, backward_kernel = forward_kernel.to(dtype), backward_kernel.to(dtype)
+    if not is_open(length):
+        forward_kernel, backward_kernel = forward_kernel[..., :length], backward_kernel[..., : max(length - 1, 1)]
     n_forward, n_backward = forward_kernel.shape[-1], backward_kernel.shape[-1]
     n_fft = fast_fft_length(length + max(n_forward - 1, n_backward))
     padded = torch.nn.functional.pad(forward_kernel, (0, n_fft - n_forward - n_backward))
     kernel = torch.cat([padded, backward_kernel.flip(-1)], dim=-1)  # lag -1-j sits at index n_fft-1-j
-    return _CircularConvolution.apply(inputs.to(dtype), kernel, n_fft).to(inputs.dtype)
+    return _circular_convolution(inputs.to(dtype), kernel, n_fft).to(inputs.dtype)
 
 
 def causal_conv_reference(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from .export_shapes import count_blocks, is_open
 from .gated_scores import ACTIVATIONS, Scores, activate, attend, score_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def gated_attention(
     """
     _check_self(query, key, value, activation, bias, chunk_size, key_mask, positions)
     key_mask = _visible(key_mask, positions)
-    if positions is not None and chunk_size is not None and chunk_size < query.shape[1]:
+    if positions is not None and _is_cut(query.shape[1], chunk_size):
         slots = _Slots(positions, key_mask, width=query.shape[1])
         aligned = [slots.gather(states) for states in (query, key, value)]
         outputs = gated_attention(
@@ -80,11 +81,24 @@ def gated_attention(
             dropout_p=dropout_p,
         )
         return slots.restore(outputs)
+    length = query.shape[1]
+    if chunk_size is not None and is_open(length):
+        query, key, value, key_mask = _whole_chunks(query, key, value, key_mask, chunk_size)
     pieces = []
     for part, scores in _chunk_scores(query, key, activation, bias, chunk_size, causal, key_mask, positions):
         values = value[:, part].reshape(*scores.key.shape[:2], value.shape[-1])
         pieces.append(attend(scores, values, dropout_p).reshape(value.shape[0], -1, value.shape[-1]))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    return outputs[:, :length] if is_open(length) else outputs
+
+
+def _whole_chunks(query, key, value, key_mask, chunk_size) -> tuple[torch.Tensor, ...]:
+    """Pads an open length to a multiple of the chunk, where a last chunk of another size cannot be told apart."""
+    length = query.shape[1]
+    missing = count_blocks(length, chunk_size) * chunk_size - length
+    mask = torch.ones_like(key[..., 0], dtype=torch.bool) if key_mask is None else key_mask
+    query, key, value = (F.pad(states, (0, 0, 0, missing)) for states in (query, key, value))
+    return query, key, value, F.pad(mask, (0, missing))
 
 
 def gated_attention_weights(
@@ -104,7 +118,7 @@ def gated_attention_weights(
     """
     _check_self(query, key, None, activation, bias, chunk_size, key_mask, positions)
     key_mask = _visible(key_mask, positions)
-    if positions is not None and chunk_size is not None and chunk_size < query.shape[1]:
+    if positions is not None and _is_cut(query.shape[1], chunk_size):
         slots = _Slots(positions, key_mask, width=query.shape[1])
         query, key, key_mask, positions = slots.gather(query), slots.gather(key), slots.filled, None
     pieces: list[torch.Tensor] = []
@@ -226,6 +240,11 @@ class _Slots:
         return states.gather(1, self.positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
+def _is_cut(length: int, chunk_size: int | None) -> bool:
+    """Whether a text is, or may be, cut into several chunks."""
+    return chunk_size is not None and (is_open(length) or chunk_size < length)
+
+
 def _visible(key_mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor | None:
     """The mask of the keys, without those at negative positions."""
     if positions is None:
@@ -313,7 +332,7 @@ def _chunk_scores(
 ) -> Iterator[tuple[slice, Scores]]:
     """The chunks of full length as one set of groups, then the rest as a chunk of its own, with their tokens."""
     length = query.shape[1]
-    full = length if chunk_size is None else min(chunk_size, length)
+    full = length if not _is_cut(length, chunk_size) else chunk_size
     rest = length % full
     for size, tokens in ((full, slice(0, length - rest)), (rest, slice(length - rest, length))):
         if size == 0:
@@ -446,7 +465,7 @@ def _check_self(query, key, value, activation, bias, chunk_size, key_mask, posit
         raise ValueError(f"`chunk_size` must be a positive number of tokens, or None; got {chunk_size}.")
     if positions is not None and positions.shape != key.shape[:2]:
         raise ValueError(f"`positions` must have shape {tuple(key.shape[:2])}; got {tuple(positions.shape)}.")
-    needed = key.shape[1] if chunk_size is None else min(chunk_size, key.shape[1])
+    needed = chunk_size if _is_cut(key.shape[1], chunk_size) else key.shape[1]
     if bias is not None and (bias.dim() != 1 or bias.shape[0] % 2 == 0 or bias.shape[0] < 2 * needed - 1):
         raise ValueError(
             f"`bias` must be a vector of an odd number of entries, at least {2 * needed - 1} for {needed} tokens in a "

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .blocked_attention import PAIRS_AT_A_TIME, Blocks, blocked_attention
+from .export_shapes import count_blocks, is_open
 
 
 def local_attention(
@@ -115,7 +116,7 @@ def chunk_attention(
             dropout_p=dropout_p,
         )
     length = query.shape[2]
-    size = min(chunk_size, length)
+    size = chunk_size if is_open(length) else min(chunk_size, length)
     bias = query.new_zeros(1, 2 * size - 1) if bias is None else bias[:, chunk_size - size : chunk_size + size - 1]
     bias = bias[:, :size] if causal else bias
     chunks = _into_blocks(query, 2, size)
@@ -211,15 +212,19 @@ def _band_attention(
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
     ahead = num_keys - num_queries  # s
-    # Offsets that no pair of tokens has are cut off the band.
-    reach_left, reach_right = min(left, num_keys - 1), min(right, num_queries - 1)
+    open_length = is_open(num_queries, num_keys)
+    reach_left, reach_right = left, right
+    if not open_length:  # offsets that no pair of tokens has are cut off the band
+        reach_left, reach_right = min(left, num_keys - 1), min(right, num_queries - 1)
     if bias is None:
         bias = query.new_zeros(1, reach_left + reach_right + 1)
     else:
         bias = bias[:, left - reach_left : left + 1 + reach_right]
     block = _block_length(reach_left, query.device)
     span = block + reach_left + reach_right
-    if num_keys <= span and num_queries * num_keys <= PAIRS_AT_A_TIME:  # short: one block, which sees all keys
+    if (
+        not open_length and num_keys <= span and num_queries * num_keys <= PAIRS_AT_A_TIME
+    ):  # short: one block, which sees all keys
         block = num_queries
         blocks = Blocks(period=num_keys, span=num_keys, front=0, shift=reach_left - ahead)
     else:
@@ -245,7 +250,7 @@ def _block_length(reach: int, device: torch.device) -> int:
 
 def _into_blocks(states: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Pads dimension `dim` at the end to a multiple of `size` and splits it into (blocks, size)."""
-    count = -(-states.shape[dim] // size)
+    count = count_blocks(states.shape[dim], size)
     missing = count * size - states.shape[dim]
     if torch.compiler.is_compiling() or missing:  # eager: padding by nothing would copy
         states = F.pad(states, (0, 0) * (states.dim() - 1 - dim) + (0, missing))

@@ -103,6 +103,11 @@ def toeplitz_bias(
     Returns:
         (..., num_rows, num_columns), a new tensor; differentiable in `vector`.
     """
+    if torch.compiler.is_exporting():  # graph formats know indexing, but few of them overlapping views
+        columns, rows = (torch.arange(size, device=vector.device) for size in (num_columns, num_rows))
+        index = columns - rows.unsqueeze(-1) + shift
+        inside = (index >= 0) & (index < vector.shape[-1])
+        return torch.where(inside, vector[..., index.clamp(0, vector.shape[-1] - 1)], fill)
     first = shift - (num_rows - 1)  # smallest index used, in the lower left corner
     last = shift + num_columns - 1  # largest index used, in the upper right corner
     before, after = max(0, -first), max(0, last + 1 - vector.shape[-1])

@@ -18,7 +18,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 from ..data.waveforms import WaveformCollator, WaveformDataset, read_waveforms, standardization
 from ..processing.audio_processing import WaveformFeatureExtractor
 from ..training.arguments import FinetuningArguments
-from .common import Job, display_names, run_recipe
+from .common import Job, display_names, run_recipe, with_adapter
 from .finetuning_data import (
     TableArguments,
     choose_column,
@@ -118,7 +118,8 @@ def build(
     longest = max(len(waveform) for part in (train_set, validation_set) if part for waveform in part.waveforms)
     model = build_classifier(auto_class, config, model_args, new_labels, longest)
     options: dict[str, Any] = {"collator": WaveformCollator(extractor), "processor": extractor}
-    trainer = classification_trainer(model, training_args, train_set, validation_set, labels, **options)
+    trained = with_adapter(model, model_args.model_name_or_path, training_args)
+    trainer = classification_trainer(trained, training_args, train_set, validation_set, labels, **options)
     sources = data_args.data or data_args.validation_data or []
     report = classification_report(
         f"A {model.config.model_type} classifier of raw waveforms at {rate} Hz: {display_names(sources)}.",

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification, default_data_collator
 
 from ..data.lra import PixelSequences, load_lra_table, lra_task, pixel_array
 from ..training.arguments import FinetuningArguments
-from .common import Job, display_names, run_recipe
+from .common import Job, display_names, run_recipe, with_adapter
 from .finetuning_data import TableArguments, labels_of_model, load_tables, single_validation_set
 from .sequence_classification import (
     ClassifierArguments,
@@ -88,7 +88,8 @@ def build(
         processor = new_image_processor(config, length, **scale)
     model = build_classifier(auto_class, config, model_args, new_labels, length)
     options: dict[str, Any] = {"collator": default_data_collator, "processor": processor, "equal_lengths": True}
-    trainer = classification_trainer(model, training_args, train_set, validation_set, labels, **options)
+    trained = with_adapter(model, model_args.model_name_or_path, training_args)
+    trainer = classification_trainer(trained, training_args, train_set, validation_set, labels, **options)
     sources = data_args.data or data_args.validation_data or []
     report = classification_report(
         f"A {model.config.model_type} classifier of images as sequences of grey values: {display_names(sources)}. Inputs are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import logging
@@ -29,11 +30,23 @@ from transformers import (
 
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
 
-from ..hub import EvaluationResult, ModelCard, write_model_card
+from ..hub import CARD_FILE, MANIFEST_FILE, EvaluationResult, ModelCard, verify_export, write_model_card
 from ..tokenization.special_tokens import padded_vocab_size
+from ..training.adapters import (
+    adapted_config,
+    adapter_folder,
+    add_lora,
+    base_model,
+    check_resumable,
+    is_adapted,
+    load_adapted_model,
+    state_modules,
+)
+from ..training.arguments import FinetuningArguments
 from ..training.run_folder import (
     ENVIRONMENT_FILE,
     LOSS_CURVE_FILE,
+    METRICS_FILE,
     RunFolder,
     check_checkpoint,
     describe_environment,
@@ -45,6 +58,10 @@ from ..viz import plot_loss_curves
 logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------------- arguments
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, so that example commands can be copied, and shows the defaults of the options."""
 
 
 def parse_arguments(
@@ -60,7 +77,11 @@ def parse_arguments(
     Raises:
         ValueError: the file cannot be read or is no mapping.
     """
-    parser = HfArgumentParser(list(dataclass_types), description=description)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        list(dataclass_types),  # type: ignore[arg-type]
+        description=description,
+        formatter_class=HelpFormatter,
+    )
     if isinstance(args, Mapping):
         words = _to_flags(args)
     else:
@@ -196,7 +217,12 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
 
     is_type = name_or_path in CONFIG_MAPPING and not Path(name_or_path).exists()
     try:
-        base = AutoConfig.for_model(name_or_path) if is_type else AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if is_type:
+            base = AutoConfig.for_model(name_or_path)
+        elif (adapter := adapter_folder(name_or_path)) is not None:
+            base = adapted_config(adapter)
+        else:
+            base = AutoConfig.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}") from error
     unknown = sorted(name for name in overrides if not hasattr(base, name))
@@ -254,17 +280,64 @@ def build_new_or_pretrained(
 def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint through an Auto class, with a clear error for a damaged or missing one.
 
+    An adapter is merged into the checkpoint that it was trained on. The names of parameters that the checkpoint did not
+    hold are left in `model.untrained_parameters`.
+
     Raises:
-        ValueError: nothing can be loaded from there.
+        ValueError: nothing can be loaded from there, or it is an export that was changed.
     """
     if Path(name_or_path).is_dir():
         check_checkpoint(name_or_path)
+        if (Path(name_or_path) / MANIFEST_FILE).is_file():
+            verify_export(name_or_path)
+    adapter = adapter_folder(name_or_path)
     try:
-        return auto_class.from_pretrained(name_or_path, **kwargs)
+        if adapter is not None:
+            return load_adapted_model(auto_class, adapter, **kwargs)
+        model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        model.untrained_parameters = sorted(report["missing_keys"])
+        return model
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: {error}"
         ) from error
+
+
+def with_adapter(model: PreTrainedModel, checkpoint: str | None, training_args: FinetuningArguments) -> Any:
+    """The model to train: with LoRA where `lora_rank` asks for it, else as it is.
+
+    Args:
+        model: loaded from `checkpoint`.
+        checkpoint: name or path; None for a model with random weights.
+        training_args: with the options of the adapter.
+
+    Raises:
+        ValueError: there is no checkpoint to adapt, or it is an adapter itself.
+    """
+    if training_args.lora_rank is None:
+        return model
+    if checkpoint is None:
+        raise ValueError(
+            "`lora_rank` adapts a pretrained checkpoint and saves the difference alone: pass `model_name_or_path`, "
+            "without `from_scratch`, or train the new model without `lora_rank`."
+        )
+    if adapter_folder(checkpoint) is not None:
+        raise ValueError(
+            f"{checkpoint!r} is an adapter itself. Continue its run with `resume_from_checkpoint`, or merge it into a "
+            "checkpoint first (python -m hf_hybrid.recipes.merge_adapter) and adapt that."
+        )
+    in_full: list[str] = []
+    for name in split_names(training_args.lora_modules_to_save):
+        in_full += state_modules(model) if name == "state" else [name]
+    return add_lora(
+        model,
+        training_args.lora_rank,
+        alpha=training_args.lora_alpha,
+        dropout=training_args.lora_dropout,
+        target_modules=split_names(training_args.lora_targets) or None,
+        modules_to_save=in_full,
+        untrained=getattr(model, "untrained_parameters", ()),
+    )
 
 
 def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str, remedy: str) -> None:
@@ -362,13 +435,18 @@ class Job:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that is trained or evaluated."""
-        assert isinstance(self.trainer.model, PreTrainedModel)
-        return self.trainer.model
+        """The model that is trained or evaluated, without the wrapper of its adapter."""
+        model = base_model(self.trainer.model)
+        assert isinstance(model, PreTrainedModel)
+        return model
 
     def num_parameters(self) -> int:
-        """Parameters, tied ones counted once."""
+        """Parameters, tied ones counted once, those of an adapter included."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def num_trainable_parameters(self) -> int:
+        """Parameters that get gradients."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
 def run_recipe(
@@ -399,6 +477,10 @@ def run_recipe(
         raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
     if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
         raise ImportError('The loss curve of a run needs matplotlib: pip install "hf_hybrid[train]".')
+    if training_args.hub_token is not None:
+        raise ValueError(
+            "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
+        )
     folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
     set_seed(training_args.seed)
     job = build(*groups)
@@ -409,6 +491,8 @@ def run_recipe(
 def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     trainer = job.trainer
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
+    if folder.resume_checkpoint is not None:
+        check_resumable(trainer.model, folder.resume_checkpoint)
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     metrics = {
@@ -420,6 +504,7 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         "input_tokens_seen": trainer.state.num_input_tokens_seen,
         "tokens_per_second": getattr(trainer, "tokens_per_second", None),
         "num_parameters": job.num_parameters(),
+        "num_trainable_parameters": job.num_trainable_parameters(),
         **peak_memory(),
     }
     folder.write_metrics(metrics)
@@ -429,9 +514,24 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         write_model_card(make_card(job, folder, metrics), folder.path)
         if job.write_results is not None:
             job.write_results(folder.path)
+        if trainer.args.push_to_hub:
+            _push_records(trainer, folder)
         logger.info("Everything about this run is in %s", folder.path)
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _push_records(trainer: Trainer, folder: RunFolder) -> None:
+    """Replaces the card that the Trainer drafted on the Hub by that of the run, and adds its figures."""
+    from huggingface_hub import HfApi
+
+    HfApi(library_name="hf_hybrid").upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=folder.path,
+        allow_patterns=[CARD_FILE, METRICS_FILE, LOSS_CURVE_FILE],
+        revision=trainer.args.hub_revision,
+        commit_message="Model card and figures of the run",
+    )
 
 
 def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelCard:
@@ -453,19 +553,29 @@ def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelC
         base_model=report.base_model,
         training_data=report.training_data,
         lengths=report.lengths,
+        adapter_of=display_names([str(job.model.name_or_path)]) if is_adapted(job.trainer.model) else None,
+        extra_tags=["lora", "peft"] if is_adapted(job.trainer.model) else [],
         training=_training_rows(job.trainer, metrics),
         environment={
             "hardware": ", ".join(environment["accelerators"]) or processor,
             "processes": environment["world_size"],
+            "python": environment["python"],
             "revision of hf_hybrid": environment["git_revision"] or versions.get("hf_hybrid"),
             **{name: versions.get(name) for name in ("torch", "transformers", "datasets")},
         },
         results=[
-            EvaluationResult(name, float(metrics[key]), report.data_name)
+            EvaluationResult(name, float(metrics[key]), report.data_name, baseline=_baseline(name, metrics))
             for key, name in report.result_names.items()
             if isinstance(metrics.get(key), (int, float))
         ],
     )
+
+
+def _baseline(name: str, metrics: Mapping[str, Any]) -> str:
+    """What the run measured of something simpler, for the metric `name`."""
+    if name == "accuracy" and "majority_accuracy" in metrics:
+        return f"{metrics['majority_accuracy']:.3g} (most frequent class)"
+    return ""
 
 
 def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -480,10 +590,27 @@ def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, An
         "learning rate of state space parameters": getattr(args, "ssm_learning_rate", None) or args.learning_rate,
         "schedule": f"{schedule}, warm-up {args.warmup_steps}",
         "weight decay": args.weight_decay,
+        "betas and epsilon of Adam": f"{args.adam_beta1}, {args.adam_beta2}, {args.adam_epsilon}",
+        "largest norm of the gradient": args.max_grad_norm,
+        **_adapter_rows(trainer, metrics),
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,
         "minutes of this run": f"{metrics.get('train_runtime', 0.0) / 60:.1f}",
+        "input tokens per second": metrics.get("tokens_per_second"),
+        "peak memory of the process": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
         "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
+    }
+
+
+def _adapter_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    if getattr(trainer.args, "lora_rank", None) is None:
+        return {}
+    model: Any = trainer.model
+    options = next(iter(model.peft_config.values()))
+    return {
+        "adapter": f"LoRA of rank {options.r}, alpha {options.lora_alpha:g}, dropout {options.lora_dropout}",
+        "adapted linear maps": ", ".join(sorted(options.target_modules)),
+        "trainable parameters": f"{metrics['num_trainable_parameters']:,}",
     }
 
 

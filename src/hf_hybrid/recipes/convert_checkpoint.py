@@ -1,23 +1,20 @@
-"""Converts official checkpoints of SPADE (arXiv 2212.08136) and Mega (arXiv 2209.10655) to this library, and back, without loss.
+"""Converts official checkpoints of SPADE (arXiv 2212.08136), Mega (2209.10655) and SeqBoat (2306.11197) to this library, and back.
 
     python -m hf_hybrid.recipes.convert_checkpoint --source official/ --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --source checkpoint_best.pt --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --source converted/ --output_dir official/ --direction to_official
 
 SPADE encoder-decoders are folders with `config.json` and `pytorch_model.bin` (or safetensors); its language models and all of Mega
-are fairseq checkpoints.
+and SeqBoat are fairseq checkpoints. Nothing is lost either way.
 Nothing in foreign files is executed. What was written is read again, converted back and compared bit by bit with the source.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +25,11 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from ..configuration.configuration_mega import MegaConfig
+from ..configuration.configuration_seqboat import SeqBoatConfig
 from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
-from ..conversion import mega, spade
+from ..conversion import mega, seqboat, spade
 from ..conversion.common import StateDict, read_checkpoint_file, read_folder_tensors, read_json, same_bytes
+from ..new_folder import new_folder
 from .common import parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -38,10 +37,15 @@ logger = logging.getLogger(__name__)
 OFFICIAL_CONFIG_FILE = "official_config.json"  # the official options, kept beside our configuration
 FAIRSEQ_FILE = "checkpoint.pt"
 
-_CONFIGS: dict[str, Any] = {"spade": SpadeConfig, "spade_lm": SpadeLMConfig, "mega": MegaConfig}
-_CONVERTERS: dict[str, Any] = {"spade": spade, "spade_lm": spade, "mega": mega}
+_CONFIGS: dict[str, Any] = {
+    "spade": SpadeConfig,
+    "spade_lm": SpadeLMConfig,
+    "mega": MegaConfig,
+    "seqboat": SeqBoatConfig,
+}
+_CONVERTERS: dict[str, Any] = {"spade": spade, "spade_lm": spade, "mega": mega, "seqboat": seqboat}
 
-AnyConfig = SpadeConfig | SpadeLMConfig | MegaConfig
+AnyConfig = SpadeConfig | SpadeLMConfig | MegaConfig | SeqBoatConfig
 _DIRECTIONS = ("from_official", "to_official")
 
 
@@ -82,7 +86,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     if not source.exists():
         raise ValueError(f"`source` {source} does not exist.")
     convert = _from_official if options.direction == "from_official" else _to_official
-    with _new_folder(output) as scratch:
+    with new_folder(output, "output_dir") as scratch:
         config, state = convert(source, options.config_file and Path(options.config_file), scratch)
     result = {
         "model_type": config.model_type,
@@ -92,30 +96,6 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     }
     logger.info("Converted %d tensors (%s) to %s", result["tensors"], config.model_type, output)
     return result
-
-
-@contextlib.contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of `output` when everything succeeded, and vanishes otherwise.
-
-    Raises:
-        FileExistsError: `output` is a file, or a folder that is not empty.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            f"`output_dir` {output} exists and is not an empty folder. Choose a new one, or empty it."
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        scratch.replace(output)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------- from official
@@ -195,6 +175,8 @@ def _from_official(source: Path, config_file: Path | None, folder: Path) -> tupl
 
 def _config_from_official(options: Mapping[str, Any], official: StateDict) -> AnyConfig:
     """Our configuration of an official checkpoint, of whichever architecture its options belong to."""
+    if seqboat.is_seqboat(options):
+        return seqboat.config_from_official(options, vocab_size=seqboat.vocabulary_size(official))
     if mega.is_mega(options):
         return mega.config_from_official(options, vocab_size=mega.vocabulary_size(official))
     vocab_size = spade.vocabulary_size(official) if spade.is_language_model(options) else None

@@ -73,6 +73,8 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         raise ValueError("`model_name_or_path` is required: the checkpoint to evaluate.")
     if training_args.output_dir is None:
         raise ValueError("`output_dir` is required: the folder that receives the metrics.")
+    if getattr(training_args, "lora_rank", None) is not None:
+        raise ValueError("`lora_rank` is for training; an adapter is evaluated by its folder as `model_name_or_path`.")
     folder = RunFolder(training_args.output_dir)
     job = partial(module.build, evaluate_only=True)(*groups)
     with folder.recording({"kind": kind, **resolved_arguments(*groups)}):

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from .. import metrics as offline_metrics
 from ..training.arguments import FinetuningArguments
 from ..training.trainer import HybridTrainer
-from .common import Job, RunReport, display_names, hub_names, load_config, load_tokenizer, run_recipe
+from .common import Job, RunReport, display_names, hub_names, load_config, load_tokenizer, run_recipe, with_adapter
 from .finetuning_data import (
     CheckpointArguments,
     Labels,
@@ -166,8 +166,9 @@ def build(
         encoded_train = None
         if train is not None:
             encoded_train = encode(train, columns, labels, tokenizer, data_args.max_length, "training data")
+    start = None if model_args.from_scratch else model_args.model_name_or_path
     trainer = HybridTrainer(
-        model=model,
+        model=with_adapter(model, start, training_args),
         args=training_args,
         train_dataset=encoded_train,
         eval_dataset=encoded[""] if "" in encoded else encoded,

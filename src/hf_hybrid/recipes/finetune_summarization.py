@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from .. import metrics as offline_metrics
 from ..training.arguments import Seq2SeqFinetuningArguments
-from .common import Job, RunReport, display_names, hub_names, load_tokenizer, run_recipe
+from .common import Job, RunReport, display_names, hub_names, load_tokenizer, run_recipe, with_adapter
 from .finetuning_data import (
     CheckpointArguments,
     GenerationArguments,
@@ -138,6 +138,7 @@ def build(
         encoded_train = None if train is None else encode(train, columns, tokenizer, data_args, "training data")
         encoded_rows = encode(rows, columns, tokenizer, data_args, "validation data")
     report = _report(data_args, model_args, train, rows)
+    model = with_adapter(model, None if model_args.from_scratch else model_args.model_name_or_path, training_args)
     return sequence_to_sequence_job(model, tokenizer, training_args, report, scorer, encoded_train, encoded_rows)
 
 

@@ -27,6 +27,7 @@ from .common import (
     hub_names,
     load_tokenizer,
     run_recipe,
+    with_adapter,
 )
 from .finetuning_data import (
     GenerationArguments,
@@ -117,6 +118,7 @@ def build(
         encoded_rows = encode(rows, "validation data")
     scorer = GenerationScorer(tokenizer, [[text] for text in rows["target"]], translation_scores)
     report = _report(data_args, model_args, train, rows)
+    model = with_adapter(model, model_args.model_name_or_path, training_args)
     return sequence_to_sequence_job(model, tokenizer, training_args, report, scorer, encoded_train, encoded_rows)
 
 

@@ -36,7 +36,8 @@ class ClassifierArguments(NewModelArguments):
     """A new classifier by its model type, or a checkpoint."""
 
     arch: str | None = field(
-        default=None, metadata={"help": "Model type of a new model, e.g. spade or mega (the same as `config_name`)."}
+        default=None,
+        metadata={"help": "Model type of a new model, e.g. spade, mega or seqboat (the same as `config_name`)."},
     )
 
     def __post_init__(self) -> None:
@@ -65,6 +66,9 @@ def find_classes(rows: Dataset, column: str, what: str) -> Labels:
 
 def _published_fields(known: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """How the published code classifies long sequences, where that is not the default of the configuration."""
+    if known.model_type == "seqboat":
+        width = overrides.get("hidden_size", known.hidden_size)
+        return {"pooling": "mean", "classifier_dim": 2 * width, "scale_embedding": False}
     if known.model_type != "mega":
         return {}
     return {

@@ -38,7 +38,7 @@ from ..data.lra import (
     pixel_array,
 )
 from ..training.arguments import FinetuningArguments
-from .common import Job, RunReport, display_names, load_tokenizer, run_recipe
+from .common import Job, RunReport, display_names, load_tokenizer, run_recipe, with_adapter
 from .finetuning_data import (
     Labels,
     TableArguments,
@@ -180,7 +180,8 @@ def build(
     if data_args.pixel_values:
         processor = new_image_processor(model.config, longest, data_args.pixel_mean, data_args.pixel_std)
     options = {"collator": collator, "processor": processor, "equal_lengths": task.is_pixels}
-    trainer = classification_trainer(model, training_args, encoded_train, encoded_rows, labels, **options)
+    trained = with_adapter(model, model_args.model_name_or_path, training_args)
+    trainer = classification_trainer(trained, training_args, encoded_train, encoded_rows, labels, **options)
     return Job(trainer, _report(task, data_args, model, auto_class, train, validation, longest))
 
 

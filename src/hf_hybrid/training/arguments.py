@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .adapters import check_lora_options
+
 
 @dataclass
 class HybridTrainingArguments(TrainingArguments):
@@ -68,6 +70,30 @@ class FinetuningArguments(HybridTrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Order of the samples: group_by_length, random or sequential."}
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train low-rank updates (LoRA) of this rank and the head; the checkpoint stays as it is."},
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The updates are scaled by alpha / rank. Default: twice the rank."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the inputs of the updates."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Names of the linear maps to adapt. Default: those of the architecture."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Further modules to train in full, e.g. ssm (SPADE) or ema_gate (Mega); `state` means these."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank is not None:
+            check_lora_options(self.lora_rank, self.lora_alpha, self.lora_dropout)
+        elif self.lora_alpha or self.lora_dropout or self.lora_targets or self.lora_modules_to_save:
+            raise ValueError("The options `lora_...` need `lora_rank`, the rank of the updates, e.g. 8.")
 
 
 @dataclass

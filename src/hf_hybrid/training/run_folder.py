@@ -33,6 +33,7 @@ ARGUMENTS_FILE = "arguments.json"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.json"
 LOSS_CURVE_FILE = "loss_curve.png"
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 RECORDED_PACKAGES = (
     "hf_hybrid",
@@ -44,6 +45,7 @@ RECORDED_PACKAGES = (
     "tokenizers",
     "sentencepiece",
     "safetensors",
+    "peft",
     "numpy",
 )
 
@@ -153,14 +155,15 @@ def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> N
     """Refuse a checkpoint that cannot be read, before anything expensive starts.
 
     Args:
-        folder: a local checkpoint folder.
+        folder: a local checkpoint folder, of a whole model or of an adapter.
         resumable: also require the state a training run needs to continue.
 
     Raises:
         ValueError: a file is missing, truncated or not what its name says; the message names it.
     """
     folder = Path(folder)
-    names = ["config.json"] + (["trainer_state.json"] if resumable else [])
+    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    names = [ADAPTER_CONFIG_FILE if is_adapter else "config.json"] + (["trainer_state.json"] if resumable else [])
     index = folder / "model.safetensors.index.json"
     names += [index.name] if index.is_file() else []
     parsed = {}
@@ -174,7 +177,7 @@ def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> N
     if index.name in parsed:
         weights = sorted({*parsed[index.name].get("weight_map", {}).values()})
     else:
-        weights = ["model.safetensors"]
+        weights = [ADAPTER_WEIGHTS_FILE if is_adapter else "model.safetensors"]
     if resumable:
         for name in ("optimizer.pt", "scheduler.pt"):
             if not (folder / name).is_file():

@@ -16,12 +16,10 @@ from transformers.cache_utils import Cache
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.segments import DocumentSegments
-from ..layers.context_filters import InputHistory
-from ..modeling.cache import carries_segments, detach_cache, reset_rows
+from ..modeling.cache import cache_tensors, carries_segments, detach_cache, fill_cache, reset_rows
 from .trainer import HybridTrainer
 
 STATE_FILE = "carried_state_{rank}.safetensors"
-STATE_NAMES = ("keys", "values", "context_keys", "context_values", "positions")
 POSITION_LIMITS = (4096, 16384, 65536)  # where the ranges of positions end for which the loss is reported
 
 
@@ -170,35 +168,21 @@ class SegmentTrainer(HybridTrainer):
 
 def state_tensors(cache: Cache) -> dict[str, torch.Tensor]:
     """Every tensor of a cache of block states by name, to be saved between two segments."""
-    found: dict[str, torch.Tensor] = {}
     layers: Any = cache.layers
-    for index, layer in enumerate(layers):
-        numbers = [layer.cumulative_length, layer.is_uniform]
-        found[f"{index}.numbers"] = torch.tensor([int(number) for number in numbers])
-        for name in STATE_NAMES:
-            tensor = getattr(layer, name)
-            if tensor is not None:
-                found[f"{index}.{name}"] = _copy(tensor)
-        if isinstance(layer.state, torch.Tensor):
-            found[f"{index}.state"] = _copy(layer.state)
-        elif layer.state is not None:
-            found |= {f"{index}.{name}": tensor for name, tensor in layer.state.tensors().items()}
-    return found
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """In memory of its own: files refuse tensors that share some, as layers do."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    found = {f"{index}.length": torch.tensor(layer.cumulative_length) for index, layer in enumerate(layers)}
+    found |= {f"{index}.is_uniform": torch.tensor(layer.is_uniform) for index, layer in enumerate(layers)}
+    # In memory of their own: files refuse tensors that share some, as layers do.
+    copies = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in cache_tensors(cache).items()
+    }
+    return found | copies
 
 
 def load_state_tensors(cache: Cache, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     """Fills a cache with what `state_tensors` gave, before its next segment."""
+    fill_cache(cache, {name: tensor.to(device) for name, tensor in tensors.items()}, 0)
     layers: Any = cache.layers
     for index, layer in enumerate(layers):
-        length, is_uniform = tensors[f"{index}.numbers"].tolist()
-        layer.cumulative_length, layer.is_uniform, layer.is_initialized = length, bool(is_uniform), True
-        for name in (*STATE_NAMES, "state"):
-            tensor = tensors.get(f"{index}.{name}")
-            setattr(layer, name, None if tensor is None else tensor.to(device))
-        if f"{index}.history" in tensors:
-            layer.state = InputHistory(tensors[f"{index}.history"].to(device), int(tensors[f"{index}.history_length"]))
+        layer.cumulative_length = int(tensors[f"{index}.length"])
+        layer.is_uniform, layer.was_reset = bool(tensors[f"{index}.is_uniform"]), False

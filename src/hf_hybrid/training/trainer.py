@@ -13,6 +13,8 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .activations import ActivationCallback, has_routers
+from .adapters import is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
 from .parameter_groups import parameter_groups
 
@@ -41,6 +43,8 @@ class EpochLengthSampler(LengthGroupedSampler):
 class HybridTrainer(Trainer):
     """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
 
+    Models with routers log the share of active tokens of each layer as well (`ActivationCallback`).
+
     The arguments are those of `Trainer`; pass `HybridTrainingArguments` as `args` for the additional options.
     """
 
@@ -53,6 +57,9 @@ class HybridTrainer(Trainer):
             self.add_callback(self._time_limit)
         self._epochs = EpochCallback(self.train_dataset)
         self.add_callback(self._epochs)
+        self._activations = ActivationCallback() if self.model is not None and has_routers(self.model) else None
+        if self._activations is not None:
+            self.add_callback(self._activations)
         self._interval_start: tuple[float, int] | None = None
         self._paused_seconds = 0.0
         self._timed_tokens, self._timed_seconds = 0, 0.0
@@ -134,6 +141,8 @@ class HybridTrainer(Trainer):
                     self._timed_seconds + seconds,
                 )
             self._interval_start, self._paused_seconds = (now, tokens), 0.0
+            if self._activations is not None:  # here, so that every callback that reports logs sees them
+                logs.update(self._activations.entries(self.state.global_step))
         super().log(logs, start_time)
         if not self.args.logging_nan_inf_filter and not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
@@ -158,6 +167,12 @@ class HybridTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         self._paused_seconds += time.perf_counter() - start
         return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if is_adapted(self.model) and self.args.should_save and folder is not None:
+            save_adapted_config(self.model, folder)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         start = time.perf_counter()

@@ -1,0 +1,130 @@
+"""Generation as a function: tokens and a state of plain tensors in, logits and the next state out.
+
+The cache objects of Transformers suit Python. Programs that are exported, and runtimes that execute them, know tensors alone:
+`DecodingStep` runs a model with its cache built from, and taken apart into, a dictionary of tensors.
+
+Shapes: B batch, T new tokens, P earlier tokens (with their padding), S source tokens, V vocabulary, W tokens whose keys are kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from .cache import cache_tensors, fill_cache, kept_tokens
+
+State = dict[str, torch.Tensor]
+
+
+class DecodingStep(nn.Module):
+    """A causal or encoder-decoder model that reads its state from tensors and returns the next.
+
+    A state of constant size (window or chunk attention) always holds W keys; zeros stand for tokens that were not read yet, and
+    the mask hides them. Where attention sees everything, keys and values grow along their axis of tokens, and start with
+    `growing` zeros that the mask must hide. Leading padding never changes a result.
+
+    Args:
+        model: a head with a cache: ...ForCausalLM or ...ForConditionalGeneration.
+
+    Raises:
+        ValueError: the model does not generate.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        parameters = inspect.signature(type(model).forward).parameters
+        if not model.can_generate() or "past_key_values" not in parameters:
+            raise ValueError(
+                f"{type(model).__name__} does not generate text: a decoding step needs a head for causal language modelling or "
+                "for conditional generation."
+            )
+        self.model = model
+        self.has_encoder = "decoder_input_ids" in parameters
+        self.window = kept_tokens(self._build_cache())
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether the state keeps every token."""
+        return self.window is None
+
+    def _build_cache(self) -> Cache:
+        decoder = self.model.get_decoder() if self.has_encoder else self.model.base_model
+        return decoder.build_cache()
+
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache, **source: Any) -> Any:
+        if not self.has_encoder:
+            return self.model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        return self.model(
+            decoder_input_ids=tokens, decoder_attention_mask=mask, past_key_values=cache, use_cache=True, **source
+        )
+
+    @torch.no_grad()
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> State:
+        """Keys and values of the source, (B, S) ids to tensors of S tokens, which every step reads and none changes."""
+        start = input_ids.new_zeros(input_ids.shape[0], 1)
+        cache = self._build_cache()
+        self._run(start, torch.ones_like(start), cache, input_ids=input_ids, attention_mask=attention_mask)
+        return {name: tensor for name, tensor in cache_tensors(cache).items() if ".cross_" in name}
+
+    @torch.no_grad()
+    def start(self, batch_size: int = 1, growing: int = 2) -> State:
+        """The state before the first token, zeros; a state that grows holds `growing` of them."""
+        device = self.model.device
+        token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        cache, source = self._build_cache(), {}
+        if self.has_encoder:
+            source = {"input_ids": token, "attention_mask": torch.ones_like(token)}
+        self._run(token, torch.ones_like(token), cache, **source)
+        length = growing if self.window is None else self.window
+        state = {}
+        for name, tensor in cache_tensors(cache).items():
+            if name.endswith((".keys", ".values")):
+                state[name] = tensor.new_zeros(*tensor.shape[:-2], length, tensor.shape[-1])
+            elif name.endswith(".positions"):
+                state[name] = tensor.new_zeros(tensor.shape[0], length)
+            elif ".cross_" not in name:
+                state[name] = torch.zeros_like(tensor)
+        return state
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
+        source: Mapping[str, torch.Tensor] | None = None,
+        source_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor | State]:
+        """Reads the next tokens.
+
+        Args:
+            input_ids: (B, T) new tokens, of the target in an encoder-decoder.
+            attention_mask: (B, P + T), 1 at real tokens, 0 at padding, which may only lead. A state that grows has P keys.
+            state: of the earlier call, or `start()`.
+            source: keys and values that `encode` returned, for encoder-decoders.
+            source_mask: (B, S), 1 at real source tokens.
+
+        Returns:
+            `logits` (B, T, V) and the next `state`.
+        """
+        mask = attention_mask if self.window is None else F.pad(attention_mask, (self.window, 0))
+        past = mask.shape[1] - input_ids.shape[1]
+        cache = fill_cache(self._build_cache(), {**state, **(source or {})}, past)
+        arguments: dict[str, Any] = {}
+        if self.has_encoder:
+            # The encoder has run: only the shape of its output is looked at, as keys and values are in the cache.
+            length = next(iter(source.values())).shape[-2]
+            width = self.model.config.hidden_size
+            hidden_states = self.model.lm_head.weight.new_zeros(input_ids.shape[0], length, width)
+            encoder_outputs = BaseModelOutput(last_hidden_state=hidden_states)
+            arguments = {"encoder_outputs": encoder_outputs, "attention_mask": source_mask}
+        outputs = self._run(input_ids, mask, cache, **arguments)
+        tensors = cache_tensors(outputs.past_key_values)
+        return {"logits": outputs.logits, "state": {name: tensors[name] for name in state}}

@@ -1,0 +1,227 @@
+"""The stack of SeqBoat layers: a bidirectional encoder, or a decoder (arXiv 2306.11197).
+
+Shapes: B batch, L new tokens, D hidden size, Z query and key width, E value width, N averages per channel, W window.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration.configuration_seqboat import SeqBoatConfig
+from ..layers.classifier import LraClassificationHead
+from ..layers.dropout import SequenceDropout
+from ..layers.ema import MultiDimensionalDampedEma
+from ..layers.norms import ScaleNorm
+from ..layers.router import ActivationRouter
+from ..layers.value_embedding import ValueEmbedding
+from ..ops.compaction import rotary_table
+from .cache import check_memory_cache, memory_cache
+from .inputs import check_inputs, check_values, simplify_mask
+from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
+from .seqboat_outputs import SeqBoatModelOutput
+
+
+class SeqBoatPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the interface to Transformers, for all SeqBoat models."""
+
+    config: SeqBoatConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SeqBoatLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _is_stateful = True  # a moving average cannot be rolled back
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        bounds = {"mean": 0.0, "std": std, "a": -2 * std, "b": 2 * std}
+        if isinstance(module, MultiDimensionalDampedEma):
+            module.initialize(init)
+        elif isinstance(module, ActivationRouter):
+            module.initialize(init, std=std)
+        elif isinstance(module, SeqBoatUnit):
+            for projection in (module.skip_proj, module.in_proj, module.out_proj):
+                init.trunc_normal_(projection.weight, **bounds)
+            init.trunc_normal_(module.qk_weight, **bounds)
+            init.zeros_(module.qk_bias)
+        elif isinstance(module, SeqBoatPositionBias):
+            init.trunc_normal_(module.rel_pos_bias, **bounds)
+        elif isinstance(module, SeqBoatEmbeddings) and module.position_scale is not None:
+            init.constant_(module.position_scale, self.config.hidden_size**-0.5)
+        elif isinstance(module, ScaleNorm) and module.scalar is not None:
+            init.ones_(module.scalar)
+        elif isinstance(module, nn.SyncBatchNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, ValueEmbedding):
+            init.normal_(module.weight, mean=0.0, std=1.0)
+            init.normal_(module.bias, mean=0.0, std=0.1)
+        if self.config.initializer_scheme == "official":
+            self._init_official(module)
+
+    def _init_official(self, module: nn.Module) -> None:
+        """Distributions of the published code for embeddings, their projection and classifiers."""
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=module.embedding_dim**-0.5)
+            is_loaded = getattr(module.weight, "_is_hf_initialized", False)
+            if module.padding_idx is not None and self.config.is_decoder and not is_loaded:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, SeqBoatEmbeddings) and module.project_in is not None:
+            init.xavier_uniform_(module.project_in.weight)
+        elif isinstance(module, LraClassificationHead):
+            for projection in [*module.layers, module.out_proj]:
+                init.xavier_uniform_(projection.weight)
+
+
+class SeqBoatModel(SeqBoatPreTrainedModel):
+    """The bare stack.
+
+    With `config.is_decoder` it keeps a cache: per layer the state of the moving average, (B, D, N) in float32 or better, and a ring of
+    the last W active tokens, keys (B, W, Z) and values (B, W, E): constant in size. Without a window all active ones are kept.
+    """
+
+    _can_record_outputs = {"hidden_states": SeqBoatLayer}
+
+    def __init__(self, config: SeqBoatConfig) -> None:
+        super().__init__(config)
+        self.embeddings = SeqBoatEmbeddings(config)
+        self.embed_norm = build_norm(config) if config.embedding_norm else None
+        self.embedding_dropout = SequenceDropout(config.hidden_dropout, config.feature_dropout)
+        self.layers = nn.ModuleList(SeqBoatLayer(config, index) for index in range(config.num_hidden_layers))
+        self.final_norm = build_norm(config, affine=config.final_norm_affine) if config.prenorm else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings = self.embeddings
+        return embeddings.embed_tokens if hasattr(embeddings, "embed_tokens") else embeddings.value_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        name = "embed_tokens" if hasattr(self.embeddings, "embed_tokens") else "value_embeddings"
+        setattr(self.embeddings, name, value)
+
+    # ------------------------------------------------------------------------------------------------------- cache
+
+    def _cache_layout(self) -> dict[str, object]:
+        names = ("hidden_size", "qk_dim", "value_dim", "ema_dim", "window_size", "ema_truncation", "position_bias")
+        return {name: getattr(self.config, name) for name in names}
+
+    def build_cache(self) -> Cache:
+        """Empty cache; of constant size unless `window_size` is None."""
+        return memory_cache(self.config.num_hidden_layers, self._cache_layout())
+
+    def _check_cache(self, cache: Cache) -> None:
+        if not self.config.is_decoder:
+            raise ValueError(
+                "`past_key_values` need a decoder: this model sees the future (`is_decoder=False`), so its states cannot be "
+                "continued."
+            )
+        check_memory_cache(cache, self.config.num_hidden_layers, self._cache_layout())
+
+    # ------------------------------------------------------------------------------------------------------ forward
+
+    def _embed(
+        self,
+        inputs: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        positions: torch.Tensor,
+        token_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        hidden_states = self.embeddings(inputs, inputs_embeds, positions)
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states)
+        hidden_states = self.embedding_dropout(hidden_states)
+        return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask, 0)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        input_values: torch.Tensor | None = None,
+        output_activations: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SeqBoatModelOutput:
+        """Runs over a text, or over its next tokens.
+
+        Args:
+            input_ids: (B, L), L >= 1, with or without a cache; or `inputs_embeds` (B, L, width of the embeddings).
+            attention_mask: (B, past + L), 1 at real tokens; either side may be padded.
+            past_key_values: cache of an earlier call; decoders only.
+            use_cache: return the cache; default `config.use_cache` outside training, for decoders.
+            input_values: (B, L) real numbers, instead of ids, for models with `input_type="values"`.
+            output_activations: return `active` and `gate_probs` of every layer; default `config.output_activations`.
+
+        Raises:
+            ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another model.
+        """
+        config = self.config
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if use_cache and config.is_decoder and past_key_values is None:
+            past_key_values = self.build_cache()
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if config.input_type == "values":
+            mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=config.hidden_size)
+            inputs = input_values
+        else:
+            width = config.embedding_width
+            vocabulary = config.vocab_size
+            mask = check_inputs(input_ids, inputs_embeds, attention_mask, vocabulary, hidden_size=width, past=past)
+            inputs = input_ids
+        given = inputs if inputs_embeds is None else inputs_embeds
+        batch, length = given.shape[:2]
+        for layer in () if past_key_values is None else past_key_values.layers:
+            layer.advance(batch, length)
+        mask, leading = simplify_mask(mask)
+        mask = None if mask is None else mask[:, past:]
+        places = torch.arange(past, past + length, device=given.device)
+        positions = places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)
+        token_mask = None if mask is None else mask.unsqueeze(-1)
+
+        hidden_states = self._embed(inputs, inputs_embeds, positions, token_mask)
+        rotary = None
+        if config.position_bias == "rotary":
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            rotary = rotary_table(places, config.qk_dim, wide)
+        gates, penalties = [], []
+        for layer in self.layers:
+            hidden_states, gate, penalty = layer(
+                hidden_states, mask, rotary, past, past_key_values=past_key_values, **kwargs
+            )
+            gates.append(gate)
+            penalties.append(penalty)
+        if self.final_norm is not None:
+            hidden_states = self.final_norm(hidden_states)
+        if token_mask is not None:
+            hidden_states = hidden_states.masked_fill(~token_mask, 0)
+        if output_activations is None:
+            output_activations = config.output_activations
+        active = [gate.detach() > 0 for gate in gates]
+        number = length if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
+        return SeqBoatModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            activation_rate=torch.stack([layer.sum(-1) for layer in active], dim=-1) / number,
+            active=tuple(active) if output_activations else None,
+            gate_probs=tuple(gates) if output_activations else None,
+            auxiliary_loss=None if penalties[0] is None else torch.stack(penalties).mean(),
+        )
+
+
+__all__ = ["SeqBoatModel", "SeqBoatPreTrainedModel"]

@@ -1,0 +1,71 @@
+"""Outputs of SeqBoat models: those of Transformers, and which tokens were active."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ImageClassifierOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class Activations:
+    """What every SeqBoat output holds besides.
+
+    Args:
+        activation_rate: (B, num_hidden_layers) share of the real tokens of each row that were active in each layer.
+        active: with `output_activations=True`, per layer (B, L) bool.
+        gate_probs: with `output_activations=True`, per layer (B, L) factors of the attention unit, 0 where inactive.
+        auxiliary_loss: mean dead layer penalty of the layers, with `dead_layer_loss_weight`; without its weight.
+    """
+
+    activation_rate: torch.FloatTensor | None = None
+    active: tuple[torch.BoolTensor, ...] | None = None
+    gate_probs: tuple[torch.FloatTensor, ...] | None = None
+    auxiliary_loss: torch.FloatTensor | None = None
+
+
+ACTIVATION_FIELDS = ("activation_rate", "active", "gate_probs", "auxiliary_loss")
+
+
+@dataclass
+class SeqBoatModelOutput(Activations, BaseModelOutputWithPast):
+    """States (B, L, D) and cache of the stack, and its activations."""
+
+
+@dataclass
+class SeqBoatCausalLMOutput(Activations, CausalLMOutputWithPast):
+    """Output of the language model, and its activations."""
+
+
+@dataclass
+class SeqBoatMaskedLMOutput(Activations, MaskedLMOutput):
+    """Output of the masked language model, and its activations."""
+
+
+@dataclass
+class SeqBoatSequenceClassifierOutput(Activations, SequenceClassifierOutput):
+    """Output of a classifier of whole inputs, and its activations (those of the first text of a pair)."""
+
+
+@dataclass
+class SeqBoatTokenClassifierOutput(Activations, TokenClassifierOutput):
+    """Output of the token classifier, and its activations."""
+
+
+@dataclass
+class SeqBoatImageClassifierOutput(Activations, ImageClassifierOutput):
+    """Output of the image classifier, and its activations."""
+
+
+def activations_of(outputs: ModelOutput) -> dict[str, object]:
+    """The activations in an output, as keyword arguments for another."""
+    return {name: getattr(outputs, name) for name in ACTIVATION_FIELDS}

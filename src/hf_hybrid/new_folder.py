@@ -1,0 +1,41 @@
+"""Folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, argument: str = "folder") -> Iterator[Path]:
+    """A scratch folder that takes the place of `path` when everything succeeded, and vanishes otherwise.
+
+    It lies beside `path`, so that taking its place is one renaming.
+
+    Args:
+        path: what to create; it must not exist, or be an empty folder.
+        argument: name of the option that `path` came from, for the error.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder that is not empty.
+    """
+    target = Path(path)
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise FileExistsError(
+            f"`{argument}` {target} exists and is not an empty folder. Choose a new one, or empty it."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        scratch.replace(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise

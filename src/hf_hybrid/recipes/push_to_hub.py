@@ -1,0 +1,176 @@
+"""Share a checkpoint: push it to the Hub, or write what would be pushed into a folder, with the code to load it.
+
+    python -m hf_hybrid.recipes.push_to_hub --source runs/summaries --repo_id me/summaries --license apache-2.0
+    python -m hf_hybrid.recipes.push_to_hub --source runs/summaries --output_dir export
+    python -m hf_hybrid.recipes.push_to_hub --source runs/summaries --repo_id me/summaries --remote_code False --private True
+
+With its code a checkpoint loads without this package, by `trust_remote_code=True`. Pushing needs a token of the Hub: run
+`hf auth login` once, or set HF_TOKEN. Writing a folder needs no network.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from ..auto import ARCHITECTURES, load_heads
+from ..hub import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    card_of_model,
+    export_remote_code,
+    log_in,
+    push_folder,
+    save_checkpoint,
+    verify_export,
+    with_metadata,
+)
+from ..new_folder import new_folder
+from .common import load_model, parse_arguments, set_up_logging, split_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PushToHubArguments:
+    """Arguments of the recipe."""
+
+    source: str = field(metadata={"help": "Folder of a checkpoint, with its tokenizer or processor."})
+    repo_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to, name or owner/name; it is created if need be."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Write what is shared to this folder; it must not exist or be empty."}
+    )
+    remote_code: bool = field(default=True, metadata={"help": "Include the code, so that no package is needed."})
+    card: str | None = field(
+        default=None, metadata={"help": "File of the model card. Default: README.md of the source, or a draft."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, e.g. apache-2.0."})
+    language: list[str] | None = field(default=None, metadata={"help": "Languages of the training text, e.g. en."})
+    private: bool | None = field(default=None, metadata={"help": "Create a private repository."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what the repository holds."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of one weight file."})
+
+
+def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the recipe; see `--help` for the options.
+
+    Args:
+        args: command line words, a mapping of options, or None for the words of this process.
+
+    Returns:
+        `model_type`, `architecture`, the number of `files`, and, where they apply, the `url`, the `output_dir` and the
+        `digest` that stands for all files of an export.
+
+    Raises:
+        ValueError: the source is no checkpoint of this library, the card is not valid, or there is no token.
+        FileExistsError: the output folder is not empty, or the repository holds other files.
+        PermissionError: the Hub refuses the token.
+    """
+    (options,) = parse_arguments((PushToHubArguments,), args, __doc__)
+    set_up_logging()
+    if options.repo_id is None and options.output_dir is None:
+        raise ValueError("Pass `repo_id` to push the checkpoint, `output_dir` to write a folder, or both.")
+    if options.repo_id is not None:
+        log_in(options.repo_id)  # before the work
+    with tempfile.TemporaryDirectory(prefix="hf_hybrid-push-") as temporary:
+        folder = Path(options.output_dir or Path(temporary) / "model")
+        model = _write(options, folder)
+        result: dict[str, Any] = {
+            "model_type": model.config.model_type,
+            "architecture": type(model).__name__,
+            "files": sum(path.is_file() for path in folder.iterdir()),
+        }
+        if (folder / MANIFEST_FILE).is_file():
+            result["digest"] = verify_export(folder)
+        if options.output_dir is not None:
+            result["output_dir"] = str(folder)
+        if options.repo_id is not None:
+            result["url"] = push_folder(
+                folder,
+                options.repo_id,
+                private=options.private,
+                overwrite=options.overwrite,
+                commit_message=options.commit_message,
+            )
+    for name, value in result.items():
+        logger.info("%s = %s", name, value)
+    return result
+
+
+def _write(options: PushToHubArguments, folder: Path) -> PreTrainedModel:
+    """Writes everything that is shared."""
+    source = Path(options.source)
+    model = load_own_model(source)
+    tokenizer, processor = _load_inputs(source)
+    card = _card(options, source, model)
+    parts: dict[str, Any] = {"processor": processor, "card": card, "max_shard_size": options.max_shard_size}
+    if options.remote_code:
+        export_remote_code(model, folder, tokenizer, **parts)
+    else:
+        with new_folder(folder, "output_dir") as scratch:
+            save_checkpoint(model, scratch, tokenizer, **parts)
+    return model
+
+
+def load_own_model(source: Path) -> PreTrainedModel:
+    """Loads a checkpoint as the class that its configuration names.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, or one of a model that is not of this library.
+    """
+    if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
+        raise ValueError(
+            f"`source` {source} holds an adapter without its model: merge it into a checkpoint first (python -m "
+            "hf_hybrid.recipes.merge_adapter)."
+        )
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`source` {source} is no folder of a checkpoint: config.json: {error}.") from error
+    model_type, named = config.get("model_type"), (config.get("architectures") or [None])[0]
+    architecture = next((found for found in ARCHITECTURES if found.model_type == model_type), None)
+    if architecture is None:
+        accepted = ", ".join(found.model_type for found in ARCHITECTURES)
+        raise ValueError(f"`source` {source} holds a model of the type {model_type!r}; accepted are {accepted}.")
+    classes = {model_class.__name__: model_class for _, model_class in load_heads(architecture)}
+    if named not in classes:
+        raise ValueError(
+            f"config.json of `source` {source} names the class {named!r}; accepted are {', '.join(classes)}."
+        )
+    return load_model(classes[named], str(source))
+
+
+def _load_inputs(source: Path) -> tuple[Any, Any]:
+    """Tokenizer and processor of a checkpoint, where it has them."""
+    tokenizer = AutoTokenizer.from_pretrained(source) if (source / "tokenizer_config.json").is_file() else None
+    settings = source / "preprocessor_config.json"
+    if not settings.is_file():
+        return tokenizer, None
+    is_image = "image_processor_type" in json.loads(settings.read_text(encoding="utf-8"))
+    return tokenizer, (AutoImageProcessor if is_image else AutoFeatureExtractor).from_pretrained(source)
+
+
+def _card(options: PushToHubArguments, source: Path, model: PreTrainedModel) -> str:
+    path = Path(options.card) if options.card else source / CARD_FILE
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif options.card:
+        raise ValueError(f"`card` {path} is no file.")
+    else:
+        text = card_of_model(model).render()
+    changes = {"license": options.license, "language": split_names(options.language) or None}
+    return with_metadata(text, {name: value for name, value in changes.items() if value is not None})
+
+
+if __name__ == "__main__":
+    main()
