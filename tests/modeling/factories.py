@@ -132,7 +132,10 @@ _BST = {
 def _bst(**settings: Any) -> Callable[..., BstConfig]:
     def build(**overrides: Any) -> BstConfig:
         names = {"dropout_rate": "hidden_dropout"}
-        return BstConfig(**_BST | settings | {names.get(name, name): value for name, value in overrides.items()})
+        fields = _BST | settings | {names.get(name, name): value for name, value in overrides.items()}
+        if fields["num_hidden_layers"] == 1 and "bst_layers" not in overrides:
+            fields["bst_layers"] = [0]
+        return BstConfig(**fields)
 
     return build
 
