@@ -112,6 +112,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         image_processor="processing.image_processing:PixelSequenceImageProcessor",
         feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
     ),
+    Architecture(
+        model_type="bst",
+        config="configuration.configuration_bst:BstConfig",
+        modeling="modeling.modeling_bst",
+        heads={
+            "AutoModel": "BstModel",
+            "AutoModelForCausalLM": "BstForCausalLM",
+            "AutoModelForSequenceClassification": "BstForSequenceClassification",
+        },
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_hybrid.auto import ARCHITECTURES, Architecture, load_heads
+from hf_hybrid.configuration.configuration_bst import BstConfig
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
 from hf_hybrid.configuration.configuration_mega import MegaConfig
 from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
@@ -71,6 +72,8 @@ TINY_OVERRIDES = {
     "seqboat": "hidden_size=16,num_hidden_layers=1,value_dim=16,qk_dim=8,ema_dim=4,window_size=8",
     "longvq": "hidden_size=16,num_hidden_layers=1,value_size=16,shared_representation_size=8,intermediate_size=16,window_size=8,"
     "codebook_size=8",
+    "bst": "hidden_size=16,num_hidden_layers=2,intermediate_size=16,num_attention_heads=2,head_dim=8,block_size=8,"
+    "ssm_state_size=4",
 }
 
 
@@ -133,6 +136,38 @@ def _longvq(settings: dict[str, Any]) -> Callable[..., LongVQConfig]:
     def build(**overrides: Any) -> LongVQConfig:
         names = {"dropout_rate": "dropout"}
         return LongVQConfig(**_LONGVQ | settings | {names.get(name, name): value for name, value in overrides.items()})
+
+    return build
+
+
+_BST = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 24,
+    "block_size": 4,
+    "bst_layers": [1],
+    "num_context_states": 3,
+    "ssm_state_size": 8,
+    "ssm_filter_length": 7,
+    "ssm_filter_emb_dim": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "final_dropout": 0.0,
+}
+
+
+def _bst(**settings: Any) -> Callable[..., BstConfig]:
+    def build(**overrides: Any) -> BstConfig:
+        names = {"dropout_rate": "hidden_dropout"}
+        fields = _BST | settings | {names.get(name, name): value for name, value in overrides.items()}
+        if fields["num_hidden_layers"] == 1 and "bst_layers" not in overrides:
+            fields["bst_layers"] = [0]
+        return BstConfig(**fields)
 
     return build
 
@@ -257,6 +292,14 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
             | {"window_size": 5, "chunk_size": 4}
         ),
         "plain_keys": _longvq({"qk_norm": False, "window_size": 1, "chunk_size": 1, "codebook_size": 50}),
+    },
+    "bst": {
+        "default": _bst(),
+        "mf": _bst(context_variant="mf", bst_layers=[0, 1]),
+        "mh_sliding": _bst(context_variant="mh", local_attention="sliding_window", qk_norm=False),
+        "mf_unstructured": _bst(context_variant="mf", ssm_type="unstructured", tie_word_embeddings=False),
+        "sh_unstructured": _bst(ssm_type="unstructured", local_attention="sliding_window", block_size=5),
+        "mh_s4": _bst(context_variant="mh", ssm_type="s4", bst_layers=[0]),
     },
 }
 

@@ -32,8 +32,11 @@ LONGVQ = [
 ]
 SEQ2SEQ = [Case("spade", "AutoModelForSeq2SeqLM", variant) for variant in ("default", "local_decoder_chunk")]
 CAUSAL = [Case("spade_lm", "AutoModelForCausalLM", variant) for variant in ("default", "official", "chunk_gated")]
-COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA + SEQBOAT + LONGVQ
-QUICK = [ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2], *SEQBOAT[:2], LONGVQ[0]]
+BST = [
+    Case("bst", "AutoModelForCausalLM", name) for name in ("default", "mf", "mh_sliding", "mf_unstructured", "mh_s4")
+]
+COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA + SEQBOAT + LONGVQ + BST
+QUICK = [ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2], *SEQBOAT[:2], LONGVQ[0], *BST[:2]]
 OTHER_HEADS = [case for case in all_heads() + all_heads(other_inputs=True) if case not in COMPILED]
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
 
@@ -82,7 +85,7 @@ def test_every_head_is_one_graph(case: Case) -> None:
 
 
 @pytest.mark.slow
-@parametrize([ENCODERS[1], SEQ2SEQ[1], *CAUSAL[1:], MEGA[1], *MEGA[3:], *SEQBOAT[2:]])
+@parametrize([ENCODERS[1], SEQ2SEQ[1], *CAUSAL[1:], MEGA[1], *MEGA[3:], *SEQBOAT[2:], *BST[2:]])
 def test_one_graph_forward_and_backward_of_the_other_variants(case: Case) -> None:
     check_compiled_training(case, "aot_eager")
 
@@ -124,7 +127,7 @@ def test_dynamic_lengths() -> None:
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
-@parametrize([SEQ2SEQ[0], CAUSAL[0], MEGA[1], *SEQBOAT[:2]])
+@parametrize([SEQ2SEQ[0], CAUSAL[0], MEGA[1], *SEQBOAT[:2], *BST[:2]])
 def test_export(case: Case) -> None:
     model = case.model().double()
     inputs = padded_inputs(case)

@@ -37,6 +37,10 @@ SETTINGS = {
         "use_chunking=True, chunk_size=64, attention_activation='laplace', bidirectional=False, is_decoder=True",
     ],
 }
+SETTINGS["bst"] = [
+    "block_size=64, context_variant='mf'",
+    "block_size=64, ssm_type='unstructured', ssm_filter_length=1024",
+]
 SETTINGS["seqboat"] = ["window_size=64", "is_decoder=True, position_bias='distance', attention_activation='relu2'"]
 SETTINGS["longvq"] = ["window_size=32, chunk_size=64, codebook_size=64"]
 SETTINGS["spade_lm"] = SETTINGS["spade"]

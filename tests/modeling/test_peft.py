@@ -34,6 +34,8 @@ FURTHER = [
     Case("spade", "AutoModelForTokenClassification", "chunk_gated"),
     Case("spade_lm", "AutoModelForCausalLM", "official"),
     Case("mega", "AutoModelForSequenceClassification", "laplace_simple"),
+    Case("bst", "AutoModelForCausalLM", "mh_sliding"),
+    Case("bst", "AutoModelForSequenceClassification", "mf"),
 ]
 
 

@@ -165,7 +165,7 @@ class TestEncoderDecoderLoss:
         torch.testing.assert_close(model(**inputs, labels=labels).loss, -logits[0, 2].log_softmax(-1)[17])
 
 
-@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega", "seqboat", "longvq"])
+@pytest.mark.parametrize("model_type", ["spade", "spade_lm", "mega", "seqboat", "longvq", "bst"])
 class TestSequenceLoss:
     def case(self, model_type: str) -> Case:
         return Case(model_type, "AutoModelForSequenceClassification", "default")
@@ -266,6 +266,7 @@ SMALL = {
     "mega": {"hidden_size": 32, "intermediate_size": 64, "nffn_hidden_size": 64},
     "seqboat": {"hidden_size": 32, "value_dim": 64},
     "longvq": {"hidden_size": 32, "value_size": 64, "freeze_codebook": False},
+    "bst": {"hidden_size": 32, "head_dim": 16, "intermediate_size": 64},
 }
 
 
@@ -294,6 +295,7 @@ def test_encoder_decoder_learns_eight_pairs(model_type: str, variant: str) -> No
         ("mega", "chunk_relu2_adaptive"),
         ("seqboat", "default"),
         ("longvq", "default"),
+        ("bst", "default"),
     ],
 )
 def test_language_model_learns_eight_texts(model_type: str, variant: str) -> None:

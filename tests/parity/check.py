@@ -38,6 +38,7 @@ ADAPTERS = {
     "sc_raw": "mega_vectors",
     "mega_lm": "mega_vectors",
     "mega": "mega_vectors",
+    "bst": "bst_vectors",
     "seqboat": "seqboat_vectors",
     "longvq": "longvq_vectors",
 }
@@ -80,6 +81,8 @@ def check_file(path: Path) -> Report:
     try:
         config, tensors = read_vectors(path)
         kind = config.get("model") or config.get("kind") or config.get("model_type")
+        if kind is None and "bst_layers" in config:
+            kind = "bst"
         if kind is None and "init_temp_scale" in config:  # only the routers of SeqBoat have a temperature
             kind = "seqboat"
         if kind is None and "codebook_size" in config:

@@ -36,15 +36,19 @@ class KeepsResults(nn.Module):
 
     def train(self, mode: bool = True) -> KeepsResults:
         """Switch between training and evaluation; what was kept of trained tensors is dropped."""
-        if any(parameter.requires_grad for parameter in self._parameters.values()):
+        if any(tensor.requires_grad for tensor in self._own_tensors()):
             self._cache.clear()
         return super().train(mode)
+
+    def _own_tensors(self) -> list[Any]:
+        """What results depend on."""
+        return [*self._parameters.values(), *self._buffers.values()]
 
     def _cache_key(self) -> tuple[Any, ...] | None:
         """Identity and version of every tensor, or None when results must not be kept."""
         if torch.compiler.is_compiling():
             return None
-        tensors = [*self._parameters.values(), *self._buffers.values()]
+        tensors = self._own_tensors()
         if any(tensor.requires_grad for tensor in tensors) and (self.training or torch.is_grad_enabled()):
             return None
         if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
@@ -64,10 +68,26 @@ class KeepsResults(nn.Module):
             return compute()
         found = self._cache.get(name)
         if found is None or found[0] != key:
-            tensors = [*self._parameters.values(), *self._buffers.values()]  # kept alive: no `id` is used again
+            tensors = self._own_tensors()  # kept alive: no `id` is used again
             with torch.inference_mode(False), torch.no_grad():
                 found = self._cache[name] = (key, compute(), tensors)
         return found[1]
+
+
+def keeping_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function for `Module._apply` that follows moves between devices, but never a cast below float32."""
+
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        if not _is_low_precision(moved.dtype) or _is_low_precision(tensor.dtype):
+            return moved
+        return torch.empty_like(tensor, device="meta") if moved.is_meta else tensor.to(moved.device)
+
+    return apply
+
+
+def _is_low_precision(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize < 4
 
 
 @contextmanager

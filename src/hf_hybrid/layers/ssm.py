@@ -44,7 +44,7 @@ from ..ops.s4 import (
     dplr_step_constants,
     recover_c,
 )
-from .kept_results import KeepsResults
+from .kept_results import KeepsResults, keeping_precision
 
 logger = logging.get_logger(__name__)
 
@@ -52,10 +52,6 @@ _SCAN_LENGTH = 1024  # tokens from which the scan beats computing a kernel and c
 _SCAN_LENGTH_CACHED = 4096  # the same with the kernel at hand
 
 _INITIAL_KINDS = {"s4": ("legs",), "s4d": ("legs", "lin", "inv", "real")}
-
-
-def _is_low_precision(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize < 4
 
 
 class StateSpaceLayer(KeepsResults):
@@ -187,14 +183,7 @@ class StateSpaceLayer(KeepsResults):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StateSpaceLayer:
         """Follow moves between devices, but never a cast below float32."""
-
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if not _is_low_precision(moved.dtype) or _is_low_precision(tensor.dtype):
-                return moved
-            return torch.empty_like(tensor, device="meta") if moved.is_meta else tensor.to(moved.device)
-
-        super()._apply(keep_precision, recurse)
+        super()._apply(keeping_precision(fn), recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -5,8 +5,9 @@ and a recurrent state whose size does not depend on the text. Both live in the l
 search, chunked prefill and continuation work as for every other model.
 
 Gated attention (Mega) keeps keys and values of one head, of different widths, the state of its moving average, which may be
-several tensors, and the keys and values of an encoder: that is a layer of our own. So is the working memory of SeqBoat, a ring
-of the last tokens that were active, and the memory of LongVQ, which knows most tokens by their codes.
+several tensors, and the keys and values of an encoder: that is a layer of our own. So are the working memory of SeqBoat, a ring
+of the last tokens that were active, the memory of LongVQ, which knows most tokens by their codes, and the rings and context
+states of the Block-State Transformer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers.cache_utils import (
 )
 
 from ..ops.code_memory import CodeMemory
+from ..ops.input_history import InputHistory
 from ..ops.working_memory import WorkingMemory
 
 SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that grow with the text
@@ -110,7 +112,7 @@ class RecurrentStateLayer(CacheLayerMixin):
     """What layers of our own have in common: tensors with the batch first, and the state of a moving average.
 
     Attributes:
-        state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
+        state: state of the recurrence, a tensor, a tuple of tensors, or past inputs, batch first; None before the first call.
         layout: settings of the model that made the cache, which the model that continues it must share.
     """
 
@@ -127,7 +129,7 @@ class RecurrentStateLayer(CacheLayerMixin):
     def _clear(self) -> None:
         for name in self.batch_tensors:
             setattr(self, name, None)
-        self.state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.state: torch.Tensor | tuple[torch.Tensor, ...] | InputHistory | None = None
         self.cumulative_length = 0
         self.is_initialized = False
 
@@ -154,8 +156,23 @@ class RecurrentStateLayer(CacheLayerMixin):
             setattr(self, name, None if tensor is None else change(tensor))
         if isinstance(self.state, tuple):
             self.state = tuple(change(tensor) for tensor in self.state)
+        elif isinstance(self.state, InputHistory):
+            self.state = self.state.map(change)
         elif self.state is not None:
             self.state = change(self.state)
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """Everything that `fill` needs to go on from here, by name."""
+        parts = self.state if isinstance(self.state, tuple) else (self.state,)
+        states = {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
+        return {name: getattr(self, name) for name in self.batch_tensors} | states
+
+    def fill(self, tensors: Mapping[str, torch.Tensor], past: int) -> None:
+        """Takes over the `tensors` of another layer, after `past` tokens."""
+        for name in self.batch_tensors:
+            setattr(self, name, tensors.get(name))
+        self.state = (tensors["state"], tensors["state_1"]) if "state_1" in tensors else tensors["state"]
+        self.is_initialized, self.cumulative_length = True, past
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -369,6 +386,11 @@ class CodeMemoryLayer(RecurrentStateLayer):
             )
         self.cumulative_length += tokens
 
+    def fill(self, tensors: Mapping[str, torch.Tensor], past: int) -> None:
+        super().fill(tensors, past)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self._map(torch.clone)  # it changes its tensors in place
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise NotImplementedError("A memory of codes is made by the layer that writes to it.")
 
@@ -401,6 +423,113 @@ def check_code_cache(cache: Cache, num_layers: int, layout: dict[str, Any], vers
             )
 
 
+class BlockStateLayer(RecurrentStateLayer):
+    """State of one layer of block-state attention, of constant size: rings of the last tokens, and what their context needs.
+
+    Attributes:
+        keys, values: (B, n, W, e) rings, that of position p in slot p mod W; None before the first call.
+        context_keys, context_values: (B, n, W, e) rings of context states, or (B, n, S, e) those of the current block; None in
+            layers without context.
+        state: state of the filters, a tensor or an `InputHistory`; None in layers without context.
+        positions: (B,) real tokens of each row so far.
+        is_uniform: all rows have had `cumulative_length` real tokens.
+        was_reset: some rows have begun a new text since the last call.
+        layout: settings of the model that made the cache; see `check_block_cache`.
+    """
+
+    batch_tensors = ("keys", "values", "context_keys", "context_values", "positions")
+    context_keys: Any
+    context_values: Any
+    positions: Any
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.is_uniform, self.was_reset = True, False
+
+    @property
+    def start(self) -> int | torch.Tensor:
+        """Real tokens so far: one number for all rows where they agree, else (B,)."""
+        return self.cumulative_length if self.is_uniform else self.positions
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ValueError unless the call has the rows that made the cache."""
+        held = None if self.positions is None else self.positions.shape[0]
+        if held not in (None, batch):
+            raise ValueError(
+                f"The input has {batch} rows but `past_key_values` holds {held}: continue the batch that made the cache."
+            )
+
+    def advance(self, positions: torch.Tensor, length: int, is_uniform: bool) -> None:
+        """Counts the tokens of a call: `length` of them, after which the rows have had `positions` (B,) real ones."""
+        self.positions = positions
+        self.cumulative_length += length
+        self.is_uniform = self.is_uniform and is_uniform
+        self.is_initialized, self.was_reset = True, False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True  # the layer that writes to the rings makes them
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("Rings are written to by their layer.")
+
+    def offload(self) -> None:
+        raise NotImplementedError("The state of block-state attention cannot be offloaded.")
+
+    def detach(self) -> None:
+        """Cuts the state off the graph that made it: the next segment of a text gets no gradient into this one."""
+        self._map(torch.Tensor.detach)
+
+    def reset_rows(self, rows: torch.Tensor) -> None:
+        """Begins a new text in the rows (B,) bool; the others go on."""
+        if self.positions is None:
+            return
+        self._map(lambda tensor: tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
+        self.is_uniform, self.was_reset = False, True
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """Everything that `fill` needs to go on from here."""
+        state = self.state.last(self.state.length) if isinstance(self.state, InputHistory) else self.state
+        rings = {name: getattr(self, name) for name in self.batch_tensors if name != "positions"}
+        return rings | {"state": state, "counts": self.positions}
+
+    def fill(self, tensors: Mapping[str, torch.Tensor], past: int) -> None:
+        """Takes over the `tensors` of another layer; rows of count 0 begin a text."""
+        for name in self.batch_tensors:
+            setattr(self, name, tensors.get("counts" if name == "positions" else name))
+        state = tensors.get("state")
+        is_history = state is not None and self.layout["ssm_type"] == "unstructured"
+        self.state = InputHistory.of(state) if is_history else state
+        self.cumulative_length, self.is_initialized = past, True
+        self.is_uniform, self.was_reset = False, True
+
+
+def block_cache(num_layers: int, layout: dict[str, Any]) -> Cache:
+    """Cache of a stack of block-state attention; `layout` as in `gated_cache`."""
+    return Cache(layers=[BlockStateLayer(layout) for _ in range(num_layers)])
+
+
+def check_block_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> None:
+    """Raises ValueError for a cache that `block_cache` did not make, or made for a model with other settings."""
+    _check_own_cache(cache, BlockStateLayer, "block-state attention", num_layers, layout)
+
+
+def detach_cache(cache: Cache) -> None:
+    """Cuts every state off the graph that made it, between two segments of a text in training."""
+    for layer in cache.layers:
+        layer.detach()
+
+
+def reset_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Begins a new text in the rows (B,) bool of a cache, between two segments."""
+    for layer in cache.layers:
+        layer.reset_rows(rows)
+
+
+def carries_segments(cache: Cache) -> bool:
+    """Whether the state of a model can be carried through the segments of documents, see `detach_cache` and `reset_rows`."""
+    return bool(cache.layers) and all(isinstance(layer, BlockStateLayer) for layer in cache.layers)
+
+
 # ------------------------------------------------------------------------------------------------- state as tensors
 
 
@@ -416,9 +545,7 @@ def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
         if isinstance(layer, SlidingRecurrentLayer):
             named["state"] = layer.recurrent_states[0]
         elif isinstance(layer, RecurrentStateLayer):
-            parts = layer.state if isinstance(layer.state, tuple) else (layer.state,)
-            named = {name: getattr(layer, name) for name in layer.batch_tensors}
-            named |= {"state" if part == 0 else f"state_{part}": tensor for part, tensor in enumerate(parts)}
+            named = layer.tensors()
         found |= {f"{index}.{kind}": tensor for kind, tensor in named.items() if tensor is not None}
     return found
 
@@ -446,12 +573,7 @@ def fill_cache(cache: Cache, tensors: Mapping[str, torch.Tensor], past: int) -> 
 
 def _fill_layer(layer: CacheLayerMixin, tensors: Mapping[str, torch.Tensor], past: int) -> None:
     if isinstance(layer, RecurrentStateLayer):
-        for name in layer.batch_tensors:
-            setattr(layer, name, tensors.get(name))
-        layer.state = (tensors["state"], tensors["state_1"]) if "state_1" in tensors else tensors["state"]
-        layer.is_initialized, layer.cumulative_length = True, past
-        if isinstance(layer, CodeMemoryLayer) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            layer._map(torch.clone)  # it changes its tensors in place
+        layer.fill(tensors, past)
         return
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
@@ -470,4 +592,6 @@ def kept_tokens(cache: Cache) -> int | None:
         return layer.layout["window_size"]
     if isinstance(layer, CodeMemoryLayer):
         return layer.layout["window_size"] - 1
+    if isinstance(layer, BlockStateLayer):
+        return layer.layout["block_size"]
     return layer.window if isinstance(layer, GatedAttentionLayer) else layer.sliding_window - 1

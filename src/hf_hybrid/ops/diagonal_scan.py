@@ -240,3 +240,71 @@ def diagonal_scan(
         whole = _map_pair(whole, lambda part: part[..., 0])
         state = state + pack_state(*complex_multiply(*unpack_state(initial_state, is_complex), *whole))
     return outputs.to(inputs.dtype), state
+
+
+def diagonal_block_states(
+    inputs: torch.Tensor,
+    system: DiagonalSystem,
+    block_size: int,
+    entering: torch.Tensor | None = None,
+    *,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """States after each block of tokens, without any output: one product per group of tokens, and a step per group.
+
+    Args:
+        inputs: (B, D, K * W), K >= 1 blocks of W tokens.
+        system: as `DiagonalSystem`.
+        block_size: W.
+        entering: (B, D, N[, 2]) what a state from before adds to that after the first block, or None for nothing.
+        group_size: tokens per group, a divisor of W; default: the largest up to 64 (W itself if all are small).
+
+    Returns:
+        (B, K, D, N[, 2]) in the precision of the system.
+    """
+    is_complex, dtype = system.log_decay_imag is not None, system.output_real.dtype
+    batch, channels, length = inputs.shape
+    size = block_divisor(block_size) if group_size is None else group_size
+    per_block, blocks = block_size // size, length // block_size
+    decays = (system.log_decay_real, system.log_decay_imag)
+    tokens = inputs.transpose(0, 1).to(dtype).reshape(channels, -1, size).contiguous()
+    powers = decay_powers(*decays, count=size + 1, dtype=dtype)
+    arrival = _interleave(*_map_pair(powers, lambda part: part[..., :size].flip(-1)))
+    drive = (tokens @ arrival.mT).unflatten(1, (batch, -1))
+    drive = torch.nn.functional.pad(
+        drive, (0, 0, 0, 1)
+    )  # one group more: the recurrence gives the states before groups
+    step = pack_state(*_map_pair(powers, lambda part: part[..., size]))
+    if is_complex:
+        states = _GroupRecurrence.apply(drive.unflatten(-1, (-1, 2)), step, True, False)
+    else:
+        states = _GroupRecurrence.apply(drive, step, False, False)
+    states = states[:, :, per_block::per_block].permute(1, 2, 0, *range(3, states.dim()))  # (B, K, D, N[, 2])
+    states = pack_state(*complex_multiply(*unpack_state(states, is_complex), system.input_real, system.input_imag))
+    if entering is None:
+        return states
+    later = decay_powers(*decays, stride=block_size, count=blocks, dtype=dtype)
+    later = _map_pair(later, lambda part: part.permute(2, 0, 1))  # (K, D, N)
+    return states + pack_state(*complex_multiply(*unpack_state(entering.to(dtype).unsqueeze(1), is_complex), *later))
+
+
+def block_divisor(block_size: int, largest: int = 64) -> int:
+    """Largest divisor of `block_size` up to `largest`, or `block_size` when all of them are small."""
+    found = max(size for size in range(1, min(block_size, largest) + 1) if block_size % size == 0)
+    return found if 4 * found >= min(block_size, largest) else block_size
+
+
+def decayed_state(state: torch.Tensor, system: DiagonalSystem, steps: int | torch.Tensor) -> torch.Tensor:
+    """q^steps x: a state (B, D, N[, 2]) after some tokens of zero, the same number for all rows or (B,)."""
+    is_complex, dtype = system.log_decay_imag is not None, system.output_real.dtype
+    if isinstance(steps, int):
+        decay = decay_powers(system.log_decay_real, system.log_decay_imag, count=1, offset=steps, dtype=dtype)
+        decay = _map_pair(decay, lambda part: part[..., 0])
+    else:
+        counts = steps[:, None, None].to(system.log_decay_real.dtype)
+        magnitude = torch.exp(counts * system.log_decay_real)
+        decay = (magnitude.to(dtype), None)
+        if is_complex:
+            angle = counts * system.log_decay_imag
+            decay = (magnitude * torch.cos(angle)).to(dtype), (magnitude * torch.sin(angle)).to(dtype)
+    return pack_state(*complex_multiply(*unpack_state(state.to(dtype), is_complex), *decay))

@@ -486,3 +486,46 @@ def dplr_scan(
     outputs = torch.baddbmm(tokens @ blocks.toeplitz.mT, met, blocks.responses.mT)  # (H, B n, S b)
     outputs = outputs.view(features, batch, groups, -1, size).permute(1, 3, 0, 2, 4).flatten(3)[..., :length]
     return outputs, from_real_basis(state.transpose(0, 1))
+
+
+def dplr_block_states(
+    inputs: torch.Tensor, dense: DenseSystem, block_size: int, entering: torch.Tensor | None = None, *, group_size: int
+) -> torch.Tensor:
+    """States after each block of tokens, without any output: one product per group of tokens carries the state.
+
+    Args:
+        inputs: u, (B, H, K * W), K >= 1 blocks of W tokens, in the working precision.
+        dense: `DenseSystem`; float64 keeps its powers exact.
+        block_size: W.
+        entering: (B, H, M, 2), what a state from before adds to that after the first block, or None for nothing.
+        group_size: tokens per group, a divisor of W.
+
+    Returns:
+        (B, K, H, M, 2).
+    """
+    batch, features, length = inputs.shape
+    squares = _squares(dense.transition, group_size)
+    arrival = _grow_columns(squares, dense.inputs.unsqueeze(-1), group_size).flip(-1).mT.to(inputs.dtype)  # (H, C, N)
+    transition = matrix_power(dense.transition, group_size).mT.to(inputs.dtype)
+    tokens = inputs.transpose(0, 1).reshape(features, -1, group_size)
+    drive = (tokens @ arrival).unflatten(1, (batch, -1))  # (H, B, G, N)
+    per_block = block_size // group_size
+    state, ends = None, []
+    for index in range(drive.shape[2]):
+        state = drive[:, :, index] if state is None else torch.baddbmm(drive[:, :, index], state, transition)
+        if entering is not None and index == per_block - 1:
+            state = state + to_real_basis(entering.to(state.dtype)).transpose(0, 1)
+        if index % per_block == per_block - 1:
+            ends.append(state)
+    return from_real_basis(torch.stack(ends, dim=0).permute(2, 0, 1, 3))
+
+
+def dplr_advance(state: torch.Tensor, dense: DenseSystem, steps: torch.Tensor, largest: int) -> torch.Tensor:
+    """A_bar^steps x: states (B, H, M, 2) after `steps` (B,) tokens of zero each, at most `largest`; by binary digits."""
+    vector = to_real_basis(state).transpose(0, 1)  # (H, B, N)
+    power, bit = dense.transition, 0
+    while largest >> bit:
+        moved = vector @ power.mT.to(vector.dtype)
+        vector = torch.where((steps >> bit & 1).bool()[None, :, None], moved, vector)
+        power, bit = power @ power, bit + 1
+    return from_real_basis(vector.transpose(0, 1))

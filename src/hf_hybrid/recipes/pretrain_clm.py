@@ -3,6 +3,9 @@
     python -m hf_hybrid.recipes.pretrain_clm --data corpus.txt --tokenizer tokenizer/ \
         --config_overrides "d_model=256,num_heads=4,d_ff=1024,num_hidden_layers=4,attention_window=127" \
         --block_length 1024 --max_steps 1000 --output_dir runs/lm
+
+With `--segment_length` every row of the batch reads whole documents in consecutive segments, and the state of the model goes on from
+one to the next (model type `bst`); the evaluation then reads the held-out documents whole.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator
 
 from ..data.packing import CausalBlockDataset, SeparateDocumentsCollator
+from ..data.segments import DocumentSegments
 from ..data.streaming import CausalBlockStream
 from ..data.token_corpus import end_of_document
 from ..metrics import bits_per_byte, perplexity
 from ..training.arguments import PretrainingArguments
+from ..training.segments import SegmentTrainer, new_state
 from ..training.trainer import HybridTrainer
 from .common import (
     Job,
@@ -54,6 +59,23 @@ class CausalDataArguments(PretrainingDataArguments):
             "to the longest."
         },
     )
+    segment_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of shuffled blocks, read documents in order in segments of this many tokens, with the state of the "
+            "model carried from one to the next."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.segment_length is not None and (self.segment_length < 1 or self.streaming):
+            raise ValueError(
+                "`segment_length` must be a positive number of tokens, without `streaming`: documents are read whole, in "
+                f"order; got {self.segment_length}."
+            )
+        if self.segment_length is not None and self.separate_documents:
+            raise ValueError("`segment_length` keeps documents apart already: leave `separate_documents` out.")
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -77,14 +99,21 @@ def build(
         check_length_of_run(data_args, training_args)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_type="spade_lm")
-    check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
-    train_dataset, eval_dataset, text = build_datasets(
-        data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
-    )
     collator: Callable[..., Any] = default_data_collator
     if data_args.separate_documents:
         collator = SeparateDocumentsCollator(end_of_document(tokenizer))
-    trainer = HybridTrainer(
+    if data_args.segment_length is None:
+        check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
+        train_dataset, eval_dataset, text = build_datasets(
+            data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
+        )
+    else:
+        new_state(model)  # better an error now than after reading the data
+        train_dataset, eval_dataset, text = build_segments(
+            data_args, tokenizer, training_args, evaluate_only=evaluate_only
+        )
+    trainer_class = HybridTrainer if data_args.segment_length is None else SegmentTrainer
+    trainer = trainer_class(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -101,7 +130,9 @@ def build(
         pipeline_tag="text-generation",
         training_data=f"{display_names(data_args.data)} ({text})",
         datasets=hub_names(data_args.data),
-        lengths=f"blocks of {data_args.block_length} tokens",
+        lengths=f"blocks of {data_args.block_length} tokens"
+        if data_args.segment_length is None
+        else f"segments of {data_args.segment_length} tokens with carried state",
         metrics={"corpus": str(text), "bytes_per_token": num_bytes / num_tokens},
         result_names={"eval_loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"},
     )
@@ -109,7 +140,11 @@ def build(
     def derive(metrics: Mapping[str, Any]) -> dict[str, float]:
         loss = metrics["eval_loss"]
         # Tokens per byte of the whole validation text convert the unit; the ends of documents are part of the cost.
-        return {"perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, num_tokens, num_bytes)}
+        found = {"perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, num_tokens, num_bytes)}
+        for name, value in metrics.items():
+            if name.startswith("eval_loss_"):  # of a range of positions
+                found[name.replace("eval_loss", "bits_per_byte")] = bits_per_byte(value, num_tokens, num_bytes)
+        return found
 
     return Job(trainer, report, derive)
 
@@ -128,6 +163,25 @@ def build_datasets(
         train = CausalBlockStream(text.train, tokenizer, block_length=length, **options)
     evaluation = CausalBlockDataset(text.validation.tokens, length)
     return train, limited(evaluation, arguments.max_validation_segments), text
+
+
+def build_segments(
+    arguments: CausalDataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: PretrainingArguments,
+    *,
+    evaluate_only: bool = False,
+) -> tuple[Dataset | None, Dataset, PretrainingText]:
+    """Documents in segments to train on and to evaluate on, and the text they come from."""
+    text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
+    options: dict[str, Any] = {"length": arguments.segment_length, "pad_token_id": tokenizer.pad_token_id or 0}
+    eos = end_of_document(tokenizer)
+    train: Dataset | None = None
+    if isinstance(text.train, TokenSplit):
+        rows = training_args.train_batch_size * training_args.world_size
+        train = DocumentSegments(text.train.tokens, eos, num_rows=rows, **options)
+    rows = min(training_args.eval_batch_size * training_args.world_size, text.validation.num_documents)
+    return train, DocumentSegments(text.validation.tokens, eos, num_rows=rows, **options), text
 
 
 if __name__ == "__main__":

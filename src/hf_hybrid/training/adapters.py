@@ -30,6 +30,7 @@ LORA_TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "mega": ("v_proj", "mx_proj", "h_proj", "q_proj", "k_proj", "fc1", "fc2"),
     "seqboat": ("skip_proj", "in_proj", "out_proj", "fc1", "fc2"),
     "longvq": ("v_proj", "mx_proj", "h_proj", "fc1", "fc2"),
+    "bst": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
 }
 
 # The recurrent parts, which low-rank updates cannot reach: candidates for `modules_to_save` (training in full).
@@ -39,6 +40,7 @@ STATE_MODULES: dict[str, tuple[str, ...]] = {
     "mega": ("ema_gate",),
     "seqboat": ("ema",),
     "longvq": ("ssm",),
+    "bst": ("ssm",),
 }
 
 ADAPTED_CONFIG_FILE = "adapted_config.json"

@@ -17,8 +17,8 @@ SSM_PATTERN = re.compile(r"(^|\.)(ssm|ema|ema_gate)\.")
 
 # Tables and norms. One-dimensional tensors (biases, norm weights, gates) are recognised by shape as well.
 NO_DECAY_PATTERN = re.compile(
-    r"(^|\.)(shared|embed_tokens|embed_positions|embeddings|\w+_embeddings|relative_attention_bias|rel_pos_bias|codebook)(\.|$)"
-    r"|(^|\.)qk_(weight|gamma|beta)$|norm|(^|\.|_)bias$"
+    r"(^|\.)(shared|embed_tokens|embed_positions|embeddings|\w+_embeddings|relative_attention_bias|rel_pos_bias|rel_bias|codebook)(\.|$)"
+    r"|(^|\.)(qk_(weight|gamma|beta)|context\.ids|context\.initial)$|norm|(^|\.|_)bias$"
 )
 
 

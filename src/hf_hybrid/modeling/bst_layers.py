@@ -1,0 +1,427 @@
+"""Building blocks of the Block-State Transformer: local attention, context states and the layer that joins them.
+
+Shapes: B batch, T tokens of a call, D hidden size, n heads, e head width, W tokens per block, F filters per channel, S context
+states, K block ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ..configuration.configuration_bst import BstConfig
+from ..layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
+from ..layers.norms import RMSNorm
+from ..ops.block_state import (
+    RingView,
+    RowOrder,
+    Start,
+    compact_rows,
+    context_attention,
+    restore_rows,
+    ring_after,
+    segment_attention,
+    step_attention,
+    write_slots,
+)
+from ..ops.relative_position import relative_bias_vector
+from .cache import BlockStateLayer
+from .inputs import can_read_values
+
+Rings = tuple[torch.Tensor, torch.Tensor]
+
+
+class Step(NamedTuple):
+    """Where a single new token of every row stands."""
+
+    slot: Start  # in the rings
+    window: RingView
+    block: RingView
+    is_block_end: bool | torch.Tensor  # of all rows, or (B,)
+    valid: torch.Tensor | None  # (B,) rows whose token is real; None: all
+
+
+class Passage(NamedTuple):
+    """Where the tokens of a call stand in their texts; the same for all layers."""
+
+    start: Start = 0  # real tokens of earlier calls
+    order: RowOrder | None = None  # how rows with padding are arranged
+    step: Step | None = None  # for a single token after others
+
+    @property
+    def counts(self) -> torch.Tensor | None:
+        """(B,) real tokens, or None for all."""
+        return None if self.order is None else self.order.counts
+
+
+def unit_length(states: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (|x|^2 + eps)^(-1/2) over the last dimension, in float32 or better."""
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+
+
+class _HeadScores(nn.Module):
+    """Queries and keys of attention: with `qk_norm` of unit length, and a learned scale |s| per head."""
+
+    def __init__(self, config: BstConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.block_size, self.dropout = config.block_size, config.attention_dropout
+        self.qk_norm_eps = config.qk_norm_eps
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.qk_scale = nn.Parameter(torch.empty(config.num_attention_heads)) if config.qk_norm else None
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of the scores; with normalised queries it is in them already."""
+        return None if self.qk_scale is None else 1.0
+
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(B, T, n e) -> (B, n, T, e)."""
+        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def queries(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, n, T, e)."""
+        query = self.split_heads(self.q_proj(states))
+        if self.qk_scale is None:
+            return query
+        scaled = unit_length(query, self.qk_norm_eps) * self.qk_scale.abs().view(-1, 1, 1)
+        return scaled.to(query.dtype)
+
+    def normalize_keys(self, key: torch.Tensor) -> torch.Tensor:
+        """(..., e) -> (..., e)."""
+        return key if self.qk_scale is None else unit_length(key, self.qk_norm_eps).to(key.dtype)
+
+
+class BstAttention(_HeadScores):
+    """Attention to the tokens of the window or block, with the relative position bias of T5 inside the scale.
+
+    The output projection `o_proj` reads this attention, and in layers with context states that to them behind it.
+    """
+
+    def __init__(self, config: BstConfig, *, has_context: bool) -> None:
+        super().__init__(config)
+        self.is_sliding = not has_context or config.local_attention == "sliding_window"
+        self.max_distance = config.relative_attention_max_distance
+        inner = config.num_attention_heads * config.head_dim
+        self.o_proj = nn.Linear(inner * (1 + has_context), config.hidden_size, bias=False)
+        self.rel_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
+
+    def bias(self) -> torch.Tensor:
+        """(n, W): entry k belongs to the distance W - 1 - k."""
+        bias = relative_bias_vector(
+            self.rel_bias.weight, radius=self.block_size - 1, causal=True, max_distance=self.max_distance
+        )
+        return bias if self.qk_scale is None else bias * self.qk_scale.abs().unsqueeze(1)
+
+    def forward(self, states: torch.Tensor, passage: Passage, memory: BlockStateLayer | None) -> torch.Tensor:
+        """(B, T, D) -> (B, n, T, e), before the output projection."""
+        query = self.queries(states)
+        key = self.normalize_keys(self.split_heads(self.k_proj(states)))
+        value = self.split_heads(self.v_proj(states))
+        bias = self.bias()
+        if passage.step is not None:
+            step = passage.step
+            memory.keys = write_slots(memory.keys, key, step.slot, step.valid)
+            memory.values = write_slots(memory.values, value, step.slot, step.valid)
+            view = step.window if self.is_sliding else step.block
+            return step_attention(query, memory.keys, memory.values, view, bias=bias, scale=self.scale)
+        rings = None if memory is None or memory.keys is None else (memory.keys, memory.values)
+        attended = segment_attention(
+            query,
+            key,
+            value,
+            block_size=self.block_size,
+            is_sliding=self.is_sliding,
+            bias=bias,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            start=passage.start,
+            rings=rings,
+        )
+        if memory is not None:
+            memory.keys, memory.values = _rings_after(rings, (key, value), self.block_size, passage)
+        return attended
+
+
+def _rings_after(rings: Rings | None, new: Rings, size: int, passage: Passage) -> list[torch.Tensor]:
+    return [
+        ring_after(ring, states, size=size, start=passage.start, counts=passage.counts)
+        for ring, states in zip(rings or (None, None), new)
+    ]
+
+
+class BstContext(_HeadScores):
+    """Attention to context states, the outputs of the filters of the layer.
+
+    "sh", "mh": to the outputs at the tokens of the own block so far, of one filter or of one filter per head.
+    "mf": to the outputs of S filters at the end of the block before, or to learned states in the first block.
+    """
+
+    def __init__(self, config: BstConfig) -> None:
+        super().__init__(config)
+        self.variant = config.context_variant
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.variant == "mf":
+            self.ids = nn.Parameter(torch.empty(config.num_context_states, config.hidden_size))
+            self.initial = nn.Parameter(torch.empty(config.num_context_states, config.hidden_size))
+
+    def forward(
+        self, states: torch.Tensor, filters: nn.Module, passage: Passage, memory: BlockStateLayer | None
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, n, T, e), before the output projection; `filters` are those of the layer."""
+        query = self.queries(states)
+        if passage.step is not None:
+            read = self._step_multi_filter if self.variant == "mf" else self._step
+            return read(query, states, filters, passage.step, memory)
+        if self.variant == "mf":
+            return self._read_multi_filter(query, states, filters, passage, memory)
+        outputs, state = filters(states, None if memory is None else memory.state, memory is not None, passage.counts)
+        new = self._keys_and_values(outputs.to(states.dtype))
+        rings = None
+        if memory is not None and memory.context_keys is not None:
+            rings = (memory.context_keys, memory.context_values)
+        read = segment_attention(
+            query,
+            *new,
+            block_size=self.block_size,
+            is_sliding=False,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            start=passage.start,
+            rings=rings,
+        )
+        if memory is not None:
+            memory.state = state
+            memory.context_keys, memory.context_values = _rings_after(rings, new, self.block_size, passage)
+        return read
+
+    # -------------------------------------------------------------------------------- one output per token (sh, mh)
+
+    def _keys_and_values(self, outputs: torch.Tensor) -> Rings:
+        """Outputs of the filters (B, F, D, T) -> keys and values (B, n, T, e)."""
+        if self.variant == "sh":
+            context = self.norm(outputs.squeeze(1).transpose(1, 2))
+            return self.normalize_keys(self.split_heads(self.k_proj(context))), self.split_heads(self.v_proj(context))
+        # Each head projects its own vectors: the norm goes into the weights, and what it divides by behind the product,
+        # so that no second tensor of the size of the outputs is made.
+        weights = [_weight_of(linear).unflatten(0, (self.num_heads, -1)) for linear in (self.k_proj, self.v_proj)]
+        weight = torch.cat(weights, dim=1) * self.norm.weight  # (n, 2 e, D)
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        factor = torch.rsqrt(wide.square().mean(2, keepdim=True) + self.norm.eps)  # (B, n, 1, T)
+        projected = ((weight @ outputs) * factor).to(outputs.dtype).transpose(-1, -2)  # (B, n, T, 2 e)
+        key, value = projected.chunk(2, dim=-1)
+        return self.normalize_keys(key), value
+
+    def _step(
+        self,
+        query: torch.Tensor,
+        states: torch.Tensor,
+        filters: nn.Module,
+        step: Step,
+        memory: BlockStateLayer,
+    ) -> torch.Tensor:
+        memory.state = filters.advance(states, memory.state, step.valid)
+        outputs = filters.read(states, memory.state).unsqueeze(-1)  # (B, F, D, 1)
+        key, value = self._keys_and_values(outputs.to(states.dtype))
+        memory.context_keys = write_slots(memory.context_keys, key, step.slot, step.valid)
+        memory.context_values = write_slots(memory.context_values, value, step.slot, step.valid)
+        return step_attention(query, memory.context_keys, memory.context_values, step.block, scale=self.scale)
+
+    # --------------------------------------------------------------------------------- S outputs per block (mf)
+
+    def _contexts(self, outputs: torch.Tensor) -> Rings:
+        """Outputs of the filters (B, K, S, D) -> keys and values (B, n, K, S, e)."""
+        context = self.norm(outputs) + self.ids.to(outputs.dtype)
+        heads = (self.num_heads, self.head_dim)
+        key, value = (linear(context).unflatten(-1, heads).movedim(3, 1) for linear in (self.k_proj, self.v_proj))
+        return self.normalize_keys(key), value
+
+    def _first_context(
+        self, states: torch.Tensor, passage: Passage, memory: BlockStateLayer | None
+    ) -> list[torch.Tensor]:
+        """Context of the block in which the call starts, keys and values (B, n, 1, S, e)."""
+        kept = None if memory is None else memory.context_keys
+        initial: list[torch.Tensor] = []
+        if kept is None or memory.was_reset or (self.training and torch.is_grad_enabled()):
+            initial = [part.expand(states.shape[0], -1, -1, -1, -1) for part in self._initial_context(states)]
+        if kept is None:
+            return initial
+        cached = [memory.context_keys.unsqueeze(2), memory.context_values.unsqueeze(2)]
+        if memory.was_reset:
+            begins = (memory.positions == 0).view(-1, 1, 1, 1, 1)
+            return [torch.where(begins, first, later) for first, later in zip(initial, cached)]
+        # In training every parameter takes part, if only with weight zero: distributed wrappers wait for its gradient.
+        return [later + 0 * first for first, later in zip(initial, cached)] if initial else cached
+
+    def _initial_context(self, states: torch.Tensor) -> Rings:
+        return self._contexts(self.initial.to(states.dtype)[None, None])
+
+    def _read_multi_filter(
+        self,
+        query: torch.Tensor,
+        states: torch.Tensor,
+        filters: nn.Module,
+        passage: Passage,
+        memory: BlockStateLayer | None,
+    ) -> torch.Tensor:
+        size, length = self.block_size, states.shape[1]
+        contexts = self._first_context(states, passage, memory)
+        outputs, state = filters(
+            states,
+            None if memory is None else memory.state,
+            memory is not None,
+            passage.counts,
+            size,
+            passage.start,
+        )
+        if outputs.shape[1]:
+            later = self._contexts(outputs.to(states.dtype))
+            contexts = [torch.cat(pair, dim=2) for pair in zip(contexts, later)]
+        if self.training and torch.is_grad_enabled():
+            unused = sum(parameter.sum() for parameter in filters.parameters()) + outputs.sum()
+            contexts = [part + (0 * unused).to(part.dtype) for part in contexts]
+        read = context_attention(
+            query,
+            *contexts,
+            block_size=size,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            start=passage.start,
+        )
+        if memory is not None:
+            phase = passage.start % size
+            passed = (phase + (length if passage.counts is None else passage.counts)) // size
+            memory.state = state
+            memory.context_keys, memory.context_values = (_take_block(part, passed) for part in contexts)
+        return read
+
+    def _step_multi_filter(
+        self,
+        query: torch.Tensor,
+        states: torch.Tensor,
+        filters: nn.Module,
+        step: Step,
+        memory: BlockStateLayer,
+    ) -> torch.Tensor:
+        memory.state = filters.advance(states, memory.state, step.valid)
+        if memory.was_reset:
+            begins = (memory.positions == 0).view(-1, 1, 1, 1)
+            pairs = zip(self._initial_context(states), (memory.context_keys, memory.context_values))
+            memory.context_keys, memory.context_values = (
+                torch.where(begins, first.squeeze(2), kept) for first, kept in pairs
+            )
+        read = F.scaled_dot_product_attention(query, memory.context_keys, memory.context_values, scale=self.scale)
+        is_end = step.is_block_end
+        if isinstance(is_end, torch.Tensor) and can_read_values(is_end):
+            is_end = is_end if bool(is_end.any()) else False
+        if is_end is False:
+            return read
+        outputs = filters.read(states, memory.state, is_block_end=True).unsqueeze(1)  # (B, 1, S, D)
+        new = [part.squeeze(2) for part in self._contexts(outputs.to(states.dtype))]
+        if isinstance(is_end, torch.Tensor):
+            ends = is_end.view(-1, 1, 1, 1)
+            new = [
+                torch.where(ends, part, kept) for part, kept in zip(new, (memory.context_keys, memory.context_values))
+            ]
+        memory.context_keys, memory.context_values = new
+        return read
+
+
+def _take_block(contexts: torch.Tensor, index: Start) -> torch.Tensor:
+    """(B, n, K, S, e) -> (B, n, S, e): the same block of every row, or one each."""
+    if isinstance(index, int):
+        return contexts[:, :, index].clone()  # frees the others
+    return contexts.take_along_dim(index.view(-1, 1, 1, 1, 1), dim=2).squeeze(2)
+
+
+def _weight_of(linear: Any) -> torch.Tensor:
+    """Matrix (out, in) of a linear map, whatever wraps it (adapters, quantised weights)."""
+    weight = getattr(linear, "weight", None)
+    if type(linear) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor):
+        return weight
+    return linear(torch.eye(linear.in_features, dtype=weight.dtype, device=weight.device)).T
+
+
+class BstFeedForward(nn.Module):
+    """`down_proj(act(up_proj x))`, without biases."""
+
+    def __init__(self, config: BstConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.down_proj(self.activation(self.up_proj(hidden_states)))
+
+
+def build_filters(config: BstConfig) -> nn.Module:
+    """The filters of a layer with context states."""
+    width, filters = config.hidden_size, config.num_filters
+    if config.ssm_type == "unstructured":
+        return ExplicitFilters(
+            width,
+            filters,
+            config.ssm_filter_length,
+            feature_size=config.ssm_filter_emb_dim,
+            base=config.ssm_filter_emb_base,
+        )
+    kind = DiagonalFilters if config.ssm_type == "s4d" else DplrFilters
+    return kind(width, filters, config.ssm_state_size, dt_min=config.ssm_dt_min, dt_max=config.ssm_dt_max)
+
+
+class BstLayer(GradientCheckpointingLayer):
+    """x' = x + o_proj [attention(u); context(u)] with u = norm(x), and y = x' + feed_forward(norm(x')).
+
+    Both attentions run side by side and share one output projection; layers without context states have the first alone.
+    """
+
+    def __init__(self, config: BstConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        has_context = layer_idx in config.bst_layers
+        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn = BstAttention(config, has_context=has_context)
+        self.ssm = build_filters(config) if has_context else None
+        self.context = BstContext(config) if has_context else None
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = BstFeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        passage: Passage,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """(B, T, D) to (B, T, D); what is returned at padding is unspecified, but finite."""
+        states = self.dropout(self.input_norm(hidden_states))
+        if passage.order is not None:
+            states = compact_rows(states, passage.order)
+        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        mixed = self.attn(states, passage, memory)
+        if self.context is not None:
+            mixed = torch.cat([mixed, self.context(states, self.ssm, passage, memory)], dim=1)
+        mixed = self.attn.o_proj(mixed.transpose(1, 2).flatten(2))
+        if passage.order is not None:
+            mixed = restore_rows(mixed, passage.order)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.dropout(self.mlp(self.ffn_norm(hidden_states)))

@@ -1,0 +1,331 @@
+"""Block-State Transformer (arXiv 2306.09539): a causal Transformer with local attention, some of whose layers also attend to
+context states, the outputs of state space models (or explicit filters) over the whole past. All blocks of a text are computed
+at once; there is no other public implementation.
+
+Generation keeps, per layer, the keys and values of the last `block_size` tokens, and per layer with context states those of
+the block, (B, n, W, e) or (B, n, S, e) each, and a state of (B, D, N/2, 2) float32 numbers (explicit filters: their past inputs).
+The size does not depend on the length of the text.
+
+Shapes: B batch, T tokens, D hidden size, N state size, n heads, e head width, W tokens per block, S context states, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration.configuration_bst import BstConfig
+from ..layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
+from ..layers.norms import RMSNorm
+from ..ops.block_state import Start, ring_view, row_order
+from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
+from .cache import block_cache, check_block_cache, refuse_cache_implementation
+from .inputs import check_inputs, pool_tokens
+from .losses import align_labels, check_class_labels, token_cross_entropy
+from .packed_documents import separates_documents
+
+# What must agree between the model that made a cache and the one that continues it.
+_LAYOUT = (
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "block_size",
+    "bst_layers",
+    "context_variant",
+    "num_context_states",
+    "ssm_type",
+    "ssm_state_size",
+    "ssm_filter_length",
+    "local_attention",
+    "qk_norm",
+)
+
+_TRUNCATED_STD = 0.87962566103423978  # deviation of a standard normal cut off at two
+
+
+class BstPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the interface to Transformers."""
+
+    config: BstConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BstLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = [r"ssm\.(?!kernel_length)\w+"]  # a pattern; the length is an integer and stays one
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _is_stateful = True  # a recurrent state cannot be rolled back
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, (DiagonalFilters, DplrFilters, ExplicitFilters)):
+            module.initialize(init)
+        elif isinstance(module, nn.Linear):
+            std = module.in_features**-0.5 / _TRUNCATED_STD
+            init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.embedding_init_std)
+        elif isinstance(module, BstForCausalLM) and not config.tie_word_embeddings:
+            init.normal_(module.lm_head.weight, std=config.embedding_init_std)
+        if isinstance(module, BstAttention):
+            init.normal_(module.rel_bias.weight, std=module.rel_bias.num_embeddings**-0.5)
+        if isinstance(module, (BstAttention, BstContext)) and module.qk_scale is not None:
+            init.constant_(module.qk_scale, math.sqrt(config.head_dim))
+        if isinstance(module, BstContext) and module.variant == "mf":
+            init.normal_(module.ids)
+            init.normal_(module.initial, std=0.1)
+
+
+class BstModel(BstPreTrainedModel):
+    """The bare model: `last_hidden_state` (B, T, D)."""
+
+    _can_record_outputs = {"hidden_states": BstLayer}
+
+    def __init__(self, config: BstConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(BstLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _layout(self) -> dict[str, object]:
+        return {name: getattr(self.config, name) for name in _LAYOUT}
+
+    def build_cache(self) -> Cache:
+        """Empty cache of constant size (see the module docstring)."""
+        return block_cache(self.config.num_hidden_layers, self._layout())
+
+    def _passage(
+        self, mask: torch.Tensor | None, start: Start, batch: int, length: int, device: torch.device
+    ) -> Passage:
+        """Where the tokens of a call stand; `mask` (B, T) bool says which are real, None: all."""
+        is_first = isinstance(start, int) and start == 0
+        is_trained = self.training and torch.is_grad_enabled()  # a step leaves parameters out
+        if length > 1 or is_first or is_trained:
+            return Passage(start, None if mask is None else row_order(mask))
+        size = self.config.block_size
+        valid = None if mask is None else mask[:, 0]
+        position = torch.full((1,), start, device=device) if isinstance(start, int) else start
+        is_end: bool | torch.Tensor = start % size == size - 1
+        if valid is not None:
+            is_end = valid & (position % size == size - 1)
+        window, block = (ring_view(position, size, is_sliding=is_sliding) for is_sliding in (True, False))
+        return Passage(start, None, Step(start % size, window, block, is_end, valid))
+
+    @separates_documents
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Runs over a text, or over its next tokens.
+
+        Args:
+            input_ids: (B, T), T >= 1, with or without a cache; or `inputs_embeds` (B, T, D).
+            attention_mask: (B, past + T), 1 at real tokens; padding may be anywhere, and counts for nothing.
+            past_key_values: cache of an earlier call.
+            use_cache: return the cache; default `config.use_cache` outside training.
+
+        Raises:
+            ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another kind.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = self.build_cache()
+        memory = None
+        if past_key_values is not None:
+            check_block_cache(past_key_values, self.config.num_hidden_layers, self._layout())
+            memory = past_key_values.layers[0]
+        past = 0 if memory is None else memory.cumulative_length
+        mask = check_inputs(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            self.config.vocab_size,
+            hidden_size=self.config.hidden_size,
+            past=past,
+        )
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length, _ = hidden_states.shape
+        mask = _new_padding(mask, length, is_kept=memory is not None)
+        start: Start = 0
+        if memory is not None:
+            memory.check_batch(batch)
+            start = memory.start
+        passage = self._passage(mask, start, batch, length, hidden_states.device)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, passage, past_key_values=past_key_values, **kwargs)
+        if memory is not None:
+            real = torch.full((batch,), length, device=hidden_states.device) if mask is None else mask.long().sum(1)
+            positions = real if memory.positions is None else memory.positions + real
+            for layer in past_key_values.layers:
+                layer.advance(positions, length, mask is None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _new_padding(mask: torch.Tensor | None, length: int, *, is_kept: bool) -> torch.Tensor | None:
+    """The mask of the new tokens, or None where it changes nothing: without padding, or with padding at the end only whose
+    state is not kept."""
+    if mask is None:
+        return None
+    mask = mask[:, -length:]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.device.type == "meta":
+        return mask
+    if bool(mask.all()) or not (is_kept or bool((mask[:, 1:] & ~mask[:, :-1]).any())):
+        return None
+    return mask
+
+
+class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
+    """Language model; the head is the embedding matrix, or one of its own (`tie_word_embeddings=False`)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: BstConfig) -> None:
+        super().__init__(config)
+        self.model = BstModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
+        model_kwargs["past_key_values"] = self.model.build_cache()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Scores or continues a text; arguments as in `BstModel.forward`.
+
+        Args:
+            labels: (B, T) ids, unshifted; -100 is ignored.
+            shift_labels: (B, T) ids that each position is to predict, for texts cut into shards; they replace `labels`.
+            logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
+            num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
+
+        Returns:
+            `logits` (B, T, V), and with `labels` the mean next-token cross-entropy as `loss`.
+        """
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
+        if labels is not None or shift_labels is not None:
+            use_cache = False if use_cache is None else use_cache
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        divisor = self.config.logit_divisor
+        divisor = math.sqrt(self.config.hidden_size) if divisor is None else divisor
+        logits = self.lm_head(self.dropout(hidden_states[:, kept]) / divisor)
+        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class BstForSequenceClassification(BstPreTrainedModel):
+    """Classification or regression from the last real token of each row."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
+
+    def __init__(self, config: BstConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = BstModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """`logits` (B, num_labels); without `attention_mask`, trailing `pad_token_id` tokens count as padding."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),
+            **kwargs,
+        )
+        mask = attention_mask
+        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask = input_ids != self.config.pad_token_id
+        elif mask is not None:
+            mask = mask[:, -outputs.last_hidden_state.shape[1] :]
+        logits = self.score(self.dropout(pool_tokens(outputs.last_hidden_state, mask, "last")))
+        loss = None
+        if labels is not None:
+            check_class_labels(labels, self.num_labels)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "BstForCausalLM",
+    "BstForSequenceClassification",
+    "BstModel",
+    "BstPreTrainedModel",
+]

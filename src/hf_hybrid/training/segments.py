@@ -1,0 +1,188 @@
+"""Training and evaluation on consecutive segments of documents, with a state that goes on from segment to segment."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.segments import DocumentSegments
+from ..modeling.cache import cache_tensors, carries_segments, detach_cache, fill_cache, reset_rows
+from .trainer import HybridTrainer
+
+STATE_FILE = "carried_state_{rank}.safetensors"
+POSITION_LIMITS = (4096, 16384, 65536)  # where the ranges of positions end for which the loss is reported
+
+
+def new_state(model: Any) -> Cache:
+    """Empty state of a causal model.
+
+    Raises:
+        ValueError: its state cannot be carried through segments.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = inner.base_model if isinstance(inner, PreTrainedModel) else inner
+    cache = base.build_cache() if hasattr(base, "build_cache") else None
+    if cache is None or not carries_segments(cache):
+        raise ValueError(
+            f"`segment_length` needs a model whose state goes on from segment to segment; {type(inner).__name__} has none. "
+            "Choose the model type `bst`, or train on blocks (`block_length`)."
+        )
+    return cache
+
+
+class SegmentTrainer(HybridTrainer):
+    """`HybridTrainer` on `DocumentSegments`: the state of each row is carried, without gradients, until its document ends.
+
+    The batch of a process must hold the rows of its data set that are its own: batch size times processes must be the
+    `num_rows` of the training data. The evaluation reads the documents of `eval_dataset` whole and reports the loss also by
+    the position in the document. The state is saved with each checkpoint, so that a resumed run is the uninterrupted one.
+
+    Raises:
+        ValueError: the model cannot carry a state, activations are recomputed, or the batch size does not fit the data.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        new_state(self.model)
+        self.args.remove_unused_columns = False  # `begins` is no argument of the model
+        if self.args.gradient_checkpointing:
+            raise ValueError(
+                "`gradient_checkpointing` cannot be used with `segment_length`: recomputed layers have no state. Lower "
+                "`segment_length` instead."
+            )
+        rows = self.args.train_batch_size * self.args.world_size
+        data: Any = self.train_dataset
+        if data is not None and data.num_rows != rows:
+            raise ValueError(f"The training data has {data.num_rows} rows but a step reads {rows}.")
+        self._carried: Cache | None = None
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loss of one segment per row, after those before it."""
+        begins = inputs.pop("begins")
+        if self._carried is None:
+            self._carried = new_state(self.model)
+        elif bool(begins.any()):
+            reset_rows(self._carried, begins)
+        loss = super().compute_loss(model, {**inputs, "past_key_values": self._carried}, *args, **kwargs)
+        detach_cache(self._carried)
+        return loss
+
+    def _state_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, STATE_FILE.format(rank=self.args.process_index))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._carried is not None:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            path = os.path.join(self._get_output_dir(trial=trial), folder)
+            save_file(state_tensors(self._carried), self._state_file(path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = self._state_file(resume_from_checkpoint)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{resume_from_checkpoint} has no {os.path.basename(path)}, the state that a run with `segment_length` carries: "
+                "resume with as many processes as before, from a checkpoint of such a run."
+            )
+        self._carried = new_state(self.model)
+        load_state_tensors(self._carried, load_file(path), self.args.device)
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss per token of whole documents, and that of ranges of positions (`eval_loss_0_4096`, ...)."""
+        began = time.perf_counter()
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        rows = range(self.args.process_index, dataset.num_rows, self.args.world_size)
+        cache, positions = new_state(model), torch.zeros(len(rows), dtype=torch.long)
+        sums = torch.zeros(len(POSITION_LIMITS) + 1, 2, dtype=torch.float64)
+        for step in range(dataset.num_steps) if rows else ():
+            self._add_step(model, dataset, step, rows, cache, positions, sums)
+        model.train(was_training)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        metrics = {f"{metric_key_prefix}_loss": float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))}
+        borders = [0, *POSITION_LIMITS, math.inf]
+        for (total, count), first, last in zip(sums.tolist(), borders, borders[1:]):
+            if count:
+                name = f"{metric_key_prefix}_loss_{first}_{last if last < math.inf else 'end'}"
+                metrics[name] = total / count
+        self._paused_seconds += time.perf_counter() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _add_step(
+        self,
+        model: Any,
+        dataset: DocumentSegments,
+        step: int,
+        rows: range,
+        cache: Cache,
+        positions: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> None:
+        """Adds the summed losses and the numbers of tokens of one step to those of their ranges of positions."""
+        samples = [dataset[step * dataset.num_rows + row] for row in rows]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        begins, targets = batch["begins"], batch["shift_labels"]
+        positions[begins] = 0
+        if step and bool(begins.any()):
+            reset_rows(cache, begins.to(model.device))
+        with self.compute_loss_context_manager():
+            logits = model(batch["input_ids"].to(model.device), past_key_values=cache).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.to(logits.device).flatten(), reduction="none", ignore_index=-100
+        )
+        places = positions.unsqueeze(1) + torch.arange(targets.shape[1])
+        ranges = torch.bucketize(places, torch.tensor(POSITION_LIMITS), right=True)
+        counted = targets != -100
+        values = torch.stack([losses.view(targets.shape).cpu().double(), torch.ones(targets.shape).double()], dim=-1)
+        sums.index_add_(0, ranges[counted], values[counted])
+        positions += targets.shape[1]
+
+
+def state_tensors(cache: Cache) -> dict[str, torch.Tensor]:
+    """Every tensor of a cache of block states by name, to be saved between two segments."""
+    layers: Any = cache.layers
+    found = {f"{index}.length": torch.tensor(layer.cumulative_length) for index, layer in enumerate(layers)}
+    found |= {f"{index}.is_uniform": torch.tensor(layer.is_uniform) for index, layer in enumerate(layers)}
+    # In memory of their own: files refuse tensors that share some, as layers do.
+    copies = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in cache_tensors(cache).items()
+    }
+    return found | copies
+
+
+def load_state_tensors(cache: Cache, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Fills a cache with what `state_tensors` gave, before its next segment."""
+    fill_cache(cache, {name: tensor.to(device) for name, tensor in tensors.items()}, 0)
+    layers: Any = cache.layers
+    for index, layer in enumerate(layers):
+        layer.cumulative_length = int(tensors[f"{index}.length"])
+        layer.is_uniform, layer.was_reset = bool(tensors[f"{index}.is_uniform"]), False
