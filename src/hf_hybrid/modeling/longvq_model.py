@@ -23,6 +23,7 @@ from .cache import check_code_cache, code_cache
 from .inputs import check_inputs, check_values, simplify_mask
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
 from .longvq_outputs import LongVQModelOutput
+from .packed_documents import separates_documents
 
 
 class LongVQPreTrainedModel(PreTrainedModel):
@@ -135,6 +136,7 @@ class LongVQModel(LongVQPreTrainedModel):
 
     # ------------------------------------------------------------------------------------------------------ forward
 
+    @separates_documents
     @capture_outputs
     def forward(
         self,
