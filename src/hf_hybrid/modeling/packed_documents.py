@@ -159,6 +159,6 @@ def _pack_outputs(outputs: ModelOutput, documents: PackedDocuments) -> ModelOutp
         is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == documents.mask.shape
         return documents.pack(value) if is_per_token else value
 
-    names = [name for name in outputs if name not in ("attentions", "cross_attentions")]
+    names = [name for name in outputs if name not in ("attentions", "cross_attentions", "codebook_perplexity")]
     kept = {name: outputs[name] for name in outputs if name not in names}
     return type(outputs)(**{name: pack(outputs[name]) for name in names} | kept)
