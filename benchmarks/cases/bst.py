@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 from harness import Case, Environment, Peer
 
+# Without its requirements: it asks for a library of nearest neighbours on GPUs that it does not import.
 BLOCK_RECURRENT = Environment(
-    "block-recurrent-transformer-0.4.4", ("block-recurrent-transformer-pytorch==0.4.4", "beartype", "einops")
+    "block-recurrent-transformer-0.4.4",
+    ("--no-deps", "block-recurrent-transformer-pytorch==0.4.4", "beartype==0.23.1", "einops==0.8.2"),
 )
 VOCABULARY, BLOCK = 1000, 512
 OPTIONS = {

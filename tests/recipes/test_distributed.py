@@ -13,12 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_hybrid.recipes import pretrain_mlm, pretrain_span_corruption, train_lra, train_synthetic
+from hf_hybrid.recipes import pretrain_clm, pretrain_mlm, pretrain_span_corruption, train_lra, train_synthetic
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY_MEGA = (
     "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16,dropout_prob=0,"
     "hidden_dropout_prob=0,attention_probs_dropout_prob=0,nffn_activation_dropout_prob=0"
+)
+TINY_BST = (
+    "context_variant=mf,hidden_size=16,num_hidden_layers=2,num_attention_heads=2,head_dim=8,intermediate_size=16,ssm_state_size=8,"
+    "num_context_states=4,hidden_dropout=0,attention_dropout=0,final_dropout=0"
 )
 
 TINY_LONGVQ = (
@@ -134,3 +138,22 @@ def test_codebooks_on_two_processes(tmp_path):
     same_weights(tmp_path / "one", tmp_path / "two")
     tensors = load_file(tmp_path / "two" / "model.safetensors")
     assert [int(value) for name, value in tensors.items() if name.endswith("num_updates")] == [6, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reading", ["block_length", "segment_length"])
+def test_block_states_on_two_processes(reading, tmp_path, tokenizer_folder, corpus):
+    """Texts of one block, in which no filter has an effect: all gradients arrive all the same. And a carried state."""
+    block_size = {"block_length": 32, "segment_length": 12}[reading]
+    options = {
+        "config_name": "bst", "config_overrides": f"{TINY_BST},block_size={block_size}", "tokenizer": tokenizer_folder,
+        "data": corpus, reading: 32, "validation_fraction": 0.2, "max_steps": 5, "learning_rate": 1e-3, "use_cpu": True,
+        "eval_strategy": "no", "save_strategy": "no",
+    }  # fmt: skip
+    batch = {"per_device_train_batch_size": 8}
+    one = pretrain_clm.main(command_line({**options, **batch, "output_dir": tmp_path / "one"}))
+    batch = {"per_device_train_batch_size": 4}
+    launch("torchrun", "run_pretrain_clm.py", {**options, **batch, "output_dir": tmp_path / "two"})
+    same_weights(tmp_path / "one", tmp_path / "two")
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
