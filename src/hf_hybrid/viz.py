@@ -194,21 +194,19 @@ def activation_map(
         ImportError: matplotlib is not installed.
         ValueError: the text is empty, or the model has no routers.
     """
-    import torch
-
-    from .training.activations import record_activations
+    from .training.activations import sample_gates
 
     encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens, return_token_type_ids=False)
     if encoded["input_ids"].numel() == 0:
         raise ValueError("`text` is empty: there is no token to show.")
-    device = next(model.parameters()).device
-    was_training = model.training
-    with torch.no_grad(), record_activations(model.eval()) as recorded:
-        model.base_model(**{name: value.to(device) for name, value in encoded.items()})
-    model.train(was_training)
-    gates = torch.stack([layer[0][0] for layer in recorded]).float().cpu().numpy()
-    labels = [_printable(tokenizer.decode([token])) for token in encoded["input_ids"][0].tolist()]
+    gates = sample_gates(model, encoded).numpy()
+    labels = token_labels(tokenizer, encoded["input_ids"][0].tolist())
     return draw_activation_map(gates, labels, path, tokens_per_line=tokens_per_line)
+
+
+def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token, with spaces and line ends made visible."""
+    return [_printable(tokenizer.decode([token])) for token in ids]
 
 
 def _printable(token: str) -> str:
@@ -252,9 +250,95 @@ def draw_activation_map(
         axes.set_ylabel("layer", fontsize=8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    rates = ", ".join(f"{100 * float((layer > 0).mean()):.0f}" for layer in gates)
-    figure.suptitle(f"Active tokens per layer (%): {rates}", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(_rates_of(gates), fontsize=9, x=0.01, ha="left")
     figure.colorbar(image, ax=figure.axes, label="gate (0 = inactive)", shrink=0.8)
+    return _saved(figure, path)
+
+
+def draw_image_activations(images: Any, gates: Any, path: str | os.PathLike | None = None) -> Any:
+    """Draw where the layers of a classifier of pixels are active: a row per image, behind it one map per layer.
+
+    Args:
+        images: array (N, H, W) of grey values.
+        gates: array (N, layers, H, W): 0 where inactive, else in (0.5, 1].
+        path: a PNG to write; None writes nothing.
+
+    Returns:
+        the matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no image, or gates of another shape.
+    """
+    number, depth = gates.shape[:2]
+    if number == 0 or images.shape != (number, *gates.shape[2:]):
+        raise ValueError(
+            f"`images` must be (N, H, W) and `gates` (N, layers, H, W), N >= 1; got {images.shape} and {gates.shape}."
+        )
+    figure, first = new_figure(1.5 * (depth + 1) + 0.9, 1.5 * number + 0.5)
+    figure.delaxes(first)
+    shades: Any = None
+    for row in range(number):
+        for column in range(depth + 1):
+            axes = figure.add_subplot(number, depth + 1, row * (depth + 1) + column + 1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.imshow(images[row], cmap="gray", interpolation="nearest")
+                continue
+            layer = gates[row, column - 1]
+            shades = axes.imshow(layer, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+            axes.set_title(f"layer {column - 1}: {100 * float((layer > 0).mean()):.0f} %", fontsize=8)
+    figure.colorbar(shades, ax=figure.axes, label="gate (0 = inactive)", shrink=0.8)
+    return _saved(figure, path)
+
+
+def draw_waveform_activations(
+    samples: Any, gates: Any, path: str | os.PathLike | None = None, *, sampling_rate: int | None = None
+) -> Any:
+    """Draw where the layers of a classifier of waveforms are active: the recording, and below it layers by time.
+
+    Args:
+        samples: array (L,).
+        gates: array (layers, L): 0 where inactive, else in (0.5, 1].
+        path: a PNG to write; None writes nothing.
+        sampling_rate: samples per second, for an axis in seconds; None counts samples.
+
+    Returns:
+        the matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: another number of samples than gates.
+    """
+    depth, length = gates.shape
+    if length == 0 or samples.shape != (length,):
+        raise ValueError(f"`samples` must be ({length},), as many as `gates`, and not empty; got {samples.shape}.")
+    end = length if sampling_rate is None else length / sampling_rate
+    figure, wave = new_figure(9.0, 1.6 + 0.3 * depth)
+    grid = figure.add_gridspec(2, 1, height_ratios=[1.1, 0.3 * depth])
+    wave.set_subplotspec(grid[0])
+    wave.plot([place * end / length for place in range(length)], samples, color="0.3", linewidth=0.5)
+    wave.set(xlim=(0, end), xticks=[], yticks=[])
+    layers = figure.add_subplot(grid[1])
+    extent = (0, end, depth - 0.5, -0.5)
+    shades = layers.imshow(
+        gates, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="antialiased", extent=extent
+    )
+    layers.set_yticks(range(depth))
+    layers.set(xlabel="samples" if sampling_rate is None else "seconds", ylabel="layer")
+    figure.suptitle(_rates_of(gates), fontsize=9, x=0.01, ha="left")
+    figure.colorbar(shades, ax=figure.axes, label="gate (0 = inactive)", shrink=0.8)
+    return _saved(figure, path)
+
+
+def _rates_of(gates: Any) -> str:
+    rates = ", ".join(f"{100 * float((layer > 0).mean()):.0f}" for layer in gates)
+    return f"Active tokens per layer (%): {rates}"
+
+
+def _saved(figure: Any, path: str | os.PathLike | None) -> Any:
+    """The figure, also written to a path that is not None."""
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

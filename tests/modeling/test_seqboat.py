@@ -371,6 +371,34 @@ class TestActivations:
         for found, expected in zip(gates, whole):
             torch.testing.assert_close(found, expected, **STATE)
 
+    def test_generation_returns_them_for_every_pass(self) -> None:
+        model = build(CAUSAL)
+        ids = random_ids(2, 8)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 6, "eos_token_id": None, "return_dict_in_generate": True}
+        found = model.generate(ids, output_activations=True, **options)
+        assert [part[0].shape for part in found.active] == [(2, 8), *[(2, 1)] * 5]
+        whole = F.pad(mask, (0, 5), value=1)
+        expected = model(found.sequences[:, :-1], attention_mask=whole, output_activations=True)
+        for name in ("active", "gate_probs"):
+            for layer, parts in enumerate(zip(*found[name])):
+                torch.testing.assert_close(torch.cat(parts, dim=1), getattr(expected, name)[layer], **STATE)
+        beams = model.generate(ids, output_activations=True, num_beams=3, **options)
+        assert beams.gate_probs[-1][0].shape == (6, 1)
+        assert "active" not in model.generate(ids, **options) and not model._forward_hooks
+        with pytest.raises(ValueError, match="`output_activations=True` needs `return_dict_in_generate=True`"):
+            model.generate(ids, output_activations=True)
+        assert torch.is_tensor(build(CAUSAL, output_activations=True).generate(ids, max_new_tokens=1))
+
+    def test_penalty_of_pairs_counts_both_texts(self) -> None:
+        case = Case("seqboat", "AutoModelForSequenceClassification", "default")
+        settings = {"dead_layer_loss_weight": 1.0, "dead_layer_min_rate": 1.0}
+        ids, others = random_ids(2, 6), random_ids(2, 9)
+        pair = case.model(dual_encoder=True, **settings)
+        expected = (pair.model(ids).auxiliary_loss + pair.model(others).auxiliary_loss) / 2
+        torch.testing.assert_close(pair(ids, pair_input_ids=others).auxiliary_loss, expected)
+
     def test_dead_layers_are_revived_on_request(self) -> None:
         """Without the term of the loss a silent router has no gradient; with it training wakes the layer."""
         for weight, revived in ((0.0, False), (1.0, True)):

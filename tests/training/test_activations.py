@@ -24,7 +24,13 @@ from hf_hybrid.training.activations import (
 )
 from hf_hybrid.training.arguments import HybridTrainingArguments
 from hf_hybrid.training.trainer import HybridTrainer
-from hf_hybrid.viz import activation_map, draw_activation_map, plot_activations
+from hf_hybrid.viz import (
+    activation_map,
+    draw_activation_map,
+    draw_image_activations,
+    draw_waveform_activations,
+    plot_activations,
+)
 
 PNG = b"\x89PNG\r\n"
 CONFIG = {
@@ -128,6 +134,14 @@ def test_pictures(tmp_path: Path) -> None:
     assert [image.images[0].get_array().shape for image in long.axes[:3]] == [(2, 12), (2, 12), (2, 6)]
     with pytest.raises(ValueError, match="`labels` must name each of the 30 tokens.*got 2"):
         draw_activation_map(torch.rand(2, 30).numpy(), ["x", "y"])
+    gates = torch.rand(2, 3, 12)
+    draw_image_activations(torch.rand(2, 3, 4).numpy(), gates.unflatten(2, (3, 4)).numpy(), tmp_path / "images.png")
+    draw_waveform_activations(torch.randn(12).numpy(), gates[0].numpy(), tmp_path / "sound.png", sampling_rate=4)
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(PNG) for name in ("images", "sound"))
+    with pytest.raises(ValueError, match=r"`images` must be \(N, H, W\)"):
+        draw_image_activations(torch.rand(2, 3, 4).numpy(), gates.unflatten(2, (4, 3)).numpy())
+    with pytest.raises(ValueError, match=r"`samples` must be \(12,\)"):
+        draw_waveform_activations(torch.randn(11).numpy(), gates[0].numpy())
     layers = activation_statistics(model, [{"input_ids": torch.randint(3, 300, (4, 15))}])
     assert plot_activations({"bytes": layers}, tmp_path / "rates.png").read_bytes().startswith(PNG)
     with pytest.raises(ValueError, match="at least one layer"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,55 @@ def tensors_to_official(
         official |= {alias: official[original] for alias, original in names.aliases.items()}
         official |= {name: tensor.clone() for name, tensor in names.constants.items()}
     return official
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost message; that of a strict dataclass only says that a check failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
+def options_of(
+    config: Any,
+    base: Mapping[str, Any] | None,
+    *,
+    write: Callable[[Any], dict[str, Any]],
+    read: Callable[[Mapping[str, Any]], Any],
+    comparable: Callable[[Any], dict[str, Any]],
+    name: str,
+) -> dict[str, Any]:
+    """Official options of a configuration, which `read` takes back to it.
+
+    Args:
+        config: our configuration.
+        base: official options to start from, so that those which only concern training are kept. When they already
+            describe `config`, they are returned unchanged.
+        write: official options of a configuration.
+        read: configuration from official options.
+        comparable: the fields of a configuration that change the model.
+        name: of the architecture, for messages.
+
+    Raises:
+        ValueError: a field has no counterpart in the official code; the message names it.
+    """
+    wanted = comparable(config)
+    if base is not None and comparable(read(base)) == wanted:
+        return dict(base)
+    official = write(config)
+    try:
+        restored = comparable(read(official))
+    except ValueError as error:
+        raise ValueError(f"This configuration has no official form: {error}") from error
+    for field_name, value in wanted.items():
+        if field_name in restored and restored[field_name] != value:
+            raise ValueError(
+                f"`{field_name}={value!r}` has no counterpart in the official {name}, which has {restored[field_name]!r} there."
+            )
+    return dict(base or {}) | official
 
 
 # ------------------------------------------------------------------------------------------------------------ files

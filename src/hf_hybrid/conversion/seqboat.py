@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from .common import (
     NORM_STATISTICS,
     StateDict,
     TensorNames,
+    options_of,
+    reason_of,
     tensors_from_official,
     tensors_to_official,
 )
@@ -209,14 +212,7 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
     try:
         return SeqBoatConfig(**fields)
     except StrictDataclassError as error:
-        raise ValueError(f"The official options do not make a valid configuration. {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost message; that of a strict dataclass only says that a check failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)
+        raise ValueError(f"The official options do not make a valid configuration. {reason_of(error)}") from error
 
 
 def _comparable(config: SeqBoatConfig) -> dict[str, Any]:
@@ -280,20 +276,8 @@ def config_to_official(config: SeqBoatConfig, base: Mapping[str, Any] | None = N
     Raises:
         ValueError: a field has no counterpart in the official code; the message names it.
     """
-    vocabulary = config.vocab_size
-    if base is not None and _comparable(config_from_official(base, vocab_size=vocabulary)) == _comparable(config):
-        return dict(base)
-    official = _to_official(config)
-    try:
-        restored = _comparable(config_from_official(official, vocab_size=vocabulary))
-    except ValueError as error:
-        raise ValueError(f"This configuration has no official form: {error}") from error
-    for name, value in _comparable(config).items():
-        if name in restored and restored[name] != value:
-            raise ValueError(
-                f"`{name}={value!r}` has no counterpart in the official SeqBoat, which has {restored[name]!r} there."
-            )
-    return dict(base or {}) | official
+    read = partial(config_from_official, vocab_size=config.vocab_size)
+    return options_of(config, base, write=_to_official, read=read, comparable=_comparable, name="SeqBoat")
 
 
 # ----------------------------------------------------------------------------------------------------------- tensors

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers.utils import logging
 from ..configuration.configuration_spade import FEED_FORWARD_TYPES, SpadeConfig, SpadeLMConfig
 from ..modeling.modeling_spade import SpadeForConditionalGeneration
 from ..modeling.modeling_spade_lm import SpadeLMForCausalLM
-from .common import StateDict, TensorNames, tensors_from_official, tensors_to_official
+from .common import StateDict, TensorNames, options_of, reason_of, tensors_from_official, tensors_to_official
 
 logger = logging.get_logger(__name__)
 
@@ -346,14 +347,7 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
             )
         return _encoder_decoder_from_official(official)
     except StrictDataclassError as error:
-        raise ValueError(f"The official options do not make a valid configuration. {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost message; that of a strict dataclass only says that a check failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)
+        raise ValueError(f"The official options do not make a valid configuration. {reason_of(error)}") from error
 
 
 def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
@@ -389,23 +383,16 @@ def config_to_official(config: SpadeConfig | SpadeLMConfig, base: Mapping[str, A
     Raises:
         ValueError: a field has no counterpart in the official code; the message names it.
     """
-    vocab_size = config.vocab_size if isinstance(config, SpadeLMConfig) else None
-    if base is not None and _comparable(config_from_official(base, vocab_size=vocab_size)) == _comparable(config):
-        return dict(base)
-    if isinstance(config, SpadeLMConfig):
-        official = _language_model_to_official(config)
-    else:
-        official = _encoder_decoder_to_official(config)
-    try:
-        restored = _comparable(config_from_official(official, vocab_size=vocab_size))
-    except ValueError as error:
-        raise ValueError(f"This configuration has no official form: {error}") from error
-    for name, value in _comparable(config).items():
-        if name in restored and restored[name] != value:
-            raise ValueError(
-                f"`{name}={value!r}` has no counterpart in the official SPADE, which has {restored[name]!r} there."
-            )
-    return dict(base or {}) | official
+    is_language_model_config = isinstance(config, SpadeLMConfig)
+    vocab_size = config.vocab_size if is_language_model_config else None
+    return options_of(
+        config,
+        base,
+        write=_language_model_to_official if is_language_model_config else _encoder_decoder_to_official,
+        read=partial(config_from_official, vocab_size=vocab_size),
+        comparable=_comparable,
+        name="SPADE",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- tensors

@@ -280,6 +280,31 @@ def check_gated_cache(cache: Cache, num_layers: int, layout: dict[str, Any]) -> 
     _check_own_cache(cache, GatedAttentionLayer, "gated attention", num_layers, layout)
 
 
+def cache_of_call(stack: Any, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    """The cache that a call of a stack continues: the given one, or a new one for a decoder where one is wanted.
+
+    Args:
+        stack: a model with `build_cache()` and `check_cache(cache)`.
+        cache: what the caller passed.
+        use_cache: what the caller passed; None for `config.use_cache` outside training.
+
+    Raises:
+        ValueError: the stack sees the future, or the cache is not one of its own.
+    """
+    config = stack.config
+    if use_cache is None:
+        use_cache = config.use_cache and not stack.training
+    if cache is None:
+        return stack.build_cache() if use_cache and config.is_decoder else None
+    if not config.is_decoder:
+        raise ValueError(
+            "`past_key_values` need a decoder: this model sees the future (`is_decoder=False`), so its states cannot be "
+            "continued."
+        )
+    stack.check_cache(cache)
+    return cache
+
+
 def _check_own_cache(cache: Cache, kind: type, what: str, num_layers: int, layout: dict[str, Any]) -> None:
     layers = getattr(cache, "layers", [])
     if len(layers) != num_layers or not all(isinstance(layer, kind) for layer in layers):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 
 
 def check_inputs(
@@ -91,6 +94,55 @@ def check_values(
     values = input_values.unsqueeze(-1) if input_values is not None else inputs_embeds
     width = hidden_size if input_values is None else None
     return check_inputs(None, values, attention_mask, None, hidden_size=width, past=past)
+
+
+class SequenceInputs(NamedTuple):
+    """Checked inputs of a stack.
+
+    Attributes:
+        values: (B, L) ids, or real numbers, or None with embeddings.
+        mask: (B, past + L) bool, True at real tokens; None without padding.
+        leading: (B,) padding in front of each row; None without any.
+        batch, length: B and L.
+    """
+
+    values: torch.Tensor | None
+    mask: torch.Tensor | None
+    leading: torch.Tensor | None
+    batch: int
+    length: int
+
+
+def read_inputs(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor | None,
+    input_values: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    *,
+    width: int,
+    past: int = 0,
+) -> SequenceInputs:
+    """Checks the inputs of a stack that reads token ids, or real numbers with `config.input_type` "values".
+
+    Args:
+        config: with `input_type` and `vocab_size`.
+        input_ids, input_values: (B, L); or `inputs_embeds` (B, L, width).
+        attention_mask: (B, past + L), nonzero at real tokens, or None.
+        width: of embeddings.
+        past: tokens already in the cache.
+
+    Raises:
+        ValueError: see `check_inputs` and `check_values`.
+    """
+    if config.input_type == "values":
+        values = input_values
+        mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=width)
+    else:
+        values = input_ids
+        mask = check_inputs(input_ids, inputs_embeds, attention_mask, config.vocab_size, hidden_size=width, past=past)
+    batch, length = (values if inputs_embeds is None else inputs_embeds).shape[:2]
+    return SequenceInputs(values, *simplify_mask(mask), batch, length)
 
 
 def flatten_pixels(pixel_values: torch.Tensor, size: int | None) -> torch.Tensor:

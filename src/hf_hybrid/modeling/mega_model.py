@@ -22,8 +22,8 @@ from ..layers.ema import MultiDimensionalDampedEma
 from ..layers.norms import FeatureScale, ScaleNorm
 from ..layers.value_embedding import ValueEmbedding
 from ..ops.export_shapes import is_open
-from .cache import check_gated_cache, gated_cache
-from .inputs import check_inputs, check_values, pool_tokens, simplify_mask
+from .cache import cache_of_call, check_gated_cache, gated_cache
+from .inputs import check_inputs, pool_tokens, read_inputs, simplify_mask
 from .mega_layers import (
     MegaAttention,
     MegaCrossAttention,
@@ -181,12 +181,8 @@ class MegaModel(MegaPreTrainedModel):
         window = None if chunk is None else max(chunk - 1, 1)
         return gated_cache(self.config.num_hidden_layers, window, self._cache_layout())
 
-    def _check_cache(self, cache: Cache) -> None:
-        if not self.config.is_decoder:
-            raise ValueError(
-                "`past_key_values` need a decoder: this model sees the future (`is_decoder=False`), so its states cannot be "
-                "continued."
-            )
+    def check_cache(self, cache: Cache) -> None:
+        """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""
         check_gated_cache(cache, self.config.num_hidden_layers, self._cache_layout())
 
     # ------------------------------------------------------------------------------------------------------ inputs
@@ -254,29 +250,19 @@ class MegaModel(MegaPreTrainedModel):
                 "simple" bias, a cache of another model, missing encoder states.
         """
         config = self.config
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if use_cache and config.is_decoder and past_key_values is None:
-            past_key_values = self.build_cache()
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
+        past_key_values = cache_of_call(self, past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if config.input_type == "values":
-            mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=config.hidden_size)
-            input_ids = input_values
-        else:
-            mask = check_inputs(
-                input_ids,
-                inputs_embeds,
-                attention_mask,
-                config.vocab_size,
-                hidden_size=config.hidden_size,
-                past=past,
-            )
-        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        input_ids, mask, leading, batch, length = read_inputs(
+            config,
+            input_ids,
+            input_values,
+            inputs_embeds,
+            attention_mask,
+            width=config.hidden_size,
+            past=past,
+        )
         self._check_length(length)
         source_mask = self._check_source(encoder_hidden_states, encoder_attention_mask, batch)
-        mask, leading = simplify_mask(mask)
         source_mask, source_leading = simplify_mask(source_mask)
         shift = None
         if config.add_cross_attention and (leading is not None or source_leading is not None):

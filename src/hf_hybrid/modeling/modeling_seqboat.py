@@ -92,6 +92,39 @@ class SeqBoatForCausalLM(SeqBoatLanguageModel, GenerationMixin):
         refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
         model_kwargs["past_key_values"] = self.model.build_cache()
 
+    def generate(
+        self, *args: Any, output_activations: bool | None = None, **kwargs: Any
+    ) -> torch.LongTensor | ModelOutput:
+        """As in Transformers.
+
+        Args:
+            output_activations: with `return_dict_in_generate=True`, return `active` and `gate_probs` too: for each forward pass a
+                tuple of one tensor (rows, new tokens) per layer, the first pass being the prompt. The rows are those that the
+                pass computed: with beams, those of the beams of that time. Default `config.output_activations`.
+
+        Raises:
+            ValueError: `output_activations=True` without `return_dict_in_generate=True`.
+        """
+        settings = kwargs.get("generation_config") or self.generation_config
+        returns_fields = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
+        if output_activations and not returns_fields:
+            raise ValueError(
+                "`output_activations=True` needs `return_dict_in_generate=True`: ids alone hold no activations."
+            )
+        if output_activations is None:
+            output_activations = self.config.output_activations
+        if not (output_activations and returns_fields):
+            return super().generate(*args, **kwargs)
+        passes: list[SeqBoatCausalLMOutput] = []
+        handle = self.register_forward_hook(lambda module, inputs, outputs: passes.append(outputs))
+        try:
+            result = super().generate(*args, output_activations=True, **kwargs)
+        finally:
+            handle.remove()
+        for name in ("active", "gate_probs"):
+            result[name] = tuple(getattr(outputs, name) for outputs in passes)
+        return result
+
     @can_return_tuple
     def forward(
         self,
@@ -256,7 +289,7 @@ class SeqBoatForSequenceClassification(SeqBoatClassifier):
             input_values: (B, L) real numbers for models with `input_type="values"`.
 
         Returns:
-            `logits` (B, num_labels); hidden states and activations are those of the first text.
+            `logits` (B, num_labels); hidden states and activations are those of the first text, `auxiliary_loss` is of both.
 
         Raises:
             ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.
@@ -277,7 +310,11 @@ class SeqBoatForSequenceClassification(SeqBoatClassifier):
             **kwargs,
         )
         if has_pair:
-            second = self._encode(pair_attention_mask, input_ids=pair_input_ids, inputs_embeds=pair_inputs_embeds)[1]
+            others, second = self._encode(
+                pair_attention_mask, input_ids=pair_input_ids, inputs_embeds=pair_inputs_embeds, **kwargs
+            )
+            if outputs.auxiliary_loss is not None:
+                outputs.auxiliary_loss = (outputs.auxiliary_loss + others.auxiliary_loss) / 2
             if second.shape[0] != pooled.shape[0]:
                 raise ValueError(
                     f"`pair_input_ids` has {second.shape[0]} rows but `input_ids` has {pooled.shape[0]}; both must share the "

@@ -20,8 +20,8 @@ from ..layers.norms import ScaleNorm
 from ..layers.router import ActivationRouter
 from ..layers.value_embedding import ValueEmbedding
 from ..ops.compaction import rotary_table
-from .cache import check_memory_cache, memory_cache
-from .inputs import check_inputs, check_values, simplify_mask
+from .cache import cache_of_call, check_memory_cache, memory_cache
+from .inputs import read_inputs
 from .packed_documents import separates_documents
 from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
 from .seqboat_outputs import SeqBoatModelOutput
@@ -121,12 +121,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         """Empty cache; of constant size unless `window_size` is None."""
         return memory_cache(self.config.num_hidden_layers, self._cache_layout())
 
-    def _check_cache(self, cache: Cache) -> None:
-        if not self.config.is_decoder:
-            raise ValueError(
-                "`past_key_values` need a decoder: this model sees the future (`is_decoder=False`), so its states cannot be "
-                "continued."
-            )
+    def check_cache(self, cache: Cache) -> None:
+        """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""
         check_memory_cache(cache, self.config.num_hidden_layers, self._cache_layout())
 
     # ------------------------------------------------------------------------------------------------------ forward
@@ -171,28 +167,16 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another model.
         """
         config = self.config
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if use_cache and config.is_decoder and past_key_values is None:
-            past_key_values = self.build_cache()
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
+        past_key_values = cache_of_call(self, past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if config.input_type == "values":
-            mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=config.hidden_size)
-            inputs = input_values
-        else:
-            width = config.embedding_width
-            vocabulary = config.vocab_size
-            mask = check_inputs(input_ids, inputs_embeds, attention_mask, vocabulary, hidden_size=width, past=past)
-            inputs = input_ids
-        given = inputs if inputs_embeds is None else inputs_embeds
-        batch, length = given.shape[:2]
+        width = config.embedding_width
+        inputs, mask, leading, batch, length = read_inputs(
+            config, input_ids, input_values, inputs_embeds, attention_mask, width=width, past=past
+        )
         for layer in () if past_key_values is None else past_key_values.layers:
             layer.advance(batch, length)
-        mask, leading = simplify_mask(mask)
         mask = None if mask is None else mask[:, past:]
-        places = torch.arange(past, past + length, device=given.device)
+        places = torch.arange(past, past + length, device=(inputs_embeds if inputs is None else inputs).device)
         positions = places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)
         token_mask = None if mask is None else mask.unsqueeze(-1)
 

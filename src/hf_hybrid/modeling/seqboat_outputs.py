@@ -53,7 +53,7 @@ class SeqBoatMaskedLMOutput(Activations, MaskedLMOutput):
 
 @dataclass
 class SeqBoatSequenceClassifierOutput(Activations, SequenceClassifierOutput):
-    """Output of a classifier of whole inputs, and its activations (those of the first text of a pair)."""
+    """Output of a classifier of whole inputs, and its activations (`active`, `gate_probs` and the rate of the first text of a pair)."""
 
 
 @dataclass

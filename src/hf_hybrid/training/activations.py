@@ -107,6 +107,26 @@ def record_activations(model: nn.Module) -> Iterator[list[list[torch.Tensor]]]:
         yield gates
 
 
+@torch.no_grad()
+def sample_gates(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The gates of one sample, (layers, L) float32 on the CPU; 0 = inactive.
+
+    Args:
+        model: a SeqBoat model; its stack runs, in evaluation mode for the time of the call.
+        inputs: arguments of the stack with one row each: `input_ids`, or `input_values`.
+
+    Raises:
+        ValueError: the model has no routers.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    try:
+        with record_activations(model.eval()) as recorded:
+            getattr(model, "base_model", model)(**{name: value.to(device) for name, value in inputs.items()})
+    finally:
+        model.train(was_training)
+    return torch.stack([layer[0][0] for layer in recorded]).float().cpu()
+
+
 @dataclass(frozen=True)
 class LayerActivation:
     """Summary of one layer over a set of sequences; padding is left out everywhere.
