@@ -50,20 +50,30 @@ class TestLoss:
         trained = model.train()(ids, labels=ids)
         torch.testing.assert_close(trained.loss, evaluated.loss + 0.5 * evaluated.commitment_loss)
 
-    def test_share_of_a_micro_batch(self) -> None:
-        """Accumulated over micro-batches, the weight of the commitment loss is that of one batch."""
-        model, ids = CAUSAL.model(**LEARNING).train(), random_ids(4, 10)
+    @pytest.mark.parametrize(
+        "head", ["AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForTokenClassification"]
+    )
+    def test_micro_batches_have_the_loss_of_the_batch(self, head: str) -> None:
+        """Padding, few labels, and micro-batches of different sizes change nothing about the weight of the commitment loss."""
+        model, ids = Case("longvq", head, "default").model(commitment_loss_weight=0.5), random_ids(4, 10)
         mask = torch.ones(4, 10, dtype=torch.long)
         mask[0, 6:] = 0
-        labels = ids.masked_fill(mask == 0, -100)
-        items = int((labels[:, 1:] != -100).sum())
-        outputs = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=4 * items)
-        task = model.eval()(ids, attention_mask=mask, labels=labels, num_items_in_batch=4 * items).loss
-        expected = task + 0.5 * outputs.commitment_loss * float(mask.sum()) / (4 * items)
-        torch.testing.assert_close(outputs.loss, expected)
-        whole = model.train()(ids, labels=ids, num_items_in_batch=36)
-        task = model.eval()(ids, labels=ids, num_items_in_batch=36).loss
-        torch.testing.assert_close(whole.loss, task + 0.5 * whole.commitment_loss, rtol=1e-4, atol=1e-4)
+        labels = (ids % 2).masked_fill((mask == 0) | (torch.arange(10) % 4 > 1), -100)
+        labels[3, 3:] = -100
+        shift = 1 if head == "AutoModelForCausalLM" else 0
+        items = int((labels[:, shift:] != -100).sum())
+        expected, shares = torch.zeros(()), []
+        for rows in (slice(0, 1), slice(1, 4)):
+            inputs = {"input_ids": ids[rows], "attention_mask": mask[rows], "labels": labels[rows]}
+            part = model.train()(**inputs, num_items_in_batch=torch.tensor(items))
+            task = model.eval()(**inputs, num_items_in_batch=items).loss
+            shares.append(float(((part.loss - task) / (0.5 * part.commitment_loss)).detach()))
+            expected = expected + task
+        assert sum(shares) == pytest.approx(1, rel=1e-4) and 0 < shares[0] < shares[1]
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        whole = model.train()(**inputs, num_items_in_batch=items)
+        torch.testing.assert_close(whole.loss, expected + 0.5 * whole.commitment_loss)
+        torch.testing.assert_close(model(**inputs).loss, whole.loss)
 
     def test_outputs_that_trainer_gathers(self) -> None:
         outputs = CAUSAL.model()(random_ids(2, 5), labels=random_ids(2, 5), use_cache=True)

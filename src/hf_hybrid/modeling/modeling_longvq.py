@@ -63,25 +63,24 @@ class LongVQHead(LongVQPreTrainedModel):
         self,
         loss: torch.Tensor | None,
         outputs: LongVQModelOutput,
-        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | None:
         """The loss plus, in training, the weighted commitment loss.
 
-        A loss that is divided by the items of all accumulated micro-batches is a part of the whole; so is then the
-        commitment loss, by the share of this micro-batch.
+        A loss that is divided by the items of all micro-batches and processes is a part of the whole. So is then the commitment
+        loss, by the share of the labels that are in this micro-batch: its weight is the same however a batch is divided. (A
+        share of tokens would not do where few have labels, as in masked language modelling.)
         """
         weight = self.config.commitment_loss_weight
         if loss is None or not self.training or weight == 0:
             return loss
-        assert outputs.commitment_loss is not None and outputs.last_hidden_state is not None
+        assert outputs.commitment_loss is not None
         commitment: torch.Tensor = weight * outputs.commitment_loss.to(loss.dtype)
         if num_items_in_batch is not None:
-            batch, length = outputs.last_hidden_state.shape[:2]
-            tokens = (
-                torch.tensor(batch * length, device=loss.device) if attention_mask is None else attention_mask.sum()
-            )
-            commitment = commitment * (tokens / num_items_in_batch).clamp(max=1)
+            assert labels is not None
+            whole = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            commitment = commitment * ((labels != -100).sum() / whole).clamp(max=1)
         return loss + commitment
 
 
@@ -160,7 +159,7 @@ class LongVQForCausalLM(LongVQLanguageModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, kept])
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return LongVQCausalLMOutput(
-            loss=self._with_commitment(loss, outputs, attention_mask, num_items_in_batch),
+            loss=self._with_commitment(loss, outputs, labels, num_items_in_batch),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -191,7 +190,7 @@ class LongVQForMaskedLM(LongVQLanguageModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return LongVQMaskedLMOutput(
-            loss=self._with_commitment(loss, outputs, attention_mask, num_items_in_batch),
+            loss=self._with_commitment(loss, outputs, labels, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             **quantization_of(outputs),
@@ -370,7 +369,7 @@ class LongVQForTokenClassification(LongVQHead):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return LongVQTokenClassifierOutput(
-            loss=self._with_commitment(loss, outputs, attention_mask, num_items_in_batch),
+            loss=self._with_commitment(loss, outputs, labels, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             **quantization_of(outputs),
