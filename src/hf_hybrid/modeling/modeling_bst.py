@@ -36,6 +36,7 @@ from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
 from .cache import block_cache, check_block_cache, refuse_cache_implementation
 from .inputs import check_inputs, pool_tokens
 from .losses import align_labels, check_class_labels, token_cross_entropy
+from .packed_documents import separates_documents
 
 # What must agree between the model that made a cache and the one that continues it.
 _LAYOUT = (
@@ -128,6 +129,7 @@ class BstModel(BstPreTrainedModel):
         window, block = (ring_view(position, size, is_sliding=is_sliding) for is_sliding in (True, False))
         return Passage(start, None, Step(start % size, window, block, is_end, valid))
 
+    @separates_documents
     @capture_outputs
     def forward(
         self,
@@ -254,7 +256,7 @@ class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         divisor = self.config.logit_divisor
         divisor = math.sqrt(self.config.hidden_size) if divisor is None else divisor

@@ -132,7 +132,7 @@ class SeqBoatForCausalLM(SeqBoatLanguageModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state
-        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
         logits = self.lm_head(hidden_states[:, kept])
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return SeqBoatCausalLMOutput(

@@ -10,14 +10,14 @@ one to the next (model type `bst`); the evaluation then reads the held-out docum
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator
 
-from ..data.packing import CausalBlockDataset
+from ..data.packing import CausalBlockDataset, SeparateDocumentsCollator
 from ..data.segments import DocumentSegments
 from ..data.streaming import CausalBlockStream
 from ..data.token_corpus import end_of_document
@@ -59,13 +59,20 @@ class CausalDataArguments(PretrainingDataArguments):
             "model carried from one to the next."
         },
     )
+    separate_documents: bool = field(
+        default=False,
+        metadata={
+            "help": "Documents that share a block do not see each other: the state is cut between them. Costs the padding of each "
+            "to the longest."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.segment_length is not None and (self.segment_length < 1 or self.streaming):
+        if self.segment_length is not None and (self.segment_length < 1 or self.streaming or self.separate_documents):
             raise ValueError(
-                "`segment_length` must be a positive number of tokens, without `streaming`: documents are read whole, in "
-                f"order; got {self.segment_length}."
+                "`segment_length` must be a positive number of tokens, without `streaming` and `separate_documents`: documents "
+                f"are read whole, in order; got {self.segment_length}."
             )
 
 
@@ -100,13 +107,16 @@ def build(
         train_dataset, eval_dataset, text = build_segments(
             data_args, tokenizer, training_args, evaluate_only=evaluate_only
         )
+    collator: Callable[..., Any] = default_data_collator
+    if data_args.separate_documents:
+        collator = SeparateDocumentsCollator(end_of_document(tokenizer))
     trainer_class = HybridTrainer if data_args.segment_length is None else SegmentTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=default_data_collator,
+        data_collator=collator,
         processing_class=tokenizer,
     )
     num_tokens, num_bytes = text.validation.tokens.size, text.validation.num_bytes
