@@ -80,6 +80,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(pretraining, tmp_path, variant):
         ),
         ({"segment_length": 0}, "`segment_length` must be a positive number"),
         ({"streaming": True}, "without `streaming`"),
+        ({"separate_documents": True}, "and `separate_documents`"),
         ({"gradient_checkpointing": True}, "`gradient_checkpointing` cannot be used with `segment_length`"),
         ({"per_device_train_batch_size": 500}, "documents for 500 rows"),
     ],

@@ -44,7 +44,8 @@ class DocumentSegments(Dataset):
     """Segments in the order in which a batch of rows reads them: sample `step * num_rows + row`.
 
     A sample has `input_ids` and `shift_labels` (the token behind each, -100 for none), both (length,), and `begins`, True where
-    the state of the row must be reset.
+    the state of the row must be reset. `labels` are there because the trainer counts targets, over all processes, only beside
+    them; a model that gets both takes `shift_labels`.
 
     Args:
         tokens: (N,) token ids, each document followed by `</s>`.
@@ -86,4 +87,9 @@ class DocumentSegments(Dataset):
         count = segment.stop - segment.start
         piece = torch.from_numpy(np.array(self.tokens[segment.start : segment.stop + 1], dtype=np.int64))
         inputs[:count], targets[:count] = piece[:count], piece[1 : count + 1]
-        return {"input_ids": inputs, "shift_labels": targets, "begins": torch.tensor(segment.begins)}
+        return {
+            "input_ids": inputs,
+            "shift_labels": targets,
+            "labels": targets,
+            "begins": torch.tensor(segment.begins),
+        }

@@ -52,13 +52,6 @@ class CausalDataArguments(PretrainingDataArguments):
     """Text of the run."""
 
     block_length: int = field(default=1024, metadata={"help": "Tokens of one training sequence."})
-    separate_documents: bool = field(
-        default=False,
-        metadata={
-            "help": "Documents that share a block do not see each other: the state is cut between them. Costs the padding of each "
-            "to the longest."
-        },
-    )
     segment_length: int | None = field(
         default=None,
         metadata={
@@ -66,16 +59,21 @@ class CausalDataArguments(PretrainingDataArguments):
             "model carried from one to the next."
         },
     )
+    separate_documents: bool = field(
+        default=False,
+        metadata={
+            "help": "Documents that share a block do not see each other: the state is cut between them. Costs the padding of each "
+            "to the longest."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.segment_length is not None and (self.segment_length < 1 or self.streaming):
+        if self.segment_length is not None and (self.segment_length < 1 or self.streaming or self.separate_documents):
             raise ValueError(
-                "`segment_length` must be a positive number of tokens, without `streaming`: documents are read whole, in "
-                f"order; got {self.segment_length}."
+                "`segment_length` must be a positive number of tokens, without `streaming` and `separate_documents`: documents "
+                f"are read whole, in order; got {self.segment_length}."
             )
-        if self.segment_length is not None and self.separate_documents:
-            raise ValueError("`segment_length` keeps documents apart already: leave `separate_documents` out.")
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -99,9 +97,6 @@ def build(
         check_length_of_run(data_args, training_args)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_type="spade_lm")
-    collator: Callable[..., Any] = default_data_collator
-    if data_args.separate_documents:
-        collator = SeparateDocumentsCollator(end_of_document(tokenizer))
     if data_args.segment_length is None:
         check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
         train_dataset, eval_dataset, text = build_datasets(
@@ -112,6 +107,9 @@ def build(
         train_dataset, eval_dataset, text = build_segments(
             data_args, tokenizer, training_args, evaluate_only=evaluate_only
         )
+    collator: Callable[..., Any] = default_data_collator
+    if data_args.separate_documents:
+        collator = SeparateDocumentsCollator(end_of_document(tokenizer))
     trainer_class = HybridTrainer if data_args.segment_length is None else SegmentTrainer
     trainer = trainer_class(
         model=model,
