@@ -215,7 +215,8 @@ class _RegisterAfterImport(MetaPathFinder):
 
     The Auto classes pull in torch and take seconds to import. Waiting until somebody asks for them keeps `import hf_hybrid`
     as quick as `import transformers`. Modules of Transformers import each other in circles that our models would close,
-    so a registration waits for the end of the outermost import of Transformers, not just of the module it is due after.
+    so a registration waits for the end of the outermost import of Transformers or of this package, not just of the module it is
+    due after.
 
     Args:
         actions: name of a module of Transformers -> the registration that is due after it.
@@ -223,12 +224,12 @@ class _RegisterAfterImport(MetaPathFinder):
 
     def __init__(self, actions: dict[str, Callable[[], None]]) -> None:
         self.actions = actions
-        self.under_way = threading.local()  # .count: imports of Transformers within one another, in this thread
+        self.under_way = threading.local()  # .count: imports of either package within one another, in this thread
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.split(".", 1)[0] != "transformers":
+        if fullname.split(".", 1)[0] not in ("transformers", __package__):
             return None
         finders = list(sys.meta_path)
         if self not in finders:  # removed by another thread meanwhile
