@@ -372,9 +372,17 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
         options = {"color": colour, "linewidth": 1.4, "marker": "o", "markersize": 3.5, "label": label}
         rates.errorbar(depth, values, yerr=errors, capsize=2, **options)
         spans.plot(depth, [max(layer.span, 0.5) for layer in layers], **options)
+    deepest = max(layer.layer for layers in statistics.values() for layer in layers)
+    for axes in (rates, spans):
+        axes.set_xticks(range(0, deepest + 1, 1 + deepest // 16))
     rates.set(xlabel="layer", ylabel="active tokens (%)", ylim=(-3, 103))
     rates.set_title("Activation", loc="left")
     spans.set(xlabel="layer", ylabel="mean distance (tokens)", yscale="log")
+    low, high = spans.get_ylim()
+    spans.set_ylim(low / 1.6, high * 1.6)
+    for axis_formatter in (spans.yaxis.set_major_formatter, spans.yaxis.set_minor_formatter):
+        axis_formatter("{x:g}")
+    spans.tick_params(axis="y", which="minor", labelsize=6)
     spans.set_title("Span of attention", loc="left")
     spans.legend(frameon=False)
     path = Path(path)
