@@ -360,6 +360,8 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
     if not statistics or not all(statistics.values()):
         raise ValueError("`statistics` must hold at least one layer for each label.")
     figure, rates = new_figure(10.0, 3.8)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     rates.set_subplotspec(figure.add_gridspec(1, 2)[0])
     spans = figure.add_subplot(1, 2, 2)
     spans.spines[["top", "right"]].set_visible(False)
@@ -380,9 +382,9 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
     spans.set(xlabel="layer", ylabel="mean distance (tokens)", yscale="log")
     low, high = spans.get_ylim()
     spans.set_ylim(low / 1.6, high * 1.6)
-    for axis_formatter in (spans.yaxis.set_major_formatter, spans.yaxis.set_minor_formatter):
-        axis_formatter("{x:g}")
-    spans.tick_params(axis="y", which="minor", labelsize=6)
+    spans.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    spans.yaxis.set_major_formatter("{x:g}")
+    spans.yaxis.set_minor_locator(NullLocator())
     spans.set_title("Span of attention", loc="left")
     spans.legend(frameon=False)
     path = Path(path)
