@@ -115,7 +115,7 @@ class Case:
             reported then.
         peers: see `Peer`.
         growth_at_most: largest acceptable ratio of the time of a size to that of the size before it; the two are run in
-            turn.
+            turn. Such a case has no peers.
         work: name of a function with the same keywords: (amount of work in a step, unit), for a rate.
         rate_at_least: smallest acceptable rate.
         memory_at_most: name of a function with the same keywords: largest acceptable growth of our process's memory
@@ -135,6 +135,12 @@ class Case:
     memory_at_most: str | None = None
     threads: int | None = None
     module: Path = field(default=Path())
+
+    def __post_init__(self) -> None:
+        if self.growth_at_most is not None and self.peers:
+            raise ValueError(
+                f"the case {self.name!r} has `growth_at_most` and `peers`, which are compared apart: make two."
+            )
 
 
 def load_module(path: Path) -> Any:

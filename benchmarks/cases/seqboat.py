@@ -227,7 +227,14 @@ CASES = (
         sizes=({"context": 512}, {"context": 32768}),
         check="check_decode",
         growth_at_most=1.15,
-        peers=(Peer("recomputing the last 2,048 tokens", "recompute", at_least=50.0, floor_from=2048),),
+    ),
+    Case(
+        name="seqboat-decode-recompute",
+        timed="one decoding step of a causal SeqBoat after a context, every token active",
+        build="decode_step",
+        sizes=({"context": 4096},),
+        check="check_decode",
+        peers=(Peer("recomputing the last 2,048 tokens", "recompute", at_least=50.0),),
     ),
 )
 

@@ -296,8 +296,12 @@ def trace_decoding_step(step: DecodingStep) -> ExportedProgram:
     (inputs,) = _step_inputs(step, batch=3, past=6, source=10)
 
     def state_shapes(tensors: State, grows: bool) -> dict[str, Any]:
+        axes = {".keys": -2, ".values": -2, ".cross_keys": -2, ".cross_values": -2, ".positions": -1}  # of tokens
+        kinds = {name: name[name.rindex(".") :] for name in tensors}
         return {
-            name: _open_sizes(tensor, 0, -2) if grows and ".state" not in name else _open_sizes(tensor, 0)
+            name: _open_sizes(tensor, 0, axes[kinds[name]])
+            if grows and kinds[name] in axes
+            else _open_sizes(tensor, 0)
             for name, tensor in tensors.items()
         }
 

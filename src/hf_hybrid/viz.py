@@ -360,6 +360,8 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
     if not statistics or not all(statistics.values()):
         raise ValueError("`statistics` must hold at least one layer for each label.")
     figure, rates = new_figure(10.0, 3.8)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     rates.set_subplotspec(figure.add_gridspec(1, 2)[0])
     spans = figure.add_subplot(1, 2, 2)
     spans.spines[["top", "right"]].set_visible(False)
@@ -372,9 +374,17 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
         options = {"color": colour, "linewidth": 1.4, "marker": "o", "markersize": 3.5, "label": label}
         rates.errorbar(depth, values, yerr=errors, capsize=2, **options)
         spans.plot(depth, [max(layer.span, 0.5) for layer in layers], **options)
+    deepest = max(layer.layer for layers in statistics.values() for layer in layers)
+    for axes in (rates, spans):
+        axes.set_xticks(range(0, deepest + 1, 1 + deepest // 16))
     rates.set(xlabel="layer", ylabel="active tokens (%)", ylim=(-3, 103))
     rates.set_title("Activation", loc="left")
     spans.set(xlabel="layer", ylabel="mean distance (tokens)", yscale="log")
+    low, high = spans.get_ylim()
+    spans.set_ylim(low / 1.6, high * 1.6)
+    spans.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    spans.yaxis.set_major_formatter("{x:g}")
+    spans.yaxis.set_minor_locator(NullLocator())
     spans.set_title("Span of attention", loc="left")
     spans.legend(frameon=False)
     path = Path(path)

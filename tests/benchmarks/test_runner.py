@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -117,3 +118,10 @@ def test_registry_of_the_project():
 def test_unknown_names_are_refused():
     assert "unknown nothing" in run("--case", "nothing").stderr
     assert "not a revision" in run("--case", "span-corruption", "--compare", "no-such-revision").stderr
+
+
+def test_growth_and_peers_are_two_cases(monkeypatch):
+    monkeypatch.syspath_prepend(RUNNER.parent)
+    harness = importlib.import_module("harness")
+    with pytest.raises(ValueError, match="`growth_at_most` and `peers`, which are compared apart"):
+        harness.Case("both", "", "build", ({"length": 1},), "check", (harness.Peer("a", "b"),), growth_at_most=2.0)

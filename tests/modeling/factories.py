@@ -366,7 +366,10 @@ class Case:
     def shallow_model(self) -> PreTrainedModel:
         """The model with one layer in each stack, for tests that trace it: a second or two per layer."""
         depths = ("encoder_layers", "decoder_layers", "num_layers", "num_hidden_layers")
-        return self.model(**{name: 1 for name in depths if name in type(self.config()).__dataclass_fields__})
+        config = self.config()
+        overrides: dict[str, Any] = {name: 1 for name in depths if name in type(config).__dataclass_fields__}
+        overrides |= {name: [0] for name in ("ssm_layers", "decoder_ssm_layers") if getattr(config, name, None)}
+        return self.model(**overrides)
 
     @property
     def is_seq2seq(self) -> bool:

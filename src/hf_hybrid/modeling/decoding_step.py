@@ -24,6 +24,13 @@ from .cache import cache_tensors, fill_cache, kept_tokens
 State = dict[str, torch.Tensor]
 
 
+def _with_slots(name: str, tensor: torch.Tensor, slots: int) -> torch.Tensor:
+    """A tensor of a state that grows, with a place for each token: a working memory has more in eager mode, or fewer."""
+    if name.endswith((".keys", ".values")):
+        return F.pad(tensor, (0, 0, 0, slots - tensor.shape[-2]))
+    return F.pad(tensor, (0, slots - tensor.shape[-1])) if name.endswith(".positions") else tensor
+
+
 class DecodingStep(nn.Module):
     """A causal or encoder-decoder model that reads its state from tensors and returns the next.
 
@@ -127,4 +134,8 @@ class DecodingStep(nn.Module):
             arguments = {"encoder_outputs": encoder_outputs, "attention_mask": source_mask}
         outputs = self._run(input_ids, mask, cache, **arguments)
         tensors = cache_tensors(outputs.past_key_values)
+        if self.is_growing and not torch.compiler.is_compiling():
+            tensors |= {
+                name: _with_slots(name, tensors[name], mask.shape[1]) for name in state if ".cross_" not in name
+            }
         return {"logits": outputs.logits, "state": {name: tensors[name] for name in state}}
