@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_hybrid.data.packing import CausalBlockDataset, TokenBlocks, concatenate_documents, pack_documents
+from hf_hybrid.data.packing import (
+    CausalBlockDataset,
+    SeparateDocumentsCollator,
+    TokenBlocks,
+    concatenate_documents,
+    pack_documents,
+    positions_in_documents,
+)
 
 
 @given(documents=st.lists(st.lists(st.integers(2, 99), max_size=30), max_size=20), length=st.integers(1, 20))
@@ -44,3 +51,13 @@ def test_bad_input():
         TokenBlocks([[1, 2], [3, 4]], 1)
     with pytest.raises(ValueError, match="must both exist"):
         TokenBlocks("nowhere.bin", 4)
+
+
+def test_positions_restart_behind_every_end():
+    ids = torch.tensor([[5, 1, 6, 7, 1, 1, 8], [5, 6, 7, 8, 9, 5, 1]])
+    expected = torch.tensor([[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]])
+    assert torch.equal(positions_in_documents(ids, 1), expected)
+    samples = [{"input_ids": row, "labels": row} for row in ids]
+    batch = SeparateDocumentsCollator(1)(samples)
+    assert torch.equal(batch["position_ids"], expected)
+    assert torch.equal(batch["labels"], ids.masked_fill(expected == 0, -100))

@@ -6,13 +6,16 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_hybrid.hub import model_card_problems
-from hf_hybrid.recipes.pretrain_clm import main
+from hf_hybrid.recipes.common import NewModelArguments, parse_arguments
+from hf_hybrid.recipes.pretrain_clm import CausalDataArguments, build, main
+from hf_hybrid.training.arguments import PretrainingArguments
 
 TINY_LM = "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=2,attention_window=8,ssm_state_size=4"
 
@@ -37,6 +40,29 @@ def test_perplexity_and_bits_per_byte_are_reported(pretraining, tmp_path):
     assert metrics["bits_per_byte"] == pytest.approx(expected)
     assert model_card_problems((tmp_path / "run" / "README.md").read_text()) == []
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "spade_lm"
+
+
+def test_documents_can_be_kept_apart(pretraining, tmp_path):
+    """The evaluation loss is that of the documents in rows of their own."""
+    held_out = tmp_path / "held_out.jsonl"
+    texts = [f"The {number} smallest of many short texts. " * (number % 3 + 1) for number in range(40)]
+    held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {**pretraining, "separate_documents": True, "validation_data": [str(held_out)]}
+    options["per_device_eval_batch_size"] = options["max_validation_segments"]
+    metrics = main(options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    groups = parse_arguments((CausalDataArguments, NewModelArguments, PretrainingArguments), options, None)
+    trainer = build(*groups, evaluate_only=True).trainer
+    losses, counts = [], []
+    for sample in trainer.eval_dataset:
+        ends = (sample["input_ids"] == trainer.processing_class.eos_token_id).nonzero().flatten() + 1
+        documents = sample["input_ids"].tensor_split(ends)
+        for document in (document for document in documents if len(document) > 1):
+            with torch.no_grad():
+                losses.append(model(document[None], labels=document[None]).loss.item())
+            counts.append(len(document) - 1)
+    assert len(counts) > len(trainer.eval_dataset)
+    assert metrics["eval_loss"] == pytest.approx(np.average(losses, weights=counts), rel=1e-4)
 
 
 def test_streaming_resumes_bitwise(pretraining, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 
 
 def concatenate_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_token_id: int) -> np.ndarray:
@@ -41,6 +42,38 @@ def pack_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_token_id
         ValueError: `length` is not positive, or all documents together are shorter than one block.
     """
     return TokenBlocks(concatenate_documents(documents, eos_token_id), length).rows(slice(None))
+
+
+def positions_in_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Positions that count from 0 at the beginning of a row and behind every `</s>`: (B, L) ids to (B, L) int64.
+
+    Given to a model as `position_ids`, they keep the documents of a row apart.
+    """
+    place = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    behind_end = torch.zeros_like(input_ids, dtype=torch.bool)
+    behind_end[:, 1:] = input_ids[:, :-1] == eos_token_id
+    return place - torch.where(behind_end, place, 0).cummax(dim=1).values
+
+
+class SeparateDocumentsCollator:
+    """Batches of packed blocks whose documents do not see each other.
+
+    Adds `position_ids`, and takes the first token of every document, which nothing predicts, out of the labels.
+
+    Args:
+        eos_token_id: the token that ends a document.
+    """
+
+    def __init__(self, eos_token_id: int) -> None:
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Samples with `input_ids` (L,) and `labels` (L,) to a batch of (B, L)."""
+        batch = default_data_collator(features)
+        position_ids = positions_in_documents(batch["input_ids"], self.eos_token_id)
+        # The models ignore these labels by themselves; `Trainer` has to know it, since it counts the labels of a step.
+        labels = batch["labels"].masked_fill(position_ids == 0, -100)
+        return batch | {"labels": labels, "position_ids": position_ids}
 
 
 class TokenBlocks:

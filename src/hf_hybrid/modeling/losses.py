@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .inputs import can_read_values
+from .packed_documents import starts_of_documents
 
 
 def check_class_labels(labels: torch.Tensor, num_classes: int) -> None:
@@ -37,7 +38,10 @@ def shift_labels(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def align_labels(
-    labels: torch.Tensor | None, aligned: torch.Tensor | None, shape: tuple[int, ...]
+    labels: torch.Tensor | None,
+    aligned: torch.Tensor | None,
+    shape: tuple[int, int],
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """The targets of a causal model at the positions that predict them.
 
@@ -46,15 +50,22 @@ def align_labels(
         aligned: (B, L) targets that are shifted already; they replace `labels`. Whoever cuts a text into shards has to shift
             it before, since the target of the last token of a shard is the first token of the next.
         shape: (B, L) of the hidden states.
+        position_ids: (B, L) or (1, L); nothing predicts the first token of a document, where they restart.
 
     Returns:
         (B, L), or None without any labels.
 
     Raises:
-        ValueError: labels of another shape.
+        ValueError: labels or positions of another shape.
     """
     if aligned is None:
-        return None if labels is None else shift_labels(labels, shape)
+        if labels is None:
+            return None
+        shifted = shift_labels(labels, shape)
+        if position_ids is None:
+            return shifted
+        begins = starts_of_documents(position_ids, shape).to(shifted.device)
+        return shifted.masked_fill(F.pad(begins, (0, 1))[:, 1:], -100)
     if aligned.shape != shape:
         raise ValueError(
             f"`shift_labels` must have the shape of the input, {tuple(shape)}; got {tuple(aligned.shape)}."

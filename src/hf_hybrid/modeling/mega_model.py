@@ -32,6 +32,7 @@ from .mega_layers import (
     MegaRelativeBias,
     build_norm,
 )
+from .packed_documents import separates_documents
 
 
 class MegaPreTrainedModel(PreTrainedModel):
@@ -213,6 +214,7 @@ class MegaModel(MegaPreTrainedModel):
             return None
         return torch.arange(mask.shape[1], device=mask.device) - leading.unsqueeze(-1)
 
+    @separates_documents
     @capture_outputs
     def forward(
         self,

@@ -206,7 +206,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
         if self.dense is not None:
             hidden_states = torch.tanh(self.dense(hidden_states))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -165,7 +165,7 @@ class SeqBoatForCausalLM(SeqBoatLanguageModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state
-        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
         logits = self.lm_head(hidden_states[:, kept])
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return SeqBoatCausalLMOutput(
@@ -311,7 +311,7 @@ class SeqBoatForSequenceClassification(SeqBoatClassifier):
         )
         if has_pair:
             others, second = self._encode(
-                pair_attention_mask, input_ids=pair_input_ids, inputs_embeds=pair_inputs_embeds, **kwargs
+                pair_attention_mask, input_ids=pair_input_ids, inputs_embeds=pair_inputs_embeds
             )
             if outputs.auxiliary_loss is not None:
                 outputs.auxiliary_loss = (outputs.auxiliary_loss + others.auxiliary_loss) / 2

@@ -38,6 +38,7 @@ from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, full_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
 from .losses import check_class_labels, token_cross_entropy
+from .packed_documents import separates_documents
 from .spade_layers import (
     SpadeAttention,
     SpadeClassificationHead,
@@ -124,6 +125,7 @@ class SpadeEncoder(SpadePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @separates_documents
     @capture_outputs
     def forward(
         self,

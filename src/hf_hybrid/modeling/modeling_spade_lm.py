@@ -35,6 +35,7 @@ from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, local_cache, refuse_cache_implementation
 from .inputs import check_inputs, logical_positions, pool_tokens
 from .losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
+from .packed_documents import separates_documents
 from .spade_layers import SpadeMixer, build_feed_forward
 
 
@@ -179,6 +180,7 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
             return None
         return logical_positions(mask, past + length, device=device)[:, -(config.attention_window + length) :]
 
+    @separates_documents
     @capture_outputs
     def forward(
         self,
@@ -316,7 +318,7 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        labels = align_labels(labels, shift_labels, hidden_states.shape[:2])
+        labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = None, None
         if self.config.adaptive_cutoffs is not None:

@@ -22,6 +22,7 @@ from ..layers.value_embedding import ValueEmbedding
 from ..ops.compaction import rotary_table
 from .cache import cache_of_call, check_memory_cache, memory_cache
 from .inputs import read_inputs
+from .packed_documents import separates_documents
 from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
 from .seqboat_outputs import SeqBoatModelOutput
 
@@ -139,6 +140,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         hidden_states = self.embedding_dropout(hidden_states)
         return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask, 0)
 
+    @separates_documents
     @capture_outputs
     def forward(
         self,

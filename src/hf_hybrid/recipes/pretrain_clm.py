@@ -7,15 +7,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator
 
-from ..data.packing import CausalBlockDataset
+from ..data.packing import CausalBlockDataset, SeparateDocumentsCollator
 from ..data.streaming import CausalBlockStream
+from ..data.token_corpus import end_of_document
 from ..metrics import bits_per_byte, perplexity
 from ..training.arguments import PretrainingArguments
 from ..training.trainer import HybridTrainer
@@ -46,6 +47,13 @@ class CausalDataArguments(PretrainingDataArguments):
     """Text of the run."""
 
     block_length: int = field(default=1024, metadata={"help": "Tokens of one training sequence."})
+    separate_documents: bool = field(
+        default=False,
+        metadata={
+            "help": "Documents that share a block do not see each other: the state is cut between them. Costs the padding of each "
+            "to the longest."
+        },
+    )
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -73,12 +81,15 @@ def build(
     train_dataset, eval_dataset, text = build_datasets(
         data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
     )
+    collator: Callable[..., Any] = default_data_collator
+    if data_args.separate_documents:
+        collator = SeparateDocumentsCollator(end_of_document(tokenizer))
     trainer = HybridTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=default_data_collator,
+        data_collator=collator,
         processing_class=tokenizer,
     )
     num_tokens, num_bytes = text.validation.tokens.size, text.validation.num_bytes
