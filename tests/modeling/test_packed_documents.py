@@ -130,3 +130,13 @@ def test_what_cannot_be_packed(case: Case) -> None:
         model(**inputs | {"position_ids": batch["position_ids"][:, :-1]})
     with pytest.raises(ValueError, match=r"`attention_mask` has shape \(1, 7\)"):
         model(**inputs, attention_mask=torch.ones(1, 7))
+
+
+def test_what_has_a_row_for_each_document_keeps_it() -> None:
+    """Rates of two layers, of documents of two tokens: the sizes alone would say that these are tokens."""
+    model = Case("seqboat", "AutoModel", "default").model()
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        rates = model(ids, position_ids=torch.tensor([[0, 1, 0, 1, 0, 1]])).activation_rate
+        expected = model(ids.view(3, 2)).activation_rate
+    torch.testing.assert_close(rates, expected)

@@ -137,7 +137,7 @@ def read_inputs(
     """
     if config.input_type == "values":
         values = input_values
-        mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=width)
+        mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=width, past=past)
     else:
         values = input_ids
         mask = check_inputs(input_ids, inputs_embeds, attention_mask, config.vocab_size, hidden_size=width, past=past)

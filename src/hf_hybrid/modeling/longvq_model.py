@@ -20,7 +20,7 @@ from ..layers.quantizer import VectorQuantizer, update_quantizers
 from ..layers.s4d import ActivatedS4D
 from ..layers.value_embedding import ValueEmbedding
 from .cache import check_code_cache, code_cache
-from .inputs import check_inputs, check_values, simplify_mask
+from .inputs import read_inputs
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
 from .longvq_outputs import LongVQModelOutput
 from .packed_documents import separates_documents
@@ -175,21 +175,14 @@ class LongVQModel(LongVQPreTrainedModel):
         if past_key_values is not None:
             self._check_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if config.input_type == "values":
-            size = config.hidden_size
-            mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=size, past=past)
-            inputs = input_values
-        else:
-            vocabulary, size = config.vocab_size, config.hidden_size
-            mask = check_inputs(input_ids, inputs_embeds, attention_mask, vocabulary, hidden_size=size, past=past)
-            inputs = input_ids
-        batch, length = (inputs if inputs_embeds is None else inputs_embeds).shape[:2]
+        read = read_inputs(
+            config, input_ids, input_values, inputs_embeds, attention_mask, width=config.hidden_size, past=past
+        )
         for layer in () if past_key_values is None else past_key_values.layers:
-            layer.advance(batch, length)
-        mask = simplify_mask(mask)[0]
-        mask = None if mask is None else mask[:, past:]
+            layer.advance(read.batch, read.length)
+        mask = None if read.mask is None else read.mask[:, past:]
 
-        hidden_states = self.get_input_embeddings()(inputs) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.get_input_embeddings()(read.values) if inputs_embeds is None else inputs_embeds
         commitments, perplexities = [], []
         for layer in self.layers:
             hidden_states, commitment, perplexity = layer(

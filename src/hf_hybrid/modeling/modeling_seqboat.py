@@ -311,7 +311,7 @@ class SeqBoatForSequenceClassification(SeqBoatClassifier):
         )
         if has_pair:
             others, second = self._encode(
-                pair_attention_mask, input_ids=pair_input_ids, inputs_embeds=pair_inputs_embeds, **kwargs
+                pair_attention_mask, input_ids=pair_input_ids, inputs_embeds=pair_inputs_embeds
             )
             if outputs.auxiliary_loss is not None:
                 outputs.auxiliary_loss = (outputs.auxiliary_loss + others.auxiliary_loss) / 2
