@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 
 ForwardMethod = TypeVar("ForwardMethod", bound=Callable[..., Any])
 
-_PER_DOCUMENT = ("attentions", "cross_attentions", "pooler_output", "activation_rate")  # whatever their sizes are
+# Outputs with no value per token, whatever their sizes are.
+_PER_DOCUMENT = ("attentions", "cross_attentions", "pooler_output", "activation_rate", "codebook_perplexity")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "input_values", "token_type_ids")
 
 
@@ -160,10 +161,6 @@ def _pack_outputs(outputs: ModelOutput, documents: PackedDocuments) -> ModelOutp
         is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == documents.mask.shape
         return documents.pack(value) if is_per_token else value
 
-<<<<<<< HEAD
-    names = [name for name in outputs if name not in ("attentions", "cross_attentions", "codebook_perplexity")]
-=======
     names = [name for name in outputs if name not in _PER_DOCUMENT]
->>>>>>> finish5
     kept = {name: outputs[name] for name in outputs if name not in names}
     return type(outputs)(**{name: pack(outputs[name]) for name in names} | kept)
