@@ -106,6 +106,7 @@ class ModelCard:
         intended_use: what the model may be used for, and what not.
         limits: known failures; what the figures do not say.
         adapter_of: name of the checkpoint below a LoRA adapter; None for a whole model.
+        has_processor: a tokenizer, or what else prepares the inputs, is stored with the model.
     """
 
     model_name: str
@@ -129,6 +130,7 @@ class ModelCard:
     intended_use: str = ""
     limits: str = ""
     adapter_of: str | None = None
+    has_processor: bool = True
 
     def render(self) -> str:
         """The whole README.md, header included."""
@@ -192,19 +194,23 @@ class ModelCard:
     def _usage(self) -> str:
         if self.adapter_of is not None:
             return self._adapter_usage()
-        name, loader = _PREPARED_BY.get(self.auto_class, ("tokenizer", "AutoTokenizer"))
+        classes, processor = self.auto_class, ""
+        if self.has_processor:
+            name, loader = _PREPARED_BY.get(self.auto_class, ("tokenizer", "AutoTokenizer"))
+            classes, processor = (
+                f"{self.auto_class}, {loader}",
+                f"{name} = {loader}.from_pretrained(source{{trust}})\n",
+            )
         load = (
-            f"from transformers import {self.auto_class}, {loader}\n\n"
+            f"from transformers import {classes}\n\n"
             'source = "."  # this folder, or the name of the repository\n'
-            "{name} = {loader}.from_pretrained(source{trust})\n"
-            "model = {auto_class}.from_pretrained(source{trust})"
+            f"{processor}model = {self.auto_class}.from_pretrained(source{{trust}})"
         )
-        names = {"name": name, "loader": loader, "auto_class": self.auto_class}
         return (
             "With the package:\n\n```python\nimport hf_hybrid  # registers the architectures\n"
-            + load.format(**names, trust="")
+            + load.format(trust="")
             + "\n```\n\nWithout it, where the model comes with its code (files `modeling_*.py`), which this runs:\n\n```python\n"
-            + load.format(**names, trust=", trust_remote_code=True")
+            + load.format(trust=", trust_remote_code=True")
             + "\n```"
         )
 

@@ -557,6 +557,7 @@ def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelC
         architecture=type(job.model).__name__,
         num_parameters=metrics["num_parameters"],
         auto_class=report.auto_class,
+        has_processor=job.trainer.processing_class is not None,
         task_type=report.task_type,
         pipeline_tag=report.pipeline_tag,
         datasets=report.datasets,
@@ -588,6 +589,10 @@ def _baseline(name: str, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.0f}"
+
+
 def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
     args = trainer.args
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
@@ -606,7 +611,7 @@ def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, An
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,
         "minutes of this run": f"{metrics.get('train_runtime', 0.0) / 60:.1f}",
-        "input tokens per second": metrics.get("tokens_per_second"),
+        "input tokens per second": _rounded(metrics.get("tokens_per_second")),
         "peak memory of the process": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
         "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
     }
