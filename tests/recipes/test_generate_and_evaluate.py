@@ -126,7 +126,7 @@ def test_causal_models_are_evaluated(options, causal_checkpoint, corpus):
 def test_bad_evaluation_options(options, checkpoint):
     with pytest.raises(
         ValueError,
-        match="one of span_corruption, clm, mlm, glue, summarization, translation, lra, image, audio; got 'ner'",
+        match="one of span_corruption, clm, mlm, glue, summarization, translation, lra, synthetic, image, audio; got 'ner'",
     ):
         evaluate.main(["ner"])
     with pytest.raises(ValueError, match="got None"):
