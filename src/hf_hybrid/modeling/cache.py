@@ -108,6 +108,19 @@ def refuse_cache_implementation(name: str | None, model_name: str) -> None:
         )
 
 
+def prepare_cache(stack: Any, generation_config: Any, model_kwargs: dict[str, Any], model_name: str) -> None:
+    """Puts a cache of `stack.build_cache()` among the arguments of `generate`, unless there is one or none is wanted.
+
+    Raises:
+        ValueError: a `cache_implementation` that cannot hold the state.
+    """
+    if model_kwargs.get("past_key_values") is not None:
+        model_kwargs["past_key_values"]._is_user_defined = True
+    elif generation_config.use_cache is not False:
+        refuse_cache_implementation(generation_config.cache_implementation, model_name)
+        model_kwargs["past_key_values"] = stack.build_cache()
+
+
 class RecurrentStateLayer(CacheLayerMixin):
     """What layers of our own have in common: tensors with the batch first, and the state of a moving average.
 

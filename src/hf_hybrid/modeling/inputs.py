@@ -145,6 +145,25 @@ def read_inputs(
     return SequenceInputs(values, *simplify_mask(mask), batch, length)
 
 
+def check_pair(has_pair: bool, dual_encoder: bool) -> None:
+    """Raises ValueError for a pair of texts where a classifier reads single texts, or the reverse."""
+    if has_pair != dual_encoder:
+        raise ValueError(
+            "This model classifies pairs (`dual_encoder=True`): pass `pair_input_ids`, and `pair_attention_mask` if padded."
+            if dual_encoder
+            else "This model classifies single texts (`dual_encoder=False`): leave `pair_input_ids` unset."
+        )
+
+
+def check_pair_rows(first: torch.Tensor, second: torch.Tensor) -> None:
+    """Raises ValueError unless the texts of pairs have as many rows."""
+    if second.shape[0] != first.shape[0]:
+        raise ValueError(
+            f"`pair_input_ids` has {second.shape[0]} rows but `input_ids` has {first.shape[0]}; both must share the "
+            "batch dimension."
+        )
+
+
 def flatten_pixels(pixel_values: torch.Tensor, size: int | None) -> torch.Tensor:
     """Grey images (B, 1, H, W), (B, H, W) or (B, H * W) as (B, H * W), row by row.
 

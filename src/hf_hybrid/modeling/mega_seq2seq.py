@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_mega import MegaConfig
-from .cache import refuse_cache_implementation
+from .cache import prepare_cache
 from .inputs import check_inputs
 from .losses import token_cross_entropy
 from .mega_model import MegaModel, MegaPreTrainedModel
@@ -94,13 +94,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
         return shifted.masked_fill(shifted == -100, pad)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
-        model_kwargs["past_key_values"] = self.decoder.build_cache()
+        prepare_cache(self.decoder, generation_config, model_kwargs, type(self).__name__)
 
     @can_return_tuple
     def forward(

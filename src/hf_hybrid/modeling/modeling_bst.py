@@ -33,7 +33,7 @@ from ..layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilte
 from ..layers.norms import RMSNorm
 from ..ops.block_state import Start, ring_view, row_order
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
-from .cache import block_cache, check_block_cache, refuse_cache_implementation
+from .cache import block_cache, check_block_cache, prepare_cache
 from .inputs import check_inputs, pool_tokens
 from .losses import align_labels, check_class_labels, token_cross_entropy
 from .packed_documents import separates_documents
@@ -212,13 +212,7 @@ class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
-        model_kwargs["past_key_values"] = self.model.build_cache()
+        prepare_cache(self.model, generation_config, model_kwargs, type(self).__name__)
 
     @can_return_tuple
     def forward(

@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_longvq import LongVQConfig
-from .cache import refuse_cache_implementation
-from .inputs import flatten_pixels, pool_tokens
+from .cache import prepare_cache
+from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from .longvq_model import LongVQModel, LongVQPreTrainedModel
 from .longvq_outputs import (
     LongVQCausalLMOutput,
@@ -108,13 +108,7 @@ class LongVQForCausalLM(LongVQLanguageModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
-        model_kwargs["past_key_values"] = self.model.build_cache()
+        prepare_cache(self.model, generation_config, model_kwargs, type(self).__name__)
 
     @can_return_tuple
     def forward(
@@ -269,12 +263,7 @@ class LongVQForSequenceClassification(LongVQClassifier):
             ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.
         """
         has_pair = pair_input_ids is not None or pair_inputs_embeds is not None
-        if has_pair != self.config.dual_encoder:
-            raise ValueError(
-                "This model classifies pairs (`dual_encoder=True`): pass `pair_input_ids`, and `pair_attention_mask` if padded."
-                if self.config.dual_encoder
-                else "This model classifies single texts (`dual_encoder=False`): leave `pair_input_ids` unset."
-            )
+        check_pair(has_pair, self.config.dual_encoder)
         outputs, pooled = self._encode(
             attention_mask,
             labels,
@@ -286,13 +275,9 @@ class LongVQForSequenceClassification(LongVQClassifier):
         if has_pair:
             pair = {"input_ids": pair_input_ids, "inputs_embeds": pair_inputs_embeds}
             others, second = self._encode(pair_attention_mask, labels, **pair, codebook_slot=1)
-            if second.shape[0] != pooled.shape[0]:
-                raise ValueError(
-                    f"`pair_input_ids` has {second.shape[0]} rows but `input_ids` has {pooled.shape[0]}; both must share the "
-                    "batch dimension."
-                )
             if outputs.commitment_loss is not None and others.commitment_loss is not None:
                 outputs.commitment_loss = (outputs.commitment_loss + others.commitment_loss) / 2
+            check_pair_rows(pooled, second)
             pooled = torch.cat([second, pooled], dim=-1)  # in the order of Mega: second text first
         return self._classify(LongVQSequenceClassifierOutput, outputs, pooled, labels)
 

@@ -21,8 +21,8 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_seqboat import SeqBoatConfig
 from ..layers.classifier import LraClassificationHead
-from .cache import refuse_cache_implementation
-from .inputs import flatten_pixels, pool_tokens
+from .cache import prepare_cache
+from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from .losses import align_labels, check_class_labels, token_cross_entropy
 from .seqboat_model import SeqBoatModel, SeqBoatPreTrainedModel
 from .seqboat_outputs import (
@@ -84,13 +84,7 @@ class SeqBoatForCausalLM(SeqBoatLanguageModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
-        model_kwargs["past_key_values"] = self.model.build_cache()
+        prepare_cache(self.model, generation_config, model_kwargs, type(self).__name__)
 
     def generate(
         self, *args: Any, output_activations: bool | None = None, **kwargs: Any
@@ -295,12 +289,7 @@ class SeqBoatForSequenceClassification(SeqBoatClassifier):
             ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.
         """
         has_pair = pair_input_ids is not None or pair_inputs_embeds is not None
-        if has_pair != self.config.dual_encoder:
-            raise ValueError(
-                "This model classifies pairs (`dual_encoder=True`): pass `pair_input_ids`, and `pair_attention_mask` if padded."
-                if self.config.dual_encoder
-                else "This model classifies single texts (`dual_encoder=False`): leave `pair_input_ids` unset."
-            )
+        check_pair(has_pair, self.config.dual_encoder)
         outputs, pooled = self._encode(
             attention_mask,
             input_ids=input_ids,
@@ -315,11 +304,7 @@ class SeqBoatForSequenceClassification(SeqBoatClassifier):
             )
             if outputs.auxiliary_loss is not None:
                 outputs.auxiliary_loss = (outputs.auxiliary_loss + others.auxiliary_loss) / 2
-            if second.shape[0] != pooled.shape[0]:
-                raise ValueError(
-                    f"`pair_input_ids` has {second.shape[0]} rows but `input_ids` has {pooled.shape[0]}; both must share the "
-                    "batch dimension."
-                )
+            check_pair_rows(pooled, second)
             parts = [second, pooled]  # the published order: second text first
             if self.config.pair_features:
                 parts += [pooled * second, pooled - second]
