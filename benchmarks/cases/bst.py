@@ -136,6 +136,7 @@ def check_model(length: int, variant: str = "mf") -> None:
 
 def _train_step(length: int, **options) -> Callable[[], object]:
     model, token_ids = _model(**options).model.train(), _token_ids(length)
+    model.gradient_checkpointing_enable()  # 65,536 tokens would keep 20 GB otherwise
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -150,6 +151,30 @@ def train_mf(length: int) -> Callable[[], object]:
 
 def train_sh(length: int) -> Callable[[], object]:
     return _train_step(length, context_variant="sh")
+
+
+def _forward(length: int, **options) -> Callable[[], object]:
+    import torch
+
+    model, token_ids = _model(**options).model.eval(), _token_ids(length)
+
+    def step() -> object:
+        with torch.no_grad():
+            return model(token_ids, use_cache=False).last_hidden_state
+
+    return step
+
+
+def forward_mf(length: int) -> Callable[[], object]:
+    return _forward(length, context_variant="mf")
+
+
+def forward_sh(length: int) -> Callable[[], object]:
+    return _forward(length, context_variant="sh")
+
+
+def forward_explicit(length: int) -> Callable[[], object]:
+    return _forward(length, context_variant="sh", ssm_type="unstructured")
 
 
 def _decode_step(context: int, variant: str) -> Callable[[], object]:
@@ -193,6 +218,7 @@ def tokens(length: int) -> tuple[int, str]:
 
 
 _LENGTHS = ({"length": 4096}, {"length": 16384})
+_DOUBLED = tuple({"length": 2**power} for power in range(14, 17))
 _PEERS = (Peer("block-recurrent-transformer-pytorch 0.4.4", "layer_block_recurrent", environment=BLOCK_RECURRENT),)
 
 CASES = (
@@ -224,10 +250,46 @@ CASES = (
         peers=(Peer("sliding window alone", "layer_window"),),
     ),
     Case(
-        name="bst-train-growth",
-        timed="train step of a model, multi-filter context, against the half length",
+        name="bst-growth-mf",
+        timed="forward without gradient, multi-filter context, against the half length",
+        build="forward_mf",
+        sizes=_DOUBLED,
+        check="check_layer",
+        work="tokens",
+        growth_at_most=2.2,
+    ),
+    Case(
+        name="bst-growth-sh",
+        timed="forward without gradient, single-head context, against the half length",
+        build="forward_sh",
+        sizes=_DOUBLED,
+        check="check_layer",
+        work="tokens",
+        growth_at_most=2.2,
+    ),
+    Case(
+        name="bst-growth-explicit",
+        timed="forward without gradient, single-head context of explicit filters, against the half length",
+        build="forward_explicit",
+        sizes=_DOUBLED,
+        check="check_layer",
+        work="tokens",
+        growth_at_most=2.2,
+    ),
+    Case(
+        name="bst-train-growth-mf",
+        timed="train step with gradient checkpointing, multi-filter context, against the half length",
         build="train_mf",
-        sizes=({"length": 16384}, {"length": 32768}, {"length": 65536}),
+        sizes=_DOUBLED,
+        check="check_layer",
+        work="tokens",
+        growth_at_most=2.2,
+    ),
+    Case(
+        name="bst-train-growth-sh",
+        timed="train step with gradient checkpointing, single-head context, against the half length",
+        build="train_sh",
+        sizes=_DOUBLED,
         check="check_layer",
         work="tokens",
         growth_at_most=2.2,

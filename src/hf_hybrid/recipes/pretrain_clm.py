@@ -120,8 +120,9 @@ def build(
         processing_class=tokenizer,
     )
     num_tokens, num_bytes = text.validation.tokens.size, text.validation.num_bytes
+    material = "packed documents" if data_args.segment_length is None else "consecutive segments of whole documents"
     report = RunReport(
-        description=f"A {model.config.model_type} causal language model, trained on packed documents.",
+        description=f"A {model.config.model_type} causal language model, trained on {material}.",
         task_type="text-generation",
         data_name=display_names(data_args.validation_data or data_args.data) + " (held-out text)",
         auto_class="AutoModelForCausalLM",
