@@ -263,3 +263,28 @@ def pool_tokens(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling:
     else:
         raise ValueError(f"`pooling` must be 'mean', 'first' or 'last'; got {pooling!r}.")
     return hidden_states[torch.arange(batch, device=hidden_states.device), rows]
+
+
+def pool_last_tokens(
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor:
+    """The last real token of each row, as classifiers of causal models read it.
+
+    Args:
+        hidden_states: (B, L, D).
+        input_ids: (B, L) or None; without mask, `pad_token_id` among them is padding.
+        attention_mask: (B, past + L) or None.
+        pad_token_id: None for no padding token.
+
+    Returns:
+        (B, D).
+    """
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask[:, -hidden_states.shape[1] :]
+    elif input_ids is not None and pad_token_id is not None:
+        mask = input_ids != pad_token_id
+    return pool_tokens(hidden_states, mask, "last")

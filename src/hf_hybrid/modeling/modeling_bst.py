@@ -34,7 +34,7 @@ from ..layers.norms import RMSNorm
 from ..ops.block_state import Start, ring_view, row_order
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
 from .cache import block_cache, check_block_cache, prepare_cache
-from .inputs import check_inputs, pool_tokens
+from .inputs import check_inputs, pool_last_tokens
 from .losses import align_labels, check_class_labels, token_cross_entropy
 from .packed_documents import separates_documents
 
@@ -298,12 +298,8 @@ class BstForSequenceClassification(BstPreTrainedModel):
             use_cache=bool(use_cache),
             **kwargs,
         )
-        mask = attention_mask
-        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            mask = input_ids != self.config.pad_token_id
-        elif mask is not None:
-            mask = mask[:, -outputs.last_hidden_state.shape[1] :]
-        logits = self.score(self.dropout(pool_tokens(outputs.last_hidden_state, mask, "last")))
+        pooled = pool_last_tokens(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
+        logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
             check_class_labels(labels, self.num_labels)

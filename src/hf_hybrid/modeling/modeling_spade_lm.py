@@ -33,7 +33,7 @@ from ..layers.local_attention import LocalSelfAttention
 from ..layers.norms import build_norm
 from ..layers.ssm import StateSpaceLayer
 from .cache import check_local_cache, local_cache, refuse_cache_implementation
-from .inputs import check_inputs, logical_positions, pool_tokens
+from .inputs import check_inputs, logical_positions, pool_last_tokens
 from .losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
 from .packed_documents import separates_documents
 from .spade_layers import SpadeMixer, build_feed_forward
@@ -373,12 +373,8 @@ class SpadeLMForSequenceClassification(SpadeLMPreTrainedModel):
             use_cache=bool(use_cache),
             **kwargs,
         )
-        mask = attention_mask
-        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            mask = input_ids != self.config.pad_token_id
-        elif mask is not None:
-            mask = mask[:, -outputs.last_hidden_state.shape[1] :]
-        logits = self.score(self.dropout(pool_tokens(outputs.last_hidden_state, mask, "last")))
+        pooled = pool_last_tokens(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
+        logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
             check_class_labels(labels, self.num_labels)
