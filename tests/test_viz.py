@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import initialization as init
 
+from hf_hybrid.layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
+from hf_hybrid.layers.ema import MultiDimensionalDampedEma
+from hf_hybrid.layers.s4d import ActivatedS4D
 from hf_hybrid.layers.ssm import StateSpaceLayer
 from hf_hybrid.viz import effective_memory, plot_loss_curves, plot_state_space_channels, time_constants
 
@@ -70,6 +74,34 @@ def test_picture_of_state_space_channels(tmp_path: Path, ssm_type: str) -> None:
     assert path.read_bytes().startswith(PNG)
     with pytest.raises(ValueError, match="1 to 4 layers"):
         plot_state_space_channels({}, tmp_path / "none.png")
+
+
+def test_layers_of_every_architecture(tmp_path: Path) -> None:
+    """Filters of context states, moving averages, state spaces with an activation; explicit filters have no states."""
+    layers = {
+        "s4d": DiagonalFilters(4, 3, 6),
+        "s4": DplrFilters(4, 3, 6),
+        "average": MultiDimensionalDampedEma(4, 5),
+        "activated": ActivatedS4D(4, 6),
+    }
+    layers["s4d"].initialize(init)
+    assert [tuple(time_constants(layer).shape) for layer in layers.values()] == [(4, 3), (4, 6), (4, 5), (4, 3)]
+    explicit = ExplicitFilters(4, 2, 20, feature_size=4)
+    explicit.initialize(init)
+    assert explicit.kernel(30).shape == (2, 4, 30) and not explicit.kernel(30)[..., 20:].any()
+    assert plot_state_space_channels(layers, tmp_path / "all.png", length=64).read_bytes().startswith(PNG)
+    assert plot_state_space_channels({"explicit": explicit}, tmp_path / "one.png", length=64).is_file()
+    with pytest.raises(ValueError, match=r"ExplicitFilters has no states.*effective_memory"):
+        time_constants(explicit)
+
+
+def test_time_constants_of_context_filters() -> None:
+    filters = DiagonalFilters(2, 3, 4)
+    filters.initialize(init)
+    with torch.no_grad():
+        filters.log_dt.fill_(0.0)
+        filters.log_A_real.fill_(-4.0)  # rate exp(-4) per token
+    torch.testing.assert_close(time_constants(filters).float(), torch.full((2, 2), torch.e**4))
 
 
 def test_loss_curves_with_a_reference_line(tmp_path: Path) -> None:

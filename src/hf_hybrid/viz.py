@@ -98,25 +98,38 @@ def effective_memory(kernel: Any, share: float = 0.95) -> Any:
 
 
 def time_constants(layer: Any) -> Any:
-    """Tokens after which each state of a `StateSpaceLayer` has decayed to 1/e: -1 / log|eigenvalue of A-bar|.
+    """Tokens after which each state of a layer has decayed to 1/e: -1 / log|eigenvalue of A-bar|.
 
     Args:
-        layer: a `StateSpaceLayer`, "s4d" or "s4".
+        layer: a `StateSpaceLayer`, filters of the Block-State Transformer, or a layer whose `system()` is diagonal (moving averages).
 
     Returns:
-        (H, M) tensor for "s4d" (one per conjugate pair), (H, N) for "s4".
+        (H, M) tensor for diagonal systems (one per state or conjugate pair), (H, N) for "s4".
+
+    Raises:
+        ValueError: the layer has explicit filters, which have no states.
     """
     import torch
 
     with torch.no_grad():
-        if layer.ssm_type == "s4d":
-            log_decay = layer.diagonal_system().log_decay_real
-        else:
+        if getattr(layer, "ssm_type", None) == "s4":
             from .ops.s4 import dplr_dense
 
             transition = dplr_dense(layer.dplr_system(torch.float64)).transition
             log_decay = torch.linalg.eigvals(transition).abs().log()
+        elif hasattr(layer, "diagonal_system"):
+            log_decay = layer.diagonal_system().log_decay_real
+        elif hasattr(layer, "system"):
+            log_decay = layer.system().log_decay_real
+        else:
+            raise ValueError(
+                f"{type(layer).__name__} has no states that decay; `effective_memory(layer.kernel(length))` tells how far it reaches."
+            )
         return -1.0 / log_decay.clamp(max=-1e-12)
+
+
+def _has_states(layer: Any) -> bool:
+    return hasattr(layer, "system") or hasattr(layer, "diagonal_system")
 
 
 def plot_state_space_channels(
@@ -128,7 +141,7 @@ def plot_state_space_channels(
     kernel of each channel reaches (95 % of its energy, both directions taken separately), channels sorted.
 
     Args:
-        layers: label -> `StateSpaceLayer`, drawn over each other; at most four.
+        layers: label -> layer as in `time_constants`, drawn over each other; at most four. Explicit filters show at the right only.
         path: the PNG to write.
         length: lags of the kernel that are looked at, in tokens.
         share: of the energy that counts as the reach.
@@ -150,11 +163,14 @@ def plot_state_space_channels(
     reach.grid(True, alpha=0.25, linewidth=0.6)
     bins = np.logspace(-1, 5, 49)
     for (label, layer), colour in zip(layers.items(), colours):
-        constants = time_constants(layer).flatten().clamp(bins[0], bins[-1]).numpy()
-        weights = np.full(constants.shape, 100.0 / constants.size)
-        spectrum.hist(constants, bins=bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=label)
+        if _has_states(layer):
+            constants = time_constants(layer).flatten().clamp(bins[0], bins[-1]).numpy()
+            weights = np.full(constants.shape, 100.0 / constants.size)
+            spectrum.hist(
+                constants, bins=bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=label
+            )
         with torch.no_grad():
-            tokens = effective_memory(layer.kernel(length).flatten(0, 1), share).sort().values.numpy()
+            tokens = effective_memory(layer.kernel(length), share).flatten().sort().values.numpy()
         channels = np.linspace(0, 100, len(tokens))
         reach.plot(channels, tokens.clip(min=1), color=colour, linewidth=1.4, label=label)
     spectrum.set(xscale="log", xlabel="time constant (tokens)", ylabel="states (%)")

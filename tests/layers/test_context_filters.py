@@ -57,6 +57,16 @@ def recent(state) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_kernel_is_the_response_to_one_input(kind: str) -> None:
+    layer, impulse = build(kind), torch.zeros(1, 12, D, dtype=torch.float64)
+    impulse[0, 0] = 1
+    expected = layer(impulse)[0][0]
+    expected[..., 0] -= layer.D
+    torch.testing.assert_close(layer.kernel(12), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 class TestForms:
     @torch.no_grad()
     def test_pieces_steps_and_block_ends(self, kind: str) -> None:

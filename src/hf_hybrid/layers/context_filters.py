@@ -117,6 +117,10 @@ class DiagonalFilters(KeepsResults):
             decay_real, decay_imag, input_real.to(dtype), input_imag.to(dtype), output[..., 0], output[..., 1]
         )
 
+    def kernel(self, length: int) -> torch.Tensor:
+        """K at lags 0 to `length` - 1, without the direct term: (F, D, length)."""
+        return system_kernel(self._cached("system", self.system), length)
+
     def _step_decay(self) -> tuple[torch.Tensor, torch.Tensor]:
         return step_decay(self._cached("system", self.system))
 
@@ -411,6 +415,10 @@ class ExplicitFilters(KeepsResults):
     def filters(self) -> torch.Tensor:
         """(F, D, L)."""
         return self._cached("filters", self._compute_filters)
+
+    def kernel(self, length: int) -> torch.Tensor:
+        """As `DiagonalFilters.kernel`; zero beyond the reach."""
+        return F.pad(self.filters()[..., :length], (0, max(0, length - self.length)))
 
     def forward(
         self,

@@ -85,6 +85,10 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
         """The K recurrences: decays in float64 (long kernels need it), coefficients in working precision."""
         return self._cached("system", self._compute_system)
 
+    def kernel(self, length: int) -> torch.Tensor:
+        """Convolution kernels at lags 0 to `length` - 1, without omega: (K, length)."""
+        return system_kernel(self.system(), length)
+
     def _compute_system(self) -> DiagonalSystem:
         dtype = torch.promote_types(self.C.dtype, torch.float32)
         wide = dtype if self.C.device.type == "mps" else torch.float64
