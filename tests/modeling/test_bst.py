@@ -141,6 +141,27 @@ class TestForms:
             torch.testing.assert_close(logits[rows], model(ids[rows, 6:]).logits, **CLOSE)
             torch.testing.assert_close(logits[1:2], model(ids[1:2]).logits[:, 6:], **CLOSE)
 
+    def test_gradients_of_a_later_segment(self, variant: str, ssm_type: str) -> None:
+        """Where the rows stand does not change the gradients: at one place, or at places of their own, or begun anew."""
+        model, ids, later = build(variant, ssm_type).train(), random_ids(2, 18), random_ids(2, 13)
+
+        def gradients(past: Cache | None) -> list[torch.Tensor]:
+            loss = model(later, labels=later, past_key_values=past).loss
+            return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+
+        def after(ids: torch.Tensor) -> Cache:
+            past = model(ids, use_cache=True).past_key_values
+            detach_cache(past)
+            return past
+
+        own_places, begun_anew = after(ids), after(ids)
+        for layer in own_places.layers:
+            layer.is_uniform = False
+        reset_rows(begun_anew, torch.tensor([True, True]))
+        for found, expected in ((own_places, after(ids)), (begun_anew, None)):
+            for actual, wanted in zip(gradients(found), gradients(expected)):
+                torch.testing.assert_close(actual, wanted, **CLOSE)
+
     def test_every_parameter_has_a_gradient_even_when_unused(self, variant: str, ssm_type: str) -> None:
         """One block, or a later segment without a block end: distributed training waits for all gradients."""
         model = build(variant, ssm_type).train()
