@@ -72,7 +72,9 @@ def filtered_block_ends(
     missing = max(0, length - 1 - ends[0])
     padded = torch.nn.functional.pad(inputs[..., : ends[-1] + 1], (missing, 0))
     windows = padded[..., missing + ends[0] - length + 1 :].unfold(-1, length, ends.step)  # (B, D, K, L), a view
-    at_a_time = max(1, _ELEMENTS_AT_A_TIME // (windows.shape[0] * windows.shape[1] * length))
+    at_a_time = 1
+    if len(ends) > 1:  # for a single place the number of rows must not matter: exported steps leave it open
+        at_a_time = max(1, _ELEMENTS_AT_A_TIME // (windows.shape[0] * windows.shape[1] * length))
     found = []
     for first in range(0, len(ends), at_a_time):
         projected = (windows[:, :, first : first + at_a_time] * window.unsqueeze(1)) @ basis  # (B, D, K, E + 1)
