@@ -87,6 +87,9 @@ class _CircularConvolution(torch.autograd.Function):
         grad_spectrum = torch.fft.rfft(grads[0], n=n_fft)
         grad_signal = grad_kernel = None
         if ctx.needs_input_grad[0]:
+            if torch.compiler.is_compiling():
+                # Inductor may keep a kernel in another layout than it was traced with, and then misreads its transform.
+                kernel = kernel.clone(memory_format=torch.contiguous_format)
             spectrum = grad_spectrum * torch.fft.rfft(kernel, n=n_fft).conj()
             spectrum = spectrum.sum_to_size(*signal.shape[:-1], spectrum.shape[-1])
             grad_signal = torch.fft.irfft(spectrum, n=n_fft)[..., : signal.shape[-1]]
