@@ -220,6 +220,26 @@ def tokens(length: int) -> tuple[int, str]:
 _LENGTHS = ({"length": 4096}, {"length": 16384})
 _DOUBLED = tuple({"length": 2**power} for power in range(14, 17))
 _PEERS = (Peer("block-recurrent-transformer-pytorch 0.4.4", "layer_block_recurrent", environment=BLOCK_RECURRENT),)
+# Name of a case: what is timed, and the function that builds it.
+_GROWING = {
+    "bst-growth-mf": ("forward without gradient, multi-filter context", "forward_mf"),
+    "bst-growth-sh": ("forward without gradient, single-head context", "forward_sh"),
+    "bst-growth-explicit": ("forward without gradient, single-head context of explicit filters", "forward_explicit"),
+    "bst-train-growth-mf": ("train step with gradient checkpointing, multi-filter context", "train_mf"),
+    "bst-train-growth-sh": ("train step with gradient checkpointing, single-head context", "train_sh"),
+}
+_GROWTH = tuple(
+    Case(
+        name=name,
+        timed=f"{timed}, against the half length",
+        build=build,
+        sizes=_DOUBLED,
+        check="check_layer",
+        work="tokens",
+        growth_at_most=2.2,
+    )
+    for name, (timed, build) in _GROWING.items()
+)
 
 CASES = (
     Case(
@@ -249,51 +269,7 @@ CASES = (
         work="tokens",
         peers=(Peer("sliding window alone", "layer_window"),),
     ),
-    Case(
-        name="bst-growth-mf",
-        timed="forward without gradient, multi-filter context, against the half length",
-        build="forward_mf",
-        sizes=_DOUBLED,
-        check="check_layer",
-        work="tokens",
-        growth_at_most=2.2,
-    ),
-    Case(
-        name="bst-growth-sh",
-        timed="forward without gradient, single-head context, against the half length",
-        build="forward_sh",
-        sizes=_DOUBLED,
-        check="check_layer",
-        work="tokens",
-        growth_at_most=2.2,
-    ),
-    Case(
-        name="bst-growth-explicit",
-        timed="forward without gradient, single-head context of explicit filters, against the half length",
-        build="forward_explicit",
-        sizes=_DOUBLED,
-        check="check_layer",
-        work="tokens",
-        growth_at_most=2.2,
-    ),
-    Case(
-        name="bst-train-growth-mf",
-        timed="train step with gradient checkpointing, multi-filter context, against the half length",
-        build="train_mf",
-        sizes=_DOUBLED,
-        check="check_layer",
-        work="tokens",
-        growth_at_most=2.2,
-    ),
-    Case(
-        name="bst-train-growth-sh",
-        timed="train step with gradient checkpointing, single-head context, against the half length",
-        build="train_sh",
-        sizes=_DOUBLED,
-        check="check_layer",
-        work="tokens",
-        growth_at_most=2.2,
-    ),
+    *_GROWTH,
     Case(
         name="bst-decode-mf",
         timed="one decoding step, multi-filter context, after a text",

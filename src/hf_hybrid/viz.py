@@ -109,6 +109,16 @@ def time_constants(layer: Any) -> Any:
     Raises:
         ValueError: the layer has explicit filters, which have no states.
     """
+    constants = _time_constants(layer)
+    if constants is None:
+        raise ValueError(
+            f"{type(layer).__name__} has no states that decay; `effective_memory(layer.kernel(length))` tells how far it reaches."
+        )
+    return constants
+
+
+def _time_constants(layer: Any) -> Any:
+    """`time_constants`, or None for a layer without states."""
     import torch
 
     with torch.no_grad():
@@ -122,14 +132,8 @@ def time_constants(layer: Any) -> Any:
         elif hasattr(layer, "system"):
             log_decay = layer.system().log_decay_real
         else:
-            raise ValueError(
-                f"{type(layer).__name__} has no states that decay; `effective_memory(layer.kernel(length))` tells how far it reaches."
-            )
+            return None
         return -1.0 / log_decay.clamp(max=-1e-12)
-
-
-def _has_states(layer: Any) -> bool:
-    return hasattr(layer, "system") or hasattr(layer, "diagonal_system")
 
 
 def plot_state_space_channels(
@@ -163,8 +167,9 @@ def plot_state_space_channels(
     reach.grid(True, alpha=0.25, linewidth=0.6)
     bins = np.logspace(-1, 5, 49)
     for (label, layer), colour in zip(layers.items(), colours):
-        if _has_states(layer):
-            constants = time_constants(layer).flatten().clamp(bins[0], bins[-1]).numpy()
+        constants = _time_constants(layer)
+        if constants is not None:
+            constants = constants.flatten().clamp(bins[0], bins[-1]).numpy()
             weights = np.full(constants.shape, 100.0 / constants.size)
             spectrum.hist(
                 constants, bins=bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=label
