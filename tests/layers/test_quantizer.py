@@ -259,6 +259,7 @@ for batch in torch.load(f"{folder}/keys.pt"):
         layer(batch[rank::2])
     update_quantizers(layers)
 torch.save([layer.state_dict() for layer in layers], f"{folder}/{kind}{rank}.pt")
+dist.destroy_process_group()
 """
 
 

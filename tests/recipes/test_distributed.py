@@ -31,12 +31,25 @@ TINY_LONGVQ = (
 )
 
 
+AT_THE_END = """
+import atexit, os, pathlib, runpy, sys
+import torch.distributed as dist
+folder, script, *sys.argv[1:] = sys.argv[1:]
+state = pathlib.Path(folder) / f"group{os.environ['RANK']}"
+atexit.register(lambda: state.write_text("open" if dist.is_initialized() else "closed"))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
 def command_line(options: dict) -> list[str]:
     return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
 
-def launch(launcher: str, script: str, options: dict) -> None:
-    """Run a script on two processes; `launcher` is "torchrun" or "accelerate".
+def launch(launcher: str, script: str, options: dict, *words: str) -> None:
+    """Run a script on two processes, with `words` before the options; `launcher` is "torchrun" or "accelerate".
+
+    Both must close their process group: with an open one an exit now and then aborts, and the launcher then kills the
+    other process, whatever it still writes.
 
     With `--cpu` accelerate would leave starting the processes to MPI; `--multi_gpu` starts them itself, and the script's
     `--use_cpu` keeps them on the CPU.
@@ -51,10 +64,23 @@ def launch(launcher: str, script: str, options: dict) -> None:
             "--dynamo_backend=no", f"--main_process_port={port}",
         ],
     }[launcher]  # fmt: skip
+    folder = Path(options["output_dir"]).parent
+    wrapper = folder / "at_the_end.py"
+    wrapper.write_text(AT_THE_END)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", *starter, str(SCRIPTS / script), *command_line(options)]
+    command = [
+        sys.executable,
+        "-m",
+        *starter,
+        str(wrapper),
+        str(folder),
+        str(SCRIPTS / script),
+        *words,
+        *command_line(options),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert [(folder / f"group{rank}").read_text() for rank in range(2)] == ["closed", "closed"]
 
 
 def same_weights(first: Path, second: Path) -> None:
@@ -122,6 +148,14 @@ def test_classification_on_two_processes(tmp_path):
     same_weights(tmp_path / "one", tmp_path / "two")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["eval_accuracy"] == pytest.approx(one["eval_accuracy"]) and two["eval_samples"] == 9
+    data = {
+        name: options[name]
+        for name in ("task", "max_depth", "max_args", "longer_than", "shorter_than", "num_validation")
+    }
+    checkpoint = {"model_name_or_path": tmp_path / "two", "use_cpu": True, "output_dir": tmp_path / "again"}
+    launch("torchrun", "run_evaluate.py", {**data, **checkpoint}, "lra")
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["eval_accuracy"] == pytest.approx(two["eval_accuracy"])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
 import json
 import logging
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -520,8 +522,25 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         if trainer.args.push_to_hub:
             _push_records(trainer, folder)
         logger.info("Everything about this run is in %s", folder.path)
-    trainer.accelerator.wait_for_everyone()
+    finish_together(trainer)
     return metrics
+
+
+def finish_together(trainer: Trainer) -> None:
+    """Wait for all processes of a distributed run, and close their group when the interpreter ends.
+
+    Nobody else closes it, and a process that exits with an open group now and then aborts, whereupon the launcher kills
+    the others. Further recipes of this process may need the group, so it stays open until then.
+    """
+    trainer.accelerator.wait_for_everyone()
+    if dist.is_available() and dist.is_initialized():
+        atexit.unregister(_close_process_group)
+        atexit.register(_close_process_group)
+
+
+def _close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _plot_codebooks(trainer: Trainer, folder: Path) -> None:

@@ -25,7 +25,7 @@ from ..training.arguments import (
     SyntheticTrainingArguments,
 )
 from ..training.run_folder import RunFolder, is_main_process
-from .common import NewModelArguments, parse_arguments, resolved_arguments, set_up_logging
+from .common import NewModelArguments, finish_together, parse_arguments, resolved_arguments, set_up_logging
 from .finetuning_data import CheckpointArguments
 from .sequence_classification import ClassifierArguments
 
@@ -88,7 +88,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         folder.write_metrics(metrics)
         if is_main_process() and job.write_results is not None:
             job.write_results(folder.path)
-        job.trainer.accelerator.wait_for_everyone()
+        finish_together(job.trainer)
     for name, value in metrics.items():
         logger.info("%s = %s", name, value)
     return metrics
