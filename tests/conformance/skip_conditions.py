@@ -6,7 +6,7 @@ import re
 
 # What the library says when it skips -> what that means. All are conditions of the library's own.
 CONDITIONS = {
-    r"test requires accelerator|test requires multiple accelerators": "no accelerator",
+    r"test requires (accelerator|multiple accelerators|MPS)": "no accelerator",
     r"test requires the kernels library": "the `kernels` library is not installed",
     r"test requires deepspeed": "DeepSpeed is not installed",
     r"test requires Flash Attention( \d)?": "Flash Attention is not installed",

@@ -161,3 +161,7 @@ def test_a_step_writes_in_place_only_where_it_may() -> None:
         locked = torch.zeros(2, 1, 3, 1)
         assert writable(locked, token) is locked
     assert writable(locked, token) is not locked
+    one_graph = torch.compile(write_slots, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        copied = one_graph(ring, 4 * token, 1)
+    assert copied is not ring and copied[:, 0, 1, 0].tolist() == [4, 4]

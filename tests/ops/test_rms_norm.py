@@ -69,3 +69,18 @@ def test_compiles_in_one_graph():
     outputs = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")(inputs, weight, 1e-6)
     for actual, wanted in zip(torch.autograd.grad(outputs, (inputs, weight), gradient), expected):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_program_takes_any_number_of_rows():
+    """Even where fewer elements than `FEWEST_ELEMENTS` are computed otherwise in eager."""
+
+    class Norm(torch.nn.Module):
+        def forward(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return rms_norm(inputs, weight, 1e-6)
+
+    weight, (few, many) = torch.rand(12), (torch.randn(rows, 12) for rows in (5, module.FEWEST_ELEMENTS))
+    with torch.no_grad():
+        for example, other in ((few, many), (many, few)):
+            shapes = ({0: torch.export.Dim.AUTO}, None)
+            program = torch.export.export(Norm(), (example, weight), dynamic_shapes=shapes).module()
+            torch.testing.assert_close(program(other, weight), F.rms_norm(other, weight.shape, weight, 1e-6))

@@ -200,6 +200,15 @@ class TestMemory:
             shapes.append([(part.shape, part.untyped_storage().nbytes()) for part in memory])
         assert shapes[0] == shapes[1] == shapes[2]
 
+    @torch.no_grad()
+    def test_a_token_in_one_graph(self) -> None:
+        call = inputs(1)
+        memory = empty_memory(call["codes"], call["value"], 5, 1)
+        one_graph = torch.compile(remember, fullgraph=True, backend="eager")
+        actual = one_graph(memory, call["codes"], call["value"], None)
+        for part, wanted in zip(actual, remember(memory, call["codes"], call["value"], None)):
+            torch.testing.assert_close(part, wanted, **TIGHT)
+
     def test_gradient_of_the_new_tokens(self) -> None:
         """A memory is a constant: the gradients of what follows are finite and the same in both forms."""
         call = inputs(11)
@@ -236,6 +245,23 @@ def test_causality_is_exact() -> None:
     after = vq_attention(**changed, chunk_size=4)
     assert torch.equal(before[:, :, :17], after[:, :, :17])
     assert (before[:, :, 17] != after[:, :, 17]).any()
+
+
+def test_a_program_takes_any_length() -> None:
+    """Of the form with chunks on both sides; causal models are exported whole in other tests."""
+    long, short = (inputs(length, causal=False, dtype=torch.float32) for length in (31, 2))
+    shared = {name: long[name].detach() for name in ("codebook", "window_bias")}
+
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value, codes):
+            tokens = {"query": query, "key": key, "value": value, "codes": codes}
+            return vq_attention(**tokens, **shared, causal=False, chunk_size=4)
+
+    long, short = ([call[name].detach() for name in ("query", "key", "value", "codes")] for call in (long, short))
+    shapes = tuple({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO} for _ in long)
+    with torch.no_grad():
+        program = torch.export.export(Attention(), tuple(long), dynamic_shapes=shapes).module()
+        torch.testing.assert_close(program(*short), Attention()(*short), rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_keeps_its_type() -> None:

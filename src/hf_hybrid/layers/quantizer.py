@@ -153,7 +153,7 @@ class VectorQuantizer(KeepsFullPrecision):
         square = keys.detach().square().sum(-1)
         if mask is not None:
             error, square = error * mask.unsqueeze(1), square * mask.unsqueeze(1)
-        number = float(codes.shape[0] * codes.shape[2]) if mask is None else mask.sum().clamp(min=1)
+        number = codes.shape[0] * codes.shape[2] if mask is None else mask.sum().clamp(min=1)
         commitment = error.sum() / (number * words.shape[0] * words.shape[2])
         counts = code_counts(codes, mask, self.codebook_size, words.dtype)
         used = perplexity(counts)

@@ -128,10 +128,11 @@ def write_slots(
 
 def writable(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """A kept tensor itself when it may be changed in place, else a copy: under autograd, in graphs, out of inference mode."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: a compiler cannot ask for inference mode
+        return kept.clone()
     needs_graph = torch.is_grad_enabled() and (kept.requires_grad or new.requires_grad)
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     is_locked = kept.is_inference() and not torch.is_inference_mode_enabled()
-    return kept.clone() if needs_graph or is_traced or is_locked else kept
+    return kept.clone() if needs_graph or is_locked else kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------

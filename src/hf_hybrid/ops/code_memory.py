@@ -93,8 +93,7 @@ def _add_token(
     index = codes.unsqueeze(-1).expand(*codes.shape, values.shape[-1])
     old = mean.gather(-2, index)
     new = old + (values.to(mean.dtype) - old) * (real / number.clamp(min=1)).unsqueeze(-1)
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    is_fixed = mean.is_inference() and not torch.is_inference_mode_enabled()
-    if is_traced or is_fixed or torch.is_grad_enabled():
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a compiler cannot ask for inference mode
+    if is_traced or torch.is_grad_enabled() or (mean.is_inference() and not torch.is_inference_mode_enabled()):
         return count.scatter(-1, codes, number), mean.scatter(-2, index, new)
     return count.scatter_(-1, codes, number), mean.scatter_(-2, index, new)

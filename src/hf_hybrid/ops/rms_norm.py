@@ -10,9 +10,8 @@ from torch.autograd.function import once_differentiable
 
 ELEMENTS_AT_A_TIME = 1 << 18  # of the inputs; what is computed from them meanwhile stays in cache
 
-FEWEST_ELEMENTS = (
-    1 << 14
-)  # of inputs without gradient; a decoding step has fewer, which torch has done before our form begins
+# Of inputs without gradient; a decoding step has fewer, which torch has done before our form begins.
+FEWEST_ELEMENTS = 1 << 14
 
 
 def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,14 +30,10 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
         (..., D) in the dtype of `inputs`.
     """
     wide = inputs.dtype in (torch.float32, torch.float64) and inputs.dtype == weight.dtype
-    is_step = inputs.numel() < FEWEST_ELEMENTS and not torch.is_grad_enabled()
-    if (
-        wide
-        and not is_step
-        and inputs.device.type == weight.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-    ):
-        return _RmsNorm.apply(inputs, weight, eps)[0]
+    on_cpu = inputs.device.type == weight.device.type == "cpu"
+    if wide and on_cpu and not torch.compiler.is_compiling():  # a graph that compared sizes would fix them
+        if torch.is_grad_enabled() or inputs.numel() >= FEWEST_ELEMENTS:
+            return _RmsNorm.apply(inputs, weight, eps)[0]
     return F.rms_norm(inputs, weight.shape, weight, eps)
 
 
