@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .blocked_attention import Blocks, blocked_attention
+from .in_place import is_changeable
 from .local_attention import cached_local_attention, chunk_attention, local_attention
 
 Start = int | torch.Tensor
@@ -128,11 +129,8 @@ def write_slots(
 
 def writable(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """A kept tensor itself when it may be changed in place, else a copy: under autograd, in graphs, out of inference mode."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: a compiler cannot ask for inference mode
-        return kept.clone()
     needs_graph = torch.is_grad_enabled() and (kept.requires_grad or new.requires_grad)
-    is_locked = kept.is_inference() and not torch.is_inference_mode_enabled()
-    return kept.clone() if needs_graph or is_locked else kept
+    return kept if is_changeable(kept) and not needs_graph else kept.clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .in_place import is_changeable
+
 
 class CodeMemory(NamedTuple):
     """State of one layer after the tokens seen so far.
@@ -93,7 +95,6 @@ def _add_token(
     index = codes.unsqueeze(-1).expand(*codes.shape, values.shape[-1])
     old = mean.gather(-2, index)
     new = old + (values.to(mean.dtype) - old) * (real / number.clamp(min=1)).unsqueeze(-1)
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a compiler cannot ask for inference mode
-    if is_traced or torch.is_grad_enabled() or (mean.is_inference() and not torch.is_inference_mode_enabled()):
+    if torch.is_grad_enabled() or not is_changeable(mean):
         return count.scatter(-1, codes, number), mean.scatter(-2, index, new)
     return count.scatter_(-1, codes, number), mean.scatter_(-2, index, new)

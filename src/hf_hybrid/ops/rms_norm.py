@@ -31,9 +31,9 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     """
     wide = inputs.dtype in (torch.float32, torch.float64) and inputs.dtype == weight.dtype
     on_cpu = inputs.device.type == weight.device.type == "cpu"
-    if wide and on_cpu and not torch.compiler.is_compiling():  # a graph that compared sizes would fix them
-        if torch.is_grad_enabled() or inputs.numel() >= FEWEST_ELEMENTS:
-            return _RmsNorm.apply(inputs, weight, eps)[0]
+    is_eager = not torch.compiler.is_compiling()  # asked before the size: a graph that compared sizes would fix them
+    if wide and on_cpu and is_eager and (torch.is_grad_enabled() or inputs.numel() >= FEWEST_ELEMENTS):
+        return _RmsNorm.apply(inputs, weight, eps)[0]
     return F.rms_norm(inputs, weight.shape, weight, eps)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .compaction import ActiveTokens, compacted_attention
 from .gated_scores import activate
+from .in_place import is_changeable
 
 
 class WorkingMemory(NamedTuple):
@@ -87,8 +88,7 @@ def write_token(
 ) -> WorkingMemory:
     """`write_memory` of one new token of every row: (B, 1, Z), (B, 1, E), `active` (B, 1); in place where nothing forbids it."""
     place = torch.remainder(memory.counts, memory.keys.shape[1]).unsqueeze(-1)
-    in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    in_place = in_place and memory.keys.is_inference() == torch.is_inference_mode_enabled()
+    in_place = not torch.is_grad_enabled() and is_changeable(memory.keys)
 
     def write(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         wide = (*new.shape[:2], *(1,) * (new.dim() - 2))

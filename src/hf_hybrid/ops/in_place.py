@@ -1,0 +1,15 @@
+"""Whether kept tensors may be changed in place."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_changeable(tensor: torch.Tensor) -> bool:
+    """Whether an operation may write into a tensor: not while a graph is traced, nor into an inference tensor outside inference mode.
+
+    Whether autograd still needs the old values is for the caller to know.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: a compiler cannot ask for inference mode
+        return False
+    return not tensor.is_inference() or torch.is_inference_mode_enabled()
