@@ -93,7 +93,7 @@ HEADS = [
         "import hf_hybrid",
         "from transformers import AutoModel, AutoConfig; import hf_hybrid",
         "from transformers import AutoConfig; import hf_hybrid, importlib; importlib.reload(hf_hybrid)",
-        "from hf_hybrid.modeling.modeling_spade import SpadeModel",
+        "from hf_hybrid.modeling.spade.modeling_spade import SpadeModel",
         "from hf_hybrid.pipelines import Seq2SeqSummarizationPipeline",
         "import hf_hybrid; hf_hybrid.Seq2SeqSummarizationPipeline",
         # modules of Transformers that import the Auto classes while they are themselves being imported

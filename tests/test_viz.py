@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import initialization as init
 
-from hf_hybrid.layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 from hf_hybrid.layers.ema import MultiDimensionalDampedEma
-from hf_hybrid.layers.s4d import ActivatedS4D
 from hf_hybrid.layers.ssm import StateSpaceLayer
+from hf_hybrid.modeling.bst.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
+from hf_hybrid.modeling.longvq.s4d import ActivatedS4D
 from hf_hybrid.viz import effective_memory, plot_loss_curves, plot_state_space_channels, time_constants
 
 PNG = b"\x89PNG\r\n"

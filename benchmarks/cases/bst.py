@@ -40,7 +40,7 @@ def _config(**options):
 def _model(**options):
     import torch
 
-    from hf_hybrid.modeling.modeling_bst import BstForCausalLM
+    from hf_hybrid.modeling.bst.modeling_bst import BstForCausalLM
 
     torch.manual_seed(0)
     return BstForCausalLM(_config(num_hidden_layers=4, bst_layers=[0, 2], **options))
@@ -60,8 +60,8 @@ def _token_ids(length: int):
 
 def _layer_step(length: int, **options) -> Callable[[], object]:
     """Train step of the only layer of a model, with its initial values."""
-    from hf_hybrid.modeling.bst_layers import Passage
-    from hf_hybrid.modeling.modeling_bst import BstModel
+    from hf_hybrid.modeling.bst.bst_layers import Passage
+    from hf_hybrid.modeling.bst.modeling_bst import BstModel
 
     layer = BstModel(_config(num_hidden_layers=1, **options)).layers[0].train()
     hidden_states = _states(length).requires_grad_()

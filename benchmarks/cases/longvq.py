@@ -34,7 +34,7 @@ def _model(**options):
     import torch
 
     from hf_hybrid.configuration.configuration_longvq import LongVQConfig
-    from hf_hybrid.modeling.modeling_longvq import LongVQForCausalLM
+    from hf_hybrid.modeling.longvq.longvq_heads import LongVQForCausalLM
 
     torch.manual_seed(0)
     return LongVQForCausalLM(LongVQConfig(**OPTIONS | options))
@@ -122,7 +122,7 @@ def train_dense(length: int) -> Callable[[], object]:
     """The same model, whose attention is dense (over all keys, without the bias)."""
     import torch
 
-    from hf_hybrid.modeling import longvq_layers
+    from hf_hybrid.modeling.longvq import longvq_layers
 
     def dense(query, key, value, *_arguments, **_settings):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)

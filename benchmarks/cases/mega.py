@@ -39,7 +39,7 @@ def _ours(**options):
     import torch
 
     from hf_hybrid.configuration.configuration_mega import MegaConfig
-    from hf_hybrid.modeling.modeling_mega import MegaForCausalLM
+    from hf_hybrid.modeling.mega.mega_heads import MegaForCausalLM
 
     torch.manual_seed(0)
     return MegaForCausalLM(MegaConfig(**OPTIONS, **options))

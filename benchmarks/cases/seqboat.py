@@ -32,7 +32,7 @@ def _model(**options):
     import torch
 
     from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
-    from hf_hybrid.modeling.modeling_seqboat import SeqBoatForCausalLM
+    from hf_hybrid.modeling.seqboat.seqboat_heads import SeqBoatForCausalLM
 
     torch.manual_seed(0)
     return SeqBoatForCausalLM(SeqBoatConfig(**OPTIONS | options))
@@ -42,7 +42,7 @@ def _set_density(model, density: float):
     """Replaces the decisions of all routers by random ones of a density; the gates are 0.75."""
     import torch
 
-    from hf_hybrid.layers.router import Routing
+    from hf_hybrid.modeling.seqboat.router import Routing
 
     def decide(_router, inputs, routing):
         generator = torch.Generator().manual_seed(1)
@@ -61,7 +61,7 @@ def _set_density(model, density: float):
 def _attention(length: int, density: float) -> Callable[[], object]:
     import torch
 
-    from hf_hybrid.layers.router import Routing
+    from hf_hybrid.modeling.seqboat.router import Routing
     from hf_hybrid.ops.compaction import rotary_table
 
     unit = _model().model.layers[0].unit.eval()
@@ -128,7 +128,7 @@ def train_mega(length: int) -> Callable[[], object]:
     import torch
 
     from hf_hybrid.configuration.configuration_mega import MegaConfig
-    from hf_hybrid.modeling.modeling_mega import MegaForCausalLM
+    from hf_hybrid.modeling.mega.mega_heads import MegaForCausalLM
 
     torch.manual_seed(0)
     config = MegaConfig(

@@ -23,7 +23,7 @@ def _spade_encoder(**overrides):
     import torch
 
     from hf_hybrid.configuration.configuration_spade import SpadeConfig
-    from hf_hybrid.modeling.modeling_spade import SpadeEncoderModel
+    from hf_hybrid.modeling.spade.modeling_spade import SpadeEncoderModel
 
     torch.manual_seed(0)
     config = SpadeConfig(
@@ -133,7 +133,7 @@ def check_encoder(length: int) -> None:
 
     import torch
 
-    from hf_hybrid.layers import local_attention as layer
+    from hf_hybrid.modeling.spade import local_self_attention as layer
     from hf_hybrid.ops.local_attention import local_attention_reference
 
     def dense(*states, dropout_p, **options):
@@ -151,7 +151,7 @@ def _spade_lm():
     import torch
 
     from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
-    from hf_hybrid.modeling.modeling_spade_lm import SpadeLMForCausalLM
+    from hf_hybrid.modeling.spade.modeling_spade_lm import SpadeLMForCausalLM
 
     torch.manual_seed(0)
     config = SpadeLMConfig(

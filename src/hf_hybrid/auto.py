@@ -40,7 +40,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="spade",
         config="configuration.configuration_spade:SpadeConfig",
-        modeling="modeling.modeling_spade",
+        modeling="modeling.spade.modeling_spade",
         heads={
             "AutoModel": "SpadeModel",
             "AutoModelForSeq2SeqLM": "SpadeForConditionalGeneration",
@@ -53,7 +53,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="spade_lm",
         config="configuration.configuration_spade:SpadeLMConfig",
-        modeling="modeling.modeling_spade_lm",
+        modeling="modeling.spade.modeling_spade_lm",
         heads={
             "AutoModel": "SpadeLMModel",
             "AutoModelForCausalLM": "SpadeLMForCausalLM",
@@ -63,7 +63,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="mega",
         config="configuration.configuration_mega:MegaConfig",
-        modeling="modeling.modeling_mega",
+        modeling="modeling.mega.mega_heads",
         heads={
             "AutoModel": "MegaModel",
             "AutoModelForCausalLM": "MegaForCausalLM",
@@ -82,7 +82,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="seqboat",
         config="configuration.configuration_seqboat:SeqBoatConfig",
-        modeling="modeling.modeling_seqboat",
+        modeling="modeling.seqboat.seqboat_heads",
         heads={
             "AutoModel": "SeqBoatModel",
             "AutoModelForCausalLM": "SeqBoatForCausalLM",
@@ -98,7 +98,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="longvq",
         config="configuration.configuration_longvq:LongVQConfig",
-        modeling="modeling.modeling_longvq",
+        modeling="modeling.longvq.longvq_heads",
         heads={
             "AutoModel": "LongVQModel",
             "AutoModelForCausalLM": "LongVQForCausalLM",
@@ -115,7 +115,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="bst",
         config="configuration.configuration_bst:BstConfig",
-        modeling="modeling.modeling_bst",
+        modeling="modeling.bst.modeling_bst",
         heads={
             "AutoModel": "BstModel",
             "AutoModelForCausalLM": "BstForCausalLM",

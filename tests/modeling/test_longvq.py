@@ -10,7 +10,11 @@ import torch
 from factories import Case, all_variants, parametrize, random_ids
 
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
-from hf_hybrid.modeling.modeling_longvq import LongVQForCausalLM, LongVQForMaskedLM, LongVQForSequenceClassification
+from hf_hybrid.modeling.longvq.longvq_heads import (
+    LongVQForCausalLM,
+    LongVQForMaskedLM,
+    LongVQForSequenceClassification,
+)
 
 CAUSAL = Case("longvq", "AutoModelForCausalLM", "default")
 PAIRS = Case("longvq", "AutoModelForSequenceClassification", "default")

@@ -12,7 +12,7 @@ from factories import Case, all_variants, parametrize, random_ids
 from safetensors.torch import load_file, save_file
 
 from hf_hybrid.layers.dropout import SequenceDropout
-from hf_hybrid.modeling import modeling_mega
+from hf_hybrid.modeling.mega import mega_heads
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 OLD_FILES = sorted((Path(__file__).parents[1] / "parity" / "vectors" / "mega").glob("hf_*.safetensors"))
@@ -39,7 +39,7 @@ def write_old_checkpoint(folder: Path, source: Path, **changes: object) -> tuple
 def test_old_checkpoint_loads_and_is_saved_under_the_same_names(source: Path, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     config, state = write_old_checkpoint(tmp_path, source)
-    model_class = getattr(modeling_mega, config["architectures"][0])
+    model_class = getattr(mega_heads, config["architectures"][0])
     model, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(
@@ -61,12 +61,12 @@ def test_two_tensors_for_tied_embedding_and_head(tmp_path: Path) -> None:
     _, state = write_old_checkpoint(tmp_path, source, tie_word_embeddings=True)
     head, table = state["lm_head.weight"], state["mega.embedding_layer.word_embeddings.weight"]
     assert not torch.equal(head, table)
-    kept = modeling_mega.MegaForCausalLM.from_pretrained(tmp_path)
+    kept = mega_heads.MegaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(kept.lm_head.weight, head) and torch.equal(kept.get_input_embeddings().weight, table)
-    tied = modeling_mega.MegaForCausalLM.from_pretrained(tmp_path, tied_weights_conflict="embedding")
+    tied = mega_heads.MegaForCausalLM.from_pretrained(tmp_path, tied_weights_conflict="embedding")
     assert tied.lm_head.weight is tied.get_input_embeddings().weight
     assert torch.equal(tied.lm_head.weight, table)
-    untied = modeling_mega.MegaForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
+    untied = mega_heads.MegaForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
     assert torch.equal(untied.lm_head.weight, head)
 
 

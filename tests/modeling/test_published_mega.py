@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_hybrid.modeling.modeling_mega import MegaForMaskedLM, MegaModel
+from hf_hybrid.modeling.mega.mega_heads import MegaForMaskedLM, MegaModel
 
 NAME = "mnaylor/mega-base-wikitext"
 IDS = torch.tensor([[0, 31414, 232, 328, 740, 1140, 12695, 69, 46078, 1588, 2]])

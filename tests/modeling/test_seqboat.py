@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, set_seed
 
 from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
-from hf_hybrid.modeling.modeling_seqboat import SeqBoatForCausalLM, SeqBoatForMaskedLM, SeqBoatModel
-from hf_hybrid.modeling.seqboat_layers import FEW_TOKENS, SeqBoatUnit
+from hf_hybrid.modeling.seqboat.seqboat_heads import SeqBoatForCausalLM, SeqBoatForMaskedLM, SeqBoatModel
+from hf_hybrid.modeling.seqboat.seqboat_layers import FEW_TOKENS, SeqBoatUnit
 from hf_hybrid.ops.compaction import compacted_attention_reference, rotary_table
 from hf_hybrid.training.activations import activation_statistics, attention_spans, record_activations
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from dense_reference import dplr_dense_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,6 @@ from hf_hybrid.ops.s4 import (
     DplrSystem,
     dplr_blocks,
     dplr_dense,
-    dplr_dense_step,
     dplr_kernel,
     dplr_kernel_from_nodes,
     dplr_kernel_reference,

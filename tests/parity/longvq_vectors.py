@@ -15,8 +15,8 @@ from comparison import Row, largest_error
 
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
 from hf_hybrid.modeling.cache import code_cache
-from hf_hybrid.modeling.longvq_layers import LongVQMixer
-from hf_hybrid.modeling.modeling_longvq import LongVQForCausalLM
+from hf_hybrid.modeling.longvq.longvq_heads import LongVQForCausalLM
+from hf_hybrid.modeling.longvq.longvq_layers import LongVQMixer
 from hf_hybrid.ops.codebook import (
     Codebook,
     CodeStatistics,

@@ -18,7 +18,7 @@ from comparison import Row, largest_error
 
 from hf_hybrid.configuration.configuration_mega import MegaConfig
 from hf_hybrid.conversion.mega import config_from_official, model_class, state_dict_from_official
-from hf_hybrid.modeling import modeling_mega
+from hf_hybrid.modeling.mega import mega_heads
 
 Tensors = Mapping[str, torch.Tensor]
 Found = dict[str, tuple[torch.Tensor, torch.Tensor | None]]  # output name: value, mask of the entries that count
@@ -51,7 +51,7 @@ def _state(cache: Any, layer: int) -> torch.Tensor:
 
 def _build_transformers(config: Mapping[str, Any], parameters: Tensors) -> torch.nn.Module:
     model_config = MegaConfig(**{name: value for name, value in config.items() if name != "model_type"})
-    model = getattr(modeling_mega, config["architectures"][0])(model_config)
+    model = getattr(mega_heads, config["architectures"][0])(model_config)
     known = {name: tensor for name, tensor in parameters.items() if not name.endswith("_float_tensor")}
     model.load_state_dict(known)
     return model

@@ -24,7 +24,7 @@ from hf_hybrid.conversion.seqboat import (
     tensor_names,
     unit_names,
 )
-from hf_hybrid.modeling.seqboat_layers import SeqBoatUnit
+from hf_hybrid.modeling.seqboat.seqboat_layers import SeqBoatUnit
 from hf_hybrid.ops.compaction import rotary_table
 from hf_hybrid.training.activations import attention_spans
 

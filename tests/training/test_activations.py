@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
-from hf_hybrid.modeling.modeling_seqboat import SeqBoatForCausalLM
+from hf_hybrid.modeling.seqboat.seqboat_heads import SeqBoatForCausalLM
 from hf_hybrid.tokenization.byte_tokenizer import byte_tokenizer
 from hf_hybrid.training.activations import (
     ActivationCallback,

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
-from hf_hybrid.modeling.modeling_longvq import LongVQForCausalLM
+from hf_hybrid.modeling.longvq.longvq_heads import LongVQForCausalLM
 from hf_hybrid.training import codebooks
 from hf_hybrid.training.codebooks import CodebookCallback
 from hf_hybrid.training.trainer import HybridTrainer

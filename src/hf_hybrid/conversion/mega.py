@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration.configuration_mega import MegaConfig
-from ..modeling.modeling_mega import (
+from ..modeling.mega.mega_heads import (
     MegaForAudioClassification,
     MegaForCausalLM,
     MegaForConditionalGeneration,

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..modeling.modeling_seqboat import (
+from ..modeling.seqboat.seqboat_heads import (
     SeqBoatForAudioClassification,
     SeqBoatForCausalLM,
     SeqBoatForImageClassification,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..ops.blocked_attention import random_mask
+from ..ops.dropout_masks import random_mask
 from ..ops.recompute import recomputed
 
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .dropout_masks import dropout_factors
+from .pieces import PAIRS_AT_A_TIME, even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
-
-PAIRS_AT_A_TIME = 1 << 20  # pairs of query and key whose scores exist at one time on CPU: 4 MB in float32
 
 
 class Blocks(NamedTuple):
@@ -125,28 +125,6 @@ def _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, 
     )
     outputs = outputs.unflatten(0, (batch, num_blocks)).transpose(1, 2)
     return outputs.masked_fill(~visible.any(-1)[:, None, :, :, None], 0)
-
-
-def even_slices(start: int, stop: int, at_most: int) -> list[slice]:
-    """Cuts a range into the fewest slices of nearly equal length, none longer than `at_most`."""
-    count = -(-(stop - start) // at_most)
-    borders = [start + (stop - start) * index // count for index in range(count + 1)] if count else []
-    return [slice(*pair) for pair in zip(borders[:-1], borders[1:])]
-
-
-def random_mask(shape: torch.Size, dropout_p: float, generator: torch.Generator) -> torch.Tensor:
-    """False with the probability of dropout, to 16 bits, which takes half the time of `bernoulli_`."""
-    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=generator.device)
-    words.random_(-(2**63), None, generator=generator)
-    kept = words.view(torch.int16)[: shape.numel()] >= round(dropout_p * 2**16) - 2**15
-    return kept.view(shape)
-
-
-def dropout_factors(
-    shape: torch.Size, dropout_p: float, generator: torch.Generator, dtype: torch.dtype
-) -> torch.Tensor:
-    """0 with the probability of dropout, else 1 / (1 - p)."""
-    return random_mask(shape, dropout_p, generator).to(dtype).div_(1 - dropout_p)
 
 
 def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

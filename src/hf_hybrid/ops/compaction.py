@@ -54,7 +54,7 @@ def active_tokens(active: torch.Tensor, capacity: int | None = None) -> ActiveTo
         active: (B, L) bool.
         capacity: entries of the stream. None: as many as there are active tokens, which takes one synchronisation on an
             accelerator. A number gives fixed shapes, for compiled graphs; it must not be smaller than the number of active
-            tokens (B * L always suffices), since the rest would be lost: see `static_capacity`.
+            tokens (B * L always suffices), since the rest would be lost.
     """
     batch, length = active.shape
     flat = active.flatten()
@@ -71,17 +71,6 @@ def active_tokens(active: torch.Tensor, capacity: int | None = None) -> ActiveTo
     rows = torch.div(index, length, rounding_mode="floor")
     positions, taken = index - rows * length, torch.where(flat[index], rows, -1)
     return ActiveTokens(index, taken, ranks[index], positions, counts, is_static=True)
-
-
-def static_capacity(count: int, total: int) -> int:
-    """The smallest of a few fixed capacities that holds `count` of `total` tokens: total, 3/4, 1/2, 3/8, 1/4, ... of it.
-
-    Graphs of fixed shapes are compiled once for each capacity; the next larger one is taken where tokens would not fit.
-    """
-    if not 0 <= count <= total:
-        raise ValueError(f"`count` must lie between 0 and `total` = {total}; got {count}.")
-    options = {-(-total * share // 2**power) for power in range(2, total.bit_length() + 3) for share in (3, 4)}
-    return min(option for option in options | {0, total} if option >= count)
 
 
 def gather_active(states: torch.Tensor, tokens: ActiveTokens) -> torch.Tensor:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .blocked_attention import PAIRS_AT_A_TIME, dropout_factors, even_slices
+from .dropout_masks import dropout_factors
+from .pieces import PAIRS_AT_A_TIME, even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")

@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .blocked_attention import PAIRS_AT_A_TIME, Blocks, blocked_attention
+from .blocked_attention import Blocks, blocked_attention
 from .export_shapes import count_blocks, is_open
+from .pieces import PAIRS_AT_A_TIME
 
 
 def local_attention(

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .blocked_attention import PAIRS_AT_A_TIME, dropout_factors
+from .dropout_masks import dropout_factors
 from .export_shapes import count_blocks
 from .gated_scores import ACCELERATOR_PAIRS_AT_A_TIME, LAPLACE_MEAN, LAPLACE_STD, activate
+from .pieces import PAIRS_AT_A_TIME
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
 _BLOCK = 64  # queries of a block: fewer waste less on keys out of reach, more make better matrix products

@@ -401,17 +401,6 @@ def dplr_step(
     return outputs, torch.stack([new_real, new_imag], dim=-1)
 
 
-def dplr_dense_step(
-    inputs: torch.Tensor, output: torch.Tensor, dense: DenseSystem, state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token with the dense matrices, O(N^2): the reference of `dplr_step`. Same arguments and results."""
-    vector = dense.inputs * inputs.unsqueeze(-1)
-    if state is not None:
-        vector = vector + torch.einsum("hij,bhj->bhi", dense.transition, to_real_basis(state))
-    outputs = torch.einsum("shn,bhn->bsh", output_to_real_basis(output), vector)
-    return outputs, from_real_basis(vector)
-
-
 class DplrBlocks(NamedTuple):
     """Constants of `dplr_scan` for blocks of b tokens."""
 

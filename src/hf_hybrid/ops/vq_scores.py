@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .blocked_attention import even_slices
 from .code_memory import CodeMemory
+from .pieces import even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
 PAIRS_AT_A_TIME = 1 << 20  # pairs of query and key or codeword whose scores exist at one time: 4 MB in float32

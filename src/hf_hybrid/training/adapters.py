@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..layers.quantizer import VectorQuantizer
+from ..modeling.longvq.quantizer import VectorQuantizer
 from .run_folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_checkpoint
 
 if TYPE_CHECKING:

@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops.block_state import Start, writable
-from ..ops.diagonal_scan import block_divisor, decayed_state, diagonal_block_states, diagonal_scan
-from ..ops.diagonal_ssm import (
+from ...layers.kept_results import KeepsResults, keeping_precision
+from ...layers.ssm import StateSpaceLayer
+from ...ops.block_state import Start, writable
+from ...ops.diagonal_scan import block_divisor, decayed_state, diagonal_block_states, diagonal_scan
+from ...ops.diagonal_ssm import (
     DiagonalSystem,
     complex_multiply,
     diagonal_final_state,
@@ -32,12 +34,10 @@ from ..ops.diagonal_ssm import (
     step_decay,
     system_kernel,
 )
-from ..ops.fft_conv import causal_fft_conv
-from ..ops.input_history import InputHistory
-from ..ops.s4 import DenseSystem, dplr_advance, dplr_block_states, dplr_dense, dplr_step
-from ..ops.windowed_filter import filtered_block_ends, lag_features, windowed_filters
-from .kept_results import KeepsResults, keeping_precision
-from .ssm import StateSpaceLayer
+from ...ops.fft_conv import causal_fft_conv
+from ...ops.input_history import InputHistory
+from ...ops.s4 import DenseSystem, dplr_advance, dplr_block_states, dplr_dense, dplr_step
+from ...ops.windowed_filter import filtered_block_ends, lag_features, windowed_filters
 
 _GROUP = 32  # tokens per group where a final state is all that is wanted
 

@@ -30,15 +30,15 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_spade import SpadeConfig
-from ..layers.feed_forward import FeedForward
-from ..layers.local_attention import LocalSelfAttention
-from ..layers.norms import build_norm
-from ..layers.ssm import StateSpaceLayer
-from .cache import check_local_cache, full_cache, local_cache, refuse_cache_implementation
-from .inputs import check_inputs, logical_positions, pool_tokens
-from .losses import check_class_labels, token_cross_entropy
-from .packed_documents import separates_documents
+from ...configuration.configuration_spade import SpadeConfig
+from ...layers.norms import build_norm
+from ...layers.ssm import StateSpaceLayer
+from ..cache import check_local_cache, full_cache, local_cache, refuse_cache_implementation
+from ..inputs import check_inputs, logical_positions, pool_tokens
+from ..losses import check_class_labels, token_cross_entropy
+from ..packed_documents import separates_documents
+from .feed_forward import FeedForward
+from .local_self_attention import LocalSelfAttention
 from .spade_layers import (
     SpadeAttention,
     SpadeClassificationHead,

@@ -12,17 +12,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..layers.classifier import LraClassificationHead
-from ..layers.dropout import SequenceDropout
-from ..layers.ema import MultiDimensionalDampedEma
-from ..layers.norms import ScaleNorm
-from ..layers.router import ActivationRouter
-from ..layers.value_embedding import ValueEmbedding
-from ..ops.compaction import rotary_table
-from .cache import cache_of_call, check_memory_cache, memory_cache
-from .inputs import read_inputs
-from .packed_documents import separates_documents
+from ...configuration.configuration_seqboat import SeqBoatConfig
+from ...layers.classifier import LraClassificationHead
+from ...layers.dropout import SequenceDropout
+from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.norms import ScaleNorm
+from ...layers.value_embedding import ValueEmbedding
+from ...ops.compaction import rotary_table
+from ..cache import cache_of_call, check_memory_cache, memory_cache
+from ..inputs import read_inputs
+from ..packed_documents import separates_documents
+from .router import ActivationRouter
 from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
 from .seqboat_outputs import SeqBoatModelOutput
 

@@ -18,24 +18,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..configuration.configuration_mega import MegaConfig
-from ..layers.adaptive import AdaptiveEmbedding
-from ..layers.classifier import LraClassificationHead, activation_function
-from ..layers.dropout import SequenceDropout
-from ..layers.ema import MultiDimensionalDampedEma
-from ..layers.kept_results import KeepsResults
-from ..layers.norms import sequence_norm
-from ..layers.value_embedding import ValueEmbedding
-from ..ops.export_shapes import is_open
-from ..ops.gated_attention import (
+from ...configuration.configuration_mega import MegaConfig
+from ...layers.adaptive import AdaptiveEmbedding
+from ...layers.classifier import LraClassificationHead, activation_function
+from ...layers.dropout import SequenceDropout
+from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.kept_results import KeepsResults
+from ...layers.norms import sequence_norm
+from ...layers.value_embedding import ValueEmbedding
+from ...ops.export_shapes import is_open
+from ...ops.gated_attention import (
     cached_gated_attention,
     gated_attention,
     gated_attention_weights,
     gated_cross_attention,
     gated_cross_attention_weights,
 )
-from ..ops.recompute import recomputed
-from ..ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
+from ...ops.recompute import recomputed
+from ...ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
 
 
 def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:

@@ -14,16 +14,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_longvq import LongVQConfig
-from ..layers.ema import MultiDimensionalDampedEma
-from ..layers.quantizer import VectorQuantizer, update_quantizers
-from ..layers.s4d import ActivatedS4D
-from ..layers.value_embedding import ValueEmbedding
-from .cache import check_code_cache, code_cache
-from .inputs import read_inputs
+from ...configuration.configuration_longvq import LongVQConfig
+from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.value_embedding import ValueEmbedding
+from ..cache import check_code_cache, code_cache
+from ..inputs import read_inputs
+from ..packed_documents import separates_documents
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
 from .longvq_outputs import LongVQModelOutput
-from .packed_documents import separates_documents
+from .quantizer import VectorQuantizer, update_quantizers
+from .s4d import ActivatedS4D
 
 
 class LongVQPreTrainedModel(PreTrainedModel):

@@ -26,16 +26,16 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration.configuration_spade import SpadeLMConfig
-from ..layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from ..layers.feed_forward import FeedForward
-from ..layers.local_attention import LocalSelfAttention
-from ..layers.norms import build_norm
-from ..layers.ssm import StateSpaceLayer
-from .cache import check_local_cache, local_cache, refuse_cache_implementation
-from .inputs import check_inputs, logical_positions, pool_last_tokens
-from .losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
-from .packed_documents import separates_documents
+from ...configuration.configuration_spade import SpadeLMConfig
+from ...layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from ...layers.norms import build_norm
+from ...layers.ssm import StateSpaceLayer
+from ..cache import check_local_cache, local_cache, refuse_cache_implementation
+from ..inputs import check_inputs, logical_positions, pool_last_tokens
+from ..losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
+from ..packed_documents import separates_documents
+from .feed_forward import FeedForward
+from .local_self_attention import LocalSelfAttention
 from .spade_layers import SpadeMixer, build_feed_forward
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from ..ops.codebook import (
+from ...layers.full_precision import KeepsFullPrecision
+from ...ops.codebook import (
     Codebook,
     CodeStatistics,
     average_codebook,
@@ -29,7 +30,6 @@ from ..ops.codebook import (
     perplexity,
     start_codebook,
 )
-from .full_precision import KeepsFullPrecision
 
 logger = logging.get_logger(__name__)
 

@@ -6,14 +6,15 @@ import copy
 
 import pytest
 import torch
+from dense_reference import dplr_dense_step
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import initialization as init
 
-from hf_hybrid.layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
+from hf_hybrid.modeling.bst.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 from hf_hybrid.ops.diagonal_scan import block_divisor, decayed_state, diagonal_block_states
 from hf_hybrid.ops.diagonal_ssm import diagonal_scan_reference
-from hf_hybrid.ops.s4 import dplr_dense, dplr_dense_step
+from hf_hybrid.ops.s4 import dplr_dense
 from hf_hybrid.ops.windowed_filter import (
     filtered_block_ends,
     lag_features,

@@ -4,7 +4,7 @@ Every layer is one gated attention head whose queries, keys and gates come from 
 `use_chunking` attention stays inside chunks and the average alone carries information across them, at linear cost.
 
 Classes, tensors and outputs have the names they had in Transformers 4.x, so that its checkpoints load and are saved
-unchanged. The stack itself is in `mega_model`, its layers in `mega_layers`, the encoder-decoder in `mega_seq2seq`.
+unchanged. The stack itself is in `modeling_mega`, its layers in `mega_layers`, the encoder-decoder in `mega_seq2seq`.
 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
@@ -30,14 +30,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_mega import MegaConfig
-from ..layers.adaptive import AdaptiveSoftmax
-from .cache import prepare_cache
-from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
-from .losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
+from ...configuration.configuration_mega import MegaConfig
+from ...layers.adaptive import AdaptiveSoftmax
+from ..cache import prepare_cache
+from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
+from ..losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
 from .mega_layers import build_classifier
-from .mega_model import MegaModel, MegaPreTrainedModel
 from .mega_seq2seq import MegaForConditionalGeneration
+from .modeling_mega import MegaModel, MegaPreTrainedModel
 
 
 def _require_tokens(config: MegaConfig, name: str) -> None:

@@ -14,17 +14,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..configuration.configuration_longvq import LongVQConfig
-from ..layers.classifier import activation_function
-from ..layers.dropout import SequenceDropout
-from ..layers.ema import MultiDimensionalDampedEma
-from ..layers.full_precision import KeepsFullPrecision
-from ..layers.norms import build_norm as norm_by_name
-from ..layers.quantizer import Quantized, VectorQuantizer
-from ..layers.s4d import ActivatedS4D
-from ..ops.code_memory import empty_memory, remember
-from ..ops.recompute import recomputed
-from ..ops.vq_attention import vq_attention
+from ...configuration.configuration_longvq import LongVQConfig
+from ...layers.classifier import activation_function
+from ...layers.dropout import SequenceDropout
+from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.full_precision import KeepsFullPrecision
+from ...layers.norms import build_norm as norm_by_name
+from ...ops.code_memory import empty_memory, remember
+from ...ops.recompute import recomputed
+from ...ops.vq_attention import vq_attention
+from .quantizer import Quantized, VectorQuantizer
+from .s4d import ActivatedS4D
 
 # Hidden states, commitment loss and perplexity (H,).
 LayerResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -15,14 +15,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..layers.classifier import activation_function
-from ..layers.dropout import SequenceDropout
-from ..layers.ema import MultiDimensionalDampedEma
-from ..layers.norms import SequenceNorm, sequence_norm
-from ..layers.router import ActivationRouter, Routing
-from ..layers.value_embedding import ValueEmbedding
-from ..ops.compaction import (
+from ...configuration.configuration_seqboat import SeqBoatConfig
+from ...layers.classifier import activation_function
+from ...layers.dropout import SequenceDropout
+from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.norms import SequenceNorm, sequence_norm
+from ...layers.value_embedding import ValueEmbedding
+from ...ops.compaction import (
     ActiveTokens,
     active_tokens,
     compacted_attention,
@@ -30,8 +29,8 @@ from ..ops.compaction import (
     rotate_pairs,
     scatter_active,
 )
-from ..ops.relative_position import relative_bias_vector
-from ..ops.working_memory import (
+from ...ops.relative_position import relative_bias_vector
+from ...ops.working_memory import (
     WorkingMemory,
     continued_attention,
     empty_memory,
@@ -40,6 +39,7 @@ from ..ops.working_memory import (
     write_memory,
     write_token,
 )
+from .router import ActivationRouter, Routing
 
 FEW_TOKENS = 16  # new tokens that attend to the whole working memory at once instead of through the packed stream
 _T5_BUCKETS, _T5_DISTANCE = 32, 128

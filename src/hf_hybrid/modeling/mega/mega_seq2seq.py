@@ -12,11 +12,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_mega import MegaConfig
-from .cache import prepare_cache
-from .inputs import check_inputs
-from .losses import token_cross_entropy
-from .mega_model import MegaModel, MegaPreTrainedModel
+from ...configuration.configuration_mega import MegaConfig
+from ..cache import prepare_cache
+from ..inputs import check_inputs
+from ..losses import token_cross_entropy
+from .modeling_mega import MegaModel, MegaPreTrainedModel
 
 _EMBEDDING = "embedding_layer.word_embeddings.weight"
 

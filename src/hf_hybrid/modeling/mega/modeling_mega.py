@@ -14,16 +14,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_mega import MegaConfig
-from ..layers.adaptive import AdaptiveEmbedding
-from ..layers.classifier import LraClassificationHead
-from ..layers.dropout import SequenceDropout
-from ..layers.ema import MultiDimensionalDampedEma
-from ..layers.norms import FeatureScale, ScaleNorm
-from ..layers.value_embedding import ValueEmbedding
-from ..ops.export_shapes import is_open
-from .cache import cache_of_call, check_gated_cache, gated_cache
-from .inputs import check_inputs, pool_tokens, read_inputs, simplify_mask
+from ...configuration.configuration_mega import MegaConfig
+from ...layers.adaptive import AdaptiveEmbedding
+from ...layers.classifier import LraClassificationHead
+from ...layers.dropout import SequenceDropout
+from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.norms import FeatureScale, ScaleNorm
+from ...layers.value_embedding import ValueEmbedding
+from ...ops.export_shapes import is_open
+from ..cache import cache_of_call, check_gated_cache, gated_cache
+from ..inputs import check_inputs, pool_tokens, read_inputs, simplify_mask
+from ..packed_documents import separates_documents
 from .mega_layers import (
     MegaAttention,
     MegaCrossAttention,
@@ -32,7 +33,6 @@ from .mega_layers import (
     MegaRelativeBias,
     build_norm,
 )
-from .packed_documents import separates_documents
 
 
 class MegaPreTrainedModel(PreTrainedModel):

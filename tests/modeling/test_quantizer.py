@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from hf_hybrid.layers.quantizer import VectorQuantizer, update_quantizers
+from hf_hybrid.modeling.longvq.quantizer import VectorQuantizer, update_quantizers
 from hf_hybrid.ops import codebook as codebook_module
 from hf_hybrid.ops.codebook import nearest_codes, perplexity
 
@@ -246,7 +246,7 @@ def test_unknown_start() -> None:
 
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
-from hf_hybrid.layers.quantizer import VectorQuantizer, update_quantizers
+from hf_hybrid.modeling.longvq.quantizer import VectorQuantizer, update_quantizers
 folder, kind = sys.argv[1:]
 dist.init_process_group("gloo")
 rank = dist.get_rank()

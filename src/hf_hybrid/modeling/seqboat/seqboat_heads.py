@@ -3,7 +3,7 @@
 Every layer is a moving average whose states a router reads: only the tokens it activates run a gated attention unit, among
 themselves and inside a window counted in active tokens. What the routers learn is part of every output: see `Activations`.
 
-The stack is in `seqboat_model`, its layers in `seqboat_layers`, its outputs in `seqboat_outputs`.
+The stack is in `modeling_seqboat`, its layers in `seqboat_layers`, its outputs in `seqboat_outputs`.
 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
@@ -19,12 +19,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..layers.classifier import LraClassificationHead
-from .cache import prepare_cache
-from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
-from .losses import align_labels, check_class_labels, token_cross_entropy
-from .seqboat_model import SeqBoatModel, SeqBoatPreTrainedModel
+from ...configuration.configuration_seqboat import SeqBoatConfig
+from ...layers.classifier import LraClassificationHead
+from ..cache import prepare_cache
+from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
+from ..losses import align_labels, check_class_labels, token_cross_entropy
+from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
 from .seqboat_outputs import (
     SeqBoatCausalLMOutput,
     SeqBoatImageClassifierOutput,

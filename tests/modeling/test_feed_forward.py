@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_hybrid.layers.feed_forward import FeedForward
 from hf_hybrid.layers.norms import build_norm
+from hf_hybrid.modeling.spade.feed_forward import FeedForward
 
 PLAIN = {"relu": F.relu, "gelu": F.gelu}
 GATED = {"gated-gelu": lambda x: F.gelu(x, approximate="tanh"), "gated-silu": F.silu}

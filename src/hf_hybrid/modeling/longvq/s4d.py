@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops.diagonal_scan import diagonal_scan
-from ..ops.diagonal_ssm import (
+from ...layers.full_precision import KeepsFullPrecision
+from ...layers.kept_results import KeepsResults
+from ...ops.diagonal_scan import diagonal_scan
+from ...ops.diagonal_ssm import (
     DiagonalSystem,
     diagonal_final_state,
     diagonal_step,
@@ -29,10 +31,8 @@ from ..ops.diagonal_ssm import (
     step_decay,
     system_kernel,
 )
-from ..ops.fft_conv import causal_fft_conv
-from ..ops.layout import to_signals, to_states
-from .full_precision import KeepsFullPrecision
-from .kept_results import KeepsResults
+from ...ops.fft_conv import causal_fft_conv
+from ...ops.layout import to_signals, to_states
 
 _SCAN_LENGTH = 1024  # tokens from which the scan beats computing a kernel and convolving, on CPU
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_hybrid.layers.local_attention import LocalSelfAttention
 from hf_hybrid.layers.norms import build_norm
+from hf_hybrid.modeling.spade.local_self_attention import LocalSelfAttention
 from hf_hybrid.ops.relative_position import apply_rotary, relative_position_bucket, rotary_cos_sin
 
 WIDTH, HEADS, LENGTH = 12, 3, 17

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_hybrid.layers import s4d
-from hf_hybrid.layers.s4d import ActivatedS4D
+from hf_hybrid.modeling.longvq import s4d
+from hf_hybrid.modeling.longvq.s4d import ActivatedS4D
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 

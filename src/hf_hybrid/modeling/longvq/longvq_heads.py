@@ -7,7 +7,7 @@ decoding a memory of constant size. A learned bias tells the distances of the la
 The codebooks follow the keys by themselves: see `layers.quantizer`. How well they serve is part of every output: see
 `Quantization`. No code of the authors is public; this is an independent implementation.
 
-The stack is in `longvq_model`, its layers in `longvq_layers`, its outputs in `longvq_outputs`.
+The stack is in `modeling_longvq`, its layers in `longvq_layers`, its outputs in `longvq_outputs`.
 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
@@ -22,10 +22,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_longvq import LongVQConfig
-from .cache import prepare_cache
-from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
-from .longvq_model import LongVQModel, LongVQPreTrainedModel
+from ...configuration.configuration_longvq import LongVQConfig
+from ..cache import prepare_cache
+from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
+from ..losses import align_labels, check_class_labels, token_cross_entropy
 from .longvq_outputs import (
     LongVQCausalLMOutput,
     LongVQImageClassifierOutput,
@@ -36,7 +36,7 @@ from .longvq_outputs import (
     LongVQTokenClassifierOutput,
     quantization_of,
 )
-from .losses import align_labels, check_class_labels, token_cross_entropy
+from .modeling_longvq import LongVQModel, LongVQPreTrainedModel
 
 
 def _require(config: LongVQConfig, name: str, **wanted: object) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops.local_attention import cached_local_attention, chunk_attention, local_attention
-from ..ops.relative_position import apply_rotary, relative_bias_vector, rotary_cos_sin
+from ...ops.local_attention import cached_local_attention, chunk_attention, local_attention
+from ...ops.relative_position import apply_rotary, relative_bias_vector, rotary_cos_sin
 
 KeyValueStore = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 

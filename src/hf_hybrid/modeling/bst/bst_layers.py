@@ -17,10 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..configuration.configuration_bst import BstConfig
-from ..layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
-from ..layers.norms import RMSNorm
-from ..ops.block_state import (
+from ...configuration.configuration_bst import BstConfig
+from ...layers.norms import RMSNorm
+from ...ops.block_state import (
     RingView,
     RowOrder,
     Start,
@@ -32,9 +31,10 @@ from ..ops.block_state import (
     step_attention,
     write_slots,
 )
-from ..ops.relative_position import relative_bias_vector
-from .cache import BlockStateLayer
-from .inputs import can_read_values
+from ...ops.relative_position import relative_bias_vector
+from ..cache import BlockStateLayer
+from ..inputs import can_read_values
+from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 
 Rings = tuple[torch.Tensor, torch.Tensor]
 

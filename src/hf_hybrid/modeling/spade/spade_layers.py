@@ -16,12 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
-from ..layers.feed_forward import FeedForward
-from ..layers.local_attention import LocalSelfAttention
-from ..layers.norms import build_norm
-from ..layers.ssm import StateSpaceLayer
-from .cache import read_state, write_state
+from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
+from ...layers.norms import build_norm
+from ...layers.ssm import StateSpaceLayer
+from ..cache import read_state, write_state
+from .feed_forward import FeedForward
+from .local_self_attention import LocalSelfAttention
 
 
 class SpadeMixer(nn.Module):

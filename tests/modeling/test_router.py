@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_hybrid.layers.router import ActivationRouter
+from hf_hybrid.modeling.seqboat.router import ActivationRouter
 
 
 def make(act_bias: float = 0.0) -> ActivationRouter:

@@ -28,15 +28,15 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration.configuration_bst import BstConfig
-from ..layers.context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
-from ..layers.norms import RMSNorm
-from ..ops.block_state import Start, ring_view, row_order
+from ...configuration.configuration_bst import BstConfig
+from ...layers.norms import RMSNorm
+from ...ops.block_state import Start, ring_view, row_order
+from ..cache import block_cache, check_block_cache, prepare_cache
+from ..inputs import check_inputs, pool_last_tokens
+from ..losses import align_labels, check_class_labels, token_cross_entropy
+from ..packed_documents import separates_documents
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
-from .cache import block_cache, check_block_cache, prepare_cache
-from .inputs import check_inputs, pool_last_tokens
-from .losses import align_labels, check_class_labels, token_cross_entropy
-from .packed_documents import separates_documents
+from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 
 # What must agree between the model that made a cache and the one that continues it.
 _LAYOUT = (

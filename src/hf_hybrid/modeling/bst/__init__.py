@@ -1,0 +1,1 @@
+"""The Block-State Transformer: layers, context filters, stack and heads."""

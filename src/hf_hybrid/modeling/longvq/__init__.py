@@ -1,0 +1,1 @@
+"""LongVQ: layers, quantizer, stack and heads."""

@@ -1,0 +1,1 @@
+"""Mega: layers, stack, heads and encoder-decoder."""

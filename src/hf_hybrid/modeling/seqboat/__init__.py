@@ -1,0 +1,1 @@
+"""SeqBoat: layers, router, stack and heads."""

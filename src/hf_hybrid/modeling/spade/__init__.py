@@ -1,0 +1,1 @@
+"""SPADE: the encoder-decoder and the language model."""
