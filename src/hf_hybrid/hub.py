@@ -88,11 +88,11 @@ def push(
         tokenizer, processor: saved with the model.
         card: the README.md, or what it says; None drafts one from the model.
         remote_code: include the source files, so that the model loads without this package.
-        private: of a repository that is created; None leaves it to the Hub.
+        private: visibility of a repository that is created; None leaves it to the Hub.
         overwrite: replace what the repository holds, in the same commit.
-        token: of the Hub; None takes the one of `hf auth login` or of `HF_TOKEN`.
+        token: access token of the Hub; None takes the one of `hf auth login` or `HF_TOKEN`.
         commit_message: None says what is uploaded.
-        max_shard_size: of the weight files.
+        max_shard_size: largest size of a weight file.
 
     Returns:
         The address of the repository.
@@ -131,7 +131,7 @@ def push_folder(
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no folder of a model: it holds no config.json.")
+        raise ValueError(f"{folder} is not a model folder: config.json is missing.")
     entries = [path for path in folder.iterdir() if path.name not in (".cache", ".git")]
     foreign = sorted(path.name for path in entries if path.is_dir() or path.suffix in _PICKLES)
     if foreign:
@@ -162,7 +162,7 @@ def log_in(repo_id: str, token: str | None = None) -> tuple[HfApi, str]:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"`repo_id` {repo_id!r} is no name of a repository: {error}") from error
+        raise ValueError(f"`repo_id` {repo_id!r} is not a valid repository name: {error}") from error
     api = HfApi(token=token, library_name="hf_hybrid")
     if "/" not in repo_id:
         repo_id = f"{_checked(api.whoami, 'log in')['name']}/{repo_id}"

@@ -89,13 +89,13 @@ class ModelCard:
     Attributes:
         model_name: title of the card.
         description: what the model is and what it was trained to do, in full sentences.
-        model_type, architecture: of the configuration and the class.
+        model_type, architecture: names of the configuration and of the class.
         num_parameters: counted, tied tensors once.
         auto_class: Auto class that loads the checkpoint.
         task_type: Hub task of the evaluation results, e.g. "text-classification".
         pipeline_tag: Hub pipeline, where one fits.
         language: codes of the languages of the training text.
-        license: of the weights; decided by the publisher, never guessed.
+        license: licence of the weights; decided by the publisher, never guessed.
         datasets: Hub names of the training data; `training_data` describes data of any origin.
         base_model: Hub name of the checkpoint that was fine-tuned.
         training: rows of the training table.

@@ -184,7 +184,7 @@ def architecture_of(model: Any) -> Architecture:
     """The entry of `auto.ARCHITECTURES` that a model belongs to.
 
     Raises:
-        ValueError: the model is none of this package's.
+        ValueError: the model is not one of this package's.
     """
     name = type(model).__name__
     if hasattr(model, "peft_config"):
@@ -221,7 +221,7 @@ def export_remote_code(
         tokenizer: saved with the model.
         processor: the image processor or feature extractor of the model, saved with it.
         card: the README.md, or what it says; None drafts one from the model.
-        max_shard_size: of the weight files.
+        max_shard_size: largest size of a weight file.
 
     Returns:
         The folder, with weights, configurations, source files, card and the manifest `SHA256SUMS`.
@@ -349,7 +349,9 @@ def verify_export(folder: str | os.PathLike, digest: str | None = None) -> str:
     for number, line in enumerate(manifest.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         match = _MANIFEST_LINE.match(line)
         if match is None:
-            raise ValueError(f"Line {number} of {manifest} is no `sha256  name`: the manifest was changed.")
+            raise ValueError(
+                f"Line {number} of {manifest} is not of the form `sha256  name`: the manifest was changed."
+            )
         expected[match[2]] = match[1]
     present = set(_files_of(folder))
     problems = [f"{name} was added" for name in sorted(present - expected.keys())]

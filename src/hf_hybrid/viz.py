@@ -82,7 +82,7 @@ def effective_memory(kernel: Any, share: float = 0.95) -> Any:
 
     Args:
         kernel: (..., K) tensor, lag along the last axis.
-        share: of the summed squares, between 0 and 1.
+        share: fraction of the summed squares, between 0 and 1.
 
     Returns:
         (...,) int64 tensor: lags 0 to m - 1 hold at least this share; 0 for a kernel of zeros.
@@ -148,7 +148,7 @@ def plot_state_space_channels(
         layers: label -> layer as in `time_constants`, drawn over each other; at most four. Explicit filters show at the right only.
         path: the PNG to write.
         length: lags of the kernel that are looked at, in tokens.
-        share: of the energy that counts as the reach.
+        share: fraction of the energy that defines the reach.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -219,7 +219,7 @@ def activation_map(
 
     encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens, return_token_type_ids=False)
     if encoded["input_ids"].numel() == 0:
-        raise ValueError("`text` is empty: there is no token to show.")
+        raise ValueError("`text` is empty: there are no tokens to show.")
     gates = sample_gates(model, encoded).numpy()
     labels = token_labels(tokenizer, encoded["input_ids"][0].tolist())
     return draw_activation_map(gates, labels, path, tokens_per_line=tokens_per_line)
@@ -422,7 +422,7 @@ def codebook_usage(
     Args:
         model: a LongVQ model of any head.
         path: a PNG to write; None writes nothing.
-        history: of `training.codebooks.CodebookCallback`; with it a second picture shows the perplexity over the steps.
+        history: records of `training.codebooks.CodebookCallback`; with them a second picture shows the perplexity over the steps.
 
     Returns:
         the matplotlib figure.

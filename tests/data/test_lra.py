@@ -110,7 +110,7 @@ def test_unknown_tasks_and_empty_sources():
 
 def test_strange_tokens_are_refused():
     rows = Dataset.from_dict({"source": ["[MAX 1 2 ]", "[MAX 1 12 ]"], "label": [2, 2]})
-    with pytest.raises(ValueError, match="Row 1 of the data is no ListOps expression: '.MAX 1 12"):
+    with pytest.raises(ValueError, match="Row 1 of the data is not a ListOps expression: '.MAX 1 12"):
         encode_rows(rows, TASKS["listops"], listops_tokenizer())
 
 

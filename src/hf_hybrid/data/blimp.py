@@ -58,7 +58,7 @@ def write_blimp_tasks(
     over paradigms.
 
     Args:
-        pairs: of `read_minimal_pairs`.
+        pairs: what `read_minimal_pairs` returned.
         folder: for `--include_path` of the harness; new or empty.
         rows: only the first so many pairs of every paradigm.
         context: text that the sentences continue, e.g. "<extra_id_0>"; the default lets the harness begin with one special token.

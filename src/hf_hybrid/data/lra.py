@@ -44,8 +44,8 @@ class LraTask:
     """One task.
 
     Args:
-        name: of the task.
-        columns: of a row, besides `label`.
+        name: name of the task.
+        columns: columns of a row besides `label`.
         max_length: tokens of one sequence, longer ones are cut; None: pixels, which are never cut.
         class_names: None where the data decides.
     """
@@ -232,7 +232,7 @@ def encode_rows(
         task: not one of pixels.
         tokenizer: see `lra_tokenizer`.
         max_length: tokens per text; None for that of the task.
-        two_inputs: of a pair of texts, give the second as `pair_input_ids` and `pair_attention_mask`; otherwise a pair is
+        two_inputs: give the second text of a pair as `pair_input_ids` and `pair_attention_mask`; otherwise a pair is
             one sequence, `A </s> B </s>`.
         what: names the rows in errors.
 
@@ -265,7 +265,7 @@ def _refuse_unknown(encoded: Dataset, rows: Dataset, tokenizer: PreTrainedTokeni
     for number, ids in enumerate(encoded["input_ids"]):
         if tokenizer.unk_token_id in ids or not ids:
             raise ValueError(
-                f"Row {number} of the {what} is no ListOps expression: {rows[number]['source'][:60]!r}. Accepted tokens are "
+                f"Row {number} of the {what} is not a ListOps expression: {rows[number]['source'][:60]!r}. Accepted tokens are "
                 f"{' '.join(TOKENS)}."
             )
 
@@ -281,7 +281,7 @@ class PixelSequences(TorchDataset):
         labels: (N,) integers.
         as_values: give `pixel_values`, (L,) float32 with (pixel / 255 - mean) / std, instead of `input_ids`, (L,) int64
             with pixel + 1 (0 is padding).
-        mean, std: of `pixel_values`.
+        mean, std: statistics of `pixel_values`.
     """
 
     def __init__(
@@ -319,7 +319,7 @@ class PairCollator:
 
     Args:
         tokenizer: pads.
-        pad_to_multiple_of: of both lengths.
+        pad_to_multiple_of: divisor of both lengths.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8) -> None:

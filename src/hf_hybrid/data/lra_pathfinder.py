@@ -45,11 +45,11 @@ class PathfinderSettings:
         resolution: R, pixels per side.
         contour_length, distractor_length: dashes per curve.
         num_distractors: distractors to try; one without room is left out.
-        dash_length, thickness: of one dash.
+        dash_length, thickness: size of one dash, in pixels.
         margins: free space around a dash; one is drawn per image.
         seed_distance: between the beginnings of the two target curves; the first is twice as far from the border.
         continuity: c, straightness of the curves.
-        marker_radius: of the discs.
+        marker_radius: radius of the discs, in pixels.
         padding: width of the border that stays empty.
         antialias: lines are drawn at this multiple of the resolution and reduced with a Lanczos filter.
         contrast: brightness of the dashes against the markers, before both are cut at white.
@@ -251,14 +251,14 @@ def _minus(point: Point, offset: Point) -> Point:
 class _Snake:
     """A curve while it grows.
 
-    Its own newest dash is no obstacle to its next one, which begins within its margin; so every curve keeps its own view of what
+    Its own newest dash is not an obstacle to its next one, which begins within its margin; so every curve keeps its own view of what
     is occupied.
 
     Args:
-        geometry: of the image.
+        geometry: sizes in the image.
         occupied: view of this curve, changed in place.
-        tail: of the first dash, with the room around the image included.
-        direction: of the first dash.
+        tail: start of the first dash, in coordinates that include the room around the image.
+        direction: index of the direction of the first dash.
     """
 
     def __init__(self, geometry: _Geometry, occupied: np.ndarray, tail: Point, direction: int) -> None:

@@ -137,7 +137,7 @@ class MaskedBlockDataset(Dataset):
         length: tokens per block.
         vocabulary: see `MaskingVocabulary`.
         mask_probability: share of the tokens that are chosen.
-        seed: of the choice.
+        seed: seed of the choice.
         resample_each_epoch: False keeps the choice of epoch 0 for ever; use it for evaluation.
 
     Raises:

@@ -32,7 +32,7 @@ def map_blocks(
     Args:
         make: gets a range of indices. With several processes it must be picklable (a function of a module, or a `partial` of one),
             and a script that calls this needs the `if __name__ == "__main__":` guard, since processes are spawned.
-        indices: of all samples, in steps of 1.
+        indices: numbers of all samples, in steps of 1.
         block: indices per call.
         num_processes: 1 works in this process.
         progress: show a progress bar.

@@ -49,7 +49,7 @@ class DocumentSegments(Dataset):
 
     Args:
         tokens: (N,) token ids, each document followed by `</s>`.
-        eos_token_id: of `</s>`.
+        eos_token_id: id of `</s>`.
         length: tokens of a segment.
         num_rows: rows of all processes together.
         pad_token_id: fills the ends of last segments.

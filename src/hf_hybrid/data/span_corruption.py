@@ -273,7 +273,7 @@ class SpanCorruptionDataset(Dataset):
         eos_token_id: id of `</s>`.
         noise_density: share of the tokens that are hidden.
         mean_span_length: mean length of a hidden span, in tokens.
-        seed: of the noise.
+        seed: seed of the noise.
         resample_each_epoch: False keeps the noise of epoch 0 for ever; use it for evaluation.
 
     Raises:

@@ -122,7 +122,7 @@ class PackedStream(IterableDataset):
             read repeatedly, or a function that returns a new iterator.
         tokenizer: a fast tokenizer with an end-of-sequence token.
         block_length: tokens per block.
-        seed: of the order within windows (and of the noise, in the subclass).
+        seed: seed of the order within windows (and of the noise, in the subclass).
         shuffle_window: shuffle the blocks within windows of this many; 0 keeps their order. Neighbouring blocks of a long
             document are alike, so a window of a few hundred makes better batches.
         repeat: begin again at the end, with the next epoch, for ever. Use it with `max_steps`: the Trainer then resumes at the

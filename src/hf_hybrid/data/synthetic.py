@@ -72,7 +72,7 @@ def associative_recall(
         vocab_size: ids, 0 and 1 included.
         num_queries: keys asked for, each at most once; None: all.
         distance: separators between the pairs and the first possible query, at least.
-        seed: of the examples.
+        seed: seed of the examples.
 
     Raises:
         ValueError: the pairs do not fit into the length or the vocabulary.

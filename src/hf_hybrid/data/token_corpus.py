@@ -129,7 +129,7 @@ def tokenize_corpus(
 
 def _require_tokens(count: int) -> None:
     if count == 0:
-        raise ValueError("The corpus holds no text: there is no document, or every document is empty.")
+        raise ValueError("The corpus holds no text: there are no documents, or all of them are empty.")
 
 
 def _token_pieces(documents, tokenizer, eos: int, dtype: np.dtype, max_tokens: int | None, progress: bool):

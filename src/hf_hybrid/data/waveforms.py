@@ -45,13 +45,13 @@ def read_waveforms(
     Args:
         rows: with a column of samples, or of mappings with `array` and `sampling_rate`; the rate may also be in a column
             `sampling_rate`.
-        column: of the waveforms.
+        column: name of the column of waveforms.
         sampling_rate: that all must have, in Hz; None for that of the first row.
         max_samples: longer recordings are cut at the end.
         what: names the rows in errors.
 
     Raises:
-        ValueError: names the first row that is no waveform or has another rate.
+        ValueError: names the first row that is not a waveform or has another rate.
     """
     waveforms: list[np.ndarray] = []
     has_rate = "sampling_rate" in rows.column_names

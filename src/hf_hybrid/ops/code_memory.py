@@ -50,7 +50,7 @@ def remember(memory: CodeMemory, codes: torch.Tensor, values: torch.Tensor, mask
     """The memory after new tokens: those that leave the window enter the counts and means.
 
     Args:
-        memory: of the tokens before.
+        memory: what is known of the earlier tokens.
         codes: (B, H, L).
         values: (B, H, L, e).
         mask: (B, L) bool, True at real tokens, or None.

@@ -1,6 +1,6 @@
 """Codebooks of vector quantisation that follow the keys by moving averages (arXiv 1711.00937, appendix A.1).
 
-The codewords are no parameters: each is the mean of the keys that were assigned to it lately. What keeps them alive: they start
+The codewords are not parameters: each is the mean of the keys that were assigned to it lately. What keeps them alive: they start
 at keys of the first batch, the average is short at first, and codewords that nobody uses are put where keys are badly served.
 
 Shapes: B batch, H heads (each with its codebook), L tokens, S codewords, d width of keys, R candidates.
@@ -155,7 +155,7 @@ def average_codebook(
 
     Args:
         codebook: before.
-        statistics: of a batch, summed over processes.
+        statistics: counts and sums of a batch, added up over processes.
         decay, decay_warmup: see `averaging_decay`.
         dead_code_threshold: share of the uniform count below which a codeword is revived; 0 for never.
 

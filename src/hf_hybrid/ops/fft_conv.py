@@ -49,7 +49,7 @@ def _circular_convolution(inputs: torch.Tensor, kernel: torch.Tensor, n_fft: int
     if not torch.compiler.is_exporting():
         return _CircularConvolution.apply(inputs, kernel, n_fft)
     # For graph formats, which know the transform of real numbers, but not all of complex products and of inverse transforms.
-    # Some runtimes are imprecise at lengths that are no power of two (onnxruntime: 2e-3 at 2,018 samples), hence float64.
+    # Some runtimes are imprecise at lengths that are not a power of two (onnxruntime: 2e-3 at 2,018 samples), hence float64.
     signal = _real_transform(inputs.double(), n_fft)
     response = _real_transform(kernel.double(), n_fft)
     spectrum = _all_frequencies(*complex_multiply(*signal, *response), n_fft)

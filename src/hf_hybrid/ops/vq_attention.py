@@ -52,7 +52,7 @@ def vq_attention(
         chunk_size: C >= w - 1 tokens.
         causal: tokens see those before them only.
         key_mask: (B, L) bool, True at real tokens, or None.
-        memory: of the text before these tokens (causal only); it gets no gradient.
+        memory: what is known of the text before these tokens (causal only); it gets no gradient.
         far_key_gradient: False stops the gradient of far keys, as arXiv 2309.16354 does; the outputs are the same.
 
     Returns:

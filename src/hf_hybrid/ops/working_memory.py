@@ -58,10 +58,10 @@ def enlarge_memory(memory: WorkingMemory, slots: int) -> WorkingMemory:
 def write_memory(
     memory: WorkingMemory, keys: torch.Tensor, values: torch.Tensor, tokens: ActiveTokens, first_position: int
 ) -> WorkingMemory:
-    """The memory after the active tokens of some new ones.
+    """The memory after some new tokens, of which only the active ones are written.
 
     Args:
-        memory: before.
+        memory: what the rows remembered before.
         keys, values: (C, Z) and (C, E) of the active tokens.
         tokens: what they stand for; their ranks and positions count from the first new token.
         first_position: position of the first new token.

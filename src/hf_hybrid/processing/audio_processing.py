@@ -14,8 +14,8 @@ class WaveformFeatureExtractor(SequenceFeatureExtractor):
 
     Args:
         sampling_rate: samples per second that the model was trained with.
-        mean, std: of the training data; None standardises every recording by its own.
-        padding_value: of the samples behind the end of a recording.
+        mean, std: statistics of the training data; None standardises every recording by its own.
+        padding_value: value of the samples behind the end of a recording.
     """
 
     model_input_names = ["input_values", "attention_mask"]
@@ -66,7 +66,7 @@ class WaveformFeatureExtractor(SequenceFeatureExtractor):
         """Processes one waveform (samples,) or a list of them.
 
         Args:
-            sampling_rate: of the waveforms; must be that of the extractor.
+            sampling_rate: rate of the waveforms in Hz; must be that of the extractor.
 
         Raises:
             ValueError: another sampling rate, a waveform with channels, or an empty one.

@@ -66,7 +66,7 @@ class PixelSequenceImageProcessor(BaseImageProcessor):
         """Processes one image, a list of them, or a batch (B, C, H, W).
 
         Raises:
-            ValueError: no image, a shape that is no image's, or images of different sizes without `image_size`.
+            ValueError: no image, a shape that is not an image's, or images of different sizes without `image_size`.
         """
         is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
         several: Sequence[Any] = list(images) if is_batch else [images]
