@@ -165,7 +165,12 @@ def load_cases(folder: Path = BENCHMARKS / "cases") -> dict[str, Case]:
 
 @dataclass(frozen=True)
 class Contender:
-    """One process of a comparison."""
+    """One process of a comparison.
+
+    Attributes:
+        module: file that defines the build function; None = that of the case.
+        sources: folder from which it imports this package.
+    """
 
     name: str
     case: Case
@@ -173,6 +178,7 @@ class Contender:
     size: Size
     environment: Environment | None = None
     sources: Path = REPOSITORY / "src"
+    module: Path | None = None
 
 
 class WorkerError(RuntimeError):
@@ -198,7 +204,7 @@ class Worker:
         )
         self.ask(
             command="start",
-            module=str(contender.case.module),
+            module=str(contender.module or contender.case.module),
             paths=[str(contender.sources), str(BENCHMARKS)],
             clock=settings.clock,
         )
@@ -295,7 +301,7 @@ def groups(case: Case, revision: Path | None, revision_name: str) -> Iterator[li
 
     if revision is not None:
         for size in case.sizes:
-            yield [ours(size), Contender(revision_name, case, case.build, size, sources=revision / "src")]
+            yield [ours(size), _earlier(case, size, revision, revision_name)]
     elif case.growth_at_most is not None:
         for smaller, larger in zip(case.sizes, case.sizes[1:]):
             yield [ours(smaller), ours(larger)]
@@ -303,6 +309,18 @@ def groups(case: Case, revision: Path | None, revision_name: str) -> Iterator[li
         for index, size in enumerate(case.sizes):
             peers = peers_at(case, index)
             yield [ours(size)] + [Contender(p.name, case, p.build, size, p.environment) for p in peers]
+
+
+def _earlier(case: Case, size: Size, revision: Path, name: str) -> Contender:
+    """The case as another revision has it: names and layout may have changed since. A case that is newer runs as it is now."""
+    module = None
+    folder = revision / "benchmarks" / "cases"
+    for path in sorted(folder.glob("*.py")):
+        own = next((own for own in getattr(load_module(path), "CASES", ()) if own.name == case.name), None)
+        if own is not None:
+            module, case = path, own
+            break
+    return Contender(name, case, case.build, size, sources=revision / "src", module=module)
 
 
 def peers_at(case: Case, index: int) -> list[Peer]:

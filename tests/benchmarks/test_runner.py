@@ -125,3 +125,20 @@ def test_growth_and_peers_are_two_cases(monkeypatch):
     harness = importlib.import_module("harness")
     with pytest.raises(ValueError, match="`growth_at_most` and `peers`, which are compared apart"):
         harness.Case("both", "", "build", ({"length": 1},), "check", (harness.Peer("a", "b"),), growth_at_most=2.0)
+
+
+def test_a_revision_runs_its_own_case(monkeypatch, tmp_path):
+    """Names and layout may have changed since: the build function of the revision goes with its sources."""
+    monkeypatch.syspath_prepend(RUNNER.parent)
+    harness = importlib.import_module("harness")
+    current, earlier = tmp_path / "current", tmp_path / "earlier"
+    for folder, build in ((current, "ours"), (earlier / "benchmarks" / "cases", "slower")):
+        folder.mkdir(parents=True)
+        (folder / "tiny.py").write_text(CASES.replace('"a good case", "ours"', f'"a good case", "{build}"'))
+    cases = harness.load_cases(current)
+    ours, theirs = next(harness.groups(cases["good"], earlier, "earlier"))
+    assert (ours.build, ours.module) == ("ours", None)
+    assert (theirs.build, theirs.module) == ("slower", earlier / "benchmarks" / "cases" / "tiny.py")
+    assert theirs.sources == earlier / "src"
+    newer = harness.Case("new", "", "ours", ({"length": 1},), "check", module=current / "tiny.py")
+    assert next(harness.groups(newer, earlier, "earlier"))[1].module is None
