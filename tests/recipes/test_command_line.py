@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_hybrid.recipes.common import parse_overrides, split_names
+from hf_hybrid.recipes.support.models import parse_overrides
+from hf_hybrid.recipes.support.options import split_names
 
 SCRIPTS = sorted((Path(__file__).resolve().parents[2] / "scripts").glob("run_*.py"))
 TRAINING = (

@@ -12,9 +12,9 @@ import pytest
 
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import demo
-from hf_hybrid.recipes.demo_data import DataPlan, entropy, read_rows, write_data, write_rows
-from hf_hybrid.recipes.demo_report import write_report
-from hf_hybrid.recipes.demo_samples import fill_in_html, split_at_sentinels
+from hf_hybrid.recipes.support.demo_data import DataPlan, entropy, read_rows, write_data, write_rows
+from hf_hybrid.recipes.support.demo_report import write_report
+from hf_hybrid.recipes.support.demo_samples import fill_in_html, split_at_sentinels
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import finetune_glue
 from hf_hybrid.recipes.finetune_glue import find_text_columns, main
-from hf_hybrid.recipes.finetuning_data import Labels, find_labels
+from hf_hybrid.recipes.support.finetuning_data import Labels, find_labels
 
 GOOD, BAD = "the list is good and sorted", "this dictionary is bad"
 
@@ -145,7 +145,7 @@ def test_a_task_by_name_reads_the_hub_data(finetuning, monkeypatch, data):
         asked.append((source, config_name))
         return load(str(data), split)
 
-    from hf_hybrid.recipes import finetuning_data
+    from hf_hybrid.recipes.support import finetuning_data
 
     load = finetuning_data.load_table
     monkeypatch.setattr(finetuning_data, "load_table", fake)

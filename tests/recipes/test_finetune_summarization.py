@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EvalPrediction
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes.finetune_summarization import SummarizationArguments, main, references_of, rouge_scores
 from hf_hybrid.recipes.finetune_summarization import find_columns as columns_of
-from hf_hybrid.recipes.finetuning_data import GenerationScorer
+from hf_hybrid.recipes.support.finetuning_data import GenerationScorer
 
 PAIRS = [("the list is sorted by the key function", "list"), ("a dictionary maps keys to values", "dictionary")]
 

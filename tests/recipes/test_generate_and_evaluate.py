@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
 from hf_hybrid.recipes import evaluate, finetune_glue, generate, pretrain_span_corruption
-from hf_hybrid.recipes.finetuning_data import PREDICTIONS_FILE
+from hf_hybrid.recipes.support.finetuning_data import PREDICTIONS_FILE
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_hybrid.hub import model_card_problems
-from hf_hybrid.recipes.common import NewModelArguments, parse_arguments
 from hf_hybrid.recipes.pretrain_clm import CausalDataArguments, build, main
+from hf_hybrid.recipes.support.models import NewModelArguments
+from hf_hybrid.recipes.support.options import parse_arguments
 from hf_hybrid.training.arguments import PretrainingArguments
 
 TINY_LM = "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=2,attention_window=8,ssm_state_size=4"

@@ -21,8 +21,8 @@ from transformers import (
 from hf_hybrid.auto import ARCHITECTURES
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import evaluate, generate_lra
-from hf_hybrid.recipes.finetuning_data import Labels
-from hf_hybrid.recipes.sequence_classification import ClassifierArguments, build_classifier, classifier_config
+from hf_hybrid.recipes.support.finetuning_data import Labels
+from hf_hybrid.recipes.support.sequence_classification import ClassifierArguments, build_classifier, classifier_config
 from hf_hybrid.recipes.train_lra import main
 
 ARCHES = [item.model_type for item in ARCHITECTURES if "AutoModelForSequenceClassification" in item.heads]

@@ -18,8 +18,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 from ..data.waveforms import WaveformCollator, WaveformDataset, read_waveforms, standardization
 from ..processing.audio_processing import WaveformFeatureExtractor
 from ..training.arguments import FinetuningArguments
-from .common import Job, display_names, run_recipe, with_adapter
-from .finetuning_data import (
+from .support.finetuning_data import (
     TableArguments,
     choose_column,
     labels_of_model,
@@ -27,7 +26,10 @@ from .finetuning_data import (
     require_columns,
     single_validation_set,
 )
-from .sequence_classification import (
+from .support.models import with_adapter
+from .support.reports import display_names
+from .support.runs import Job, run_recipe
+from .support.sequence_classification import (
     ClassifierArguments,
     build_classifier,
     classification_report,

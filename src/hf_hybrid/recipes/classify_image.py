@@ -19,9 +19,11 @@ from transformers import AutoModelForImageClassification, default_data_collator
 
 from ..data.lra import PixelSequences, load_lra_table, lra_task, pixel_array
 from ..training.arguments import FinetuningArguments
-from .common import Job, display_names, run_recipe, with_adapter
-from .finetuning_data import TableArguments, labels_of_model, load_tables, single_validation_set
-from .sequence_classification import (
+from .support.finetuning_data import TableArguments, labels_of_model, load_tables, single_validation_set
+from .support.models import with_adapter
+from .support.reports import display_names
+from .support.runs import Job, run_recipe
+from .support.sequence_classification import (
     ClassifierArguments,
     build_classifier,
     classification_report,

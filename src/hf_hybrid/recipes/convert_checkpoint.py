@@ -30,7 +30,8 @@ from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ..conversion import mega, seqboat, spade
 from ..conversion.common import StateDict, read_checkpoint_file, read_folder_tensors, read_json, same_bytes
 from ..new_folder import new_folder
-from .common import parse_arguments, set_up_logging
+from .support.options import parse_arguments
+from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,7 @@ from ..training.callbacks import TimeLimitCallback
 from ..training.run_folder import describe_environment, write_json
 from ..viz import plot_loss_curves, plot_state_space_channels
 from . import finetune_glue, finetune_summarization, pretrain_span_corruption, train_tokenizer
-from .common import Job, NewModelArguments, parse_arguments, run_recipe
-from .demo_data import (
+from .support.demo_data import (
     CLASSIFICATION,
     CORPUS,
     SUMMARIZATION,
@@ -42,9 +41,12 @@ from .demo_data import (
     rouge,
     write_data,
 )
-from .demo_report import PICTURES, summary_lines, write_report
-from .demo_samples import fill_in_examples, generate_texts, reload_in_clean_process, span_corruption_figures
-from .finetuning_data import PREDICTIONS_FILE, CheckpointArguments
+from .support.demo_report import PICTURES, summary_lines, write_report
+from .support.demo_samples import fill_in_examples, generate_texts, reload_in_clean_process, span_corruption_figures
+from .support.finetuning_data import PREDICTIONS_FILE, CheckpointArguments
+from .support.models import NewModelArguments
+from .support.options import parse_arguments
+from .support.runs import Job, run_recipe
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,11 @@ from ..training.arguments import (
     SyntheticTrainingArguments,
 )
 from ..training.run_folder import RunFolder, is_main_process
-from .common import NewModelArguments, finish_together, parse_arguments, resolved_arguments, set_up_logging
-from .finetuning_data import CheckpointArguments
-from .sequence_classification import ClassifierArguments
+from .support.finetuning_data import CheckpointArguments
+from .support.models import NewModelArguments
+from .support.options import parse_arguments, resolved_arguments
+from .support.runs import finish_together, set_up_logging
+from .support.sequence_classification import ClassifierArguments
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from ..auto import ARCHITECTURES
 from ..export import Export, export_decoding_step, export_int8, export_onnx, export_program
-from .common import parse_arguments, set_up_logging
+from .support.options import parse_arguments
+from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
 

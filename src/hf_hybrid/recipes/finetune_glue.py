@@ -20,8 +20,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from .. import metrics as offline_metrics
 from ..training.arguments import FinetuningArguments
 from ..training.trainer import HybridTrainer
-from .common import Job, RunReport, display_names, hub_names, load_config, load_tokenizer, run_recipe, with_adapter
-from .finetuning_data import (
+from .support.finetuning_data import (
     CheckpointArguments,
     Labels,
     TableArguments,
@@ -37,6 +36,9 @@ from .finetuning_data import (
     require_columns,
     require_text,
 )
+from .support.models import load_config, load_tokenizer, with_adapter
+from .support.reports import RunReport, display_names, hub_names
+from .support.runs import Job, run_recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,8 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from .. import metrics as offline_metrics
 from ..training.arguments import Seq2SeqFinetuningArguments
-from .common import Job, RunReport, display_names, hub_names, load_tokenizer, run_recipe, with_adapter
-from .finetuning_data import (
+from .support.finetuning_data import (
     CheckpointArguments,
     GenerationArguments,
     GenerationScorer,
@@ -33,6 +32,9 @@ from .finetuning_data import (
     set_generation,
     single_validation_set,
 )
+from .support.models import load_tokenizer, with_adapter
+from .support.reports import RunReport, display_names, hub_names
+from .support.runs import Job, run_recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

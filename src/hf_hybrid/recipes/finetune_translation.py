@@ -18,18 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from .. import metrics as offline_metrics
 from ..training.arguments import Seq2SeqFinetuningArguments
-from .common import (
-    Job,
-    NewModelArguments,
-    RunReport,
-    build_new_or_pretrained,
-    display_names,
-    hub_names,
-    load_tokenizer,
-    run_recipe,
-    with_adapter,
-)
-from .finetuning_data import (
+from .support.finetuning_data import (
     GenerationArguments,
     GenerationScorer,
     encode_pairs,
@@ -40,6 +29,9 @@ from .finetuning_data import (
     set_generation,
     single_validation_set,
 )
+from .support.models import NewModelArguments, build_new_or_pretrained, load_tokenizer, with_adapter
+from .support.reports import RunReport, display_names, hub_names
+from .support.runs import Job, run_recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

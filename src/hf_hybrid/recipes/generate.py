@@ -27,9 +27,11 @@ from transformers import (
 )
 
 from ..data.loading import load_table
-from .common import check_decoder_table, load_config, load_model, load_tokenizer, parse_arguments, set_up_logging
 from .finetune_summarization import TEXT_COLUMNS
-from .finetuning_data import check_vocabulary, require_columns, require_text
+from .support.finetuning_data import check_vocabulary, require_columns, require_text
+from .support.models import check_decoder_table, load_config, load_model, load_tokenizer
+from .support.options import parse_arguments
+from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
 

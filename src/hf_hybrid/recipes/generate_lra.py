@@ -23,7 +23,8 @@ from ..data.lra_listops import ListOpsSettings, generate_listops
 from ..data.lra_pathfinder import DIFFICULTIES, generate_pathfinder, pathfinder_settings
 from ..data.parallel import available_processes
 from ..training.run_folder import RunFolder, is_main_process
-from .common import parse_arguments, resolved_arguments, set_up_logging
+from .support.options import parse_arguments, resolved_arguments
+from .support.runs import set_up_logging
 
 if TYPE_CHECKING:
     from datasets import Dataset

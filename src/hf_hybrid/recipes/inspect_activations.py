@@ -36,11 +36,13 @@ from ..viz import (
     token_labels,
 )
 from .classify_audio import AUDIO_COLUMNS
-from .common import load_config, load_model, load_tokenizer, parse_arguments, set_up_logging, split_names
 from .finetune_summarization import TEXT_COLUMNS
-from .finetuning_data import check_vocabulary, choose_column, require_columns, require_text
 from .generate import GenerateArguments, read_inputs
-from .sequence_classification import saved_image_processor
+from .support.finetuning_data import check_vocabulary, choose_column, require_columns, require_text
+from .support.models import load_config, load_model, load_tokenizer
+from .support.options import parse_arguments, split_names
+from .support.runs import set_up_logging
+from .support.sequence_classification import saved_image_processor
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from transformers import AutoConfig
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
 
 from ..data.blimp import GROUP, read_minimal_pairs, write_blimp_tasks
-from .common import HelpFormatter
+from .support.options import HelpFormatter
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from typing import Any
 
 from ..training.adapters import ADAPTED_CONFIG_FILE, adapted_config, adapter_folder, architecture_auto_class, base_name
 from ..training.run_folder import RunFolder
-from .common import load_model, parse_arguments, resolved_arguments, set_up_logging
+from .support.models import load_model
+from .support.options import parse_arguments, resolved_arguments
+from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
 

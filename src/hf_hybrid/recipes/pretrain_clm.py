@@ -25,18 +25,8 @@ from ..metrics import bits_per_byte, perplexity
 from ..training.arguments import PretrainingArguments
 from ..training.segments import SegmentTrainer, new_state
 from ..training.trainer import HybridTrainer
-from .common import (
-    Job,
-    NewModelArguments,
-    RunReport,
-    build_new_or_pretrained,
-    check_decoder_table,
-    display_names,
-    hub_names,
-    load_tokenizer,
-    run_recipe,
-)
-from .pretraining_data import (
+from .support.models import NewModelArguments, build_new_or_pretrained, check_decoder_table, load_tokenizer
+from .support.pretraining_data import (
     SHUFFLE_WINDOW,
     PretrainingDataArguments,
     PretrainingText,
@@ -45,6 +35,8 @@ from .pretraining_data import (
     limited,
     load_text,
 )
+from .support.reports import RunReport, display_names, hub_names
+from .support.runs import Job, run_recipe
 
 
 @dataclass

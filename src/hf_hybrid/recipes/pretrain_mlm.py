@@ -20,18 +20,8 @@ from ..data.masking import MaskedBlockDataset, MaskedBlockStream, MaskingVocabul
 from ..metrics import perplexity
 from ..training.arguments import PretrainingArguments
 from ..training.trainer import HybridTrainer
-from .common import (
-    Job,
-    NewModelArguments,
-    RunReport,
-    build_new_or_pretrained,
-    check_positions,
-    display_names,
-    hub_names,
-    load_tokenizer,
-    run_recipe,
-)
-from .pretraining_data import (
+from .support.models import NewModelArguments, build_new_or_pretrained, check_positions, load_tokenizer
+from .support.pretraining_data import (
     SHUFFLE_WINDOW,
     PretrainingDataArguments,
     PretrainingText,
@@ -40,6 +30,8 @@ from .pretraining_data import (
     limited,
     load_text,
 )
+from .support.reports import RunReport, display_names, hub_names
+from .support.runs import Job, run_recipe
 
 
 @dataclass

@@ -33,7 +33,9 @@ from ..hub import (
     with_metadata,
 )
 from ..new_folder import new_folder
-from .common import load_model, parse_arguments, set_up_logging, split_names
+from .support.models import load_model
+from .support.options import parse_arguments, split_names
+from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
 

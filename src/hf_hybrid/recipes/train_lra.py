@@ -38,8 +38,8 @@ from ..data.lra import (
     pixel_array,
 )
 from ..training.arguments import FinetuningArguments
-from .common import Job, RunReport, display_names, load_tokenizer, run_recipe, with_adapter
-from .finetuning_data import (
+from .generate_lra import GENERATED, GeneratorArguments, generate_splits
+from .support.finetuning_data import (
     Labels,
     TableArguments,
     check_vocabulary,
@@ -47,8 +47,10 @@ from .finetuning_data import (
     load_tables,
     single_validation_set,
 )
-from .generate_lra import GENERATED, GeneratorArguments, generate_splits
-from .sequence_classification import (
+from .support.models import load_tokenizer, with_adapter
+from .support.reports import RunReport, display_names
+from .support.runs import Job, run_recipe
+from .support.sequence_classification import (
     ClassifierArguments,
     build_classifier,
     classification_report,

@@ -24,16 +24,10 @@ from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedModel, 
 from ..data.synthetic import IGNORED, TASKS, SyntheticDataset, shares_right
 from ..training.arguments import SyntheticTrainingArguments
 from ..training.trainer import HybridTrainer
-from .common import (
-    Job,
-    RunReport,
-    check_positions,
-    load_config,
-    load_model,
-    parse_overrides,
-    run_recipe,
-)
-from .sequence_classification import ClassifierArguments
+from .support.models import check_positions, load_config, load_model, parse_overrides
+from .support.reports import RunReport
+from .support.runs import Job, run_recipe
+from .support.sequence_classification import ClassifierArguments
 
 TASK_OPTIONS = ("length", "vocab_size", "num_pairs", "num_queries", "distance", "num_tokens", "gap")
 

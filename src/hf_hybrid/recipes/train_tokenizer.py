@@ -26,7 +26,8 @@ from ..tokenization.sentencepiece_tokenizer import (
     tokenizer_from_sentencepiece,
     train_sentencepiece_model,
 )
-from .common import parse_arguments, set_up_logging, split_names
+from .support.options import parse_arguments, split_names
+from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from ..auto import ARCHITECTURES
-from ..processing.image_processing import PixelSequenceImageProcessor
-from ..training.arguments import FinetuningArguments
-from ..training.trainer import HybridTrainer
-from .common import NewModelArguments, RunReport, display_names, hub_names, load_config, load_model, parse_overrides
+from ...auto import ARCHITECTURES
+from ...processing.image_processing import PixelSequenceImageProcessor
+from ...training.arguments import FinetuningArguments
+from ...training.trainer import HybridTrainer
 from .finetuning_data import (
     Labels,
     classification_head,
@@ -24,6 +23,8 @@ from .finetuning_data import (
     make_classification_metrics,
     only_logits,
 )
+from .models import NewModelArguments, load_config, load_model, parse_overrides
+from .reports import RunReport, display_names, hub_names
 
 if TYPE_CHECKING:
     from datasets import Dataset

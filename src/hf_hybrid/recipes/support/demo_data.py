@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import metrics as offline_metrics
-from ..data.corpus import (
+from ... import metrics as offline_metrics
+from ...data.corpus import (
     FAMILIES,
     embedded_classification_examples,
     embedded_summarization_pairs,

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ..tokenization.special_tokens import sentinel_ids
-from .common import Job
+from ...tokenization.special_tokens import sentinel_ids
 from .demo_data import entropy
+from .runs import Job
 
 RELOAD_SECONDS = 300
 

@@ -20,11 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .. import metrics as offline_metrics
-from ..data.loading import load_table
-from ..training.arguments import Seq2SeqFinetuningArguments
-from ..training.trainer import HybridSeq2SeqTrainer
-from .common import Job, RunReport, check_decoder_table, load_model, split_names
+from ... import metrics as offline_metrics
+from ...data.loading import load_table
+from ...training.arguments import Seq2SeqFinetuningArguments
+from ...training.trainer import HybridSeq2SeqTrainer
+from .models import check_decoder_table, load_model
+from .options import split_names
+from .reports import RunReport
+from .runs import Job
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.loading import load_text_source
-from ..data.token_corpus import tokenize_corpus
-from ..training.arguments import HybridTrainingArguments
-from ..training.run_folder import is_main_process
-from .common import split_names
+from ...data.loading import load_text_source
+from ...data.token_corpus import tokenize_corpus
+from ...training.arguments import HybridTrainingArguments
+from ...training.run_folder import is_main_process
+from .options import split_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -1,0 +1,236 @@
+"""Tokenizer and model of a run: loaded, new, or with an adapter; and whether they can read its lengths."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...hub import MANIFEST_FILE, verify_export
+from ...tokenization.special_tokens import padded_vocab_size
+from ...training.adapters import adapted_config, adapter_folder, add_lora, load_adapted_model, state_modules
+from ...training.arguments import FinetuningArguments
+from ...training.run_folder import check_checkpoint
+from .options import split_names
+
+
+@dataclass
+class NewModelArguments:
+    """Which model to train: a checkpoint, or a fresh one from a configuration."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to continue from (folder or Hub name). Default: a new model."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a new model: a model type, a folder, or a Hub name."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'Fields of the configuration, e.g. "d_model=256,encoder_layers=4,ssm_layers=[0,1]".'},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer (folder or Hub name). Default: that of the checkpoint."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """Read `"a=1,b=[0,1],c=name"`; values are JSON where they can be, else plain words.
+
+    Raises:
+        ValueError: an entry has no `=`.
+    """
+    overrides: dict[str, Any] = {}
+    # A comma separates entries when a `name=` follows it, so lists need no quoting.
+    for entry in filter(None, re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text or "")):
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not name:
+            raise ValueError(f"`config_overrides` must look like `name=value,name=value`; got {entry!r}.")
+        try:
+            overrides[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return overrides
+
+
+def load_tokenizer(name_or_path: str | None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        ValueError: no name was given, or it cannot be loaded.
+    """
+    if name_or_path is None:
+        raise ValueError("`tokenizer` is required for a new model: a folder or a Hub name (see `train_tokenizer`).")
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`tokenizer` {name_or_path!r} cannot be loaded: {error}") from error
+
+
+def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) -> PreTrainedConfig:
+    """A configuration by model type, folder or Hub name, with changed fields.
+
+    Raises:
+        ValueError: the configuration cannot be loaded or has no such field.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    is_type = name_or_path in CONFIG_MAPPING and not Path(name_or_path).exists()
+    try:
+        if is_type:
+            base = AutoConfig.for_model(name_or_path)
+        elif (adapter := adapter_folder(name_or_path)) is not None:
+            base = adapted_config(adapter)
+        else:
+            base = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}") from error
+    unknown = sorted(name for name in overrides if not hasattr(base, name))
+    if unknown:
+        raise ValueError(
+            f"`config_overrides` names {unknown}, which {type(base).__name__} does not have. Fields: "
+            + ", ".join(sorted(key for key in base.to_dict() if not key.startswith("_")))
+            + "."
+        )
+    overrides = {type(base).attribute_map.get(name, name): value for name, value in overrides.items()}
+    try:
+        return type(base)(**overrides) if is_type else type(base).from_dict({**base.to_dict(), **overrides})
+    except StrictDataclassError as error:
+        raise ValueError(f"`config_overrides` do not fit together: {error.__cause__ or error}") from error
+
+
+def build_new_or_pretrained(
+    auto_class: Any, arguments: NewModelArguments, tokenizer: PreTrainedTokenizerBase, default_type: str
+) -> PreTrainedModel:
+    """The model to pretrain: loaded, or new with a vocabulary for the tokenizer.
+
+    Args:
+        auto_class: e.g. `AutoModelForSeq2SeqLM`.
+        arguments: which model.
+        tokenizer: gives vocabulary size and special tokens of a new model.
+        default_type: model type of a new model when no configuration is named.
+
+    Raises:
+        ValueError: options contradict each other, a checkpoint is damaged, or its vocabulary is too small.
+    """
+    overrides = parse_overrides(arguments.config_overrides)
+    if arguments.model_name_or_path is not None:
+        if arguments.config_name or overrides:
+            raise ValueError("`config_name` and `config_overrides` describe a new model; drop `model_name_or_path`.")
+        model = load_model(auto_class, arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
+        if model.config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} ids but the model only {model.config.vocab_size}: use the "
+                "tokenizer of the checkpoint."
+            )
+        return model
+    specials: dict[str, Any] = {"vocab_size": padded_vocab_size(tokenizer)}
+    if tokenizer.pad_token_id is not None:
+        specials["pad_token_id"] = tokenizer.pad_token_id
+    specials["eos_token_id"] = tokenizer.eos_token_id
+    name = arguments.config_name or default_type
+    config = load_config(name, {**specials, **overrides}, trust_remote_code=arguments.trust_remote_code)
+    if config.is_encoder_decoder and "decoder_start_token_id" not in overrides:
+        config.decoder_start_token_id = tokenizer.pad_token_id
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"`vocab_size` {config.vocab_size} is smaller than the tokenizer ({len(tokenizer)} ids).")
+    return auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
+
+
+def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint through an Auto class, with a clear error for a damaged or missing one.
+
+    An adapter is merged into the checkpoint that it was trained on. The names of parameters that the checkpoint did not
+    hold are left in `model.untrained_parameters`.
+
+    Raises:
+        ValueError: nothing can be loaded from there, or it is an export that was changed.
+    """
+    if Path(name_or_path).is_dir():
+        check_checkpoint(name_or_path)
+        if (Path(name_or_path) / MANIFEST_FILE).is_file():
+            verify_export(name_or_path)
+    adapter = adapter_folder(name_or_path)
+    try:
+        if adapter is not None:
+            return load_adapted_model(auto_class, adapter, **kwargs)
+        model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        model.untrained_parameters = sorted(report["missing_keys"])
+        return model
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: {error}"
+        ) from error
+
+
+def with_adapter(model: PreTrainedModel, checkpoint: str | None, training_args: FinetuningArguments) -> Any:
+    """The model to train: with LoRA where `lora_rank` asks for it, else as it is.
+
+    Args:
+        model: loaded from `checkpoint`.
+        checkpoint: name or path; None for a model with random weights.
+        training_args: with the options of the adapter.
+
+    Raises:
+        ValueError: there is no checkpoint to adapt, or it is an adapter itself.
+    """
+    if training_args.lora_rank is None:
+        return model
+    if checkpoint is None:
+        raise ValueError(
+            "`lora_rank` adapts a pretrained checkpoint and saves the difference alone: pass `model_name_or_path`, "
+            "without `from_scratch`, or train the new model without `lora_rank`."
+        )
+    if adapter_folder(checkpoint) is not None:
+        raise ValueError(
+            f"{checkpoint!r} is an adapter itself. Continue its run with `resume_from_checkpoint`, or merge it into a "
+            "checkpoint first (python -m hf_hybrid.recipes.merge_adapter) and adapt that."
+        )
+    in_full: list[str] = []
+    for name in split_names(training_args.lora_modules_to_save):
+        in_full += state_modules(model) if name == "state" else [name]
+    return add_lora(
+        model,
+        training_args.lora_rank,
+        alpha=training_args.lora_alpha,
+        dropout=training_args.lora_dropout,
+        target_modules=split_names(training_args.lora_targets) or None,
+        modules_to_save=in_full,
+        untrained=getattr(model, "untrained_parameters", ()),
+    )
+
+
+def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str, remedy: str) -> None:
+    """Refuse targets that the decoder has no positions for, before training begins.
+
+    Raises:
+        ValueError: `target_length` exceeds `max_position_embeddings`.
+    """
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows is not None and target_length > rows:
+        raise ValueError(
+            f"{what} have up to {target_length} tokens, but the decoder's position table has {rows} rows "
+            f"(`max_position_embeddings`). Lower `{remedy}`, or train a new model with a longer table "
+            f"(`config_overrides max_position_embeddings={target_length}`)."
+        )
+
+
+def check_positions(config: PreTrainedConfig, length: int, remedy: str) -> None:
+    """Refuse inputs that a model has no positions for, before training begins.
+
+    Raises:
+        ValueError: `length` exceeds `max_position_embeddings`.
+    """
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows is not None and not config.is_encoder_decoder and length > rows:
+        raise ValueError(
+            f"Inputs have up to {length} tokens, but the position table of the model has {rows} rows "
+            f"(`max_position_embeddings`). Lower `{remedy}`, or train a new model with a longer table "
+            f"(`config_overrides max_position_embeddings={length}`)."
+        )

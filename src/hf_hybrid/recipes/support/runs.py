@@ -1,0 +1,198 @@
+"""One training run: logging, the job that a recipe builds, training, evaluation and records."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import transformers
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from ...hub import CARD_FILE, write_model_card
+from ...training.adapters import base_model, check_resumable
+from ...training.codebooks import CodebookCallback, has_codebooks
+from ...training.run_folder import (
+    CODEBOOK_FILE,
+    LOSS_CURVE_FILE,
+    METRICS_FILE,
+    RunFolder,
+    is_main_process,
+    peak_memory,
+)
+from ...viz import codebook_usage, plot_loss_curves
+from .options import parse_arguments, resolved_arguments
+from .reports import RunReport, make_card
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(training_args: TrainingArguments | None = None) -> None:
+    """Log to standard error: everything from the main process, warnings from the others."""
+    level = logging.INFO if is_main_process() else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
+    logging.getLogger("hf_hybrid").setLevel(level)
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "absl", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if training_args is not None:
+        transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+
+
+@dataclass
+class Job:
+    """What a recipe builds from its arguments: a trainer, what to say about it, and how to evaluate it.
+
+    Attributes:
+        trainer: with data sets, collator and metrics.
+        report: for the records.
+        derive: computes further metrics from those of the evaluation.
+        write_results: called by the main process at the end with the folder, for additional files.
+    """
+
+    trainer: Trainer
+    report: RunReport
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    write_results: Callable[[Path], None] | None = None
+
+    def final_metrics(self) -> dict[str, Any]:
+        """Metrics of the final weights: those just logged where training ended with an evaluation, else measured."""
+        trainer = self.trainer
+        if trainer.eval_dataset is None:
+            return {}
+        metrics: dict[str, Any] = {}
+        if trainer.state.global_step > 0 and not trainer.args.load_best_model_at_end:
+            for entry in trainer.state.log_history:
+                if entry.get("step") == trainer.state.global_step:
+                    metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
+        metrics = metrics or trainer.evaluate()
+        return {**metrics, **(self.derive(metrics) if self.derive is not None else {})}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is trained or evaluated, without the wrapper of its adapter."""
+        model = base_model(self.trainer.model)
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def num_parameters(self) -> int:
+        """Parameters, tied ones counted once, those of an adapter included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def num_trainable_parameters(self) -> int:
+        """Parameters that get gradients."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def run_recipe(
+    dataclass_types: Sequence[type],
+    build: Callable[..., Job],
+    args: Sequence[str] | Mapping[str, Any] | None,
+    description: str | None,
+) -> dict[str, Any]:
+    """The `main` of every training recipe: arguments, output folder, build, train, evaluate, save, records.
+
+    Args:
+        dataclass_types: data, model and training arguments, the last a `TrainingArguments`.
+        build: makes the job from one instance of each.
+        args: see `parse_arguments`.
+        description: shown by `--help`.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
+        FileExistsError: the output folder is not empty.
+    """
+    groups = parse_arguments(dataclass_types, args, description)
+    training_args = groups[-1]
+    set_up_logging(training_args)
+    if training_args.output_dir is None:
+        raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
+    if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
+        raise ImportError('The loss curve of a run needs matplotlib: pip install "hf_hybrid[train]".')
+    if training_args.hub_token is not None:
+        raise ValueError(
+            "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
+        )
+    folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
+    set_seed(training_args.seed)
+    job = build(*groups)
+    with folder.recording(resolved_arguments(*groups)):
+        return _train_and_record(job, folder)
+
+
+def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
+    trainer = job.trainer
+    resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
+    if folder.resume_checkpoint is not None:
+        check_resumable(trainer.model, folder.resume_checkpoint)
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    metrics = {
+        **{key: value for key, value in result.metrics.items() if key != "total_flos"},
+        **job.final_metrics(),
+        **job.report.metrics,
+        "steps": trainer.state.global_step,
+        "epoch": trainer.state.epoch,
+        "input_tokens_seen": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": getattr(trainer, "tokens_per_second", None),
+        "num_parameters": job.num_parameters(),
+        "num_trainable_parameters": job.num_trainable_parameters(),
+        **peak_memory(),
+    }
+    folder.write_metrics(metrics)
+    if is_main_process():
+        trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
+        plot_loss_curves(trainer.state.log_history, folder.path / LOSS_CURVE_FILE)
+        _plot_codebooks(trainer, folder.path)
+        write_model_card(make_card(job, folder, metrics), folder.path)
+        if job.write_results is not None:
+            job.write_results(folder.path)
+        if trainer.args.push_to_hub:
+            _push_records(trainer, folder)
+        logger.info("Everything about this run is in %s", folder.path)
+    finish_together(trainer)
+    return metrics
+
+
+def finish_together(trainer: Trainer) -> None:
+    """Wait for all processes of a distributed run, and close their group when the interpreter ends.
+
+    Nobody else closes it, and a process that exits with an open group now and then aborts, whereupon the launcher kills
+    the others. Further recipes of this process may need the group, so it stays open until then.
+    """
+    trainer.accelerator.wait_for_everyone()
+    if dist.is_available() and dist.is_initialized():
+        atexit.unregister(_close_process_group)
+        atexit.register(_close_process_group)
+
+
+def _close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _plot_codebooks(trainer: Trainer, folder: Path) -> None:
+    """Use of the codewords and their perplexity over the steps, of models that have codebooks."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CodebookCallback) and has_codebooks(trainer.model):
+            codebook_usage(trainer.model, folder / CODEBOOK_FILE, history=callback.history)
+
+
+def _push_records(trainer: Trainer, folder: RunFolder) -> None:
+    """Replaces the card that the Trainer drafted on the Hub by that of the run, and adds its figures."""
+    from huggingface_hub import HfApi
+
+    HfApi(library_name="hf_hybrid").upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=folder.path,
+        allow_patterns=[CARD_FILE, METRICS_FILE, LOSS_CURVE_FILE, CODEBOOK_FILE],
+        revision=trainer.args.hub_revision,
+        commit_message="Model card and figures of the run",
+    )
