@@ -40,7 +40,7 @@ def _config(**options):
 def _model(**options):
     import torch
 
-    from hf_hybrid.modeling.bst.modeling_bst import BstForCausalLM
+    from hf_hybrid.modeling.bst.bst_heads import BstForCausalLM
 
     torch.manual_seed(0)
     return BstForCausalLM(_config(num_hidden_layers=4, bst_layers=[0, 2], **options))

@@ -151,7 +151,7 @@ def _spade_lm():
     import torch
 
     from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
-    from hf_hybrid.modeling.spade.modeling_spade_lm import SpadeLMForCausalLM
+    from hf_hybrid.modeling.spade.spade_lm_heads import SpadeLMForCausalLM
 
     torch.manual_seed(0)
     config = SpadeLMConfig(

@@ -40,7 +40,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="spade",
         config="configuration.configuration_spade:SpadeConfig",
-        modeling="modeling.spade.modeling_spade",
+        modeling="modeling.spade.spade_heads",
         heads={
             "AutoModel": "SpadeModel",
             "AutoModelForSeq2SeqLM": "SpadeForConditionalGeneration",
@@ -53,7 +53,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="spade_lm",
         config="configuration.configuration_spade:SpadeLMConfig",
-        modeling="modeling.spade.modeling_spade_lm",
+        modeling="modeling.spade.spade_lm_heads",
         heads={
             "AutoModel": "SpadeLMModel",
             "AutoModelForCausalLM": "SpadeLMForCausalLM",
@@ -115,7 +115,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="bst",
         config="configuration.configuration_bst:BstConfig",
-        modeling="modeling.bst.modeling_bst",
+        modeling="modeling.bst.bst_heads",
         heads={
             "AutoModel": "BstModel",
             "AutoModelForCausalLM": "BstForCausalLM",

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache
 
+from hf_hybrid.modeling.bst.bst_heads import BstForCausalLM
 from hf_hybrid.modeling.bst.bst_layers import Passage
 from hf_hybrid.modeling.bst.context_filters import InputHistory
-from hf_hybrid.modeling.bst.modeling_bst import BstForCausalLM
 from hf_hybrid.modeling.cache import detach_cache, reset_rows
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

@@ -15,8 +15,8 @@ import torch
 from comparison import Row, largest_error
 
 from hf_hybrid.configuration.configuration_bst import BstConfig
+from hf_hybrid.modeling.bst.bst_heads import BstForCausalLM
 from hf_hybrid.modeling.bst.context_filters import InputHistory
-from hf_hybrid.modeling.bst.modeling_bst import BstForCausalLM
 from hf_hybrid.ops.block_state import restore_rows
 
 Tensors = Mapping[str, torch.Tensor]

@@ -10,7 +10,7 @@ from check import check_file
 from spade_vectors import _post_c
 
 from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
-from hf_hybrid.modeling.spade.modeling_spade_lm import SpadeLMForCausalLM
+from hf_hybrid.modeling.spade.spade_lm_heads import SpadeLMForCausalLM
 from hf_hybrid.ops.s4 import truncate_c
 
 FILES = sorted((Path(__file__).parent / "vectors" / "spade").glob("*.safetensors"))

@@ -25,8 +25,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from ..configuration.configuration_spade import FEED_FORWARD_TYPES, SpadeConfig, SpadeLMConfig
-from ..modeling.spade.modeling_spade import SpadeForConditionalGeneration
-from ..modeling.spade.modeling_spade_lm import SpadeLMForCausalLM
+from ..modeling.spade.spade_heads import SpadeForConditionalGeneration
+from ..modeling.spade.spade_lm_heads import SpadeLMForCausalLM
 from .common import StateDict, TensorNames, options_of, reason_of, tensors_from_official, tensors_to_official
 
 logger = logging.get_logger(__name__)

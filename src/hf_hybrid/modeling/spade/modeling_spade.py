@@ -13,16 +13,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
-    QuestionAnsweringModelOutput,
-    Seq2SeqLMOutput,
     Seq2SeqModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -33,15 +28,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ...configuration.configuration_spade import SpadeConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
-from ..cache import check_local_cache, full_cache, local_cache, refuse_cache_implementation
-from ..inputs import check_inputs, logical_positions, pool_tokens
-from ..losses import check_class_labels, token_cross_entropy
+from ..cache import check_local_cache, full_cache, local_cache
+from ..inputs import check_inputs, logical_positions
 from ..packed_documents import separates_documents
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
 from .spade_layers import (
     SpadeAttention,
-    SpadeClassificationHead,
     SpadeDecoderLayer,
     SpadeEncoderLayer,
     SpadeMixer,
@@ -396,227 +389,8 @@ class SpadeModel(SpadePreTrainedModel):
         )
 
 
-class SpadeForConditionalGeneration(SpadePreTrainedModel, GenerationMixin):
-    """Encoder-decoder with a (tied) language model head: span corruption, summarization, translation."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.model = SpadeModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._is_stateful = config.decoder_attention_window is not None  # windows and states cannot be rolled back
-        self.post_init()
-
-    def get_encoder(self, *args: object, **kwargs: object) -> nn.Module:
-        return self.model.encoder
-
-    def get_decoder(self) -> nn.Module:
-        return self.model.decoder
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B, T) shifted right behind `decoder_start_token_id`; -100 becomes padding."""
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                "`labels` need `decoder_start_token_id` and `pad_token_id` in the configuration to build decoder inputs; got "
-                f"{start} and {pad}."
-            )
-        shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == -100, pad)
-
-    def create_masks_for_generate(
-        self, *, attention_mask: torch.Tensor | None, **kwargs: object
-    ) -> torch.Tensor | None:
-        """Keeps the padding mask, which the decoder positions are counted from; the decoder builds the causal mask itself."""
-        return attention_mask
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        if self.config.decoder_attention_window is not None:
-            refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
-        if generation_config.cache_implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = self.model.decoder.build_cache()
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqLMOutput:
-        """Scores or generates targets; arguments as in `SpadeModel.forward`.
-
-        Args:
-            labels: (B, T) target ids, -100 ignored; they also give `decoder_input_ids` when none are passed.
-            num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
-
-        Returns:
-            `logits` (B, T, V), and with `labels` the mean cross-entropy as `loss`.
-        """
-        if labels is not None:
-            use_cache = False if use_cache is None else use_cache
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        if self.config.scale_logits:
-            hidden_states = hidden_states * self.config.d_model**-0.5
-        logits = self.lm_head(hidden_states)
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
-
-
-class SpadeEncoderHead(SpadePreTrainedModel):
-    """Common part of the heads on the encoder: the encoder under the name that checkpoints of all SPADE models share."""
-
-    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = SpadeEncoderModel(config)
-
-
-class SpadeForSequenceClassification(SpadeEncoderHead):
-    """Classification or regression of the pooled encoder output (`config.classifier_pooling`)."""
-
-    accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.classifier = SpadeClassificationHead(config)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """`logits` (B, num_labels); `labels` (B,) int for classes, float for regression, (B, num_labels) for multi-label."""
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
-        pooled = pool_tokens(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
-        logits = self.classifier(pooled)
-        loss = None
-        if labels is not None:
-            check_class_labels(labels, self.num_labels)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class SpadeForTokenClassification(SpadeEncoderHead):
-    """A label for every source token."""
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.d_model, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class SpadeForQuestionAnswering(SpadeEncoderHead):
-    """Start and end of the answer inside the source."""
-
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.qa_outputs = nn.Linear(config.d_model, 2)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
-        """`start_logits` and `end_logits` (B, L); the positions (B,) are token indices, outside the input = ignored."""
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits.contiguous(),
-            end_logits=end_logits.contiguous(),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
 __all__ = [
     "SpadeEncoderModel",
-    "SpadeForConditionalGeneration",
-    "SpadeForQuestionAnswering",
-    "SpadeForSequenceClassification",
-    "SpadeForTokenClassification",
     "SpadeModel",
     "SpadePreTrainedModel",
 ]
