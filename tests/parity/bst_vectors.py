@@ -130,6 +130,8 @@ def check(path: Path, config: Mapping[str, Any], tensors: Tensors) -> list[Row]:
     real = inputs["attention_mask"].bool()
 
     def error(name: str, value: torch.Tensor) -> float:
+        if value.numel() == 0 and value.shape == stored[name].shape:
+            return 0.0  # the ring of a window of one token
         if name == "loss" or name.startswith("state."):
             return largest_error(value, stored[name])
         return largest_error(value, stored[name], real.view(*real.shape, *[1] * (value.dim() - 2)))
@@ -138,14 +140,14 @@ def check(path: Path, config: Mapping[str, Any], tensors: Tensors) -> list[Row]:
     model = build(config, parameters, torch.float64)
     runs = [_whole(model, inputs), *(_in_pieces(model, inputs, lengths) for lengths in ((1,), PIECES))]
     for found in runs:
-        for name, value in found.items():
+        for name, value in ((name, value) for name, value in found.items() if name in stored):
             errors[name] = max(errors.get(name, 0.0), error(name, value))
     rows = [Row(f"output.{name}", largest, FLOAT64_TOLERANCE) for name, largest in errors.items()]
     model = build(config, {name: value.float() for name, value in parameters.items()}, torch.float32)
     single = _whole(model, inputs) | {
         name: value for name, value in _in_pieces(model, inputs, PIECES).items() if name.startswith("state.")
     }
-    for name, value in single.items():
+    for name, value in ((name, value) for name, value in single.items() if name in stored):
         tolerance = FLOAT32_STATE_TOLERANCE if name.startswith("state.") else FLOAT32_TOLERANCE
         if name == "logits" or name.startswith(("hidden.", "state.", "loss")):
             rows.append(Row(f"float32 {name}", error(name, value), tolerance))
