@@ -31,6 +31,8 @@ ODD_LINES = [
     "  two  spaces \t tab\nnewline\r\nend ",
     "<0x41> <0x0A> <unk>",
     "▁a ▁ a▁b",
+    "a ▁▁",
+    " ▁",
     "ﬁ\u0301 e\u0323\u0302 e\u0301 Å \u212b",
     "ｆｕｌｌ　ｗｉｄｔｈ ㌀ ℡ ½ ①",
     "\x00a\x01b\x7f\x85c",

@@ -4,6 +4,8 @@ By default `<pad>` is 0, `</s>` 1, `<unk>` 2 (never produced) and byte b has the
 sentinels. Without special tokens the id of a byte is the byte. Text is never changed: no normalisation, no added space, and a
 literal `</s>` in a text is four bytes, not the special token (pass `split_special_tokens=False` to the call to change that).
 
+Tokens that are added later must have at least two characters: a single character may be the symbol of a byte.
+
 Bytes that are not valid UTF-8 cannot pass through Python strings; `encode_bytes` and `decode_bytes` take and return any bytes.
 """
 
@@ -12,12 +14,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase
 
 from .special_tokens import EOS_TOKEN, PAD_TOKEN, UNK_TOKEN, padded_vocab_size, sentinel_ids, wrap_backend
 
 __all__ = ["byte_tokenizer", "decode_bytes", "encode_bytes", "padded_vocab_size", "sentinel_ids"]
+
+_NOT_BYTES = "\ufdd0\ufdd1\ufdd0\ufdd1"  # noncharacters, which no text holds
+
+
+def _decoder() -> decoders.Decoder:
+    """Bytes of the symbols, and added tokens as they are.
+
+    `ByteLevel` takes every token for symbols of bytes whose letters all are such symbols ("ñandú"), so tokens of several
+    characters get a prefix that is none.
+    """
+    mark = decoders.Replace(Regex(r"\A(?=..)"), _NOT_BYTES)  # no symbol is a line break
+    return decoders.Sequence([mark, decoders.ByteLevel(), decoders.Replace(_NOT_BYTES, "")])
 
 
 def _byte_symbols() -> list[str]:
@@ -57,7 +71,7 @@ def byte_tokenizer(
     vocab = {token: index for index, token in enumerate([*special, *_byte_symbols()])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
+    backend.decoder = _decoder()
     if eos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"$A {EOS_TOKEN}",

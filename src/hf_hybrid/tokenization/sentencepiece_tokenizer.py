@@ -15,8 +15,12 @@ White space. In every mode runs of spaces become one space and spaces at both en
 default. With `"nfkc"` and `"nfkc_cf"` all other white space (tab, newline, no-break space, paragraph separator ...) is a
 space first: **line breaks are not kept**. Use the byte tokenizer when the layout of a text matters.
 
-Special tokens. A literal `</s>` or `<extra_id_0>` in a text is read as that special token, as everywhere in Transformers;
-pass `split_special_tokens=True` to the call to treat it as ordinary characters (the data streams of this package do).
+Special and added tokens. Only the start of a text gets a word start that is not written there. What follows a sentinel or an added
+token is a word start if a space precedes it, else the rest of a word: `in <extra_id_0>.` is `\u2581in <extra_id_0> .`, the tokens
+that span corruption makes of `in the.`, and `barfoobaz` with an added `foo` decodes to itself. Spaces before a special token are
+dropped: the word start of a hidden span belongs to the span. A literal `</s>` or `<extra_id_0>` in a text is read as that special
+token, as everywhere in Transformers; pass `split_special_tokens=True` to the call to treat it as ordinary characters (the data
+streams of this package do).
 """
 
 from __future__ import annotations
@@ -230,13 +234,22 @@ def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
     if charsmap:
         steps.append(normalizers.Replace(Regex(r"(?<=[^\x00-\x7F])(?=[^\x00-\x7F])"), _SEPARATOR))
         steps.append(normalizers.Precompiled(charsmap))
-    steps += [
-        normalizers.Replace(Regex(r"\A +| +\z"), ""),
-        normalizers.Replace(Regex(" {2,}"), " "),
-        normalizers.Prepend(_SPACE_SYMBOL),
-        normalizers.Replace(" ", _SPACE_SYMBOL),
-    ]
+    steps += [normalizers.Replace(Regex(rf"[ {_SPACE_SYMBOL}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     return normalizers.Sequence(steps)
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Words, each with the space symbol that begins it; a text without a space at its start gets one there, and only there.
+
+    Two steps, because `Metaspace` adds no symbol to a text that begins with one: in the first the symbol is the space itself, so a
+    literal `\u2581` at the start of a text is not taken for it.
+    """
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace(replacement=_SPACE_SYMBOL, prepend_scheme="never", split=True),
+        ]
+    )
 
 
 def tokenizer_from_sentencepiece(
@@ -272,7 +285,7 @@ def tokenizer_from_sentencepiece(
 
     backend = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=trainer.byte_fallback))
     backend.normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE_SYMBOL, prepend_scheme="never", split=True)
+    backend.pre_tokenizer = _pre_tokenizer()
     backend.decoder = decoders.Sequence(
         [
             decoders.Replace(_SPACE_SYMBOL, " "),
