@@ -353,6 +353,16 @@ class _KeyGradient:
         return F.pad(found, (0, 0, 0, self.total_length - self.blocks.length)).contiguous()
 
 
+def _score_gradient(part: _Part, gradient: torch.Tensor) -> torch.Tensor:
+    """Gradient of the scores of a part from that of its weights, which is changed in place."""
+    if part.factors is not None:
+        gradient.mul_(part.factors)
+    if part.slope is not None:
+        return gradient.mul_(part.slope)
+    # Derivative of the softmax: p * (g - sum(p * g)), in one pass.
+    return torch._softmax_backward_data(gradient, part.weights, -1, gradient.dtype)
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
     gradient: torch.Tensor,
@@ -393,13 +403,7 @@ def _packed_attention_backward(
                 tokens = slice(part.queries.start * blocks.size, min(part.queries.stop * blocks.size, blocks.length))
             weights, factors = part.weights, part.factors
             value_gradient.add(part, blocks.product((weights if factors is None else weights * factors).mT, arrived))
-            score_gradient = blocks.product(arrived, values)
-            if factors is not None:
-                score_gradient.mul_(factors)
-            if part.slope is not None:
-                score_gradient.mul_(part.slope)
-            else:  # derivative of the softmax: p * (g - sum(p * g)), one pass
-                score_gradient = torch._softmax_backward_data(score_gradient, weights, -1, dtype)
+            score_gradient = _score_gradient(part, blocks.product(arrived, values))
             if band_gradient is not None:
                 entries = band_gradient.shape[0]
                 band_gradient += toeplitz_bias_gradient(score_gradient.sum(0), entries, shift=part.shift)
