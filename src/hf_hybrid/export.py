@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .auto import ARCHITECTURES
+from .configuration.lengths import max_source_length, max_target_length
 from .layers.kept_results import frozen_results
 from .modeling.decoding_step import DecodingStep, State
 from .new_folder import new_folder
@@ -205,7 +206,7 @@ def example_inputs(model: PreTrainedModel, batch: int = 3, length: int = _EXAMPL
     if "pixel_values" in parameters:
         side = config.image_size or 28
         return {"pixel_values": torch.rand(batch, 1, side, side)}
-    length = min(length, _longest_input(config))
+    length = min(length, max_source_length(config) or length)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[0, :padded] = 0
     if reads_values:
@@ -216,15 +217,9 @@ def example_inputs(model: PreTrainedModel, batch: int = 3, length: int = _EXAMPL
         return {"input_ids": choices, "attention_mask": mask.unsqueeze(1).repeat(1, 3, 1)}
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     if "decoder_input_ids" in parameters:
-        target = min(length // 2, getattr(config, "max_position_embeddings", None) or length)
+        target = min(length // 2, max_target_length(config) or length)
         inputs["decoder_input_ids"] = torch.randint(config.vocab_size, (batch, target))
     return inputs
-
-
-def _longest_input(config: Any) -> int:
-    """Tokens that a table of relative biases covers; without one, more than any example has."""
-    covered = getattr(config, "relative_positional_bias", None) == "simple" and config.attention_chunk is None
-    return config.relative_bias_reach if covered else 1 << 20
 
 
 def _other_inputs(model: PreTrainedModel, example: Mapping[str, torch.Tensor] | None) -> list[Inputs]:

@@ -22,6 +22,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.pipelines.base import ChunkPipeline, Pipeline
 
+from .configuration.lengths import max_source_length
+
 logger = logging.getLogger(__name__)
 
 # `model_max_length` of a tokenizer that knows no limit is an integer beyond this.
@@ -37,15 +39,9 @@ def _require_text(value: Any, what: str) -> str:
 
 
 def _input_limit(model: Any, tokenizer: Any) -> int | None:
-    """Most tokens that the encoder or the tokenizer accepts; None without a limit."""
-    limits = [tokenizer.model_max_length]
-    config = model.config
-    if not config.is_encoder_decoder:  # there the table of positions is the decoder's
-        limits.append(getattr(config, "max_position_embeddings", None))
-    if not getattr(config, "use_chunking", False):  # else positions are counted within chunks
-        limits.append(getattr(config, "max_positions", None))
-    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < _NO_LIMIT]
-    return min(known) if known else None
+    """Most tokens that the model and the tokenizer accept; None without a limit."""
+    limits = (tokenizer.model_max_length, max_source_length(model.config))
+    return min((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), default=None)
 
 
 class Seq2SeqText2TextPipeline(Pipeline):

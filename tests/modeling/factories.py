@@ -93,7 +93,7 @@ _SEQBOAT = {
     "value_dim": 24,
     "ema_dim": 4,
     "window_size": 4,
-    "max_position_embeddings": 32,
+    "distance_table_size": 32,
     "hidden_dropout": 0.0,
     "pad_token_id": 0,
     "eos_token_id": 1,
@@ -265,7 +265,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         "default": _seqboat({}),
         "relu2_distance": _seqboat(
             {"attention_activation": "relu2", "position_bias": "distance", "window_size": 3, "ema_truncation": 5}
-            | {"norm_type": "rmsnorm", "max_position_embeddings": 6, "tie_word_embeddings": False}
+            | {"norm_type": "rmsnorm", "distance_table_size": 6, "tie_word_embeddings": False}
         ),
         "laplace_rank": _seqboat(
             {"attention_activation": "laplace", "position_bias": "rank", "window_size": 1, "norm_type": "scalenorm"}

@@ -244,7 +244,7 @@ def test_higher_act_bias_activates_less() -> None:
 
 def test_longer_than_any_table() -> None:
     for bias in BIASES:
-        model = build(CAUSAL, bias=bias, max_position_embeddings=8)
+        model = build(CAUSAL, bias=bias, distance_table_size=8)
         with torch.no_grad():
             assert model(random_ids(1, 200)).logits.isfinite().all()
 

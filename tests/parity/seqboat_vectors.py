@@ -266,7 +266,7 @@ def _check_layer(config: Mapping[str, Any], tensors: Tensors) -> list[Row]:
         ema_truncation=config["truncation"],
         attention_activation=config["attention_activation"],
         position_bias="rank" if has_ranks else {"simple": "distance"}.get(bias, bias),
-        max_position_embeddings=config["max_positions"],
+        distance_table_size=config["max_positions"],
         prenorm=config["prenorm"],
         norm_type=config.get("norm_type", "layernorm"),
         router_act_bias=config.get("act_bias", 0.0),

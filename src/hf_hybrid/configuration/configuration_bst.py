@@ -4,10 +4,9 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .model_type import ReadsOwnModelType
+from .hybrid_config import HybridConfig
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +28,7 @@ _EVEN = {
 
 
 @strict
-class BstConfig(ReadsOwnModelType, PreTrainedConfig):
+class BstConfig(HybridConfig):
     """Configuration of all Block-State Transformers: a causal Transformer with local attention, some of whose layers also
     attend to context states that a state space model computes from the whole past.
 

@@ -4,9 +4,8 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
 
-from .model_type import ReadsOwnModelType
+from .hybrid_config import HybridConfig
 
 _PROBABILITIES = ("dropout", "hidden_dropout", "classifier_dropout")
 _POSITIVE = (
@@ -26,7 +25,7 @@ _POSITIVE = (
 
 
 @strict
-class LongVQConfig(ReadsOwnModelType, PreTrainedConfig):
+class LongVQConfig(HybridConfig):
     """Configuration of all LongVQ models. The default is a decoder; `is_causal=False` makes a bidirectional encoder.
 
     Args:

@@ -9,9 +9,8 @@ import copy
 from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
 
-from .model_type import ReadsOwnModelType
+from .hybrid_config import HybridConfig
 
 _PROBABILITIES = (
     "dropout_prob",
@@ -45,7 +44,7 @@ _POSITIVE = (
 
 
 @strict
-class MegaConfig(ReadsOwnModelType, PreTrainedConfig):
+class MegaConfig(HybridConfig):
     """Configuration of all Mega models.
 
     One stack is an encoder (default), or a decoder with `is_decoder=True, bidirectional=False`. With
@@ -241,6 +240,35 @@ class MegaConfig(ReadsOwnModelType, PreTrainedConfig):
     def head_dropout(self) -> float:
         """Dropout of the classification heads."""
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+    # ------------------------------------------------------------------------------------------------------- lengths
+
+    def source_limits(self) -> dict[str, int]:
+        """Tables of the "simple" bias that limit an input, by the fields that set their size; the rotary bias limits nothing."""
+        if self.relative_positional_bias != "simple":
+            return {}
+        if self.is_encoder_decoder:
+            field = "max_positions" if self.rel_bias_table_size is None else "rel_bias_table_size"
+            return {**self.encoder_config()._own_limits(field), **self.decoder_config()._cross_limits()}
+        follows_positions = self.rel_bias_table_size is None and self.chunk_size < 0
+        field = "max_positions" if follows_positions else "rel_bias_table_size"
+        return {**self._own_limits(field), **self._cross_limits()}
+
+    def target_limits(self) -> dict[str, int]:
+        """The same for the text that a decoder writes."""
+        if self.relative_positional_bias != "simple" or not self.is_encoder_decoder:
+            return self.source_limits()
+        has_own_table = self.rel_bias_table_size is None or self.decoder_chunk_size is not None
+        field = "max_target_positions" if has_own_table else "rel_bias_table_size"
+        decoder = self.decoder_config()
+        return {**decoder._own_limits(field), **decoder._cross_limits()}
+
+    def _own_limits(self, field: str) -> dict[str, int]:
+        """That of self-attention: its table covers a whole text, or one chunk of a text of any length."""
+        return {field: self.relative_bias_reach} if self.attention_chunk is None else {}
+
+    def _cross_limits(self) -> dict[str, int]:
+        return {"cross_bias_table_size": self.cross_bias_reach} if self.add_cross_attention else {}
 
     # --------------------------------------------------------------------------------------- parts of encoder-decoders
 

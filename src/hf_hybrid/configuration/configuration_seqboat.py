@@ -4,9 +4,8 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
 
-from .model_type import ReadsOwnModelType
+from .hybrid_config import HybridConfig
 
 _PROBABILITIES = ("hidden_dropout", "value_dropout", "attention_dropout", "classifier_dropout")
 _POSITIVE = (
@@ -18,7 +17,7 @@ _POSITIVE = (
     "ema_dim",
     "window_size",
     "ema_truncation",
-    "max_position_embeddings",
+    "distance_table_size",
     "embedding_size",
     "classifier_dim",
     "image_size",
@@ -31,7 +30,7 @@ _SWITCHED_OFF = {
 
 
 @strict
-class SeqBoatConfig(ReadsOwnModelType, PreTrainedConfig):
+class SeqBoatConfig(HybridConfig):
     """Configuration of all SeqBoat models. The default is a bidirectional encoder; `is_decoder=True` makes a decoder.
 
     Args:
@@ -45,7 +44,7 @@ class SeqBoatConfig(ReadsOwnModelType, PreTrainedConfig):
         attention_activation: "softmax", or pointwise "relu2" or "laplace".
         position_bias: what attention knows of positions: "rotary" (turned queries and keys), "distance" (table of
             distances in the text), "rank" (table of distances in active tokens; needs a window) or "t5" (buckets of distances).
-        max_position_embeddings: distances that the "distance" table tells apart; larger ones take its ends. No limit of the length.
+        distance_table_size: distances that the "distance" table tells apart; larger ones take its ends.
         hidden_act: of moving average, attention unit and layer output, by its Transformers name.
         norm_type: "layernorm", "scalenorm", "rmsnorm", "batchnorm" or "syncbatchnorm", with `norm_eps`.
         prenorm: normalise the input of a layer (and the output of the stack) instead of the output of the layer.
@@ -90,7 +89,7 @@ class SeqBoatConfig(ReadsOwnModelType, PreTrainedConfig):
     ema_truncation: int | None = None
     attention_activation: Literal["softmax", "laplace", "relu2"] = "softmax"
     position_bias: Literal["distance", "rank", "rotary", "t5"] = "rotary"
-    max_position_embeddings: int = 1024
+    distance_table_size: int = 1024
     hidden_act: str = "silu"
     norm_type: Literal["layernorm", "scalenorm", "rmsnorm", "batchnorm", "syncbatchnorm"] = "layernorm"
     norm_eps: float = 1e-5
@@ -131,6 +130,8 @@ class SeqBoatConfig(ReadsOwnModelType, PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "max_position_embeddings" in kwargs:  # its former name, which other programs take for the longest input
+            self.distance_table_size = kwargs.pop("max_position_embeddings")
         if self.value_dim is None:
             self.value_dim = 2 * self.hidden_size
         super().__post_init__(**kwargs)

@@ -10,9 +10,8 @@ import copy
 from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
 
-from .model_type import ReadsOwnModelType
+from .hybrid_config import HybridConfig
 
 FEED_FORWARD_TYPES = ("relu", "gelu", "gated-gelu", "gated-silu")
 
@@ -22,7 +21,7 @@ def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
 
 
-def _check_at_least(config: PreTrainedConfig, minimum: int, *names: str) -> None:
+def _check_at_least(config: HybridConfig, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < minimum:
@@ -39,7 +38,7 @@ def _check_layer_list(name: str, indices: list[int], num_layers: int, depth_name
         raise ValueError(f"`{name}` names a layer twice: {indices}.")
 
 
-def _check_common(config: PreTrainedConfig) -> None:
+def _check_common(config: HybridConfig) -> None:
     """Rules that the encoder-decoder and the language model share."""
     _check_at_least(config, 1, "vocab_size", "d_model", "d_ff", "num_heads", "attention_window", "ssm_max_length")
     _check_at_least(config, 2, "relative_attention_num_buckets", "ssm_state_size")
@@ -78,7 +77,7 @@ def _check_common(config: PreTrainedConfig) -> None:
                 raise ValueError(f"`{name}` is {tokens}, outside the vocabulary of {config.vocab_size} tokens.")
 
 
-def _check_buckets(config: PreTrainedConfig, *, is_causal: bool) -> None:
+def _check_buckets(config: HybridConfig, *, is_causal: bool) -> None:
     """Relative biases need an exact and a logarithmic bucket per direction; see `relative_position_bucket`."""
     if config.position_encoding != "bias":
         return
@@ -96,7 +95,7 @@ def _check_buckets(config: PreTrainedConfig, *, is_causal: bool) -> None:
 
 
 @strict
-class SpadeConfig(ReadsOwnModelType, PreTrainedConfig):
+class SpadeConfig(HybridConfig):
     """Configuration of the SPADE encoder-decoder.
 
     The encoder uses local attention in every layer and adds a bidirectional state space model (SSM) in `ssm_layers`; the
@@ -246,6 +245,11 @@ class SpadeConfig(ReadsOwnModelType, PreTrainedConfig):
         }
         return cls(**(settings | overrides))
 
+    def target_limits(self) -> dict[str, int]:
+        """The learned table of positions, which limits the targets."""
+        rows = self.max_position_embeddings
+        return {} if rows is None else {"max_position_embeddings": rows}
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """The configuration itself; for the decoder alone, a copy whose `num_hidden_layers` is the depth of the decoder.
 
@@ -287,7 +291,7 @@ class SpadeConfig(ReadsOwnModelType, PreTrainedConfig):
 
 
 @strict
-class SpadeLMConfig(ReadsOwnModelType, PreTrainedConfig):
+class SpadeLMConfig(HybridConfig):
     """Configuration of the decoder-only SPADE language model; fields not listed here mean what they mean in `SpadeConfig`.
 
     Args:

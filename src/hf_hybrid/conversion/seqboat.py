@@ -54,7 +54,7 @@ _LANGUAGE_MODEL = _SHARED | {
     "decoder_z_dim": ("qk_dim", 128),
     "decoder_n_dim": ("ema_dim", 16),
     "decoder_layers": ("num_hidden_layers", 6),
-    "max_target_positions": ("max_position_embeddings", 1024),
+    "max_target_positions": ("distance_table_size", 1024),
     "hidden_dropout": ("value_dropout", 0.0),
     "normalization_type": ("norm_type", "layernorm"),
     "normalize_before": ("prenorm", False),
@@ -65,7 +65,7 @@ _CLASSIFIER = _SHARED | {
     "z_dim": ("qk_dim", 128),
     "n_dim": ("ema_dim", 16),
     "encoder_layers": ("num_hidden_layers", 6),
-    "max_positions": ("max_position_embeddings", 1024),
+    "max_positions": ("distance_table_size", 1024),
     "act_dropout": ("value_dropout", 0.0),
     "norm_type": ("norm_type", "layernorm"),
     "encoder_normalize_before": ("prenorm", False),
@@ -221,7 +221,7 @@ def _comparable(config: SeqBoatConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in sorted(own - _NEUTRAL_FIELDS)}
     values["embedding_size"] = config.embedding_width
     if config.position_bias != "distance":
-        del values["max_position_embeddings"]
+        del values["distance_table_size"]
     if config.is_decoder:
         for name in [name for name in values if name.startswith("classifier_")] + [
             "pooling",

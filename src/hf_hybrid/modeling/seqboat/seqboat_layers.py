@@ -161,7 +161,7 @@ class SeqBoatUnit(nn.Module):
             self.position_bias = SeqBoatPositionBias(
                 config.position_bias,
                 causal=self.is_causal,
-                positions=config.max_position_embeddings,
+                positions=config.distance_table_size,
                 window=config.window_size,
             )
         self.activation = activation_function(config.hidden_act)

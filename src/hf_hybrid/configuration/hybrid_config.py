@@ -1,0 +1,52 @@
+"""What the configurations of all architectures share: refusal of other model types, and the lengths that a model accepts."""
+
+# No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
+import os
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class HybridConfig(PreTrainedConfig):
+    """Base of the configurations of this library.
+
+    A model accepts inputs and targets of any length unless its configuration says otherwise by the methods below. A field
+    named `max_position_embeddings` exists only where it is such a limit, because other programs take it for one.
+    """
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads the fields of a configuration.
+
+        Transformers only warns of a file that names another `model_type`, and the model then has random weights wherever the
+        two architectures name things differently.
+
+        Raises:
+            ValueError: the file describes a model of another type.
+        """
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = fields.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of the type {found!r}, but {cls.__name__} reads "
+                f"{cls.model_type!r}. Load it by an Auto class, which finds the classes of every type."
+            )
+        return fields, unused
+
+    def source_limits(self) -> dict[str, int]:
+        """The fields that limit an input, each with the most tokens that it allows; empty without a limit."""
+        return {}
+
+    def target_limits(self) -> dict[str, int]:
+        """The same for the text that a decoder writes: the target of an encoder-decoder, prompt and continuation of a causal model."""
+        return {} if self.is_encoder_decoder else self.source_limits()
+
+    def max_source_length(self) -> int | None:
+        """Most tokens of an input; None: no limit."""
+        return min(self.source_limits().values(), default=None)
+
+    def max_target_length(self) -> int | None:
+        """Most tokens of the text that a decoder writes, a prompt included; None: no limit."""
+        return min(self.target_limits().values(), default=None)
