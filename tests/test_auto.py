@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module, reload
+from pathlib import Path
 
 import pytest
 import transformers
@@ -14,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import hf_hybrid
 from hf_hybrid.auto import ARCHITECTURES, Architecture, load_config_class, load_heads, public_classes, register
 
+ROOT = Path(__file__).resolve().parents[1]
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.model_type)
 
 
@@ -39,6 +41,18 @@ class TestArchitecture:
         module = import_module(f"hf_hybrid.{architecture.modeling}")
         declared = {name for name in module.__all__ if not name.endswith("PreTrainedModel")}
         assert declared == set(architecture.heads.values())
+
+    def test_what_others_read(self, architecture: Architecture) -> None:
+        """Page, paper, and the fields of the published classifier exist."""
+        assert architecture.docs is not None and (ROOT / architecture.docs).is_file()
+        assert architecture.paper is not None and architecture.paper.url in (ROOT / "CITATION.cff").read_text()
+        config = load_config_class(architecture)()
+        fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
+        published = architecture.published_classifier.items()
+        changed = {name: value(fields) if callable(value) else value for name, value in published}
+        assert changed.keys() <= fields.keys()
+        config = load_config_class(architecture)(**changed)
+        assert {name: getattr(config, name) for name in changed} == changed
 
     def test_class_names_of_the_library_are_left_alone(self, architecture: Architecture) -> None:
         for class_name in architecture.heads.values():

@@ -38,7 +38,8 @@ def test_unknown_values_say_so():
 
 
 def test_the_paper_is_cited_by_architecture():
-    assert "2212.08136" in card().render()
+    text = card().render()
+    assert "https://arxiv.org/abs/2212.08136" in text and "@misc{zuo2022efficient," in text
     assert f"## Citation\n\n{UNKNOWN}" in card(model_type="t5").render()
 
 

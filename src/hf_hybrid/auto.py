@@ -1,44 +1,175 @@
-"""The one table of architectures: configuration -> heads -> Auto classes. Nothing else registers anything.
+"""The one record of each architecture: configuration, heads, what adapters, optimizers, cards, converters and documents need.
 
-A new architecture adds one `Architecture` entry here; `import hf_hybrid` registers it, and every test that runs over all
-architectures finds it through `ARCHITECTURES`.
+A new architecture is one `Architecture` here or, in a package of its own, one call of `register_architecture`. Nothing else knows
+the architectures by name: what differs between them is read from the record, and every test that runs over all of them finds
+them through `ARCHITECTURES`.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 @dataclass(frozen=True)
+class Paper:
+    """Where an architecture was published.
+
+    Args:
+        title: as on arXiv.
+        authors: "Family, Given and Family, Given", as BibTeX separates them.
+        year: of the first version.
+        arxiv: identifier, e.g. "2212.08136".
+    """
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    @property
+    def url(self) -> str:
+        """Address of the abstract."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    def bibtex(self) -> str:
+        """Entry for a bibliography."""
+        key = f"{self.authors.split(',')[0]}{self.year}{self.title.split()[0].strip(':')}".lower()
+        fields = {
+            "title": self.title,
+            "author": self.authors,
+            "year": self.year,
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv",
+        }
+        return f"@misc{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One model type.
 
+    Every trainable tensor of every head is of exactly one kind: state (below a module of `state_modules`), without weight decay (norms,
+    biases, `undecayed`), or with it (the weights of `lora_targets`, of heads, and `decayed`). A test holds that.
+
     Args:
         model_type: the name in `config.json`.
-        config: "module:class", the module relative to this package.
-        modeling: module that defines the model classes.
+        title: name in tables and texts.
+        summary: what joins what, a phrase.
+        decoding_state: what is kept while generating, a phrase; empty for a model that does not generate.
+        paper: where it was published, or None.
+        docs: page on its options, relative to the repository, or None.
+        package: package that the modules below are relative to.
+        config: "module:class".
+        modeling: module that defines or imports the model classes.
         heads: name of the Auto class -> name of the model class.
-        image_processor, feature_extractor: "module:class" of what prepares images and recordings, or None.
+        image_processor, feature_extractor: "module:class", with the full name of the module, of what prepares images and
+            recordings; or None.
+        converter: module that reads and writes official checkpoints, see `conversion.common.Converter`; or None.
+        lora_targets: names of the linear maps of the blocks, which low-rank adapters change.
+        state_modules: names of the recurrent parts: a learning rate of their own, no weight decay, trained in full beside an adapter.
+        statistics_modules: names of the parts that training changes without gradients; an adapter carries them.
+        undecayed: patterns of further tensors without weight decay, each of whole parts of a name ("embed_tokens", "rel_bias").
+        decayed: the same of further tensors with weight decay.
+        per_document_outputs: fields of outputs that have a row per document, not a value per token; the stack declares the same.
+        published_classifier: fields of a new classifier as the published code sets them where that is not the default. A value that
+            follows from others is a function of all fields.
     """
 
     model_type: str
+    title: str
+    summary: str = ""
+    decoding_state: str = ""
+    paper: Paper | None = None
+    docs: str | None = None
+    package: str = __package__
     config: str
     modeling: str
-    heads: dict[str, str]
+    heads: Mapping[str, str]
     image_processor: str | None = None
     feature_extractor: str | None = None
+    converter: str | None = None
+    lora_targets: tuple[str, ...] = ()
+    state_modules: tuple[str, ...] = ()
+    statistics_modules: tuple[str, ...] = ()
+    undecayed: tuple[str, ...] = ()
+    decayed: tuple[str, ...] = ()
+    per_document_outputs: tuple[str, ...] = ()
+    published_classifier: Mapping[str, Any] = field(default_factory=dict)
+
+    def kinds_of(self, name: str) -> list[str]:
+        """Kinds of a trainable tensor: "state", "no_decay", "decay". The rules are complete where there is exactly one.
+
+        Args:
+            name: of the parameter in a model.
+        """
+        if _has_part(name, self.state_modules):
+            return ["state"]
+        if _NORM_OR_BIAS.search(name):
+            return ["no_decay"]
+        matrices = (*self.lora_targets, *_HEAD_MATRICES, *self.decayed)
+        kinds = {"no_decay": self.undecayed, "decay": matrices}
+        return [kind for kind, patterns in kinds.items() if _has_part(name, patterns)]
 
 
-ARCHITECTURES: tuple[Architecture, ...] = (
+# Tensors without weight decay in every architecture.
+_NORM_OR_BIAS = re.compile(r"(^|\.)\w*norm\w*\.|(^|\.|_)bias$")
+
+# What heads add to a stack, in every architecture.
+_HEAD_MATRICES = ("lm_head", "mlm_head", "classifier", "score", "qa_outputs", "pooler")
+
+
+def _has_part(name: str, patterns: Sequence[str]) -> bool:
+    """Whether consecutive parts of a dotted name match one of the patterns."""
+    return bool(patterns) and re.search(rf"(^|\.)({'|'.join(patterns)})(\.|$)", name) is not None
+
+
+_SPADE: dict[str, Any] = {
+    "paper": Paper(
+        "Efficient Long Sequence Modeling via State Space Augmented Transformer",
+        "Zuo, Simiao and Liu, Xiaodong and Jiao, Jian and Charles, Denis and Manavoglu, Eren and Zhao, Tuo and Gao, Jianfeng",
+        2022,
+        "2212.08136",
+    ),
+    "docs": "docs/spade.md",
+    "converter": "conversion.spade",
+    "lora_targets": (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "wi",
+        "wi_0",
+        "wi_1",
+        "wo",
+        "aggregate",
+        "aggregate_gate",
+    ),
+    "state_modules": ("ssm",),
+}
+_IMAGE_PROCESSOR = f"{__package__}.processing.image_processing:PixelSequenceImageProcessor"
+_FEATURE_EXTRACTOR = f"{__package__}.processing.audio_processing:WaveformFeatureExtractor"
+
+
+def _twice_the_width(fields: Mapping[str, Any]) -> int:
+    return 2 * fields["hidden_size"]
+
+
+# Filled by `register_architecture` as well, so always this one list.
+ARCHITECTURES: list[Architecture] = [
     Architecture(
         model_type="spade",
+        title="SPADE encoder-decoder",
+        summary="S4 in the bottom layer, beside local attention",
+        decoding_state="keys and values of the target (a window of them with `decoder_attention_window`)",
         config="configuration.configuration_spade:SpadeConfig",
         modeling="modeling.spade.spade_heads",
         heads={
@@ -49,9 +180,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "AutoModelForQuestionAnswering": "SpadeForQuestionAnswering",
             "AutoModelForTextEncoding": "SpadeEncoderModel",
         },
+        undecayed=("embed_tokens", "embed_positions", "relative_attention_bias"),
+        **_SPADE,
     ),
     Architecture(
         model_type="spade_lm",
+        title="SPADE language model",
+        summary="the same, as a decoder alone",
+        decoding_state="keys and values of the last `attention_window` tokens per layer, one SSM state per SSM layer: constant",
         config="configuration.configuration_spade:SpadeLMConfig",
         modeling="modeling.spade.spade_lm_heads",
         heads={
@@ -59,9 +195,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "AutoModelForCausalLM": "SpadeLMForCausalLM",
             "AutoModelForSequenceClassification": "SpadeLMForSequenceClassification",
         },
+        undecayed=("embed_tokens", "relative_attention_bias", "head_scale", "residual_scale"),
+        **_SPADE,
     ),
     Architecture(
         model_type="mega",
+        title="Mega",
+        summary="a damped moving average inside gated attention with one head, full or in chunks",
+        decoding_state="keys and values of the current chunk (unchunked: of all tokens) and one state of the moving average per layer",
+        paper=Paper(
+            "Mega: Moving Average Equipped Gated Attention",
+            "Ma, Xuezhe and Zhou, Chunting and Kong, Xiang and He, Junxian and Gui, Liangke and Neubig, Graham and May, Jonathan "
+            "and Zettlemoyer, Luke",
+            2022,
+            "2209.10655",
+        ),
+        docs="docs/mega.md",
         config="configuration.configuration_mega:MegaConfig",
         modeling="modeling.mega.mega_heads",
         heads={
@@ -76,11 +225,34 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "AutoModelForImageClassification": "MegaForImageClassification",
             "AutoModelForAudioClassification": "MegaForAudioClassification",
         },
-        image_processor="processing.image_processing:PixelSequenceImageProcessor",
-        feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
+        image_processor=_IMAGE_PROCESSOR,
+        feature_extractor=_FEATURE_EXTRACTOR,
+        converter="conversion.mega",
+        lora_targets=("v_proj", "mx_proj", "h_proj", "q_proj", "k_proj", "fc1", "fc2"),
+        state_modules=("ema_gate",),
+        undecayed=("word_embeddings", "token_type_embeddings", "value_embeddings", "rel_pos_bias", "qk_weight"),
+        decayed=("dense",),
+        per_document_outputs=("pooler_output",),
+        published_classifier={
+            "classifier_type": "lra",
+            "classifier_hidden_size": _twice_the_width,
+            "pooling_type": "mean",
+            "mask_padded_states": True,
+            "final_norm": lambda fields: fields["normalize_before_mega"],  # of a stack whose blocks begin with a norm
+        },
     ),
     Architecture(
         model_type="seqboat",
+        title="SeqBoat",
+        summary="a moving average decides which tokens enter a gated attention unit",
+        decoding_state="the last `window_size` *active* tokens and one state of the moving average per layer: constant",
+        paper=Paper(
+            "Sparse Modular Activation for Efficient Sequence Modeling",
+            "Ren, Liliang and Liu, Yang and Wang, Shuohang and Xu, Yichong and Zhu, Chenguang and Zhai, ChengXiang",
+            2023,
+            "2306.11197",
+        ),
+        docs="docs/seqboat.md",
         config="configuration.configuration_seqboat:SeqBoatConfig",
         modeling="modeling.seqboat.seqboat_heads",
         heads={
@@ -92,11 +264,29 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "AutoModelForImageClassification": "SeqBoatForImageClassification",
             "AutoModelForAudioClassification": "SeqBoatForAudioClassification",
         },
-        image_processor="processing.image_processing:PixelSequenceImageProcessor",
-        feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
+        image_processor=_IMAGE_PROCESSOR,
+        feature_extractor=_FEATURE_EXTRACTOR,
+        converter="conversion.seqboat",
+        lora_targets=("skip_proj", "in_proj", "out_proj", "fc1", "fc2"),
+        state_modules=("ema",),
+        undecayed=("embed_tokens", "value_embeddings", "position_scale", "qk_weight", "log_temperature"),
+        decayed=(r"router\.weight",),
+        per_document_outputs=("activation_rate",),
+        published_classifier={"pooling": "mean", "classifier_dim": _twice_the_width, "scale_embedding": False},
     ),
     Architecture(
         model_type="longvq",
+        title="LongVQ",
+        summary="softmax attention over vector-quantised keys of a moving average",
+        decoding_state="codes and values of the last `window_size` - 1 tokens, number and mean value of all earlier ones by code, and one "
+        "state of the moving average per layer: constant",
+        paper=Paper(
+            "LongVQ: Long Sequence Modeling with Vector Quantization on Structured Memory",
+            "Liu, Zicheng and Wang, Li and Li, Siyuan and Wang, Zedong and Lin, Haitao and Li, Stan Z.",
+            2024,
+            "2404.11163",
+        ),
+        docs="docs/longvq.md",
         config="configuration.configuration_longvq:LongVQConfig",
         modeling="modeling.longvq.longvq_heads",
         heads={
@@ -109,11 +299,28 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "AutoModelForImageClassification": "LongVQForImageClassification",
             "AutoModelForAudioClassification": "LongVQForAudioClassification",
         },
-        image_processor="processing.image_processing:PixelSequenceImageProcessor",
-        feature_extractor="processing.audio_processing:WaveformFeatureExtractor",
+        image_processor=_IMAGE_PROCESSOR,
+        feature_extractor=_FEATURE_EXTRACTOR,
+        lora_targets=("v_proj", "mx_proj", "h_proj", "fc1", "fc2"),
+        state_modules=("ssm",),
+        statistics_modules=("quantizer",),
+        undecayed=("embed_tokens", "value_embeddings", "qk_gamma", "qk_beta"),
+        per_document_outputs=("codebook_perplexity",),
+        published_classifier={"is_causal": False, "pooling": "mean"},
     ),
     Architecture(
         model_type="bst",
+        title="Block-State Transformer",
+        summary="a state space feeds context states to block-local attention (SH, MH, MF)",
+        decoding_state="keys and values of the last `block_size` tokens per layer; where there are context states, theirs and the state of "
+        "the filters: constant",
+        paper=Paper(
+            "Block-State Transformers",
+            "Fathi, Mahan and Pilault, Jonathan and Firat, Orhan and Pal, Christopher and Bacon, Pierre-Luc and Goroshin, Ross",
+            2023,
+            "2306.09539",
+        ),
+        docs="docs/bst.md",
         config="configuration.configuration_bst:BstConfig",
         modeling="modeling.bst.bst_heads",
         heads={
@@ -121,8 +328,43 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "AutoModelForCausalLM": "BstForCausalLM",
             "AutoModelForSequenceClassification": "BstForSequenceClassification",
         },
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        state_modules=("ssm",),
+        undecayed=("embed_tokens", "rel_bias", "qk_scale", r"context\.ids", r"context\.initial"),
     ),
-)
+]
+
+
+def find_architecture(model_type: str | None) -> Architecture | None:
+    """The record of a model type; None for those of other libraries."""
+    return next((found for found in ARCHITECTURES if found.model_type == model_type), None)
+
+
+def register_architecture(architecture: Architecture) -> None:
+    """Adds an architecture of another package, which then has everything that those of this library have.
+
+    Call it where the package is imported. Its modules are imported when somebody first asks for an Auto class.
+
+    Raises:
+        ValueError: its model type or one of its classes is taken.
+    """
+    known = find_architecture(architecture.model_type)
+    if known is not None and known.package == architecture.package:
+        ARCHITECTURES[ARCHITECTURES.index(known)] = architecture  # registered again, as on a reload
+    elif known is not None:
+        raise ValueError(
+            f"`model_type` {architecture.model_type!r} belongs to {known.package} already; taken are "
+            f"{', '.join(found.model_type for found in ARCHITECTURES)}. Choose another name."
+        )
+    else:
+        taken = {name for found in ARCHITECTURES for name in found.heads.values()} & set(architecture.heads.values())
+        if taken:
+            raise ValueError(
+                f"`heads` of {architecture.model_type!r} name classes of other architectures: {', '.join(sorted(taken))}. Choose "
+                "names of its own."
+            )
+        ARCHITECTURES.append(architecture)
+    register()
 
 
 # Task -> (class in `pipelines`, Auto class of its models). Transformers 5 bars the names of the pipelines that it removed.
@@ -137,29 +379,42 @@ def public_classes() -> dict[str, str]:
     """Public class name -> module (relative to this package) that defines it."""
     names: dict[str, str] = {}
     for architecture in ARCHITECTURES:
+        if architecture.package != __package__:
+            continue
         config_module, config_name = architecture.config.split(":")
         names[config_name] = config_module
         names.update(dict.fromkeys(architecture.heads.values(), architecture.modeling))
         for processor in filter(None, (architecture.image_processor, architecture.feature_extractor)):
-            module, name = processor.split(":")
+            module, name = processor.removeprefix(f"{__package__}.").split(":")
             names[name] = module
     names.update({name: "pipelines" for name, _ in PIPELINES.values()})
     return names
 
 
-def _load(module: str, name: str) -> type:
-    return getattr(import_module(f".{module}", __package__), name)
+def _load(module: str, name: str, package: str = __package__) -> type:
+    return getattr(import_module(f"{package}.{module}"), name)
 
 
 def load_config_class(architecture: Architecture) -> type:
     """The configuration class of an architecture."""
-    return _load(*architecture.config.split(":"))
+    module, name = architecture.config.split(":")
+    return _load(module, name, architecture.package)
+
+
+def load_converter(architecture: Architecture) -> Any:
+    """The module that reads and writes official checkpoints (see `conversion.common.Converter`); None where there is none."""
+    return architecture.converter and import_module(f"{architecture.package}.{architecture.converter}")
+
+
+def _load_processor(place: str) -> type:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
 
 
 def load_heads(architecture: Architecture) -> Iterator[tuple[str, type]]:
     """Pairs of Auto class name and model class."""
     for auto_name, class_name in architecture.heads.items():
-        yield auto_name, _load(architecture.modeling, class_name)
+        yield auto_name, _load(architecture.modeling, class_name, architecture.package)
 
 
 def _register_configs() -> None:
@@ -183,7 +438,7 @@ def _register_image_processors() -> None:
     module = import_module("transformers.models.auto.image_processing_auto")
     for architecture in ARCHITECTURES:
         if architecture.image_processor is not None:
-            processor = _load(*architecture.image_processor.split(":"))
+            processor = _load_processor(architecture.image_processor)
             config_class = load_config_class(architecture)
             module.AutoImageProcessor.register(config_class, slow_image_processor_class=processor, exist_ok=True)
 
@@ -193,7 +448,7 @@ def _register_feature_extractors() -> None:
     module = import_module("transformers.models.auto.feature_extraction_auto")
     for architecture in ARCHITECTURES:
         if architecture.feature_extractor is not None:
-            extractor = _load(*architecture.feature_extractor.split(":"))
+            extractor = _load_processor(architecture.feature_extractor)
             module.AutoFeatureExtractor.register(load_config_class(architecture), extractor, exist_ok=True)
 
 
@@ -210,12 +465,17 @@ def _register_pipelines() -> None:
             del pipeline_class._registered_impl  # type: ignore[attr-defined]
 
 
+def _watched_packages() -> set[str]:
+    """Transformers, this package, and those with further architectures."""
+    return {"transformers", *(architecture.package.split(".", 1)[0] for architecture in ARCHITECTURES)}
+
+
 class _RegisterAfterImport(MetaPathFinder):
     """Runs registrations once the modules of Transformers that they need have been imported.
 
     The Auto classes pull in torch and take seconds to import. Waiting until somebody asks for them keeps `import hf_hybrid`
     as quick as `import transformers`. Modules of Transformers import each other in circles that our models would close,
-    so a registration waits for the end of the outermost import of Transformers or of this package, not just of the module it is
+    so a registration waits for the end of the outermost import of Transformers or of a package with architectures, not just of the module it is
     due after.
 
     Args:
@@ -224,12 +484,12 @@ class _RegisterAfterImport(MetaPathFinder):
 
     def __init__(self, actions: dict[str, Callable[[], None]]) -> None:
         self.actions = actions
-        self.under_way = threading.local()  # .count: imports of either package within one another, in this thread
+        self.under_way = threading.local()  # .count: imports of these packages within one another, in this thread
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.split(".", 1)[0] not in ("transformers", __package__):
+        if fullname.split(".", 1)[0] not in _watched_packages():
             return None
         finders = list(sys.meta_path)
         if self not in finders:  # removed by another thread meanwhile

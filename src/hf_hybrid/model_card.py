@@ -13,20 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .auto import ARCHITECTURES
+from .auto import ARCHITECTURES, find_architecture
 
 UNKNOWN = "not measured"
 CARD_FILE = "README.md"
-
-# Papers of the architectures, by `model_type`.
-CITATIONS = {
-    "spade": ("Efficient Long Sequence Modeling via State Space Augmented Transformer", "2212.08136"),
-    "spade_lm": ("Efficient Long Sequence Modeling via State Space Augmented Transformer", "2212.08136"),
-    "mega": ("Mega: Moving Average Equipped Gated Attention", "2209.10655"),
-    "seqboat": ("Sparse Modular Activation for Efficient Sequence Modeling", "2306.11197"),
-    "bst": ("Block-State Transformers", "2306.09539"),
-    "longvq": ("LongVQ: Long Sequence Modeling with Vector Quantization on Structured Memory", "2404.11163"),
-}
 
 # Licences the Hub accepts (https://huggingface.co/docs/hub/repositories-licenses), the common ones.
 LICENSES = frozenset(
@@ -224,10 +214,13 @@ class ModelCard:
         return "| data | split | metric | value | baseline |\n|---|---|---|---|---|\n" + rows
 
     def _citation(self) -> str:
-        if self.model_type not in CITATIONS:
+        architecture = find_architecture(self.model_type)
+        paper = None if architecture is None else architecture.paper
+        if paper is None:
             return UNKNOWN
-        title, identifier = CITATIONS[self.model_type]
-        return f"Architecture: *{title}*, [arXiv {identifier}](https://arxiv.org/abs/{identifier})."
+        return (
+            f"Architecture: *{paper.title}*, [arXiv {paper.arxiv}]({paper.url}).\n\n```bibtex\n{paper.bibtex()}\n```"
+        )
 
 
 _INTENDED_USE = "Research on data like those named here. Nothing else was tried."

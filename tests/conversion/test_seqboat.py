@@ -10,13 +10,12 @@ from check import read_vectors
 
 from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
 from hf_hybrid.conversion.common import same_bytes
-from hf_hybrid.conversion.mega import is_mega
 from hf_hybrid.conversion.seqboat import (
     config_from_official,
     config_to_official,
-    is_seqboat,
     kind_of,
     model_class,
+    recognises,
     state_dict_from_official,
     state_dict_to_official,
     vocabulary_size,
@@ -60,7 +59,7 @@ def test_tensors_return_unchanged(path: Path) -> None:
 
 def test_options_return_unchanged(path: Path) -> None:
     options, official = read(path)
-    assert is_seqboat(options) and kind_of(options) == ("lm" if path.stem.startswith("lm") else "lra")
+    assert recognises(options) and kind_of(options) == ("lm" if path.stem.startswith("lm") else "lra")
     config = config_from_official(options, vocab_size=vocabulary_size(official))
     assert config_to_official(config, options) == options
     again = config_from_official(config_to_official(config), vocab_size=config.vocab_size)
@@ -88,8 +87,7 @@ def test_raw_speech_and_models_without_a_router() -> None:
 
 
 def test_models_of_mega_are_not_taken_for_ours() -> None:
-    options = {"sentence_class_num": 2, "encoder_embed_dim": 8}
-    assert is_mega(options) and not is_seqboat(options)
+    assert not recognises({"sentence_class_num": 2, "encoder_embed_dim": 8})
 
 
 @pytest.mark.parametrize(

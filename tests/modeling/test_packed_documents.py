@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from factories import Case, all_heads, all_variants, main_output, parametrize, random_ids
@@ -132,11 +134,23 @@ def test_what_cannot_be_packed(case: Case) -> None:
         model(**inputs, attention_mask=torch.ones(1, 7))
 
 
-def test_what_has_a_row_for_each_document_keeps_it() -> None:
-    """Rates of two layers, of documents of two tokens: the sizes alone would say that these are tokens."""
-    model = Case("seqboat", "AutoModel", "default").model()
-    ids = random_ids(1, 6)
-    with torch.no_grad():
-        rates = model(ids, position_ids=torch.tensor([[0, 1, 0, 1, 0, 1]])).activation_rate
-        expected = model(ids.view(3, 2)).activation_rate
-    torch.testing.assert_close(rates, expected)
+@parametrize([case for case in all_heads() if case.auto_name == "AutoModel" and not case.is_seq2seq])
+@torch.no_grad()
+def test_what_has_a_row_for_each_document_keeps_it(case: Case) -> None:
+    """Documents of two tokens in two rows: of rates of two layers the sizes alone would say that these are tokens.
+
+    The record and the stack name the same outputs, and every other one has a value per token.
+    """
+    model = case.model()
+    per_document = case.architecture.per_document_outputs
+    assert getattr(model, "_per_document_outputs", ()) == per_document
+    ids, places = random_ids(2, 4), torch.tensor([[0, 1, 0, 1]] * 2)
+    optional = {name for name in inspect.signature(model.forward).parameters if name.startswith("output_")}
+    wanted = dict.fromkeys(optional, True)
+    packed = model(ids, position_ids=places, **wanted)
+    separate = model(ids.view(4, 2), use_cache=False, **wanted)
+    assert set(per_document) <= packed.keys()
+    for name, value in packed.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            expected = separate[name] if name in per_document else separate[name].view(2, 4, *separate[name].shape[2:])
+            torch.testing.assert_close(value, expected, **EXACT, msg=lambda text, name=name: f"{name}: {text}")

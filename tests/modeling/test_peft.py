@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from hf_hybrid.auto import ARCHITECTURES
 from hf_hybrid.training.adapters import (
-    LORA_TARGET_MODULES,
-    STATE_MODULES,
     add_lora,
     base_model,
     head_modules,
@@ -145,9 +143,9 @@ def test_recurrent_parts_can_be_trained_in_full_beside_the_adapter(model_type: s
 @pytest.mark.parametrize("model_type", [item.model_type for item in ARCHITECTURES])
 def test_the_lists_name_what_there_is(model_type: str) -> None:
     """Every target occurs in some variant of some head, no linear map of a block is forgotten, and state parts exist."""
-    assert model_type in LORA_TARGET_MODULES and model_type in STATE_MODULES, "a new architecture needs both lists"
     linear, modules = set(), set()
-    for auto_name in next(item.heads for item in ARCHITECTURES if item.model_type == model_type):
+    architecture = next(item for item in ARCHITECTURES if item.model_type == model_type)
+    for auto_name in architecture.heads:
         for variant in VARIANTS[model_type]:
             try:
                 model = Case(model_type, auto_name, variant).model()
@@ -157,8 +155,9 @@ def test_the_lists_name_what_there_is(model_type: str) -> None:
             names = [(name, module) for name, module in stack.named_modules() if ".layers." in f".{name}"]
             linear |= {name.rpartition(".")[2] for name, module in names if isinstance(module, torch.nn.Linear)}
             modules |= {name.rpartition(".")[2] for name, _ in names}
-    assert linear == set(LORA_TARGET_MODULES[model_type])
-    assert set(STATE_MODULES[model_type]) <= modules
+    assert linear == set(architecture.lora_targets)
+    assert architecture.state_modules and set(architecture.state_modules) <= modules
+    assert set(architecture.statistics_modules) <= modules
 
 
 def test_heads_are_trained_in_full() -> None:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+
 import pytest
 import torch
+from factories import VARIANTS, Case, parametrize
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, get_linear_schedule_with_warmup
 
 import hf_hybrid  # noqa: F401
+from hf_hybrid.auto import ARCHITECTURES, Architecture
 from hf_hybrid.configuration.configuration_spade import SpadeConfig
+from hf_hybrid.training.adapters import add_lora
 from hf_hybrid.training.parameter_groups import group_of, parameter_groups
+
+EVERY_MODEL = [
+    Case(architecture.model_type, auto_name, variant)
+    for architecture in ARCHITECTURES
+    for auto_name in architecture.heads
+    for variant in VARIANTS[architecture.model_type]
+]
 
 
 def tiny_spade(**overrides):
@@ -35,20 +49,20 @@ def test_spade_groups(tmp_path, reload, ssm_type):
         model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     members, groups = membership(model)
     assert sum(len(names) for names in members.values()) == len([p for p in model.parameters() if p.requires_grad])
-    assert members["ssm"] == {name for name, _ in model.named_parameters() if ".ssm." in name}
-    assert {name.rsplit(".", 1)[-1] for name in members["ssm"]} >= {"C", "D", "log_dt", "B", "inv_w_real", "w_imag"}
+    assert members["state"] == {name for name, _ in model.named_parameters() if ".ssm." in name}
+    assert {name.rsplit(".", 1)[-1] for name in members["state"]} >= {"C", "D", "log_dt", "B", "inv_w_real", "w_imag"}
     for name in members["no_decay"]:
         assert "norm" in name or name.endswith("bias") or "embed" in name or "shared" in name or "relative" in name
     assert all(parameter.ndim == 2 for parameter in groups[0]["params"])
     assert not any("relative_attention_bias" in name or "embed_positions" in name for name in members["decay"])
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
-    assert rates == {"decay": (1e-2, 0.1), "no_decay": (1e-2, 0.0), "ssm": (1e-3, 0.0)}
+    assert rates == {"decay": (1e-2, 0.1), "no_decay": (1e-2, 0.0), "state": (1e-3, 0.0)}
 
 
 def test_frozen_parameters_are_left_out():
     model = tiny_spade(ssm_trainable=False)
     members, _ = membership(model)
-    assert "ssm" not in members
+    assert "state" not in members
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
@@ -65,12 +79,55 @@ def test_negative_rates_are_refused():
         membership(nn.Linear(2, 2), ssm_learning_rate=-1.0)
 
 
+@parametrize(EVERY_MODEL)
+def test_the_record_names_every_tensor_once(case: Case) -> None:
+    """No trainable tensor of any head in any variant is left to its shape, and none is of two kinds."""
+    with torch.device("meta"):
+        try:
+            model = case.model_class(case.config())
+        except (ValueError, StrictDataclassError):
+            pytest.skip("the head does not exist in this variant")
+    wrong = {
+        name: kinds for name, _ in model.named_parameters() if len(kinds := case.architecture.kinds_of(name)) != 1
+    }
+    assert not wrong, "name each in one of `state_modules`, `undecayed`, `decayed` or `lora_targets` of the record"
+    for name, parameter in model.named_parameters():
+        assert parameter.ndim > 1 or case.architecture.kinds_of(name) != ["decay"], name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda found: found.model_type)
+def test_every_rule_of_the_record_is_used(architecture: Architecture) -> None:
+    names = set()
+    for case in EVERY_MODEL:
+        if case.architecture is architecture:
+            with torch.device("meta"), contextlib.suppress(ValueError, StrictDataclassError):
+                names |= {f".{name}." for name, _ in case.model_class(case.config()).named_parameters()}
+    for rule in (*architecture.state_modules, *architecture.undecayed, *architecture.decayed):
+        assert any(re.search(rf"\.{rule}\.", name) for name in names), rule
+
+
+def test_tensors_that_others_add_are_named_in_a_warning(caplog) -> None:
+    model = tiny_spade()
+    model.extra = nn.Linear(2, 2)
+    members, _ = membership(model)
+    assert "extra.weight" in members["decay"] and "extra.bias" in members["no_decay"]
+    assert "does not name 1 tensors" in caplog.text and "extra.weight" in caplog.text
+
+
+def test_adapters_keep_the_groups() -> None:
+    pytest.importorskip("peft")
+    model = tiny_spade()
+    members, _ = membership(add_lora(model, 2, modules_to_save=["ssm"]))
+    assert members["state"] and all(".ssm.modules_to_save." in name for name in members["state"])
+    assert members["decay"] and all(".lora_" in name for name in members["decay"])
+    assert "no_decay" not in members
+
+
 @pytest.mark.parametrize(
     ("name", "ndim", "group"),
     [
-        ("encoder.layers.0.mixer.ssm.C", 3, "ssm"),
-        ("model.layers.3.ema.alpha", 2, "ssm"),
         ("shared.weight", 2, "no_decay"),
+        ("embeddings.word_embeddings.weight", 2, "no_decay"),
         ("decoder.embed_positions.weight", 2, "no_decay"),
         ("encoder.layers.0.relative_attention_bias.weight", 2, "no_decay"),
         ("encoder.layers.0.self_attn.q_proj.weight", 2, "decay"),
@@ -80,7 +137,7 @@ def test_negative_rates_are_refused():
         ("encoder.layers.0.gate", 1, "no_decay"),
     ],
 )
-def test_group_by_name(name, ndim, group):
+def test_models_of_other_libraries(name: str, ndim: int, group: str) -> None:
     assert group_of(name, nn.Parameter(torch.zeros([2] * ndim))) == group
 
 
@@ -92,4 +149,4 @@ def test_schedulers_keep_the_ratio():
         optimizer.step()
         scheduler.step()
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        assert rates["ssm"] == pytest.approx(rates["decay"] / 10)
+        assert rates["state"] == pytest.approx(rates["decay"] / 10)

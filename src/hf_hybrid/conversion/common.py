@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,34 @@ NORM_LEAVES = {
     "batchnorm": ("weight", "bias"),
     "syncbatchnorm": ("weight", "bias"),
 }
+
+
+class Converter(Protocol):
+    """What the module of an architecture offers that its record names as `converter`. Nothing is lost either way."""
+
+    def recognises(self, official: Mapping[str, Any]) -> bool:
+        """Whether official options belong to this architecture, and to no other."""
+
+    def is_fairseq(self, config: Any) -> bool:
+        """Whether the official format is a checkpoint of fairseq, or a folder of Transformers."""
+
+    def vocabulary_size(self, state: Mapping[str, torch.Tensor]) -> int | None:
+        """Number of tokens, where the official options do not say it."""
+
+    def config_from_official(self, official: Mapping[str, Any], *, vocab_size: int | None = None) -> Any:
+        """Our configuration."""
+
+    def config_to_official(self, config: Any, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The official options, starting from those of `base`."""
+
+    def model_class(self, config: Any) -> type:
+        """The model that holds all tensors."""
+
+    def state_dict_from_official(self, state: Mapping[str, torch.Tensor], config: Any) -> StateDict:
+        """Our tensors."""
+
+    def state_dict_to_official(self, state: Mapping[str, torch.Tensor], config: Any) -> StateDict:
+        """The official tensors."""
 
 
 @dataclass(frozen=True)

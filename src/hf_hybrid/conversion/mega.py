@@ -106,6 +106,11 @@ _NEUTRAL_FIELDS = {
 # ----------------------------------------------------------------------------------------------------- configuration
 
 
+def is_fairseq(config: MegaConfig) -> bool:
+    """Whether the official format is a checkpoint of fairseq: it always is."""
+    return True
+
+
 def kind_of(official: Mapping[str, Any]) -> str:
     """Which of `KINDS` official options belong to.
 
@@ -127,8 +132,10 @@ def kind_of(official: Mapping[str, Any]) -> str:
     )
 
 
-def is_mega(official: Mapping[str, Any]) -> bool:
-    """Whether official options belong to a Mega."""
+def recognises(official: Mapping[str, Any]) -> bool:
+    """Whether official options belong to a Mega, whose attention reads all tokens: it has no routers with a temperature."""
+    if "init_temp_scale" in official:
+        return False
     try:
         return kind_of(official) in KINDS
     except ValueError:
@@ -477,10 +484,11 @@ def state_dict_to_official(
 __all__ = [
     "config_from_official",
     "config_to_official",
-    "is_mega",
+    "is_fairseq",
     "kind_of",
     "kind_of_config",
     "model_class",
+    "recognises",
     "state_dict_from_official",
     "state_dict_to_official",
     "tensor_names",

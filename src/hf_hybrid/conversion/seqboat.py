@@ -102,9 +102,14 @@ _NEUTRAL_FIELDS = {
 # ----------------------------------------------------------------------------------------------------- configuration
 
 
-def is_seqboat(official: Mapping[str, Any]) -> bool:
+def recognises(official: Mapping[str, Any]) -> bool:
     """Whether official options belong to a SeqBoat, which unlike a Mega has a temperature of its routers."""
     return "init_temp_scale" in official
+
+
+def is_fairseq(config: SeqBoatConfig) -> bool:
+    """Whether the official format is a checkpoint of fairseq: it always is."""
+    return True
 
 
 def kind_of(official: Mapping[str, Any]) -> str:
@@ -454,9 +459,10 @@ def state_dict_to_official(
 __all__ = [
     "config_from_official",
     "config_to_official",
-    "is_seqboat",
+    "is_fairseq",
     "kind_of",
     "model_class",
+    "recognises",
     "split_router",
     "state_dict_from_official",
     "state_dict_to_official",

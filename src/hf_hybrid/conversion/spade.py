@@ -311,6 +311,20 @@ def _language_model_to_official(config: SpadeLMConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- configuration, both ways
 
 
+def recognises(official: Mapping[str, Any]) -> bool:
+    """Whether official options belong to a SPADE, whose queries and keys have no width of their own (`…z_dim`)."""
+    try:
+        is_language_model(official)
+    except ValueError:
+        return False
+    return "sentence_class_num" not in official and not any(name.endswith("z_dim") for name in official)
+
+
+def is_fairseq(config: SpadeConfig | SpadeLMConfig) -> bool:
+    """Whether the official format is a checkpoint of fairseq, or a folder of Transformers."""
+    return isinstance(config, SpadeLMConfig)
+
+
 def is_language_model(official: Mapping[str, Any]) -> bool:
     """Whether official options belong to the fairseq language model (else: to the encoder-decoder).
 
@@ -420,12 +434,14 @@ def _shapes(config: SpadeConfig | SpadeLMConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int:
-    """Number of tokens of an official language model, from its embedding tables.
+def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int | None:
+    """Number of tokens of an official language model, from its embedding tables; None for encoder-decoders, whose options say it.
 
     Raises:
         ValueError: the state dict holds no embedding.
     """
+    if "shared.weight" in state:
+        return None
     tables = [
         tensor
         for name, tensor in state.items()
@@ -466,8 +482,10 @@ def state_dict_to_official(
 __all__ = [
     "config_from_official",
     "config_to_official",
+    "is_fairseq",
     "is_language_model",
     "model_class",
+    "recognises",
     "state_dict_from_official",
     "state_dict_to_official",
     "tensor_names",

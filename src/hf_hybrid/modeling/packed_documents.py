@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput
 
 ForwardMethod = TypeVar("ForwardMethod", bound=Callable[..., Any])
 
-# Outputs with no value per token, whatever their sizes are.
-_PER_DOCUMENT = ("attentions", "cross_attentions", "pooler_output", "activation_rate", "codebook_perplexity")
+# Outputs of Transformers with no value per token, whatever their sizes are.
+_PER_DOCUMENT = ("attentions", "cross_attentions")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "input_values", "token_type_ids")
 
 
@@ -110,7 +110,8 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
 
     The documents are computed in rows of their own, and what has a value for each token is put back in place; other outputs
     (pooled states, rates, attention weights) have a row for each document. `position_ids` that do not restart change nothing.
-    They are no named argument of `forward`, so that generation does not make any up.
+    They are no named argument of `forward`, so that generation does not make any up. A stack with outputs of its own that have no
+    value per token names them in a class attribute, `_per_document_outputs`.
 
     Raises:
         ValueError: positions or a mask of another shape, or restarting positions together with a cache or encoder states.
@@ -145,14 +146,16 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
         if "use_cache" in signature.parameters:
             arguments["use_cache"] = False
         return_dict = arguments.pop("return_dict", None)
-        packed = _pack_outputs(forward(self, **arguments, return_dict=True), documents)
+        packed = _pack_outputs(
+            forward(self, **arguments, return_dict=True), documents, getattr(self, "_per_document_outputs", ())
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return packed if return_dict else packed.to_tuple()
 
     return read_documents  # type: ignore[return-value]
 
 
-def _pack_outputs(outputs: ModelOutput, documents: PackedDocuments) -> ModelOutput:
+def _pack_outputs(outputs: ModelOutput, documents: PackedDocuments, per_document: tuple[str, ...]) -> ModelOutput:
     """Puts every output that has a value per token back into the rows of the batch."""
 
     def pack(value: Any) -> Any:
@@ -161,6 +164,6 @@ def _pack_outputs(outputs: ModelOutput, documents: PackedDocuments) -> ModelOutp
         is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == documents.mask.shape
         return documents.pack(value) if is_per_token else value
 
-    names = [name for name in outputs if name not in _PER_DOCUMENT]
+    names = [name for name in outputs if name not in _PER_DOCUMENT + per_document]
     kept = {name: outputs[name] for name in outputs if name not in names}
     return type(outputs)(**{name: pack(outputs[name]) for name in names} | kept)

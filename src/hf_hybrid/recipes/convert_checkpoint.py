@@ -22,12 +22,9 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
-from ..configuration.configuration_mega import MegaConfig
-from ..configuration.configuration_seqboat import SeqBoatConfig
-from ..configuration.configuration_spade import SpadeConfig, SpadeLMConfig
-from ..conversion import mega, seqboat, spade
+from ..auto import ARCHITECTURES, Architecture, find_architecture, load_config_class, load_converter
 from ..conversion.common import StateDict, read_checkpoint_file, read_folder_tensors, read_json, same_bytes
 from ..new_folder import new_folder
 from .support.options import parse_arguments
@@ -38,15 +35,6 @@ logger = logging.getLogger(__name__)
 OFFICIAL_CONFIG_FILE = "official_config.json"  # the official options, kept beside our configuration
 FAIRSEQ_FILE = "checkpoint.pt"
 
-_CONFIGS: dict[str, Any] = {
-    "spade": SpadeConfig,
-    "spade_lm": SpadeLMConfig,
-    "mega": MegaConfig,
-    "seqboat": SeqBoatConfig,
-}
-_CONVERTERS: dict[str, Any] = {"spade": spade, "spade_lm": spade, "mega": mega, "seqboat": seqboat}
-
-AnyConfig = SpadeConfig | SpadeLMConfig | MegaConfig | SeqBoatConfig
 _DIRECTIONS = ("from_official", "to_official")
 
 
@@ -152,10 +140,10 @@ def _read_official(source: Path, config_file: Path | None) -> tuple[dict[str, An
     return options, dict(state)
 
 
-def _from_official(source: Path, config_file: Path | None, folder: Path) -> tuple[AnyConfig, StateDict]:
+def _from_official(source: Path, config_file: Path | None, folder: Path) -> tuple[PreTrainedConfig, StateDict]:
     options, official = _read_official(source, config_file)
-    config = _config_from_official(options, official)
-    converter = _CONVERTERS[config.model_type]
+    converter = _converter_of(options)
+    config = converter.config_from_official(options, vocab_size=converter.vocabulary_size(official))
     state = {
         name: tensor.contiguous() for name, tensor in converter.state_dict_from_official(official, config).items()
     }
@@ -174,14 +162,25 @@ def _from_official(source: Path, config_file: Path | None, folder: Path) -> tupl
     return config, state
 
 
-def _config_from_official(options: Mapping[str, Any], official: StateDict) -> AnyConfig:
-    """Our configuration of an official checkpoint, of whichever architecture its options belong to."""
-    if seqboat.is_seqboat(options):
-        return seqboat.config_from_official(options, vocab_size=seqboat.vocabulary_size(official))
-    if mega.is_mega(options):
-        return mega.config_from_official(options, vocab_size=mega.vocabulary_size(official))
-    vocab_size = spade.vocabulary_size(official) if spade.is_language_model(options) else None
-    return spade.config_from_official(options, vocab_size=vocab_size)
+def _converted() -> list[Architecture]:
+    """The architectures with official checkpoints."""
+    return [architecture for architecture in ARCHITECTURES if architecture.converter is not None]
+
+
+def _converter_of(options: Mapping[str, Any]) -> Any:
+    """The `conversion.common.Converter` of the architecture that official options belong to.
+
+    Raises:
+        ValueError: they belong to none.
+    """
+    for architecture in _converted():
+        converter = load_converter(architecture)
+        if converter.recognises(options):
+            return converter
+    raise ValueError(
+        f"The official options belong to none of {', '.join(found.title for found in _converted())}; found "
+        f"{sorted(options)[:20]}. Pass those of the checkpoint as `config_file`."
+    )
 
 
 def _unshared(state: StateDict) -> StateDict:
@@ -198,30 +197,32 @@ def _unshared(state: StateDict) -> StateDict:
 # ------------------------------------------------------------------------------------------------------ to official
 
 
-def _read_ours(source: Path) -> tuple[AnyConfig, StateDict]:
+def _read_ours(source: Path) -> tuple[PreTrainedConfig, StateDict]:
     """Configuration and tensors of a folder of this library."""
     if not source.is_dir():
         raise ValueError(f"`source` {source} must be a folder with `config.json` and weights.")
     fields = read_json(source / "config.json")
-    if fields.get("model_type") not in _CONFIGS:
-        raise ValueError(
-            f"{source} holds a model of type {fields.get('model_type')!r}; accepted are {', '.join(map(repr, _CONFIGS))}."
-        )
+    architecture = find_architecture(fields.get("model_type"))
+    if architecture is None or architecture.converter is None:
+        accepted = ", ".join(repr(found.model_type) for found in _converted())
+        raise ValueError(f"{source} holds a model of type {fields.get('model_type')!r}; accepted are {accepted}.")
+    config_class: Any = load_config_class(architecture)
     try:
-        config = _CONFIGS[fields["model_type"]].from_dict(fields)
+        config = config_class.from_dict(fields)
     except StrictDataclassError as error:
         raise ValueError(f"The configuration in {source} is invalid: {error.__cause__ or error}") from error
     return config, read_folder_tensors(source)
 
 
-def _to_official(source: Path, config_file: Path | None, folder: Path) -> tuple[AnyConfig, StateDict]:
+def _to_official(source: Path, config_file: Path | None, folder: Path) -> tuple[PreTrainedConfig, StateDict]:
     config, state = _read_ours(source)
-    converter = _CONVERTERS[config.model_type]
+    architecture: Any = find_architecture(config.model_type)
+    converter = load_converter(architecture)
     base_file = config_file or source / OFFICIAL_CONFIG_FILE
     base = read_json(base_file) if config_file or base_file.is_file() else None
     options = converter.config_to_official(config, base)
     official = converter.state_dict_to_official(state, config)
-    if config.model_type != "spade":  # fairseq
+    if converter.is_fairseq(config):
         contents = {
             "args": argparse.Namespace(**options),
             "model": official,

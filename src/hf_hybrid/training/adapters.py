@@ -16,32 +16,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..modeling.longvq.quantizer import VectorQuantizer
+from ..auto import find_architecture
 from .run_folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-# The linear maps of the blocks, by `model_type`. Embeddings, heads, norms and the parameters of state spaces are no targets.
-_SPADE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "wi", "wi_0", "wi_1", "wo", "aggregate", "aggregate_gate")
-LORA_TARGET_MODULES: dict[str, tuple[str, ...]] = {
-    "spade": _SPADE_TARGETS,
-    "spade_lm": _SPADE_TARGETS,
-    "mega": ("v_proj", "mx_proj", "h_proj", "q_proj", "k_proj", "fc1", "fc2"),
-    "seqboat": ("skip_proj", "in_proj", "out_proj", "fc1", "fc2"),
-    "longvq": ("v_proj", "mx_proj", "h_proj", "fc1", "fc2"),
-    "bst": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
-}
-
-# The recurrent parts, which low-rank updates cannot reach: candidates for `modules_to_save` (training in full).
-STATE_MODULES: dict[str, tuple[str, ...]] = {
-    "spade": ("ssm",),
-    "spade_lm": ("ssm",),
-    "mega": ("ema_gate",),
-    "seqboat": ("ema",),
-    "longvq": ("ssm",),
-    "bst": ("ssm",),
-}
 
 ADAPTED_CONFIG_FILE = "adapted_config.json"
 
@@ -77,19 +56,23 @@ def lora_target_modules(model: PreTrainedModel | PreTrainedConfig) -> list[str] 
         A list for `LoraConfig(target_modules=...)`; "all-linear" for architectures of other libraries.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
-    names = LORA_TARGET_MODULES.get(config.model_type)
-    if names is None:
+    architecture = find_architecture(config.model_type)
+    if architecture is None:
         return "all-linear"
     if isinstance(model, PreTrainedConfig):
-        return list(names)
+        return list(architecture.lora_targets)
     there = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return [name for name in names if name in there]
+    return [name for name in architecture.lora_targets if name in there]
 
 
 def state_modules(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
-    """Names of the recurrent parts (state space layers, moving averages), for `modules_to_save`."""
+    """Names of the recurrent parts (state space layers, moving averages), for `modules_to_save`.
+
+    Low-rank updates cannot reach them: they are no linear maps.
+    """
     config = model if isinstance(model, PreTrainedConfig) else model.config
-    return list(STATE_MODULES.get(config.model_type, ()))
+    architecture = find_architecture(config.model_type)
+    return [] if architecture is None else list(architecture.state_modules)
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -105,13 +88,15 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     return heads + sorted(poolers)
 
 
-def _modules_with_statistics(model: nn.Module) -> list[str]:
+def _modules_with_statistics(model: PreTrainedModel) -> list[str]:
     """Batch normalisations and codebooks: they change in training without gradients, so the adapter has to carry them."""
-    kinds = (nn.modules.batchnorm._BatchNorm, VectorQuantizer)
+    architecture = find_architecture(model.config.model_type)
+    named = () if architecture is None else architecture.statistics_modules
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and not getattr(module, "frozen", False)
+        if (isinstance(module, nn.modules.batchnorm._BatchNorm) or name.rpartition(".")[2] in named)
+        and not getattr(module, "frozen", False)
     ]
 
 

@@ -1,34 +1,39 @@
 """Optimizer groups chosen by parameter name.
 
 Names are the only reliable key: attributes set on parameters do not survive `from_pretrained`, which rebuilds every
-tensor. State space parameters want their own learning rate and no weight decay (decaying `log_dt` or the spectrum
-changes the time scales the layer was given), arXiv 2111.00396 appendix D.
+tensor. The record of an architecture (`auto.Architecture`) says which tensors are state, which have no weight decay and which have.
+The recurrence wants its own learning rate and no weight decay (decaying `log_dt` or the spectrum changes the time scales the layer was
+given), arXiv 2111.00396 appendix D.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
 from torch import nn
 
-# Tensors of a state space layer or an exponential moving average: every leaf below a module called `ssm`, `ema` or `ema_gate`.
-SSM_PATTERN = re.compile(r"(^|\.)(ssm|ema|ema_gate)\.")
+from ..auto import Architecture, find_architecture
 
-# Tables and norms. One-dimensional tensors (biases, norm weights, gates) are recognised by shape as well.
-NO_DECAY_PATTERN = re.compile(
-    r"(^|\.)(shared|embed_tokens|embed_positions|embeddings|\w+_embeddings|relative_attention_bias|rel_pos_bias|rel_bias|codebook)(\.|$)"
-    r"|(^|\.)(qk_(weight|gamma|beta)|context\.ids|context\.initial)$|norm|(^|\.|_)bias$"
-)
+logger = logging.getLogger(__name__)
+
+# Models without a record, and what others add to a model: by the usual names, else by shape.
+_USUAL_NAMES = re.compile(r"(^|\.)(shared|wte|wpe|(\w+_)?embed(_tokens|_positions|dings?)?|\w*bias|\w*norm\w*)(\.|$)")
 
 
-def group_of(name: str, parameter: nn.Parameter) -> str:
-    """Name of the group a parameter belongs to: `"ssm"`, `"no_decay"` or `"decay"`."""
-    if SSM_PATTERN.search(name):
-        return "ssm"
-    if parameter.ndim <= 1 or NO_DECAY_PATTERN.search(name):
-        return "no_decay"
-    return "decay"
+def group_of(name: str, parameter: nn.Parameter, architecture: Architecture | None = None) -> str | None:
+    """Name of the group a parameter belongs to: `"state"`, `"no_decay"` or `"decay"`; None where the record has no rule.
+
+    Args:
+        name: of the parameter in its model; adapters may have put parts into it.
+        parameter: the tensor; its shape decides in models without a record.
+        architecture: the record of the model, or None.
+    """
+    if architecture is None:
+        return "no_decay" if parameter.ndim <= 1 or _USUAL_NAMES.search(name) else "decay"
+    kinds = architecture.kinds_of(name)
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def parameter_groups(
@@ -41,10 +46,10 @@ def parameter_groups(
     """Split the trainable parameters of a model into optimizer groups.
 
     Args:
-        model: any model; tied parameters are counted once.
-        learning_rate: of everything but the state space parameters.
-        weight_decay: of the matrices; biases, norms, embeddings, bias tables and state space parameters have none.
-        ssm_learning_rate: of the state space parameters; None = `learning_rate`.
+        model: one of this library or any other; tied parameters are counted once.
+        learning_rate: rate of everything but the state.
+        weight_decay: decay of the matrices; biases, norms, embeddings, tables and state have none.
+        ssm_learning_rate: rate of the state (state spaces, moving averages); None = `learning_rate`.
 
     Returns:
         Up to three non-empty groups with the keys `name`, `params`, `lr`, `weight_decay`, the decayed one first.
@@ -64,11 +69,25 @@ def parameter_groups(
     groups: dict[str, dict[str, Any]] = {
         "decay": {"name": "decay", "params": [], "lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"name": "no_decay", "params": [], "lr": learning_rate, "weight_decay": 0.0},
-        "ssm": {"name": "ssm", "params": [], "lr": ssm_learning_rate, "weight_decay": 0.0},
+        "state": {"name": "state", "params": [], "lr": ssm_learning_rate, "weight_decay": 0.0},
     }
+    architecture = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
+    unknown = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[group_of(name, parameter)]["params"].append(parameter)
+            group = group_of(name, parameter, architecture)
+            if group is None:
+                unknown.append(name)
+                group = group_of(name, parameter) or "decay"
+            groups[group]["params"].append(parameter)
+    if unknown:
+        logger.warning(
+            "The record of %r does not name %d tensors of this %s (%s, ...): their shapes decide whether they decay.",
+            architecture.model_type if architecture else None,
+            len(unknown),
+            type(model).__name__,
+            ", ".join(unknown[:3]),
+        )
     used = [group for group in groups.values() if group["params"]]
     if not used:
         raise ValueError("The model has no trainable parameter: every one has `requires_grad=False`.")

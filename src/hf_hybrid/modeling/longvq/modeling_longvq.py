@@ -88,6 +88,7 @@ class LongVQModel(LongVQPreTrainedModel):
     """
 
     _can_record_outputs = {"hidden_states": OutputRecorder(LongVQLayer, index=0)}
+    _per_document_outputs = ("codebook_perplexity",)
 
     def __init__(self, config: LongVQConfig) -> None:
         super().__init__(config)

@@ -128,6 +128,7 @@ class MegaModel(MegaPreTrainedModel):
         "attentions": OutputRecorder(MegaAttention, index=1),
         "cross_attentions": OutputRecorder(MegaCrossAttention, index=1),
     }
+    _per_document_outputs = ("pooler_output",)
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)

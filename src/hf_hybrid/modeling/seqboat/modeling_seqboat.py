@@ -92,6 +92,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
     """
 
     _can_record_outputs = {"hidden_states": SeqBoatLayer}
+    _per_document_outputs = ("activation_rate",)
 
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__(config)

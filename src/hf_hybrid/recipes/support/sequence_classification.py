@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from ...auto import ARCHITECTURES
+from ...auto import ARCHITECTURES, find_architecture
 from ...processing.image_processing import PixelSequenceImageProcessor
 from ...training.arguments import FinetuningArguments
 from ...training.trainer import HybridTrainer
@@ -67,20 +67,12 @@ def find_classes(rows: Dataset, column: str, what: str) -> Labels:
 
 def _published_fields(known: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """How the published code classifies long sequences, where that is not the default of the configuration."""
-    if known.model_type == "seqboat":
-        width = overrides.get("hidden_size", known.hidden_size)
-        return {"pooling": "mean", "classifier_dim": 2 * width, "scale_embedding": False}
-    if known.model_type == "longvq":
-        return {"is_causal": False, "pooling": "mean"}
-    if known.model_type != "mega":
+    architecture = find_architecture(known.model_type)
+    if architecture is None:
         return {}
-    return {
-        "classifier_type": "lra",
-        "classifier_hidden_size": 2 * overrides.get("hidden_size", known.hidden_size),
-        "pooling_type": "mean",
-        "mask_padded_states": True,
-        "final_norm": overrides.get("normalize_before_mega", True),  # of a stack whose blocks begin with a norm
-    }
+    fields = {**{name: getattr(known, name) for name in type(known).__dataclass_fields__}, **overrides}
+    published = architecture.published_classifier.items()
+    return {name: value(fields) if callable(value) else value for name, value in published}
 
 
 def classifier_config(
