@@ -6,6 +6,7 @@ import pytest
 import torch
 from factories import Case, all_heads, all_variants, parametrize, random_ids
 from transformers import BertConfig, PreTrainedConfig, T5Config
+from word_tokenizer import word_tokenizer
 
 from hf_hybrid.configuration.configuration_mega import MegaConfig
 from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
@@ -16,6 +17,7 @@ from hf_hybrid.configuration.lengths import (
     max_target_length,
     room_for,
 )
+from hf_hybrid.recipes.support.models import make_room, set_longest_input
 
 CASES = all_variants()
 SIMPLE = {"relative_positional_bias": "simple"}
@@ -113,3 +115,19 @@ def test_seqboat_reads_the_former_name_of_its_table() -> None:
     config = SeqBoatConfig.from_dict({"max_position_embeddings": 17, "position_bias": "distance"})
     assert config.distance_table_size == 17 and not hasattr(config, "max_position_embeddings")
     assert "max_position_embeddings" not in config.to_dict()
+
+
+def test_a_new_model_gets_room_unless_the_user_chose_its_size() -> None:
+    config = MegaConfig(**SIMPLE, max_positions=30)
+    with pytest.raises(ValueError, match="`max_positions`"):
+        make_room(config, 40, {"max_positions": 30}, "max_length")
+    make_room(config, 40, {}, "max_length")
+    assert config.max_source_length() == 40
+
+
+@parametrize(CASES)
+def test_saved_tokenizers_say_how_long_an_input_may_be(case: Case) -> None:
+    tokenizer, config = word_tokenizer(model_max_length=3), case.config()
+    set_longest_input(tokenizer, config)
+    ids = tokenizer("w5 " * 600, truncation=True)["input_ids"]
+    assert len(ids) == (config.max_source_length() or 600)

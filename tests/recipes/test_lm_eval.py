@@ -130,7 +130,21 @@ def test_the_backend_is_added_for_encoder_decoders(tmp_path: Path) -> None:
     case = next(case for case in GENERATIVE if case.is_seq2seq)
     case.config().save_pretrained(tmp_path)
     words = ["--model", "hf", "--model_args", f"pretrained={tmp_path},dtype=float32", "--tasks", "x"]
-    assert recipe.with_backend(words)[3] == f"pretrained={tmp_path},dtype=float32,backend=seq2seq"
-    named = [*words[:3], f"pretrained={tmp_path},backend=causal"]
+    assert recipe.with_backend(words)[3].startswith(f"pretrained={tmp_path},dtype=float32,backend=seq2seq,max_length=")
+    named = [*words[:3], f"pretrained={tmp_path},backend=causal,max_length=9"]
     assert recipe.with_backend(named) == named
     assert recipe.with_backend(["--help"]) == ["--help"]
+
+
+@parametrize(GENERATIVE)
+def test_no_text_is_cut_at_a_length_that_is_none(case: Case, tmp_path: Path) -> None:
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    model = save(case, tmp_path)
+    words = recipe.with_backend(["--model_args", f"pretrained={tmp_path}"])
+    options = dict(option.split("=") for option in words[1].split(","))
+    options["max_length"] = int(options["max_length"])
+    longest = harness.HFLM(**options, device="cpu", batch_size=1).max_length
+    assert longest == (model.config.max_source_length() or 1 << 30)
+    if model.config.max_source_length() is None:
+        with pytest.raises(ValueError, match="`--batch_size auto`.*`max_length"):
+            recipe.with_backend([*words[:1], f"pretrained={tmp_path}", "--batch_size", "auto:4"])

@@ -73,7 +73,7 @@ def test_mega_is_the_default(pretraining, tmp_path):
     ("changes", "message"),
     [
         ({"mask_probability": 1.5}, "`mask_probability` must lie between"),
-        ({"block_length": 65}, "64 rows.*`block_length`"),
+        ({"block_length": 65}, "accepts 64.*`block_length`"),
         ({"config_name": "spade", "config_overrides": None}, "AutoModelForMaskedLM"),
         ({"streaming": True, "max_steps": -1}, "`streaming` needs `max_steps`"),
     ],

@@ -36,7 +36,7 @@ from .support.finetuning_data import (
     require_columns,
     require_text,
 )
-from .support.models import load_config, load_tokenizer, with_adapter
+from .support.models import check_positions, load_config, load_tokenizer, with_adapter
 from .support.reports import RunReport, display_names, hub_names
 from .support.runs import Job, run_recipe
 
@@ -159,6 +159,7 @@ def build(
         labels = labels_of_model(load_config(model_args.model_name_or_path, {}), data_args.label_column)
     model = load_or_initialize(AutoModelForSequenceClassification, model_args, **changes)
     check_vocabulary(model, tokenizer)
+    check_positions(model.config, data_args.max_length, "max_length")
     columns = find_text_columns(next(iter(validation.values())) if train is None else train, data_args.text_columns)
     with training_args.main_process_first(desc="tokenize"):
         encoded = {

@@ -29,6 +29,9 @@ import hf_hybrid  # noqa: F401  registers the architectures with the Auto classe
 from ..data.blimp import GROUP, read_minimal_pairs, write_blimp_tasks
 from .support.options import HelpFormatter
 
+# The harness needs a number of tokens; no text is longer.
+_UNLIMITED = 1 << 30
+
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Write the local tasks and run the harness.
@@ -62,7 +65,14 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def with_backend(words: Sequence[str]) -> list[str]:
-    """The same words, with `backend=seq2seq` in `--model_args` where the checkpoint is an encoder-decoder and no backend is named."""
+    """The same words, with what the harness cannot know of the checkpoint in `--model_args`, where it is not named there.
+
+    This is `backend=seq2seq` for an encoder-decoder, and `max_length` for every model of this library: the harness cuts texts
+    at 2,048 tokens where a configuration has no field that it knows.
+
+    Raises:
+        ValueError: `--batch_size auto` of a model without a longest input, which it would try.
+    """
     words = list(words)
     if "--model_args" not in words:
         return words
@@ -70,12 +80,31 @@ def with_backend(words: Sequence[str]) -> list[str]:
     end = next((i for i in range(place, len(words)) if words[i].startswith("--")), len(words))
     given = " ".join(words[place:end])
     found = re.search(r"pretrained=([^,\s]+)", given)
-    if found is None or "backend=" in given:
+    if found is None:
         return words
     trust = re.search(r"trust_remote_code=(True|true|1)", given) is not None
-    if AutoConfig.from_pretrained(found.group(1), trust_remote_code=trust).is_encoder_decoder:
+    config = AutoConfig.from_pretrained(found.group(1), trust_remote_code=trust)
+    if config.is_encoder_decoder and "backend=" not in given:
         words[end - 1] += ",backend=seq2seq"
+    if hasattr(config, "max_source_length") and "max_length=" not in given:
+        limit = config.max_source_length()
+        if limit is None and _batch_size(words).startswith("auto"):
+            raise ValueError(
+                "`--batch_size auto` tries batches of the longest input, and this model accepts any length: pass a number, or "
+                "the tokens to cut texts at, `max_length=...` in `--model_args`."
+            )
+        words[end - 1] += f",max_length={_UNLIMITED if limit is None else limit}"
     return words
+
+
+def _batch_size(words: Sequence[str]) -> str:
+    for option in ("--batch_size", "-b"):
+        for place, word in enumerate(words):
+            if word == option and place + 1 < len(words):
+                return words[place + 1]
+            if word.startswith(f"{option}="):
+                return word.partition("=")[2]
+    return ""
 
 
 def _run_harness(words: Sequence[str]) -> None:

@@ -19,7 +19,13 @@ from ..data.streaming import SpanCorruptionStream
 from ..tokenization.special_tokens import sentinel_ids
 from ..training.arguments import PretrainingArguments
 from ..training.trainer import HybridTrainer
-from .support.models import NewModelArguments, build_new_or_pretrained, check_decoder_table, load_tokenizer
+from .support.models import (
+    NewModelArguments,
+    build_new_or_pretrained,
+    check_decoder_table,
+    check_positions,
+    load_tokenizer,
+)
 from .support.pretraining_data import (
     SHUFFLE_WINDOW,
     PretrainingDataArguments,
@@ -66,6 +72,7 @@ def build(
     lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
     check_sentinels(sentinel_ids(tokenizer), lengths.num_spans, lengths.segment_length)
     model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_type="spade")
+    check_positions(model.config, data_args.input_length, "input_length")
     check_decoder_table(model.config, lengths.target_length, "The span-corruption targets", "input_length")
     train_dataset, eval_dataset, text = build_datasets(
         data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only

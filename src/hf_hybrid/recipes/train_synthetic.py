@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedModel, 
 from ..data.synthetic import IGNORED, TASKS, SyntheticDataset, shares_right
 from ..training.arguments import SyntheticTrainingArguments
 from ..training.trainer import HybridTrainer
-from .support.models import check_positions, load_config, load_model, parse_overrides
+from .support.models import check_positions, load_config, load_model, make_room, parse_overrides
 from .support.reports import RunReport
 from .support.runs import Job, run_recipe
 from .support.sequence_classification import ClassifierArguments
@@ -95,16 +95,7 @@ def build_model(arguments: ClassifierArguments, vocab_size: int, length: int) ->
         return model
     name, overrides = str(arguments.config_name), parse_overrides(arguments.config_overrides)
     known = load_config(name, {}, **trust)
-    fields: dict[str, Any] = {
-        "is_decoder": True,
-        "bidirectional": False,
-        "is_causal": True,
-        "max_position_embeddings": None,
-    }
-    if isinstance(rows := getattr(known, "max_position_embeddings", None), int):
-        fields["max_position_embeddings"] = max(rows, length)
-    if isinstance(rows := getattr(known, "max_positions", None), int):
-        fields["max_positions"] = max(rows, length)
+    fields = {"is_decoder": True, "bidirectional": False, "is_causal": True}
     chosen = {option: value for option, value in fields.items() if hasattr(known, option)}
     ids = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     config = load_config(name, {**ids, **chosen, **overrides}, **trust)
@@ -112,6 +103,7 @@ def build_model(arguments: ClassifierArguments, vocab_size: int, length: int) ->
         raise ValueError(
             f"The model type {config.model_type!r} has no causal language model head, which this task needs."
         )
+    make_room(config, length, overrides, "length")
     return AutoModelForCausalLM.from_config(config, **trust)
 
 

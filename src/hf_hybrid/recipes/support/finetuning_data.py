@@ -24,7 +24,7 @@ from ... import metrics as offline_metrics
 from ...data.loading import load_table
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
-from .models import check_decoder_table, load_model
+from .models import check_decoder_table, check_positions, load_model
 from .options import split_names
 from .reports import RunReport
 from .runs import Job
@@ -396,6 +396,7 @@ def set_generation(
     if training_args.generation_max_length is None:
         training_args.generation_max_length = data_args.max_target_length + 1  # the start token counts
     longest = training_args.generation_max_length - 1
+    check_positions(model.config, data_args.max_source_length, "max_source_length")
     check_decoder_table(model.config, data_args.max_target_length, "Targets", "max_target_length")
     check_decoder_table(model.config, longest, "Generated texts", "generation_max_length")
     beams = training_args.generation_num_beams or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,13 +12,17 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from ...configuration.lengths import check_source_length, check_target_length, room_for
 from ...hub import MANIFEST_FILE, verify_export
 from ...tokenization.special_tokens import padded_vocab_size
 from ...training.adapters import adapted_config, adapter_folder, add_lora, load_adapted_model, state_modules
 from ...training.arguments import FinetuningArguments
 from ...training.run_folder import check_checkpoint
 from .options import split_names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -207,30 +212,44 @@ def with_adapter(model: PreTrainedModel, checkpoint: str | None, training_args: 
 
 
 def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str, remedy: str) -> None:
-    """Refuse targets that the decoder has no positions for, before training begins.
+    """Refuse targets that the decoder cannot write, before training begins.
 
     Raises:
-        ValueError: `target_length` exceeds `max_position_embeddings`.
+        ValueError: `target_length` exceeds a limit of the configuration.
     """
-    rows = getattr(config, "max_position_embeddings", None)
-    if rows is not None and target_length > rows:
-        raise ValueError(
-            f"{what} have up to {target_length} tokens, but the decoder's position table has {rows} rows "
-            f"(`max_position_embeddings`). Lower `{remedy}`, or train a new model with a longer table "
-            f"(`config_overrides max_position_embeddings={target_length}`)."
-        )
+    check_target_length(config, target_length, what, remedy)
 
 
 def check_positions(config: PreTrainedConfig, length: int, remedy: str) -> None:
-    """Refuse inputs that a model has no positions for, before training begins.
+    """Refuse inputs that the model cannot read, before training begins.
 
     Raises:
-        ValueError: `length` exceeds `max_position_embeddings`.
+        ValueError: `length` exceeds a limit of the configuration.
     """
-    rows = getattr(config, "max_position_embeddings", None)
-    if rows is not None and not config.is_encoder_decoder and length > rows:
-        raise ValueError(
-            f"Inputs have up to {length} tokens, but the position table of the model has {rows} rows "
-            f"(`max_position_embeddings`). Lower `{remedy}`, or train a new model with a longer table "
-            f"(`config_overrides max_position_embeddings={length}`)."
-        )
+    check_source_length(config, length, "Inputs", remedy)
+
+
+def make_room(config: PreTrainedConfig, length: int, overrides: Mapping[str, Any], remedy: str) -> None:
+    """Give a new model room for inputs of `length` tokens.
+
+    Args:
+        config: of the new model; the sizes of its tables are raised where they limit the inputs.
+        length: tokens of the longest input.
+        overrides: fields that the user chose, which stay.
+        remedy: option that shortens the inputs.
+
+    Raises:
+        ValueError: a field that the user chose does not suffice.
+    """
+    for field_name, size in room_for(config, length).items():
+        if field_name not in overrides:
+            logger.info("`%s` is raised to %d, the longest sequence.", field_name, size)
+            setattr(config, field_name, size)
+    check_positions(config, length, remedy)
+
+
+def set_longest_input(tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Let the tokenizer of a model of this library say how long an input may be: other programs cut at what it says."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and hasattr(config, "max_source_length"):
+        limit = config.max_source_length()
+        tokenizer.model_max_length = VERY_LARGE_INTEGER if limit is None else limit

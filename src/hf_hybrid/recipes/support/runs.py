@@ -26,6 +26,7 @@ from ...training.run_folder import (
     peak_memory,
 )
 from ...viz import codebook_usage, plot_loss_curves
+from .models import set_longest_input
 from .options import parse_arguments, resolved_arguments
 from .reports import RunReport, make_card
 
@@ -129,6 +130,7 @@ def run_recipe(
 
 def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     trainer = job.trainer
+    set_longest_input(trainer.processing_class, job.model.config)
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
     if folder.resume_checkpoint is not None:
         check_resumable(trainer.model, folder.resume_checkpoint)

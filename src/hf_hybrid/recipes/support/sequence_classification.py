@@ -23,7 +23,7 @@ from .finetuning_data import (
     make_classification_metrics,
     only_logits,
 )
-from .models import NewModelArguments, load_config, load_model, parse_overrides
+from .models import NewModelArguments, load_config, load_model, make_room, parse_overrides
 from .reports import RunReport, display_names, hub_names
 
 if TYPE_CHECKING:
@@ -127,12 +127,7 @@ def build_classifier(
     trust = {"trust_remote_code": model_args.trust_remote_code}
     if model_args.model_name_or_path is not None:
         return load_model(auto_class, model_args.model_name_or_path, **trust, **head)
-    overrides = parse_overrides(model_args.config_overrides)
-    for name in ("max_positions", "max_position_embeddings"):
-        rows = getattr(config, name, None)
-        if isinstance(rows, int) and rows < longest and name not in overrides and not config.is_encoder_decoder:
-            logger.info("`%s` is %d; the longest sequence needs %d.", name, rows, longest)
-            setattr(config, name, longest)
+    make_room(config, longest, parse_overrides(model_args.config_overrides), "max_length")
     for name, value in head.items():
         setattr(config, name, value)
     return auto_class.from_config(config, **trust)
