@@ -126,6 +126,7 @@ def test_adapters_keep_the_groups() -> None:
 @pytest.mark.parametrize(
     ("name", "ndim", "group"),
     [
+        ("layers.0.ssm.C", 3, "state"),
         ("shared.weight", 2, "no_decay"),
         ("embeddings.word_embeddings.weight", 2, "no_decay"),
         ("decoder.embed_positions.weight", 2, "no_decay"),

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # Models without a record, and what others add to a model: by the usual names, else by shape.
 _USUAL_NAMES = re.compile(r"(^|\.)(shared|wte|wpe|(\w+_)?embed(_tokens|_positions|dings?)?|\w*bias|\w*norm\w*)(\.|$)")
 
+_USUAL_STATE = re.compile(r"(^|\.)(ssm|ema)\.")
+
 
 def group_of(name: str, parameter: nn.Parameter, architecture: Architecture | None = None) -> str | None:
     """Name of the group a parameter belongs to: `"state"`, `"no_decay"` or `"decay"`; None where the record has no rule.
@@ -31,6 +33,8 @@ def group_of(name: str, parameter: nn.Parameter, architecture: Architecture | No
         architecture: the record of the model, or None.
     """
     if architecture is None:
+        if _USUAL_STATE.search(name):
+            return "state"
         return "no_decay" if parameter.ndim <= 1 or _USUAL_NAMES.search(name) else "decay"
     kinds = architecture.kinds_of(name)
     return kinds[0] if len(kinds) == 1 else None
