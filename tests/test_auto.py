@@ -55,8 +55,20 @@ class TestArchitecture:
         assert {name: getattr(config, name) for name in changed} == changed
 
     def test_class_names_of_the_library_are_left_alone(self, architecture: Architecture) -> None:
-        for class_name in architecture.heads.values():
-            assert not hasattr(transformers, class_name)
+        assert not set(architecture.heads.values()) & set(transformers.__all__)
+
+    def test_names_by_which_tools_decide(self, architecture: Architecture) -> None:
+        """`transformers serve` loads `transformers.<class name>`; `Trainer` and lm-eval ask the tables of names."""
+        has_both = {"AutoModelForCausalLM", "AutoModelForSeq2SeqLM"} <= architecture.heads.keys()
+        for auto_name, model_class in load_heads(architecture):
+            assert getattr(transformers, model_class.__name__) is model_class
+            names = getattr(transformers, auto_name)._model_mapping._model_mapping
+            if auto_name == "AutoModelForSeq2SeqLM" and has_both:
+                assert (
+                    architecture.model_type not in names
+                )  # lm-eval would take causal checkpoints for encoder-decoders
+            else:
+                assert names[architecture.model_type] == model_class.__name__
 
 
 def test_model_types_and_classes_are_unique() -> None:
@@ -88,11 +100,12 @@ def test_registering_again_is_harmless() -> None:
 
 
 CHECK = """
-import transformers
+import sys, transformers
 for model_type, auto_name, class_name in {heads!r}:
     config = transformers.AutoConfig.for_model(model_type)
     found = getattr(transformers, auto_name)._model_mapping[type(config)]
     assert found.__name__ == class_name and found.__module__.startswith("hf_hybrid."), found
+    assert getattr(sys.modules["transformers"], class_name) is found
 """
 HEADS = [
     (architecture.model_type, auto_name, class_name)

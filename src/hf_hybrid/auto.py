@@ -426,11 +426,16 @@ def _register_configs() -> None:
 
 def _register_models() -> None:
     _register_configs()
+    from .configuration.name_tables import enter_names
+
     modeling_auto = import_module("transformers.models.auto.modeling_auto")
     for architecture in ARCHITECTURES:
         config_class = load_config_class(architecture)
-        for auto_name, model_class in load_heads(architecture):
+        heads = dict(load_heads(architecture))
+        for auto_name, model_class in heads.items():
             getattr(modeling_auto, auto_name).register(config_class, model_class, exist_ok=True)
+        classes = {model_class.__name__: model_class for model_class in heads.values()}
+        enter_names(architecture.model_type, architecture.heads, classes)
 
 
 def _register_image_processors() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .auto import ARCHITECTURES, Architecture
+from .configuration.name_tables import enter_names
 from .model_card import CARD_FILE, ModelCard, card_of_model, check_model_card
 from .new_folder import new_folder
 
@@ -135,6 +136,12 @@ def _adopted(names: Iterable[str]) -> str:
     return "\n\n" + "".join(f"{name}.__module__ = __name__\n" for name in names)
 
 
+def _entered(architecture: Architecture, name_tables: str) -> str:
+    """End of the configuration's file, which every tool loads first: enters the heads where tools look up names."""
+    heads = "".join(f'    "{auto_name}": "{name}",\n' for auto_name, name in architecture.heads.items())
+    return f'\n\nfrom .{name_tables} import enter_names\n\nenter_names("{architecture.model_type}", {{\n{heads}}})\n'
+
+
 @dataclass(frozen=True)
 class RemoteCode:
     """Source files of an export, and how Transformers finds the classes in them.
@@ -165,12 +172,14 @@ def remote_code(architecture: Architecture, processors: Mapping[str, type] | Non
     config_module, config_name = architecture.config.split(":")
     config_module, modeling = (f"{architecture.package}.{name}" for name in (config_module, architecture.modeling))
     processors = processors or {}
-    sources = _closure([config_module, modeling, *(kind.__module__ for kind in processors.values())])
+    name_tables = enter_names.__module__
+    sources = _closure([config_module, modeling, name_tables, *(kind.__module__ for kind in processors.values())])
     flat_names = _flat_names(sources)
     files = {
         f"{flat_names[module]}.py": _flatten(module, source, flat_names, __version__)
         for module, source in sources.items()
     }
+    files[f"{flat_names[config_module]}.py"] += _entered(architecture, flat_names[name_tables])
     own = {node.name for node in ast.parse(sources[modeling].text).body if isinstance(node, ast.ClassDef)}
     adopted = [name for name in dict.fromkeys(architecture.heads.values()) if name not in own]
     if adopted:
