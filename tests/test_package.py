@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import hf_hybrid
+from hf_hybrid import public_names
 
 EXTRAS = [
     "accelerate",
@@ -63,7 +64,8 @@ import hf_hybrid
 new = set(sys.modules) - before
 assert "torch" not in new, "torch"
 assert not [name for name in new if name.startswith("transformers.models")], sorted(new)
-assert {name for name in new if name.startswith("hf_hybrid.")} == {"hf_hybrid.auto"}, sorted(new)
+ours = {name for name in new if name.startswith("hf_hybrid.")}
+assert ours == {"hf_hybrid.auto", "hf_hybrid.public_names"}, ours
 """
     run(code)
 
@@ -129,6 +131,91 @@ for area in ("ops", "layers", "configuration", "modeling", "conversion", "data",
             assert area in ("data", "tokenization", "training") and "hf_hybrid[" in str(error), f"{{area}}.{{module.name}}: {{error}}"
 """
     run(code)
+
+
+TRAINING_OPTIONS = {"output_dir": "run", "data": "text.txt"}
+NEEDS_AN_EXTRA = {
+    "demo": {"output_dir": "demo"},
+    "evaluate": {**TRAINING_OPTIONS, "kind": "clm", "model_name_or_path": "model"},
+    "generate": {"model_name_or_path": "model", "input_file": "text.csv"},
+    "generate_lra": {"task": "listops", "output_dir": "listops"},
+    "inspect_activations": {"model_name_or_path": "model", "output_dir": "pictures", "prompts": ["a"]},
+    "lm_eval": ["--tasks", "blimp"],
+    "train_synthetic": {"output_dir": "run", "arch": "mega"},
+    "train_tokenizer": {"data": "text.txt", "output_dir": "tokenizer"},
+    **dict.fromkeys(("finetune_glue", "finetune_summarization"), {**TRAINING_OPTIONS, "model_name_or_path": "model"}),
+    **dict.fromkeys(("train_lra", "classify_image", "classify_audio"), {**TRAINING_OPTIONS, "arch": "mega"}),
+    **dict.fromkeys(
+        ("pretrain_clm", "pretrain_mlm", "pretrain_span_corruption", "finetune_translation"), TRAINING_OPTIONS
+    ),
+}
+
+
+def test_recipes_explain_themselves_without_extras_and_name_the_missing_one(
+    bare_interpreter: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("a b c\n" * 20)
+    code = f"""
+{bare_interpreter}
+import contextlib, importlib, io, os
+from hf_hybrid.recipes import list_recipes
+os.chdir({str(tmp_path)!r})
+for item in list_recipes():
+    main = importlib.import_module(f"hf_hybrid.recipes.{{item.name}}").main
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            main(["--help"])
+    except SystemExit as stopped:
+        assert stopped.code == 0 and item.summary in printed.getvalue(), item.name
+    options = {NEEDS_AN_EXTRA!r}.get(item.name)
+    try:
+        assert options is None or main(options) is None, item.name
+    except ImportError as error:
+        assert 'pip install "hf_hybrid[' in str(error), f"{{item.name}}: {{error}}"
+assert os.listdir(".") == ["text.txt"], "something was begun"
+"""
+    run(code)
+
+
+DOCUMENTS = [
+    path for folder in (".", "docs", "model_cards") for path in (Path(__file__).parents[1] / folder).glob("*.md")
+]
+
+
+def test_public_names() -> None:
+    """All of `__all__` exists, under its own name, and `dir` shows it; the documents use nothing else."""
+    assert set(hf_hybrid.__all__) <= set(dir(hf_hybrid))
+    for name in hf_hybrid.__all__:
+        value = getattr(hf_hybrid, name)
+        assert name == "__version__" or (value.__name__ == name and value.__doc__), name
+    for path in DOCUMENTS:
+        for names in re.findall(r"^\s*from hf_hybrid import ([^\n#]+)", path.read_text("utf-8"), flags=re.MULTILINE):
+            assert set(re.findall(r"\w+", names)) <= set(hf_hybrid.__all__), path.name
+
+
+def test_documents_import_from_the_package_itself() -> None:
+    """Recipes are modules; only the page on benchmarks times parts of the library where they stand."""
+    inner = re.compile(r"^\s*from hf_hybrid\.(?!recipes\b)[\w.]+ import [^\n]*", flags=re.MULTILINE)
+    for path in DOCUMENTS:
+        assert path.name == "benchmarks.md" or not inner.findall(path.read_text("utf-8")), path.name
+
+
+def test_a_misspelt_name_is_recognised() -> None:
+    for wrong, right in [
+        ("HybridTrainr", "HybridTrainer"),
+        ("hybridtrainer", "HybridTrainer"),
+        ("add_loras", "add_lora"),
+    ]:
+        with pytest.raises(AttributeError, match=f"no attribute '{wrong}'. Did you mean '{right}'"):
+            getattr(hf_hybrid, wrong)
+    with pytest.raises(AttributeError, match="`dir.hf_hybrid.` lists"):
+        hf_hybrid.something_else  # noqa: B018
+    assert not hasattr(hf_hybrid, "__wrapped__")
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    file = Path(hf_hybrid.__file__).with_suffix(".pyi")
+    assert file.read_text("utf-8") == public_names.stub(), "run hf_hybrid.public_names.write_stub()"
 
 
 def test_dependencies_are_few() -> None:

@@ -1,7 +1,7 @@
 """Hybrid state-space/attention architectures as Hugging Face Transformers models.
 
-`import hf_hybrid` registers every architecture with the Auto classes of Transformers; the public names below are imported when
-they are first used.
+`import hf_hybrid` registers every architecture with the Auto classes of Transformers; the public names (see `public_names`) are
+imported when they are first used.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .auto import public_classes, register
+from .auto import register
+from .public_names import modules_by_name, no_such_name
 
 __version__ = "0.1.0"
 
-_PUBLIC = public_classes()
+_PUBLIC = modules_by_name()
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
 
@@ -23,11 +24,11 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}.")
+    raise no_such_name(name, _PUBLIC)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 register()

@@ -230,7 +230,7 @@ def test_a_recipe_pushes_its_run_with_its_card(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 40)
     byte_tokenizer().save_pretrained(tmp_path / "bytes")
     options = {
-        "data": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "bytes"), "config_name": "spade_lm",
+        "data": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "bytes"), "arch": "spade_lm",
         "config_overrides": "d_model=16,d_ff=24,num_heads=2,num_layers=2,attention_window=4,ssm_state_size=4",
         "block_length": 32, "max_steps": 2, "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True,
         "eval_strategy": "no", "save_strategy": "no", "report_to": "none", "push_to_hub": True, "hub_model_id": "run",
@@ -249,7 +249,7 @@ def test_the_recipe_pushes_a_checkpoint(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "run")
     byte_tokenizer().save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "README.md").write_text(card_of_model(model).render())
-    options = {"source": str(tmp_path / "run"), "repo_id": f"{USER}/small", "license": "apache-2.0"}
+    options = {"model_name_or_path": str(tmp_path / "run"), "repo_id": f"{USER}/small", "license": "apache-2.0"}
     result = recipe.main(options | {"output_dir": str(tmp_path / "export")})
     assert result["url"] == f"{SERVER.url}/{USER}/small" and result["digest"] == verify_export(tmp_path / "export")
     files = SERVER.files(f"{USER}/small")

@@ -125,7 +125,7 @@ def test_train_evaluate_and_merge(kind: str, lora: Any, tmp_path: Path) -> None:
     again = {key: value for key, value in arguments.items() if key not in dropped} | {"kind": kind}
     first = evaluate.main({**again, "model_name_or_path": str(run), "output_dir": str(tmp_path / "evaluation")})
     assert first["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
-    done = merge_adapter.main({"adapter": str(run), "output_dir": str(tmp_path / "merged")})
+    done = merge_adapter.main({"model_name_or_path": str(run), "output_dir": str(tmp_path / "merged")})
     assert done["base_model"] == str(base)
     second = evaluate.main(
         {**again, "model_name_or_path": str(tmp_path / "merged"), "output_dir": str(tmp_path / "two")}
@@ -137,7 +137,7 @@ def test_generation_from_an_adapter(lora: Any, tmp_path: Path) -> None:
     finetune_summarization.main(lora("summarization", generation_num_beams=2, max_steps=6))
     options = {"device": "cpu", "prompts": TEXTS, "max_new_tokens": 6}
     adapted = generate.main({**options, "model_name_or_path": str(tmp_path / "run")})
-    merge_adapter.main({"adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "merged")})
+    merge_adapter.main({"model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "merged")})
     merged = generate.main({**options, "model_name_or_path": str(tmp_path / "merged")})
     assert adapted["generations"] == merged["generations"]
     settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
@@ -185,7 +185,7 @@ def test_gradient_checkpointing_and_the_flag_with_a_dash(lora: Any, tmp_path: Pa
         ("glue", {"from_scratch": True}, "adapts a pretrained checkpoint"),
         ("glue", {"lora_targets": ["query"]}, "names 'query'"),
         ("glue", {"lora_modules_to_save": ["ema_gate"]}, "names 'ema_gate'"),
-        ("translation", {"model_name_or_path": None, "config_name": "spade"}, "adapts a pretrained checkpoint"),
+        ("translation", {"model_name_or_path": None, "arch": "spade"}, "adapts a pretrained checkpoint"),
     ],
 )
 def test_bad_options(kind: str, changes: dict, message: str, lora: Any, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_adapters_whose_checkpoint_is_another_model(adapter: tuple[Path, Path], 
     with pytest.raises(ValueError, match="belongs to the checkpoint .* Put it back"):
         evaluate.main(again)
     with pytest.raises(ValueError, match="belongs to the checkpoint"):
-        merge_adapter.main({"adapter": str(folder), "output_dir": str(tmp_path / "merged")})
+        merge_adapter.main({"model_name_or_path": str(folder), "output_dir": str(tmp_path / "merged")})
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
         evaluate.main(again)
@@ -239,4 +239,4 @@ def test_adapters_whose_checkpoint_is_another_model(adapter: tuple[Path, Path], 
 
 def test_only_adapters_can_be_merged(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no adapter_config.json"):
-        merge_adapter.main({"adapter": str(checkpoint), "output_dir": str(tmp_path / "merged")})
+        merge_adapter.main({"model_name_or_path": str(checkpoint), "output_dir": str(tmp_path / "merged")})

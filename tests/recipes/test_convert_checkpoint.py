@@ -44,7 +44,7 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def convert(source: Path, output: Path, **options: str) -> dict:
-    return main({"source": str(source), "output_dir": str(output), **options})
+    return main({"model_name_or_path": str(source), "output_dir": str(output), **options})
 
 
 @pytest.mark.parametrize("name", ["encdec", "encdec_untied_bias"])

@@ -124,7 +124,7 @@ def test_summaries_on_two_processes(tmp_path, checkpoint):
 @pytest.mark.slow
 def test_masked_language_modelling_on_two_processes(tmp_path, tokenizer_folder, corpus):
     options = {
-        "config_name": "mega", "config_overrides": TINY_MEGA, "tokenizer": tokenizer_folder, "data": corpus, "block_length": 32,
+        "arch": "mega", "config_overrides": TINY_MEGA, "tokenizer": tokenizer_folder, "data": corpus, "block_length": 32,
         "max_validation_segments": 6, "max_steps": 4, "learning_rate": 1e-3, "use_cpu": True, "eval_strategy": "no",
     }  # fmt: skip
     batch = {"per_device_train_batch_size": 8}
@@ -180,7 +180,7 @@ def test_block_states_on_two_processes(reading, tmp_path, tokenizer_folder, corp
     """Texts of one block, in which no filter has an effect: all gradients arrive all the same. And a carried state."""
     block_size = {"block_length": 32, "segment_length": 12}[reading]
     options = {
-        "config_name": "bst", "config_overrides": f"{TINY_BST},block_size={block_size}", "tokenizer": tokenizer_folder,
+        "arch": "bst", "config_overrides": f"{TINY_BST},block_size={block_size}", "tokenizer": tokenizer_folder,
         "data": corpus, reading: 32, "validation_fraction": 0.2, "max_steps": 5, "learning_rate": 1e-3, "use_cpu": True,
         "eval_strategy": "no", "save_strategy": "no",
     }  # fmt: skip

@@ -16,8 +16,7 @@ PAIRS = [("the list is sorted now", "die list of keys is there"), ("a dictionary
 TINY = {
     "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,decoder_layers=1,attention_window=8,ssm_state_size=4,"
     "max_position_embeddings=64",
-    "mega": "is_encoder_decoder=true,hidden_size=16,num_hidden_layers=1,intermediate_size=16,nffn_hidden_size=16,"
-    "shared_representation_size=8",
+    "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,nffn_hidden_size=16,shared_representation_size=8",
 }
 
 
@@ -75,7 +74,7 @@ def test_a_new_model_on_two_columns(translating, tmp_path, tokenizer_folder, arc
         "target_lang": "source",
         "model_name_or_path": None,
         "tokenizer": str(tokenizer_folder),
-        "config_name": arch,
+        "arch": arch,
         "config_overrides": TINY[arch],
     }
     metrics = main({**translating, **changes, "max_steps": 2, "source_prefix": "to English: "})
@@ -102,7 +101,7 @@ def test_scores_are_those_of_sacrebleu():
         ({"target_lang": "fr"}, "no column 'fr'"),
         ({"max_target_length": 65}, "64 rows"),
         ({"data": None}, "`data` is required"),
-        ({"config_name": "spade"}, "drop `model_name_or_path`"),
+        ({"arch": "spade"}, "drop `model_name_or_path`"),
     ],
 )
 def test_bad_options_are_explained(translating, tmp_path, changes, message):

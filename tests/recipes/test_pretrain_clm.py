@@ -98,11 +98,11 @@ def test_another_architecture_trains_too(pretraining):
         "hidden_size=16,num_attention_heads=2,num_key_value_heads=2,intermediate_size=32,num_hidden_layers=1,"
         "max_position_embeddings=64"
     )
-    metrics = main({**pretraining, "config_name": "llama", "config_overrides": overrides})
+    metrics = main({**pretraining, "arch": "llama", "config_overrides": overrides})
     assert metrics["steps"] == 3
 
 
 def test_blocks_longer_than_the_position_table_are_refused(pretraining):
     overrides = "n_embd=16,n_head=2,n_layer=1,n_positions=16"
     with pytest.raises(ValueError, match="16 rows"):
-        main({**pretraining, "config_name": "gpt2", "config_overrides": overrides})
+        main({**pretraining, "arch": "gpt2", "config_overrides": overrides})

@@ -26,7 +26,7 @@ def pretraining(options, corpus, tokenizer_folder) -> dict:
         **options,
         "data": [str(corpus)],
         "tokenizer": str(tokenizer_folder),
-        "config_name": "bert",
+        "arch": "bert",
         "config_overrides": TINY_BERT,
         "block_length": 32,
         "eval_strategy": "no",
@@ -64,7 +64,7 @@ def test_mega_is_the_default(pretraining, tmp_path):
     overrides = (
         "hidden_size=16,num_hidden_layers=1,intermediate_size=16,nffn_hidden_size=16,use_chunking=true,chunk_size=8"
     )
-    metrics = main({**pretraining, "config_name": None, "config_overrides": overrides, "learning_rate": 1e-2})
+    metrics = main({**pretraining, "arch": None, "config_overrides": overrides, "learning_rate": 1e-2})
     assert metrics["steps"] == 3 and metrics["eval_loss"] < 7
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.model_type == "mega"
 
@@ -74,7 +74,7 @@ def test_mega_is_the_default(pretraining, tmp_path):
     [
         ({"mask_probability": 1.5}, "`mask_probability` must lie between"),
         ({"block_length": 65}, "accepts 64.*`block_length`"),
-        ({"config_name": "spade", "config_overrides": None}, "AutoModelForMaskedLM"),
+        ({"arch": "spade", "config_overrides": None}, "AutoModelForMaskedLM"),
         ({"streaming": True, "max_steps": -1}, "`streaming` needs `max_steps`"),
     ],
 )

@@ -19,7 +19,9 @@ from hf_hybrid.recipes.push_to_hub import main
 
 def test_a_checkpoint_becomes_an_export(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "export"
-    result = main({"source": str(checkpoint), "output_dir": str(output), "license": "cc0-1.0", "language": ["en"]})
+    result = main(
+        {"model_name_or_path": str(checkpoint), "output_dir": str(output), "license": "cc0-1.0", "language": ["en"]}
+    )
     assert result["architecture"] == "SpadeForConditionalGeneration" and result["output_dir"] == str(output)
     assert result["digest"] == verify_export(output) and result["files"] == len(list(output.iterdir()))
     data = ModelCard.load(output / "README.md").data
@@ -29,12 +31,14 @@ def test_a_checkpoint_becomes_an_export(checkpoint: Path, tmp_path: Path) -> Non
     text = "A short sentence."
     assert AutoTokenizer.from_pretrained(output)(text) == AutoTokenizer.from_pretrained(checkpoint)(text)
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        main({"source": str(checkpoint), "output_dir": str(output)})
+        main({"model_name_or_path": str(checkpoint), "output_dir": str(output)})
 
 
 def test_an_export_without_code_and_from_an_export(checkpoint: Path, tmp_path: Path) -> None:
-    main({"source": str(checkpoint), "output_dir": str(tmp_path / "first")})
-    result = main({"source": str(tmp_path / "first"), "output_dir": str(tmp_path / "second"), "remote_code": False})
+    main({"model_name_or_path": str(checkpoint), "output_dir": str(tmp_path / "first")})
+    result = main(
+        {"model_name_or_path": str(tmp_path / "first"), "output_dir": str(tmp_path / "second"), "remote_code": False}
+    )
     names = {path.name for path in (tmp_path / "second").iterdir()}
     assert MANIFEST_FILE not in names and not any(name.endswith(".py") for name in names) and "digest" not in result
     assert "auto_map" not in json.loads((tmp_path / "second" / "config.json").read_text())
@@ -43,7 +47,7 @@ def test_an_export_without_code_and_from_an_export(checkpoint: Path, tmp_path: P
 def test_image_models_keep_their_processor(tmp_path: Path) -> None:
     Case("mega", "AutoModelForImageClassification", "default").model().save_pretrained(tmp_path / "model")
     PixelSequenceImageProcessor(image_size=7).save_pretrained(tmp_path / "model")
-    main({"source": str(tmp_path / "model"), "output_dir": str(tmp_path / "export")})
+    main({"model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "export")})
     settings = json.loads((tmp_path / "export" / "preprocessor_config.json").read_text())
     assert settings["auto_map"] == {"AutoImageProcessor": "image_processing.PixelSequenceImageProcessor"}
     assert settings["image_size"] == 7
@@ -76,7 +80,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path, write, options,
     (tmp_path / "source").mkdir()
     write(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
-        main({"source": str(tmp_path / "source"), "output_dir": str(tmp_path / "export")} | options)
+        main({"model_name_or_path": str(tmp_path / "source"), "output_dir": str(tmp_path / "export")} | options)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -90,7 +94,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path, write, options,
 )
 def test_bad_cards_are_refused(checkpoint: Path, tmp_path: Path, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        main({"source": str(checkpoint), "output_dir": str(tmp_path / "export")} | options)
+        main({"model_name_or_path": str(checkpoint), "output_dir": str(tmp_path / "export")} | options)
     assert not any(tmp_path.iterdir())
 
 
@@ -99,5 +103,7 @@ def test_pushing_needs_a_token(checkpoint: Path, tmp_path: Path, monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="needs a token of the Hub"):
-        main({"source": str(checkpoint), "repo_id": "somebody/name", "output_dir": str(tmp_path / "export")})
+        main(
+            {"model_name_or_path": str(checkpoint), "repo_id": "somebody/name", "output_dir": str(tmp_path / "export")}
+        )
     assert not any(tmp_path.iterdir())

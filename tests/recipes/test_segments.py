@@ -22,7 +22,7 @@ def pretraining(options, corpus, tokenizer_folder) -> dict:
         **options,
         "data": [str(corpus)],
         "tokenizer": str(tokenizer_folder),
-        "config_name": "bst",
+        "arch": "bst",
         "config_overrides": TINY,
         "segment_length": 20,
         "eval_strategy": "no",
@@ -75,7 +75,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(pretraining, tmp_path, variant):
     ("changes", "message"),
     [
         (
-            {"config_name": None, "config_overrides": "d_model=16,num_heads=2,d_ff=32"},
+            {"arch": None, "config_overrides": "d_model=16,num_heads=2,d_ff=32"},
             "`segment_length` needs a model",
         ),
         ({"segment_length": 0}, "`segment_length` must be a positive number"),

@@ -70,7 +70,7 @@ def test_accuracy_is_that_of_the_model(options, tmp_path) -> None:
         ({"num_validation": 0}, "`num_validation` must be a positive number"),
         ({"task_seed": -1}, "`task_seed` must not be negative"),
         ({"length": 10}, "`length` 10 is too short"),
-        ({"arch": "spade"}, "'spade' has no causal language model head"),
+        ({"arch": "spade"}, "'spade' has no head for AutoModelForCausalLM"),
         ({"arch": None}, "Pass either `arch`"),
     ],
 )

@@ -1,1 +1,70 @@
-"""Complete tasks, each a `main(args) -> dict` that is also a command: `python -m hf_hybrid.recipes.<task>`."""
+"""Complete tasks, each a `main(args) -> dict` that is also a command: `python -m hf_hybrid.recipes.<task>`.
+
+Every module here is a command; what several of them share stands in `support`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .support.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A recipe in the list of all.
+
+    Attributes:
+        name: of its module.
+        summary: what it does, in one line.
+        trains: whether it trains a model, which `evaluate` can then evaluate.
+    """
+
+    name: str
+    summary: str
+    trains: bool
+
+    @property
+    def task(self) -> str:
+        """The name without its verb: `glue` of `finetune_glue`."""
+        return self.name.partition("_")[2]
+
+
+@cache
+def list_recipes() -> tuple[Listed, ...]:
+    """All recipes by name, read off their sources: nothing is imported, so that a list takes no time."""
+    found = []
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        if module.ispkg:
+            continue
+        loader = getattr(find_spec(f"{__name__}.{module.name}"), "loader", None)
+        tree = ast.parse(loader.get_source(f"{__name__}.{module.name}"))  # type: ignore[union-attr]
+        names = {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}  # type: ignore[attr-defined]
+        summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+        found.append(Listed(module.name, summary, trains="RECIPE" in names))
+    return tuple(found)
+
+
+def training_recipe(name: str) -> Recipe:
+    """The recipe of a training task by its name, or by its task alone: `finetune_glue` or `glue`.
+
+    Raises:
+        ValueError: there is none; names those that exist.
+    """
+    listed = [item for item in list_recipes() if item.trains]
+    found = next((item for item in listed if name in (item.name, item.task)), None)
+    if found is None:
+        close = difflib.get_close_matches(str(name), [word for item in listed for word in (item.task, item.name)], n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"No recipe trains {name!r}; those that train a model are {', '.join(item.task for item in listed)}.{hint}"
+        )
+    return import_module(f".{found.name}", __name__).RECIPE

@@ -27,8 +27,9 @@ from .support.finetuning_data import (
     single_validation_set,
 )
 from .support.models import with_adapter
+from .support.recipe import Recipe
 from .support.reports import display_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 from .support.sequence_classification import (
     ClassifierArguments,
     build_classifier,
@@ -137,9 +138,12 @@ def build(
     return Job(trainer, report)
 
 
+RECIPE = Recipe("classify_audio", __doc__ or "", (AudioArguments, ClassifierArguments, FinetuningArguments), build)
+
+
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((AudioArguments, ClassifierArguments, FinetuningArguments), build, args, __doc__)
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from ..data.lra import PixelSequences, load_lra_table, lra_task, pixel_array
 from ..training.arguments import FinetuningArguments
 from .support.finetuning_data import TableArguments, labels_of_model, load_tables, single_validation_set
 from .support.models import with_adapter
+from .support.recipe import Recipe
 from .support.reports import display_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 from .support.sequence_classification import (
     ClassifierArguments,
     build_classifier,
@@ -108,9 +109,12 @@ def build(
     return Job(trainer, report)
 
 
+RECIPE = Recipe("classify_image", __doc__ or "", (ImageArguments, ClassifierArguments, FinetuningArguments), build)
+
+
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((ImageArguments, ClassifierArguments, FinetuningArguments), build, args, __doc__)
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

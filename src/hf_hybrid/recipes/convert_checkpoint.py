@@ -1,8 +1,8 @@
 """Converts official checkpoints of SPADE (arXiv 2212.08136), Mega (2209.10655) and SeqBoat (2306.11197) to this library, and back.
 
-    python -m hf_hybrid.recipes.convert_checkpoint --source official/ --output_dir converted/
-    python -m hf_hybrid.recipes.convert_checkpoint --source checkpoint_best.pt --output_dir converted/
-    python -m hf_hybrid.recipes.convert_checkpoint --source converted/ --output_dir official/ --direction to_official
+    python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path official/ --output_dir converted/
+    python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path checkpoint_best.pt --output_dir converted/
+    python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path converted/ --output_dir official/ --direction to_official
 
 SPADE encoder-decoders are folders with `config.json` and `pytorch_model.bin` (or safetensors); its language models and all of Mega
 and SeqBoat are fairseq checkpoints. Nothing is lost either way.
@@ -42,7 +42,9 @@ _DIRECTIONS = ("from_official", "to_official")
 class ConvertCheckpointArguments:
     """Arguments of the recipe."""
 
-    source: str = field(metadata={"help": "Folder of a checkpoint, or a single .pt, .bin or .safetensors file."})
+    model_name_or_path: str = field(
+        metadata={"help": "Folder of a checkpoint, or a single .pt, .bin or .safetensors file."}
+    )
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
     direction: str = field(default="from_official", metadata={"help": "from_official or to_official."})
     config_file: str | None = field(
@@ -71,9 +73,9 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     set_up_logging()
     if options.direction not in _DIRECTIONS:
         raise ValueError(f"`direction` must be one of {', '.join(_DIRECTIONS)}; got {options.direction!r}.")
-    source, output = Path(options.source), Path(options.output_dir)
+    source, output = Path(options.model_name_or_path), Path(options.output_dir)
     if not source.exists():
-        raise ValueError(f"`source` {source} does not exist.")
+        raise ValueError(f"`model_name_or_path` {source} does not exist.")
     convert = _from_official if options.direction == "from_official" else _to_official
     with new_folder(output, "output_dir") as scratch:
         config, state = convert(source, options.config_file and Path(options.config_file), scratch)
@@ -200,7 +202,7 @@ def _unshared(state: StateDict) -> StateDict:
 def _read_ours(source: Path) -> tuple[PreTrainedConfig, StateDict]:
     """Configuration and tensors of a folder of this library."""
     if not source.is_dir():
-        raise ValueError(f"`source` {source} must be a folder with `config.json` and weights.")
+        raise ValueError(f"`model_name_or_path` {source} must be a folder with `config.json` and weights.")
     fields = read_json(source / "config.json")
     architecture = find_architecture(fields.get("model_type"))
     if architecture is None or architecture.converter is None:

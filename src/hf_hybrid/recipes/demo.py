@@ -11,21 +11,18 @@ with their model cards, `metrics.json` and `report.html`. All training goes thro
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from ..training.arguments import FinetuningArguments, PretrainingArguments, Seq2SeqFinetuningArguments
 from ..training.callbacks import TimeLimitCallback
 from ..training.run_folder import describe_environment, write_json
 from ..viz import plot_loss_curves, plot_state_space_channels
@@ -43,22 +40,12 @@ from .support.demo_data import (
 )
 from .support.demo_report import PICTURES, summary_lines, write_report
 from .support.demo_samples import fill_in_examples, generate_texts, reload_in_clean_process, span_corruption_figures
-from .support.finetuning_data import PREDICTIONS_FILE, CheckpointArguments
-from .support.models import NewModelArguments
-from .support.options import parse_arguments
-from .support.runs import Job, run_recipe
+from .support.finetuning_data import PREDICTIONS_FILE
+from .support.options import parse_arguments, require
+from .support.recipe import Recipe
+from .support.runs import Job
 
 logger = logging.getLogger(__name__)
-
-_ARGUMENT_TYPES = {
-    pretrain_span_corruption.__name__: (
-        pretrain_span_corruption.SpanCorruptionArguments, NewModelArguments, PretrainingArguments
-    ),
-    finetune_glue.__name__: (finetune_glue.GlueArguments, CheckpointArguments, FinetuningArguments),
-    finetune_summarization.__name__: (
-        finetune_summarization.SummarizationArguments, CheckpointArguments, Seq2SeqFinetuningArguments
-    ),
-}  # fmt: skip
 
 OWN_DOCUMENT = (
     "The file is opened for reading and every line is passed to the function. Lines that are empty are skipped. "
@@ -223,20 +210,19 @@ class Demo:
         """A SentencePiece tokenizer on the pretraining text."""
         options = {"data": self.path / "data" / CORPUS / "train.jsonl", "num_threads": torch.get_num_threads()}
         self.metrics["tokenizer"] = train_tokenizer.main(
-            _flags({**options, "output_dir": self.path / "tokenizer", **self.plan.tokenizer})
+            {**options, "output_dir": self.path / "tokenizer", **self.plan.tokenizer}
         )
         _say(_indented(self.metrics["tokenizer"]))
 
     def pretrain(self) -> None:
         """Span corruption, compared with the entropy of its targets."""
-        overrides = ",".join(f"{name}={json.dumps(value)}" for name, value in self.plan.model.items())
         job, metrics = self._run_recipe(
-            pretrain_span_corruption,
+            pretrain_span_corruption.RECIPE,
             "pretrained",
             0.5,
             data=self.path / "data" / CORPUS,
             tokenizer=self.path / "tokenizer",
-            config_overrides=overrides,
+            config_overrides=self.plan.model,
             **self.plan.pretraining,
         )
         self.pretrained = job
@@ -258,7 +244,7 @@ class Demo:
         """Classification through the GLUE recipe, beside majority and Naive Bayes on the same text."""
         folder = self.path / "data" / CLASSIFICATION
         job, metrics = self._run_recipe(
-            finetune_glue,
+            finetune_glue.RECIPE,
             "classifier",
             0.45,
             data=folder,
@@ -274,7 +260,7 @@ class Demo:
         """Summarization through its recipe, beside the first words of the document."""
         folder = self.path / "data" / SUMMARIZATION
         job, metrics = self._run_recipe(
-            finetune_summarization,
+            finetune_summarization.RECIPE,
             "summarizer",
             0.5,
             data=folder,
@@ -341,7 +327,7 @@ class Demo:
     def _picture(self, name: str) -> Path:
         return self.path / PICTURES / f"{name}.png"
 
-    def _run_recipe(self, recipe: ModuleType, folder: str, share: float, **options: Any) -> tuple[Job, dict[str, Any]]:
+    def _run_recipe(self, recipe: Recipe, folder: str, share: float, **options: Any) -> tuple[Job, dict[str, Any]]:
         """Run a training recipe as its `main` does, and keep its job."""
         jobs: list[Job] = []
 
@@ -362,9 +348,7 @@ class Demo:
             "log_level": "warning",
             **options,
         }
-        metrics = run_recipe(
-            _ARGUMENT_TYPES[recipe.__name__], build, {k: _word(v) for k, v in options.items()}, recipe.__doc__
-        )
+        metrics = replace(recipe, build=build).train(options)
         state = jobs[0].trainer.state
         cut_short = state.global_step < state.max_steps
         if cut_short:
@@ -431,14 +415,6 @@ def _peak_memory_mb() -> float | None:
     return round(used / (1e6 if sys.platform == "darwin" else 1e3), 1)
 
 
-def _word(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -479,8 +455,10 @@ def main(args: DemoArguments | Sequence[str] | Mapping[str, Any] | None = None) 
     Raises:
         FileExistsError: the output folder is not empty.
         ValueError: an option is out of range, or the installation carries too little text.
+        ImportError: a package of the extra `train` is missing.
     """
     options = args if isinstance(args, DemoArguments) else parse_arguments((DemoArguments,), args, __doc__)[0]
+    require("The demonstration", "accelerate", "datasets", "matplotlib", "sentencepiece", "sklearn", extra="train")
     demo = Demo(options)
     with _temporary_dataset_cache():
         return demo.run()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .. import metrics as offline_metrics
+from ..metrics import GLUE_TASKS, glue_metric_names
 from ..training.arguments import FinetuningArguments
 from ..training.trainer import HybridTrainer
 from .support.finetuning_data import (
@@ -37,8 +37,9 @@ from .support.finetuning_data import (
     require_text,
 )
 from .support.models import check_positions, load_config, load_tokenizer, with_adapter
+from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +66,7 @@ class GlueArguments(TableArguments):
 
     task: str | None = field(
         default=None,
-        metadata={"help": f"GLUE task ({', '.join(offline_metrics.GLUE_TASKS)}): decides data and metrics."},
+        metadata={"help": f"GLUE task ({', '.join(GLUE_TASKS)}): decides data and metrics."},
     )
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "One or two columns of text. Default: found by their GLUE names."}
@@ -79,8 +80,8 @@ class GlueArguments(TableArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task is not None and self.task not in offline_metrics.GLUE_TASKS:
-            raise ValueError(f"`task` must be one of {', '.join(offline_metrics.GLUE_TASKS)}; got {self.task!r}.")
+        if self.task is not None and self.task not in GLUE_TASKS:
+            raise ValueError(f"`task` must be one of {', '.join(GLUE_TASKS)}; got {self.task!r}.")
         if self.task is not None and self.data is None and self.validation_data is None:
             self.data, self.dataset_config = [GLUE_DATASET], self.task
 
@@ -110,7 +111,7 @@ def metric_names(arguments: GlueArguments, labels: Labels) -> list[str]:
     if arguments.metrics is not None:
         return arguments.metrics
     if arguments.task is not None:
-        return list(offline_metrics.glue_metric_names(arguments.task))
+        return list(glue_metric_names(arguments.task))
     return ["pearson", "spearmanr"] if labels.is_regression else ["accuracy"]
 
 
@@ -218,9 +219,12 @@ def _report(
     )
 
 
+RECIPE = Recipe("finetune_glue", __doc__ or "", (GlueArguments, CheckpointArguments, FinetuningArguments), build)
+
+
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((GlueArguments, CheckpointArguments, FinetuningArguments), build, args, __doc__)
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from .. import metrics as offline_metrics
+from .. import metrics
 from ..training.arguments import Seq2SeqFinetuningArguments
 from .support.finetuning_data import (
     CheckpointArguments,
@@ -33,8 +33,9 @@ from .support.finetuning_data import (
     single_validation_set,
 )
 from .support.models import load_tokenizer, with_adapter
+from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,7 +112,7 @@ def encode(
 
 def rouge_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
     """ROUGE in percent, with stemming and one sentence per line."""
-    rouge = offline_metrics.load("rouge")
+    rouge = metrics.load("rouge")
     scores = rouge.compute(predictions=predictions, references=references, use_stemmer=True, split_sentences=True)
     return {name: 100.0 * value for name, value in scores.items()}
 
@@ -161,13 +162,21 @@ def _report(
         base_model=next(iter(hub_names([model_args.model_name_or_path])), None),
         lengths=f"inputs of up to {data_args.max_source_length} tokens, targets of up to {data_args.max_target_length}",
         metrics={"train_samples": train_samples, "eval_samples": len(rows), "from_scratch": model_args.from_scratch},
-        result_names={f"eval_{name}": name for name in offline_metrics.ROUGE_TYPES},
+        result_names={f"eval_{name}": name for name in metrics.ROUGE_TYPES},
     )
 
 
+RECIPE = Recipe(
+    "finetune_summarization",
+    __doc__ or "",
+    (SummarizationArguments, CheckpointArguments, Seq2SeqFinetuningArguments),
+    build,
+)
+
+
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((SummarizationArguments, CheckpointArguments, Seq2SeqFinetuningArguments), build, args, __doc__)
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

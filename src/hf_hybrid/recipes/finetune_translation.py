@@ -1,7 +1,7 @@
 """Train or fine-tune an encoder-decoder for translation, evaluated by BLEU (sacrebleu) and chrF on generated text.
 
     python -m hf_hybrid.recipes.finetune_translation --data pairs/ --source_lang en --target_lang de --tokenizer tokenizer/ \
-        --config_name mega --config_overrides "is_encoder_decoder=true,hidden_size=256,decoder_layers=4" \
+        --arch mega --config_overrides "hidden_size=256,decoder_layers=4" \
         --learning_rate 2e-3 --num_train_epochs 10 --generation_num_beams 5 --output_dir runs/en-de
 
 Rows hold a column `translation` with one text per language, or two columns of text. Without `--model_name_or_path` a new model
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForSeq2SeqLM
 
-from .. import metrics as offline_metrics
+from .. import metrics
 from ..training.arguments import Seq2SeqFinetuningArguments
 from .support.finetuning_data import (
     GenerationArguments,
@@ -30,8 +30,9 @@ from .support.finetuning_data import (
     single_validation_set,
 )
 from .support.models import NewModelArguments, build_new_or_pretrained, load_tokenizer, with_adapter
+from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +79,7 @@ def text_pairs(rows: Dataset, arguments: TranslationArguments, what: str) -> Dat
 def translation_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
     """BLEU and chrF of a corpus, both in percent, with the default settings of sacrebleu."""
     return {
-        name: offline_metrics.load(name).compute(predictions=predictions, references=references)["score"]
+        name: metrics.load(name).compute(predictions=predictions, references=references)["score"]
         for name in ("sacrebleu", "chrf")
     }
 
@@ -96,7 +97,7 @@ def build(
         ValueError: an option, the data or the checkpoint cannot be used, or targets exceed the decoder's positions.
     """
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
-    model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_type="spade")
+    model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_arch="spade")
     set_generation(model, data_args, training_args)
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only)
     rows = text_pairs(single_validation_set(validation), data_args, "validation data")
@@ -137,9 +138,14 @@ def _report(
     )
 
 
+RECIPE = Recipe(
+    "finetune_translation", __doc__ or "", (TranslationArguments, NewModelArguments, Seq2SeqFinetuningArguments), build
+)
+
+
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((TranslationArguments, NewModelArguments, Seq2SeqFinetuningArguments), build, args, __doc__)
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ..data.lra_listops import ListOpsSettings, generate_listops
 from ..data.lra_pathfinder import DIFFICULTIES, generate_pathfinder, pathfinder_settings
 from ..data.parallel import available_processes
 from ..training.run_folder import RunFolder, is_main_process
-from .support.options import parse_arguments, resolved_arguments
+from .support.options import parse_arguments, require, resolved_arguments
 from .support.runs import set_up_logging
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def generate_splits(task: LraTask, arguments: GeneratorArguments, *, with_train:
 
     Raises:
         ValueError: a task that is not generated, or an option out of range.
+        ImportError: `datasets` is not installed.
     """
+    require("Generating data", "datasets", extra="train")
     if task.name not in GENERATED:
         raise ValueError(f"Only {' and '.join(GENERATED)} can be generated; pass `data` for the task {task.name!r}.")
     sizes = {

@@ -40,7 +40,7 @@ from .finetune_summarization import TEXT_COLUMNS
 from .generate import GenerateArguments, read_inputs
 from .support.finetuning_data import check_vocabulary, choose_column, require_columns, require_text
 from .support.models import load_config, load_model, load_tokenizer
-from .support.options import parse_arguments, split_names
+from .support.options import parse_arguments, require, split_names
 from .support.runs import set_up_logging
 from .support.sequence_classification import saved_image_processor
 
@@ -282,6 +282,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         FileExistsError: the output folder is not empty.
     """
     (options,) = parse_arguments((InspectArguments,), args, __doc__)
+    require("Pictures", "matplotlib", extra="viz")  # better now than after the measurements
     set_up_logging()
     output = Path(options.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

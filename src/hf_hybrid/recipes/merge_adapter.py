@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into the checkpoint that it was trained on, and save the result as an ordinary checkpoint.
 
-    python -m hf_hybrid.recipes.merge_adapter --adapter runs/sst2-lora --output_dir runs/sst2-merged
+    python -m hf_hybrid.recipes.merge_adapter --model_name_or_path runs/sst2-lora --output_dir runs/sst2-merged
 
 Tokenizer, image processor and feature extractor of the adapter's folder are copied. The weights of the merged checkpoint are the
 sums W + (alpha / r) B A, rounded to the data type of the checkpoint.
@@ -30,7 +30,7 @@ _PROCESSING_FILES = ("token*.json", "*.model", "special_tokens_map.json", "chat_
 class MergeArguments:
     """The adapter and where its model goes."""
 
-    adapter: str = field(metadata={"help": "Folder of the adapter, or its Hub name."})
+    model_name_or_path: str = field(metadata={"help": "Folder of the adapter, or its Hub name."})
     output_dir: str = field(metadata={"help": "Folder to write; must be empty or new."})
 
 
@@ -50,17 +50,17 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     (arguments,) = parse_arguments((MergeArguments,), args, __doc__)
     set_up_logging()
     folder = RunFolder(arguments.output_dir)
-    source = adapter_folder(arguments.adapter)
+    source = adapter_folder(arguments.model_name_or_path)
     if source is None:
         raise ValueError(
-            f"`adapter` {arguments.adapter!r} holds no adapter_config.json: name a folder that a run with LoRA left."
+            f"`model_name_or_path` {arguments.model_name_or_path!r} holds no adapter_config.json: name a folder that a run with LoRA left."
         )
     if not (source / ADAPTED_CONFIG_FILE).is_file():
         raise ValueError(
             f"{source} has no {ADAPTED_CONFIG_FILE}, which tells the class of its model: merge it in Python, with "
             "`PeftModel.from_pretrained(model, folder).merge_and_unload()`."
         )
-    model = load_model(architecture_auto_class(adapted_config(source)), arguments.adapter)
+    model = load_model(architecture_auto_class(adapted_config(source)), arguments.model_name_or_path)
     with folder.recording(resolved_arguments(arguments)):
         model.save_pretrained(folder.path)
         for pattern in _PROCESSING_FILES:

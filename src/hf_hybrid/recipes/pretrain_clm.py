@@ -35,8 +35,9 @@ from .support.pretraining_data import (
     limited,
     load_text,
 )
+from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 
 
 @dataclass
@@ -68,11 +69,6 @@ class CausalDataArguments(PretrainingDataArguments):
             )
 
 
-def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((CausalDataArguments, NewModelArguments, PretrainingArguments), build, args, __doc__)
-
-
 def build(
     data_args: CausalDataArguments,
     model_args: NewModelArguments,
@@ -88,7 +84,7 @@ def build(
     if not evaluate_only:
         check_length_of_run(data_args, training_args)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
-    model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_type="spade_lm")
+    model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_arch="spade_lm")
     if data_args.segment_length is None:
         check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
         train_dataset, eval_dataset, text = build_datasets(
@@ -173,6 +169,14 @@ def build_segments(
         train = DocumentSegments(text.train.tokens, eos, num_rows=rows, **options)
     rows = min(training_args.eval_batch_size * training_args.world_size, text.validation.num_documents)
     return train, DocumentSegments(text.validation.tokens, eos, num_rows=rows, **options), text
+
+
+RECIPE = Recipe("pretrain_clm", __doc__ or "", (CausalDataArguments, NewModelArguments, PretrainingArguments), build)
+
+
+def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

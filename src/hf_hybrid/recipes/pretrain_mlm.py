@@ -1,9 +1,9 @@
 """Pretrain a masked language model (BERT objective, arXiv 1810.04805) on raw text.
 
-    python -m hf_hybrid.recipes.pretrain_mlm --data corpus.txt --tokenizer tokenizer/ --config_name mega \
+    python -m hf_hybrid.recipes.pretrain_mlm --data corpus.txt --tokenizer tokenizer/ --arch mega \
         --config_overrides "hidden_size=256,num_hidden_layers=4" --block_length 512 --max_steps 1000 --output_dir runs/mlm
 
-Any architecture with a masked-language-model head trains: name its model type as `--config_name`. A tokenizer without a mask
+Any architecture with a masked-language-model head trains: name its model type as `--arch`. A tokenizer without a mask
 token lends its first sentinel, `<extra_id_0>`. The loss and its exponential, the perplexity, are those of the hidden tokens.
 """
 
@@ -30,8 +30,9 @@ from .support.pretraining_data import (
     limited,
     load_text,
 )
+from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 
 
 @dataclass
@@ -44,11 +45,6 @@ class MaskedDataArguments(PretrainingDataArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probability(self.mask_probability)
-
-
-def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((MaskedDataArguments, NewModelArguments, PretrainingArguments), build, args, __doc__)
 
 
 def build(
@@ -67,7 +63,7 @@ def build(
         check_length_of_run(data_args, training_args)
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     vocabulary = MaskingVocabulary.of(tokenizer)
-    model = build_new_or_pretrained(AutoModelForMaskedLM, model_args, tokenizer, default_type="mega")
+    model = build_new_or_pretrained(AutoModelForMaskedLM, model_args, tokenizer, default_arch="mega")
     check_positions(model.config, data_args.block_length, "block_length")
     train_dataset, eval_dataset, text = build_datasets(
         data_args, tokenizer, vocabulary, training_args.seed, evaluate_only=evaluate_only
@@ -118,6 +114,14 @@ def build_datasets(
         train = MaskedBlockStream(text.train, tokenizer, **stream, **options)
     evaluation = MaskedBlockDataset(text.validation.tokens, length, resample_each_epoch=False, **options)
     return train, limited(evaluation, arguments.max_validation_segments), text
+
+
+RECIPE = Recipe("pretrain_mlm", __doc__ or "", (MaskedDataArguments, NewModelArguments, PretrainingArguments), build)
+
+
+def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

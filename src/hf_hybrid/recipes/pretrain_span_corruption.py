@@ -34,8 +34,9 @@ from .support.pretraining_data import (
     limited,
     load_text,
 )
+from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 
 
 @dataclass
@@ -47,11 +48,6 @@ class SpanCorruptionArguments(PretrainingDataArguments):
     )
     noise_density: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
     mean_span_length: float = field(default=3.0, metadata={"help": "Mean length of a masked span, in tokens."})
-
-
-def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((SpanCorruptionArguments, NewModelArguments, PretrainingArguments), build, args, __doc__)
 
 
 def build(
@@ -71,7 +67,7 @@ def build(
     tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
     lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
     check_sentinels(sentinel_ids(tokenizer), lengths.num_spans, lengths.segment_length)
-    model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_type="spade")
+    model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_arch="spade")
     check_positions(model.config, data_args.input_length, "input_length")
     check_decoder_table(model.config, lengths.target_length, "The span-corruption targets", "input_length")
     train_dataset, eval_dataset, text = build_datasets(
@@ -122,6 +118,19 @@ def build_datasets(
         train = SpanCorruptionStream(text.train, tokenizer, shuffle_window=SHUFFLE_WINDOW, repeat=True, **options)
     evaluation = SpanCorruptionDataset(text.validation.tokens, eos_token_id=eos, resample_each_epoch=False, **options)
     return train, limited(evaluation, arguments.max_validation_segments), str(text)
+
+
+RECIPE = Recipe(
+    "pretrain_span_corruption",
+    __doc__ or "",
+    (SpanCorruptionArguments, NewModelArguments, PretrainingArguments),
+    build,
+)
+
+
+def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

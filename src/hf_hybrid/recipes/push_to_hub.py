@@ -1,8 +1,8 @@
 """Share a checkpoint: push it to the Hub, or write what would be pushed into a folder, with the code to load it.
 
-    python -m hf_hybrid.recipes.push_to_hub --source runs/summaries --repo_id me/summaries --license apache-2.0
-    python -m hf_hybrid.recipes.push_to_hub --source runs/summaries --output_dir export
-    python -m hf_hybrid.recipes.push_to_hub --source runs/summaries --repo_id me/summaries --remote_code False --private True
+    python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --repo_id me/summaries --license apache-2.0
+    python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --output_dir export
+    python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --repo_id me/summaries --remote_code False --private True
 
 With its code a checkpoint loads without this package, by `trust_remote_code=True`. Pushing needs a token of the Hub: run
 `hf auth login` once, or set HF_TOKEN. Writing a folder needs no network.
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 class PushToHubArguments:
     """Arguments of the recipe."""
 
-    source: str = field(metadata={"help": "Folder of a checkpoint, with its tokenizer or processor."})
+    model_name_or_path: str = field(metadata={"help": "Folder of a checkpoint, with its tokenizer or processor."})
     repo_id: str | None = field(
         default=None, metadata={"help": "Repository to push to, name or owner/name; it is created if need be."}
     )
@@ -111,7 +111,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
 
 def _write(options: PushToHubArguments, folder: Path) -> PreTrainedModel:
     """Writes everything that is shared."""
-    source = Path(options.source)
+    source = Path(options.model_name_or_path)
     model = load_own_model(source)
     tokenizer, processor = _load_inputs(source)
     card = _card(options, source, model)
@@ -132,22 +132,26 @@ def load_own_model(source: Path) -> PreTrainedModel:
     """
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         raise ValueError(
-            f"`source` {source} holds an adapter without its model: merge it into a checkpoint first (python -m "
+            f"`model_name_or_path` {source} holds an adapter without its model: merge it into a checkpoint first (python -m "
             "hf_hybrid.recipes.merge_adapter)."
         )
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"`source` {source} is no folder of a checkpoint: config.json: {error}.") from error
+        raise ValueError(
+            f"`model_name_or_path` {source} is no folder of a checkpoint: config.json: {error}."
+        ) from error
     model_type, named = config.get("model_type"), (config.get("architectures") or [None])[0]
     architecture = next((found for found in ARCHITECTURES if found.model_type == model_type), None)
     if architecture is None:
         accepted = ", ".join(found.model_type for found in ARCHITECTURES)
-        raise ValueError(f"`source` {source} holds a model of the type {model_type!r}; accepted are {accepted}.")
+        raise ValueError(
+            f"`model_name_or_path` {source} holds a model of the type {model_type!r}; accepted are {accepted}."
+        )
     classes = {model_class.__name__: model_class for _, model_class in load_heads(architecture)}
     if named not in classes:
         raise ValueError(
-            f"config.json of `source` {source} names the class {named!r}; accepted are {', '.join(classes)}."
+            f"config.json of `model_name_or_path` {source} names the class {named!r}; accepted are {', '.join(classes)}."
         )
     return load_model(classes[named], str(source))
 

@@ -48,8 +48,9 @@ from .support.finetuning_data import (
     single_validation_set,
 )
 from .support.models import load_tokenizer, with_adapter
+from .support.recipe import Recipe
 from .support.reports import RunReport, display_names
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 from .support.sequence_classification import (
     ClassifierArguments,
     build_classifier,
@@ -227,9 +228,12 @@ def _report(
     )
 
 
+RECIPE = Recipe("train_lra", __doc__ or "", (LraArguments, ClassifierArguments, FinetuningArguments), build)
+
+
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((LraArguments, ClassifierArguments, FinetuningArguments), build, args, __doc__)
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,18 @@ from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedModel, 
 from ..data.synthetic import IGNORED, TASKS, SyntheticDataset, shares_right
 from ..training.arguments import SyntheticTrainingArguments
 from ..training.trainer import HybridTrainer
-from .support.models import check_positions, load_config, load_model, make_room, parse_overrides
+from .support.models import (
+    check_positions,
+    load_config,
+    load_model,
+    make_room,
+    parse_overrides,
+    require_head,
+    role_fields,
+)
+from .support.recipe import Recipe
 from .support.reports import RunReport
-from .support.runs import Job, run_recipe
+from .support.runs import Job
 from .support.sequence_classification import ClassifierArguments
 
 TASK_OPTIONS = ("length", "vocab_size", "num_pairs", "num_queries", "distance", "num_tokens", "gap")
@@ -93,16 +102,12 @@ def build_model(arguments: ClassifierArguments, vocab_size: int, length: int) ->
             )
         check_positions(model.config, length, "length")
         return model
-    name, overrides = str(arguments.config_name), parse_overrides(arguments.config_overrides)
+    name, overrides = str(arguments.arch), parse_overrides(arguments.config_overrides)
     known = load_config(name, {}, **trust)
-    fields = {"is_decoder": True, "bidirectional": False, "is_causal": True}
-    chosen = {option: value for option, value in fields.items() if hasattr(known, option)}
+    require_head(AutoModelForCausalLM, known)
     ids = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    config = load_config(name, {**ids, **chosen, **overrides}, **trust)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(
-            f"The model type {config.model_type!r} has no causal language model head, which this task needs."
-        )
+    fields = {**ids, **role_fields(AutoModelForCausalLM, known, overrides), **overrides}
+    config = load_config(name, fields, **trust)
     make_room(config, length, overrides, "length")
     return AutoModelForCausalLM.from_config(config, **trust)
 
@@ -157,9 +162,14 @@ def build(
     return Job(trainer, report)
 
 
+RECIPE = Recipe(
+    "train_synthetic", __doc__ or "", (SyntheticArguments, ClassifierArguments, SyntheticTrainingArguments), build
+)
+
+
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run the recipe; see `run_recipe` for arguments and errors, `--help` for the options."""
-    return run_recipe((SyntheticArguments, ClassifierArguments, SyntheticTrainingArguments), build, args, __doc__)
+    """Run the recipe; see `Recipe.train` for arguments and errors, `--help` for the options."""
+    return RECIPE.train(args)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class TrainTokenizerArguments:
     )
     split: str = field(default="train", metadata={"help": "Split read from folders and Hub data sets."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text, when it is not `text`."})
-    config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the data set as a stream, without storing it first."}
     )
@@ -72,7 +72,7 @@ def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterato
         split_names(args.data),
         args.split,
         text_column=args.text_column,
-        config_name=args.config_name,
+        config_name=args.dataset_config,
         streaming=args.streaming,
     )
     total = getattr(data, "num_rows", None)

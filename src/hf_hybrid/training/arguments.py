@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import IntervalStrategy, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from .adapters import check_lora_options
+
+SAMPLING_STRATEGIES = next(
+    item.metadata["choices"] for item in fields(TrainingArguments) if item.name == "train_sampling_strategy"
+)
 
 
 @dataclass
@@ -24,7 +30,7 @@ class HybridTrainingArguments(TrainingArguments):
             "follows whichever is further, the steps or the time."
         },
     )
-    include_num_input_tokens_seen: str = field(
+    include_num_input_tokens_seen: Literal["all", "non_padding", "no"] = field(
         default="non_padding", metadata={"help": "Count the tokens of the inputs: all, non_padding or no."}
     )
     logging_nan_inf_filter: bool = field(
@@ -50,7 +56,9 @@ class PretrainingArguments(HybridTrainingArguments):
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_strategy: IntervalStrategy | str = field(
+        default="steps", metadata={"help": "When to evaluate: no, steps or epoch."}
+    )
     eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every this many steps."})
     save_steps: float = field(default=1000, metadata={"help": "Save a checkpoint every this many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
@@ -67,7 +75,7 @@ class SyntheticTrainingArguments(PretrainingArguments):
     ssm_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the state space parameters. Default: `learning_rate`."}
     )
-    include_num_input_tokens_seen: str = field(
+    include_num_input_tokens_seen: Literal["all", "non_padding", "no"] = field(
         default="all", metadata={"help": "Count the tokens of the inputs: all, non_padding or no."}
     )
     prediction_loss_only: bool = field(default=False, metadata={"help": "Evaluate the loss alone."})
@@ -80,11 +88,15 @@ class FinetuningArguments(HybridTrainingArguments):
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
     logging_steps: float = field(default=50, metadata={"help": "Log every this many steps."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    eval_strategy: IntervalStrategy | str = field(
+        default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."}
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="epoch", metadata={"help": "When to save: no, steps, epoch or best."}
+    )
     save_total_limit: int | None = field(default=1, metadata={"help": "Keep this many checkpoints."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Order of the samples: group_by_length, random or sequential."}
+        default="group_by_length", metadata={"help": "Order of the samples.", "choices": SAMPLING_STRATEGIES}
     )
     lora_rank: int | None = field(
         default=None,

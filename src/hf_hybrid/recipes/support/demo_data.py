@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import metrics as offline_metrics
+from ... import metrics
 from ...data.corpus import (
     FAMILIES,
     embedded_classification_examples,
@@ -178,7 +178,7 @@ def lead_summaries(folder: Path) -> tuple[list[str], int]:
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """ROUGE F-measures in percent, as the summarization recipe computes them."""
-    scores = offline_metrics.load("rouge").compute(
+    scores = metrics.load("rouge").compute(
         predictions=list(predictions),
         references=[[reference] for reference in references],
         use_stemmer=True,

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ... import metrics as offline_metrics
+from ... import metrics
 from ...data.loading import load_table
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
@@ -313,7 +313,7 @@ def make_classification_metrics(names: Sequence[str], labels: Labels) -> Callabl
     Raises:
         ValueError: unknown name.
     """
-    modules = [offline_metrics.load(name) for name in names]
+    modules = [metrics.load(name) for name in names]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions

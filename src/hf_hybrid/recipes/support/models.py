@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from ...auto import ARCHITECTURES
 from ...configuration.lengths import check_source_length, check_target_length, room_for
 from ...hub import MANIFEST_FILE, verify_export
 from ...tokenization.special_tokens import padded_vocab_size
@@ -32,28 +33,56 @@ class NewModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to continue from (folder or Hub name). Default: a new model."}
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a new model: a model type, a folder, or a Hub name."}
-    )
-    config_overrides: str | None = field(
+    arch: str | None = field(
         default=None,
-        metadata={"help": 'Fields of the configuration, e.g. "d_model=256,encoder_layers=4,ssm_layers=[0,1]".'},
+        metadata={
+            "help": "Architecture of a new model: a model type (spade, mega, seqboat ...), or a folder or Hub name with a "
+            "configuration."
+        },
+    )
+    config_overrides: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Fields of the new configuration, e.g. "d_model=256,encoder_layers=4,ssm_layers=[0,1]"; in files a mapping.'
+        },
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer (folder or Hub name). Default: that of the checkpoint."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
 
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is not None and (self.arch is not None or self.config_overrides):
+            raise ValueError(
+                "`arch` and `config_overrides` describe a new model; drop `model_name_or_path`, or these."
+            )
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """Read `"a=1,b=[0,1],c=name"`; values are JSON where they can be, else plain words.
+
+# What a new model for a task is, in the words of all configurations: each gets the fields that it has.
+_ROLES: dict[str, tuple[str, dict[str, bool]]] = {
+    "AutoModelForCausalLM": (
+        "causal language model",
+        {"is_decoder": True, "is_causal": True, "bidirectional": False},
+    ),
+    "AutoModelForMaskedLM": (
+        "masked language model",
+        {"is_decoder": False, "is_causal": False, "bidirectional": True},
+    ),
+    "AutoModelForSeq2SeqLM": ("encoder-decoder", {"is_encoder_decoder": True}),
+}
+
+
+def parse_overrides(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Read `"a=1,b=[0,1],c=name"`; values are JSON where they can be, else plain words. A mapping stays as it is.
 
     Raises:
         ValueError: an entry has no `=`.
     """
+    if isinstance(given, Mapping):
+        return dict(given)
     overrides: dict[str, Any] = {}
     # A comma separates entries when a `name=` follows it, so lists need no quoting.
-    for entry in filter(None, re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text or "")):
+    for entry in filter(None, re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", given or "")):
         name, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not name:
             raise ValueError(f"`config_overrides` must look like `name=value,name=value`; got {entry!r}.")
@@ -110,8 +139,46 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
         raise ValueError(f"`config_overrides` do not fit together: {error.__cause__ or error}") from error
 
 
+def require_head(auto_class: Any, config: PreTrainedConfig) -> None:
+    """Refuse an architecture without the head of a task.
+
+    Raises:
+        ValueError: names the architectures of this library that have one.
+    """
+    if type(config) not in auto_class._model_mapping:
+        own = [item.model_type for item in ARCHITECTURES if auto_class.__name__ in item.heads]
+        raise ValueError(
+            f"The model type {config.model_type!r} has no head for {auto_class.__name__}; of this library these have one: "
+            f"{', '.join(own) or 'none'}."
+        )
+
+
+def role_fields(auto_class: Any, known: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, bool]:
+    """The fields that make a new model a decoder, an encoder or both, as the head needs it.
+
+    Args:
+        auto_class: Auto class of the head.
+        known: a configuration of the architecture.
+        overrides: fields that the user sets.
+
+    Raises:
+        ValueError: the user sets one of them to something else.
+    """
+    what, role = _ROLES.get(auto_class.__name__, ("", {}))
+    fields = {name: value for name, value in role.items() if hasattr(known, name)}
+    stored = {type(known).attribute_map.get(name, name): value for name, value in fields.items()}
+    for name, value in overrides.items():
+        needed = stored.get(type(known).attribute_map.get(name, name), value)
+        if value != needed:
+            raise ValueError(
+                f"`config_overrides` set `{name}` to {value!r}, but a {what} of the architecture {known.model_type!r} needs "
+                f"{needed!r}: leave it out, the recipe sets it."
+            )
+    return fields
+
+
 def build_new_or_pretrained(
-    auto_class: Any, arguments: NewModelArguments, tokenizer: PreTrainedTokenizerBase, default_type: str
+    auto_class: Any, arguments: NewModelArguments, tokenizer: PreTrainedTokenizerBase, default_arch: str
 ) -> PreTrainedModel:
     """The model to pretrain: loaded, or new with a vocabulary for the tokenizer.
 
@@ -119,33 +186,34 @@ def build_new_or_pretrained(
         auto_class: e.g. `AutoModelForSeq2SeqLM`.
         arguments: which model.
         tokenizer: gives vocabulary size and special tokens of a new model.
-        default_type: model type of a new model when no configuration is named.
+        default_arch: architecture of a new model when none is named.
 
     Raises:
         ValueError: options contradict each other, a checkpoint is damaged, or its vocabulary is too small.
     """
-    overrides = parse_overrides(arguments.config_overrides)
+    trust = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.model_name_or_path is not None:
-        if arguments.config_name or overrides:
-            raise ValueError("`config_name` and `config_overrides` describe a new model; drop `model_name_or_path`.")
-        model = load_model(auto_class, arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
+        model = load_model(auto_class, arguments.model_name_or_path, **trust)
         if model.config.vocab_size < len(tokenizer):
             raise ValueError(
                 f"The tokenizer has {len(tokenizer)} ids but the model only {model.config.vocab_size}: use the "
                 "tokenizer of the checkpoint."
             )
         return model
-    specials: dict[str, Any] = {"vocab_size": padded_vocab_size(tokenizer)}
+    overrides = parse_overrides(arguments.config_overrides)
+    name = arguments.arch or default_arch
+    known = load_config(name, {}, **trust)
+    require_head(auto_class, known)
+    fields: dict[str, Any] = {**role_fields(auto_class, known, overrides), "vocab_size": padded_vocab_size(tokenizer)}
     if tokenizer.pad_token_id is not None:
-        specials["pad_token_id"] = tokenizer.pad_token_id
-    specials["eos_token_id"] = tokenizer.eos_token_id
-    name = arguments.config_name or default_type
-    config = load_config(name, {**specials, **overrides}, trust_remote_code=arguments.trust_remote_code)
+        fields["pad_token_id"] = tokenizer.pad_token_id
+    fields["eos_token_id"] = tokenizer.eos_token_id
+    config = load_config(name, {**fields, **overrides}, **trust)
     if config.is_encoder_decoder and "decoder_start_token_id" not in overrides:
         config.decoder_start_token_id = tokenizer.pad_token_id
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"`vocab_size` {config.vocab_size} is smaller than the tokenizer ({len(tokenizer)} ids).")
-    return auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
+    return auto_class.from_config(config, **trust)
 
 
 def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from .option_values import option_value
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -22,57 +27,111 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Fill dataclasses from flags, from a YAML or JSON file followed by flags that override it, or from a mapping.
 
+    Mappings and files set the fields directly: None stays None, an empty list stays empty.
+
     Args:
         dataclass_types: one instance of each is returned, in this order.
         args: list of command line words; a mapping of option names to values; None = the words of this process.
         description: shown by `--help`.
 
     Raises:
-        ValueError: the file cannot be read or is no mapping.
+        ValueError: a mapping or a file holds an unknown option or a value of the wrong type, or lacks a required one; the file
+            cannot be read or is no mapping.
+        ImportError: training was asked for without what it needs.
+        SystemExit: command line words cannot be understood, or ask for the help.
     """
-    parser = HfArgumentParser(
-        list(dataclass_types),  # type: ignore[arg-type]
-        description=description,
-        formatter_class=HelpFormatter,
-    )
     if isinstance(args, Mapping):
-        words = _to_flags(args)
-    else:
-        words = list(sys.argv[1:] if args is None else args)
-        if words and words[0].endswith((".yaml", ".yml", ".json")):
-            words = _to_flags(_read_options(Path(words[0]))) + words[1:]
-    return parser.parse_args_into_dataclasses(args=words)
+        return fill_dataclasses(dataclass_types, args)
+    words = list(sys.argv[1:] if args is None else args)
+    from_file: Mapping[str, Any] = {}
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        from_file, words = _read_options(Path(words[0])), words[1:]
+    given = _given_flags(dataclass_types, words, description, complete=not from_file)
+    return fill_dataclasses(dataclass_types, {**from_file, **given})
+
+
+def fill_dataclasses(dataclass_types: Sequence[type], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One instance of each dataclass, with its fields from the options and defaults for the others.
+
+    Raises:
+        ValueError: an unknown option, a value of the wrong type, or a required option that is missing.
+        ImportError: training was asked for without what it needs.
+    """
+    known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"Unknown option `{name}`{_did_you_mean(str(name), known)} `--help` lists all options.")
+    filled = []
+    for kind in dataclass_types:
+        hints = get_type_hints(kind)
+        values: dict[str, Any] = {}
+        for item in fields(kind):
+            if item.name in options:
+                values[item.name] = option_value(item, hints[item.name], options[item.name])
+            elif item.init and item.default is MISSING and item.default_factory is MISSING:
+                raise ValueError(f"`{item.name}` is required: {item.metadata.get('help', 'it has no default.')}")
+        if issubclass(kind, TrainingArguments):
+            require("Training", "accelerate", extra="train")
+        filled.append(kind(**values))
+    return tuple(filled)
+
+
+def require(what: str, *modules: str, extra: str) -> None:
+    """Refuse work that needs packages of an extra.
+
+    Raises:
+        ImportError: names what is missing, and the extra to install.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'{what} needs {" and ".join(missing)}: pip install "hf_hybrid[{extra}]".')
+
+
+class _Parser(HfArgumentParser):
+    """Flags of dataclasses; one that is not known is compared with those that are."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument {rest[0]}{_did_you_mean(rest[0], flags)}")
+        return found
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " - did you mean ...?", or a full stop where nothing is similar."""
+    close = difflib.get_close_matches(name.replace("-", "_") if not name.startswith("-") else name, known, n=1)
+    return f": did you mean `{close[0]}`?" if close else "."
+
+
+def _given_flags(
+    dataclass_types: Sequence[type], words: Sequence[str], description: str | None, *, complete: bool
+) -> dict[str, Any]:
+    """The options among command line words, without any defaults.
+
+    Args:
+        dataclass_types: whose fields are options.
+        words: of the command line.
+        description: shown by `--help`.
+        complete: options without a default must be there.
+    """
+    parser = _Parser(list(dataclass_types), description=description, formatter_class=HelpFormatter)  # type: ignore[arg-type]
+    unset = object()
+    for action in parser._actions:
+        action.required = action.required and complete
+    found = vars(parser.parse_args(words, argparse.Namespace(**{action.dest: unset for action in parser._actions})))
+    return {name: value for name, value in found.items() if value is not unset}
 
 
 def _read_options(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"The option file {path} cannot be read: {error}.") from error
-    if path.suffix == ".json":
-        options = json.loads(text)
-    else:
-        import yaml
-
-        options = yaml.safe_load(text)
     if not isinstance(options, Mapping):
         raise ValueError(f"The option file {path} must hold `name: value` pairs at its top level.")
     return options
-
-
-def _to_flags(options: Mapping[str, Any]) -> list[str]:
-    words: list[str] = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        if isinstance(value, Mapping):
-            words.append(json.dumps(value))
-        elif isinstance(value, (list, tuple)):
-            words += [str(item) for item in value]
-        else:
-            words.append(str(value))
-    return words
 
 
 def resolved_arguments(*dataclasses_: Any) -> dict[str, Any]:

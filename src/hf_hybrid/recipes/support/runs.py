@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import transformers
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ...hub import CARD_FILE, write_model_card
 from ...training.adapters import base_model, check_resumable
@@ -27,7 +26,6 @@ from ...training.run_folder import (
 )
 from ...viz import codebook_usage, plot_loss_curves
 from .models import set_longest_input
-from .options import parse_arguments, resolved_arguments
 from .reports import RunReport, make_card
 
 logger = logging.getLogger(__name__)
@@ -89,46 +87,8 @@ class Job:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
-def run_recipe(
-    dataclass_types: Sequence[type],
-    build: Callable[..., Job],
-    args: Sequence[str] | Mapping[str, Any] | None,
-    description: str | None,
-) -> dict[str, Any]:
-    """The `main` of every training recipe: arguments, output folder, build, train, evaluate, save, records.
-
-    Args:
-        dataclass_types: data, model and training arguments, the last a `TrainingArguments`.
-        build: makes the job from one instance of each.
-        args: see `parse_arguments`.
-        description: shown by `--help`.
-
-    Returns:
-        The content of `metrics.json`.
-
-    Raises:
-        ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
-        FileExistsError: the output folder is not empty.
-    """
-    groups = parse_arguments(dataclass_types, args, description)
-    training_args = groups[-1]
-    set_up_logging(training_args)
-    if training_args.output_dir is None:
-        raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
-    if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
-        raise ImportError('The loss curve of a run needs matplotlib: pip install "hf_hybrid[train]".')
-    if training_args.hub_token is not None:
-        raise ValueError(
-            "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
-        )
-    folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
-    set_seed(training_args.seed)
-    job = build(*groups)
-    with folder.recording(resolved_arguments(*groups)):
-        return _train_and_record(job, folder)
-
-
-def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
+def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
+    """Train, evaluate and save; leave metrics, pictures and model card in the folder. Returns the metrics."""
     trainer = job.trainer
     set_longest_input(trainer.processing_class, job.model.config)
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from ...auto import ARCHITECTURES, find_architecture
+from ...auto import find_architecture
 from ...processing.image_processing import PixelSequenceImageProcessor
 from ...training.arguments import FinetuningArguments
 from ...training.trainer import HybridTrainer
@@ -23,7 +23,7 @@ from .finetuning_data import (
     make_classification_metrics,
     only_logits,
 )
-from .models import NewModelArguments, load_config, load_model, make_room, parse_overrides
+from .models import NewModelArguments, load_config, load_model, make_room, parse_overrides, require_head
 from .reports import RunReport, display_names, hub_names
 
 if TYPE_CHECKING:
@@ -34,21 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ClassifierArguments(NewModelArguments):
-    """A new classifier by its model type, or a checkpoint."""
-
-    arch: str | None = field(
-        default=None,
-        metadata={"help": "Model type of a new model, e.g. spade, mega or seqboat (the same as `config_name`)."},
-    )
+    """A new model by its architecture, or a checkpoint: there is no default."""
 
     def __post_init__(self) -> None:
-        if self.arch is not None and self.config_name is not None:
-            raise ValueError("`arch` and `config_name` say the same: pass one of them.")
-        self.config_name = self.config_name or self.arch
-        if (self.model_name_or_path is None) == (self.config_name is None):
+        if (self.model_name_or_path is None) == (self.arch is None):
             raise ValueError("Pass either `arch`, for a new model, or `model_name_or_path`, for a checkpoint.")
-        if self.model_name_or_path is not None and self.config_overrides:
-            raise ValueError("`config_overrides` describe a new model; drop `model_name_or_path`.")
+        super().__post_init__()
 
 
 def find_classes(rows: Dataset, column: str, what: str) -> Labels:
@@ -93,18 +84,13 @@ def classifier_config(
     if model_args.model_name_or_path is not None:
         config = load_config(model_args.model_name_or_path, {}, **trust)
     else:
-        name = str(model_args.config_name)
+        name = str(model_args.arch)
         known = load_config(name, {}, **trust)
         overrides = parse_overrides(model_args.config_overrides)
         wanted = {**_published_fields(known, overrides), **wishes}
         chosen = {option: value for option, value in wanted.items() if hasattr(known, option)}
         config = load_config(name, {**defaults, **chosen, **overrides}, **trust)
-    if type(config) not in auto_class._model_mapping:
-        own = [item.model_type for item in ARCHITECTURES if auto_class.__name__ in item.heads]
-        raise ValueError(
-            f"The model type {config.model_type!r} has no head for {auto_class.__name__}; of this library these have one: "
-            f"{', '.join(own) or 'none'}."
-        )
+    require_head(auto_class, config)
     return config
 
 

@@ -1,0 +1,101 @@
+"""A recipe that trains a model: its arguments and its job in one object, which trains and evaluates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import set_seed
+
+from ...training.run_folder import RunFolder, is_main_process
+from .options import parse_arguments, require, resolved_arguments
+from .runs import Job, finish_together, set_up_logging, train_and_record
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training task is made of.
+
+    Attributes:
+        name: of its module in `hf_hybrid.recipes`.
+        description: shown by `--help`; its first line says what the recipe does.
+        arguments: dataclasses of data, model and training; the last is a `TrainingArguments`.
+        build: makes the job from one instance of each. With `evaluate_only=True` the job has no training data.
+    """
+
+    name: str
+    description: str
+    arguments: tuple[type, type, type]
+    build: Callable[..., Job]
+
+    def train(self, args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The `main` of the recipe: arguments, output folder, build, train, evaluate, save, records.
+
+        Args:
+            args: see `parse_arguments`.
+
+        Returns:
+            The content of `metrics.json`.
+
+        Raises:
+            ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
+            FileExistsError: the output folder is not empty.
+            ImportError: a package that training needs is missing.
+        """
+        groups = parse_arguments(self.arguments, args, self.description)
+        training_args = groups[-1]
+        set_up_logging(training_args)
+        if training_args.output_dir is None:
+            raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
+        require("Training", "matplotlib", extra="train")  # for the loss curve: better now than after the training
+        if training_args.hub_token is not None:
+            raise ValueError(
+                "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
+            )
+        folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
+        set_seed(training_args.seed)
+        job = self.build(*groups)
+        with folder.recording(resolved_arguments(*groups)):
+            return train_and_record(job, folder)
+
+    def evaluate(self, args: Sequence[str] | Mapping[str, Any], description: str | None = None) -> dict[str, Any]:
+        """Evaluate a checkpoint with the data options and the metrics of the recipe.
+
+        Args:
+            args: see `parse_arguments`.
+            description: shown by `--help`; None for that of the recipe.
+
+        Returns:
+            The content of `metrics.json`.
+
+        Raises:
+            ValueError: an option, the data or the checkpoint cannot be used.
+            FileExistsError: the output folder is not empty.
+            ImportError: a package that evaluation needs is missing.
+        """
+        groups = parse_arguments(self.arguments, args, description or self.description)
+        _, model_args, training_args = groups
+        set_up_logging(training_args)
+        if model_args.model_name_or_path is None:
+            raise ValueError("`model_name_or_path` is required: the checkpoint to evaluate.")
+        if training_args.output_dir is None:
+            raise ValueError("`output_dir` is required: the folder that receives the metrics.")
+        if getattr(training_args, "lora_rank", None) is not None:
+            raise ValueError(
+                "`lora_rank` is for training; an adapter is evaluated by its folder as `model_name_or_path`."
+            )
+        folder = RunFolder(training_args.output_dir)
+        job = self.build(*groups, evaluate_only=True)
+        with folder.recording({"recipe": self.name, **resolved_arguments(*groups)}):
+            metrics = {**job.final_metrics(), **job.report.metrics, "num_parameters": job.num_parameters()}
+            folder.write_metrics(metrics)
+            if is_main_process() and job.write_results is not None:
+                job.write_results(folder.path)
+            finish_together(job.trainer)
+        for name, value in metrics.items():
+            logger.info("%s = %s", name, value)
+        return metrics
