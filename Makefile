@@ -7,12 +7,13 @@ DEMO_OUTPUT ?= demo-output
 WORKERS ?= 2
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
 	@echo "make test       the test suite (make test-slow: the slow tests too)"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
+	@echo "make tables     the tables of architectures in README.md and docs/, from their records"
 	@echo "make install    only the virtual environment in $(VENV)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +43,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tables: install
+	$(BIN)/python tests/test_architecture_tables.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from factories import all_heads, parametrize
 from huggingface_hub import ModelCard as HubCard
 
 from hf_hybrid.hub import UNKNOWN, EvaluationResult, ModelCard, model_card_problems, write_model_card
+from hf_hybrid.model_card import card_of_model
 
 
 def card(**changes) -> ModelCard:
@@ -65,3 +67,13 @@ def test_texts_without_a_readable_header_are_refused():
     assert "cannot be read" in problem
     malformed = "---\nlibrary_name: transformers\nmodel-index: 3\n---\n"
     assert "cannot be read" in model_card_problems(malformed)[0]
+
+
+@parametrize(all_heads() + all_heads(other_inputs=True))
+def test_a_card_is_drafted_of_every_head(case):
+    """It names class, Auto class and pipeline, and cites the paper of the record."""
+    text = card_of_model(case.model()).render()
+    assert model_card_problems(text) == []
+    assert f"| class | {case.model_class.__name__} |" in text and f"{case.auto_name}.from_pretrained(source)" in text
+    paper = case.architecture.paper
+    assert (paper.bibtex() if paper else f"## Citation\n\n{UNKNOWN}") in text

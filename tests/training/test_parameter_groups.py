@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from factories import VARIANTS, Case, parametrize
+from factories import VARIANTS, Case, parametrize, random_ids
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, get_linear_schedule_with_warmup
@@ -16,7 +16,9 @@ import hf_hybrid  # noqa: F401
 from hf_hybrid.auto import ARCHITECTURES, Architecture
 from hf_hybrid.configuration.configuration_spade import SpadeConfig
 from hf_hybrid.training.adapters import add_lora
+from hf_hybrid.training.arguments import HybridTrainingArguments
 from hf_hybrid.training.parameter_groups import group_of, parameter_groups
+from hf_hybrid.training.trainer import HybridTrainer
 
 EVERY_MODEL = [
     Case(architecture.model_type, auto_name, variant)
@@ -104,6 +106,25 @@ def test_every_rule_of_the_record_is_used(architecture: Architecture) -> None:
                 names |= {f".{name}." for name, _ in case.model_class(case.config()).named_parameters()}
     for rule in (*architecture.state_modules, *architecture.undecayed, *architecture.decayed):
         assert any(re.search(rf"\.{rule}\.", name) for name in names), rule
+
+
+@pytest.mark.parametrize("model_type", [found.model_type for found in ARCHITECTURES])
+def test_a_trainer_trains_the_state_at_its_own_rate(tmp_path, model_type: str) -> None:
+    case = Case(model_type, "AutoModelForSequenceClassification", next(iter(VARIANTS[model_type])))
+    model = case.model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": index % 2} for index, row in enumerate(random_ids(8, 12))]
+    options = {
+        "learning_rate": 0.0,
+        "ssm_learning_rate": 1e-2,
+        "max_steps": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    args = HybridTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, **options)
+    HybridTrainer(model=model, args=args, train_dataset=rows).train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and all(case.architecture.kinds_of(name) == ["state"] for name in changed)
 
 
 def test_tensors_that_others_add_are_named_in_a_warning(caplog) -> None:

@@ -1,0 +1,118 @@
+"""The tables of README and docs that list architectures are those of the records. `python tests/test_architecture_tables.py` writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from hf_hybrid.auto import ARCHITECTURES, PIPELINES, Architecture
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = [architecture for architecture in ARCHITECTURES if architecture.package == "hf_hybrid"]
+HEADS = {
+    "AutoModel": "base",
+    "AutoModelForTextEncoding": "encoder",
+    "AutoModelForCausalLM": "causal LM",
+    "AutoModelForSeq2SeqLM": "sequence to sequence",
+    "AutoModelForMaskedLM": "masked LM",
+    "AutoModelForSequenceClassification": "sequence classification",
+    "AutoModelForTokenClassification": "token classification",
+    "AutoModelForQuestionAnswering": "question answering",
+    "AutoModelForMultipleChoice": "multiple choice",
+    "AutoModelForImageClassification": "image classification",
+    "AutoModelForAudioClassification": "audio classification",
+}
+PRETRAINING = {
+    "`pretrain_span_corruption`": ("an encoder-decoder to fine-tune", "AutoModelForSeq2SeqLM"),
+    "`pretrain_clm`": ("a language model that continues text", "AutoModelForCausalLM"),
+    "`pretrain_mlm`": ("an encoder", "AutoModelForMaskedLM"),
+}
+
+
+def table(header: str, rows: Iterable[Iterable[str]]) -> str:
+    lines = [header, "|" + "---|" * (header.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def architectures() -> str:
+    """Every model type in one line."""
+
+    def row(found: Architecture) -> list[str]:
+        paper = f"[{found.paper.arxiv}]({found.paper.url})" if found.paper else ""
+        heads = ", ".join(HEADS[name] for name in sorted(found.heads, key=list(HEADS).index))
+        return [
+            f"[{found.title}]({found.docs})",
+            paper,
+            f"`{found.model_type}`",
+            found.summary,
+            heads,
+            found.decoding_state,
+        ]
+
+    header = "| | paper | `model_type` | what joins what | heads | state kept while generating |"
+    return table(header, map(row, OWN))
+
+
+def pretraining() -> str:
+    """Which recipe pretrains what."""
+    rows = [
+        [recipe, what, code(found.model_type for found in OWN if auto_name in found.heads)]
+        for recipe, (what, auto_name) in PRETRAINING.items()
+    ]
+    return table("| recipe | makes | of |", rows)
+
+
+def adapters() -> str:
+    """What LoRA changes; architectures with the same lists share a line."""
+    lists: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for found in OWN:
+        lists.setdefault((found.lora_targets, found.state_modules), []).append(found.model_type)
+    rows = [[code(names), code(targets), code(state)] for (targets, state), names in lists.items()]
+    return table(
+        "| architecture | linear maps that are adapted | recurrent parts (`--lora_modules_to_save state`) |", rows
+    )
+
+
+# Page, name of the table in its markers -> what writes it.
+TABLES: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "architectures"): architectures,
+    ("docs/training.md", "pretraining"): pretraining,
+    ("docs/training.md", "adapters"): adapters,
+}
+
+
+def with_table(text: str, name: str, contents: str) -> str:
+    """A page with one table replaced."""
+    begin, end = f"<!-- table: {name} (from hf_hybrid.auto, do not edit) -->", "<!-- end of table -->"
+    found = re.findall(f"{re.escape(begin)}.*?{end}", text, flags=re.DOTALL)
+    assert len(found) == 1, f"the page needs the table {name!r} once, between {begin} and {end}"
+    return text.replace(found[0], f"{begin}\n{contents}\n{end}")
+
+
+@pytest.mark.parametrize(("page", "name"), TABLES)
+def test_a_table_is_that_of_the_records(page: str, name: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert with_table(text, name, TABLES[page, name]()) == text, "run `make tables`"
+
+
+def test_every_head_has_a_name_and_is_known_to_the_pipelines() -> None:
+    assert {name for found in OWN for name in found.heads} == HEADS.keys()
+    assert {auto_name for _, auto_name in PIPELINES.values()} <= HEADS.keys()
+
+
+def main() -> None:
+    """Writes all tables."""
+    for (page, name), contents in TABLES.items():
+        path = ROOT / page
+        path.write_text(with_table(path.read_text(encoding="utf-8"), name, contents()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
