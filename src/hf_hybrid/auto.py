@@ -127,6 +127,11 @@ _NORM_OR_BIAS = re.compile(r"(^|\.)\w*norm\w*\.|(^|\.|_)bias$")
 _HEAD_MATRICES = ("lm_head", "mlm_head", "classifier", "score", "qa_outputs", "pooler")
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to what a head adds to a stack."""
+    return _has_part(name, _HEAD_MATRICES)
+
+
 def _has_part(name: str, patterns: Sequence[str]) -> bool:
     """Whether consecutive parts of a dotted name match one of the patterns."""
     return bool(patterns) and re.search(rf"(^|\.)({'|'.join(patterns)})(\.|$)", name) is not None

@@ -76,6 +76,26 @@ def test_ssm_rate_defaults_to_the_learning_rate():
     assert {group["lr"] for group in groups} == {1e-2}
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda found: found.model_type)
+def test_muon_takes_the_matrices_of_the_blocks(architecture: Architecture) -> None:
+    model = next(case for case in EVERY_MODEL if case.model_type == architecture.model_type).model()
+    plain, _ = membership(model)
+    members, groups = membership(model, muon_learning_rate=2e-2)
+    assert members["muon"] | members.get("decay", set()) == plain["decay"]
+    assert members["no_decay"] == plain["no_decay"] and members.get("state") == plain.get("state")
+    assert any(name.endswith("_proj.weight") for name in members["muon"])
+    first = groups[0]
+    assert (first["name"], first["lr"], first["weight_decay"], first["muon"]) == ("muon", 2e-2, 0.1, True)
+    assert all(parameter.ndim == 2 for parameter in first["params"])
+    assert not any(group["muon"] for group in groups[1:])
+
+
+def test_heads_are_not_trained_by_muon():
+    model = tiny_spade(tie_word_embeddings=False)
+    members, _ = membership(model, muon_learning_rate=1e-2)
+    assert members["decay"] == {"lm_head.weight"}
+
+
 def test_negative_rates_are_refused():
     with pytest.raises(ValueError, match="`ssm_learning_rate` must not be negative"):
         membership(nn.Linear(2, 2), ssm_learning_rate=-1.0)

@@ -62,6 +62,25 @@ def test_the_optimizer_has_our_groups_and_the_schedule_keeps_them(tmp_path):
     assert all(group["lr"] == pytest.approx(0.0) for group in groups.values())
 
 
+def test_muon_trains_the_matrices(tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-3, muon_learning_rate=1e-2, max_steps=3)
+    model = Model()
+    model.linear.weight.data.fill_(0.5)
+    trainer = HybridTrainer(model=model, args=args, train_dataset=Numbers())
+    trainer.train()
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert [group["initial_lr"] for group in groups.values()] == [1e-2, 1e-3, 1e-3]
+    assert "momentum_buffer" in trainer.optimizer.state[model.linear.weight]
+    assert "exp_avg" in trainer.optimizer.state[model.linear.bias]
+    assert not torch.equal(model.linear.weight, torch.full((1, 4), 0.5))
+
+
+def test_muon_beside_another_optimizer_is_refused(tmp_path):
+    args = arguments(tmp_path, muon_learning_rate=1e-2, optim="sgd", max_steps=1)
+    with pytest.raises(ValueError, match="`optim` is 'sgd': use `optim='adamw_torch'`"):
+        HybridTrainer(model=Model(), args=args, train_dataset=Numbers()).train()
+
+
 def test_optimizers_with_their_own_groups_still_work(tmp_path):
     trainer = HybridTrainer(
         model=Model(), args=arguments(tmp_path, optim="adafactor", max_steps=1), train_dataset=Numbers()

@@ -23,6 +23,13 @@ class HybridTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Learning rate of the state space parameters (no weight decay). Default: `learning_rate`."},
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the matrices of the blocks with Muon at this learning rate (1e-2 is a good start), everything else "
+            "with AdamW at `learning_rate`. Default: AdamW for all."
+        },
+    )
     max_minutes: float | None = field(
         default=None,
         metadata={

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..auto import Architecture, find_architecture
+from ..auto import Architecture, find_architecture, is_head
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     ssm_learning_rate: float | None = 1e-3,
+    muon_learning_rate: float | None = None,
 ) -> list[dict]:
     """Split the trainable parameters of a model into optimizer groups.
 
@@ -54,9 +55,12 @@ def parameter_groups(
         learning_rate: rate of everything but the state.
         weight_decay: decay of the matrices; biases, norms, embeddings, tables and state have none.
         ssm_learning_rate: rate of the state (state spaces, moving averages); None = `learning_rate`.
+        muon_learning_rate: rate of the matrices of the blocks, which then form a group `"muon"` for `training.muon.MuonAdamW`;
+            those of heads stay with AdamW. None: no such group.
 
     Returns:
-        Up to three non-empty groups with the keys `name`, `params`, `lr`, `weight_decay`, the decayed one first.
+        Up to four non-empty groups with the keys `name`, `params`, `lr`, `weight_decay` (and `muon` with a rate for it), the
+        decayed ones first.
         Each trainable parameter is in exactly one. Schedulers scale the groups together, so their ratio is kept.
 
     Raises:
@@ -66,11 +70,13 @@ def parameter_groups(
     for argument, value in (
         ("learning_rate", learning_rate),
         ("ssm_learning_rate", ssm_learning_rate),
+        ("muon_learning_rate", muon_learning_rate),
         ("weight_decay", weight_decay),
     ):
-        if value < 0:
+        if value is not None and value < 0:
             raise ValueError(f"`{argument}` must not be negative; got {value}.")
     groups: dict[str, dict[str, Any]] = {
+        "muon": {"name": "muon", "params": [], "lr": muon_learning_rate, "weight_decay": weight_decay},
         "decay": {"name": "decay", "params": [], "lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"name": "no_decay", "params": [], "lr": learning_rate, "weight_decay": 0.0},
         "state": {"name": "state", "params": [], "lr": ssm_learning_rate, "weight_decay": 0.0},
@@ -83,7 +89,12 @@ def parameter_groups(
             if group is None:
                 unknown.append(name)
                 group = group_of(name, parameter) or "decay"
+            if muon_learning_rate is not None and group == "decay" and parameter.ndim == 2 and not is_head(name):
+                group = "muon"
             groups[group]["params"].append(parameter)
+    if muon_learning_rate is not None:
+        for name, members in groups.items():
+            members["muon"] = name == "muon"
     if unknown:
         logger.warning(
             "The record of %r does not name %d tensors of this %s (%s, ...): their shapes decide whether they decay.",

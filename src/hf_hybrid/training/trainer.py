@@ -17,6 +17,7 @@ from .activations import ActivationCallback, has_routers
 from .adapters import is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
 from .codebooks import CodebookCallback, has_codebooks
+from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
 
 
@@ -90,12 +91,21 @@ class HybridTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             chooses_groups = {"params", "model", "optimizer_dict"} & options.keys()
             is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+            muon_learning_rate = getattr(self.args, "muon_learning_rate", None)
+            if muon_learning_rate is not None:
+                if optimizer_class is not torch.optim.AdamW:
+                    raise ValueError(
+                        f"`muon_learning_rate` trains the matrices with Muon and the rest with AdamW, but `optim` is "
+                        f"{self.args.optim.value!r}: use `optim='adamw_torch'` or leave `muon_learning_rate` unset."
+                    )
+                optimizer_class = MuonAdamW
             if is_plain and not chooses_groups:
                 groups = parameter_groups(
                     target,
                     learning_rate=self.args.learning_rate,
                     weight_decay=self.args.weight_decay,
                     ssm_learning_rate=getattr(self.args, "ssm_learning_rate", None),
+                    muon_learning_rate=muon_learning_rate,
                 )
                 self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
