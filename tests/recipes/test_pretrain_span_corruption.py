@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from factories import TINY_OVERRIDES
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -185,3 +186,15 @@ def test_a_corrupt_checkpoint_is_refused(pretraining, tmp_path):
                 "model_name_or_path": str(tmp_path / "run"),
             }
         )
+
+
+@pytest.mark.parametrize("arch", ["spade", "mega"])
+def test_label_smoothing_of_weight_zero_is_the_plain_loss(pretraining, tmp_path, arch):
+    """The Trainer takes the labels away from the model, which then needs the inputs of its decoder from the batch."""
+    base = {**pretraining, "arch": arch, "config_overrides": TINY_OVERRIDES[arch], "max_steps": 2}
+    losses = {}
+    for weight in (0.0, 1e-9, 0.3):
+        changes = {"label_smoothing_factor": weight, "output_dir": str(tmp_path / f"smoothed-{weight}")}
+        losses[weight] = main({**base, **changes})["eval_loss"]
+    assert losses[1e-9] == pytest.approx(losses[0.0], abs=1e-5)
+    assert losses[0.3] != losses[0.0]

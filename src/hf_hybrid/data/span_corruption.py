@@ -22,10 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 
 from .packing import TokenBlocks
 
@@ -334,3 +336,21 @@ class SpanCorruptionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([index])[0]
+
+
+class SpanCorruptionCollator:
+    """Stacks samples and adds the inputs of the decoder.
+
+    Models make these from the labels themselves, but a Trainer with label smoothing takes the labels out of the batch.
+
+    Args:
+        model: encoder-decoder whose labels are shifted its own way.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = default_data_collator(samples)
+        batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return batch

@@ -53,7 +53,7 @@ def list_recipes() -> tuple[Listed, ...]:
     return tuple(found)
 
 
-def training_recipe(name: str) -> Recipe:
+def training_recipe(name: str | None) -> Recipe:
     """The recipe of a training task by its name, or by its task alone: `finetune_glue` or `glue`.
 
     Raises:
@@ -64,7 +64,5 @@ def training_recipe(name: str) -> Recipe:
     if found is None:
         close = difflib.get_close_matches(str(name), [word for item in listed for word in (item.task, item.name)], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"No recipe trains {name!r}; those that train a model are {', '.join(item.task for item in listed)}.{hint}"
-        )
+        raise ValueError(f"The task must be one of {', '.join(item.task for item in listed)}; got {name!r}.{hint}")
     return import_module(f".{found.name}", __name__).RECIPE

@@ -41,7 +41,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
             sys.stdout.write(__doc__ or "")
             raise SystemExit(0)
         kind, options = (words[0] if words else None), words[1:]
-    return training_recipe(str(kind)).evaluate(options, __doc__)
+    return training_recipe(kind).evaluate(options, __doc__)
 
 
 if __name__ == "__main__":

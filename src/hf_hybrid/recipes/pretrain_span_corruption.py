@@ -12,9 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, default_data_collator
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from ..data.span_corruption import SpanCorruptionDataset, check_sentinels, span_corruption_lengths
+from ..data.span_corruption import (
+    SpanCorruptionCollator,
+    SpanCorruptionDataset,
+    check_sentinels,
+    span_corruption_lengths,
+)
 from ..data.streaming import SpanCorruptionStream
 from ..tokenization.special_tokens import sentinel_ids
 from ..training.arguments import PretrainingArguments
@@ -78,7 +83,7 @@ def build(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=default_data_collator,
+        data_collator=SpanCorruptionCollator(model),
         processing_class=tokenizer,
     )
     report = RunReport(
