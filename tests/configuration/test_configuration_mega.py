@@ -66,8 +66,18 @@ def refused(**fields) -> str:
 
 
 def test_defaults_are_those_of_transformers_4() -> None:
-    config = MegaConfig()
+    config = MegaConfig.from_dict({"transformers_version": "4.57.6"})  # a file may leave out what was the default
     assert {name: getattr(config, name) for name in DEFAULTS_OF_TRANSFORMERS_4} == DEFAULTS_OF_TRANSFORMERS_4
+    new = MegaConfig()
+    changed = {name for name, value in DEFAULTS_OF_TRANSFORMERS_4.items() if getattr(new, name) != value}
+    assert changed == {"add_lm_hidden_dense_layer"} and new.add_lm_hidden_dense_layer is False
+
+
+@pytest.mark.parametrize("version", ["4.57.6", None])
+def test_the_dense_layer_is_kept_when_a_configuration_is_saved_again(version: str | None, tmp_path: Path) -> None:
+    config = MegaConfig.from_dict({} if version is None else {"transformers_version": version})
+    config.save_pretrained(tmp_path)
+    assert MegaConfig.from_pretrained(tmp_path).add_lm_hidden_dense_layer is (version is not None)
 
 
 def test_old_rmsnorm_is_recognised_by_the_version_that_wrote_it(tmp_path: Path) -> None:
@@ -150,7 +160,7 @@ def test_halves_of_an_encoder_decoder() -> None:
         ({"input_type": "values", "is_decoder": True, "bidirectional": False}, "`input_type='values'` is defined for"),
         ({"dual_encoder": True}, "`dual_encoder=True` needs `classifier_type='lra'`"),
         ({"adaptive_cutoffs": [20, 10]}, "`adaptive_cutoffs` must be a rising list"),
-        ({"adaptive_cutoffs": [20]}, "`add_lm_hidden_dense_layer=False`"),
+        ({"adaptive_cutoffs": [20], "add_lm_hidden_dense_layer": True}, "`add_lm_hidden_dense_layer=False`"),
         ({"adaptive_input_size": 7}, "`adaptive_input_size` must equal `hidden_size`"),
         (
             {"is_encoder_decoder": True, "tie_word_embeddings": False, "share_encoder_decoder_embeddings": True},

@@ -15,6 +15,7 @@ MARKERS_OF_TRANSFORMERS = (
     "flash_attn_3_test",
     "flash_attn_4_test",
     "flash_attn_test",
+    "is_training_test",
     "torch_compile_test",
 )
 FOLDER = Path(__file__).parent

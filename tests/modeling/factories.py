@@ -236,6 +236,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
                 "normalization_type": "layernorm",
             }
             | {"normalize_before_mega": False, "normalize_before_ffn": False, "normalize_embeddings": True}
+            | {"add_lm_hidden_dense_layer": True}
         ),
         "relu2_untied": _mega(
             {"attention_activation": "relu2", "relative_positional_bias": "simple", "normalization_type": "rmsnorm"}

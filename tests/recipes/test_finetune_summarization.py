@@ -103,7 +103,7 @@ def test_empty_reference_lists_fall_back_to_the_summary():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_target_length": 65}, "Targets have up to 65 tokens.*64 rows.*`max_target_length`"),
+        ({"max_target_length": 65}, "Targets have up to 65 tokens.*accepts 64.*`max_target_length`"),
         ({"generation_max_length": 66}, "Generated texts.*`generation_max_length`"),
         ({"length_penalty": 0.8}, "generation_num_beams"),
         ({"text_column": "body"}, "no column 'body'"),

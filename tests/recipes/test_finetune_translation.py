@@ -99,7 +99,7 @@ def test_scores_are_those_of_sacrebleu():
         ({"source_lang": None}, "`source_lang` and `target_lang` must name two of en, de"),
         ({"target_lang": "en"}, "got 'en' and 'en'"),
         ({"target_lang": "fr"}, "no column 'fr'"),
-        ({"max_target_length": 65}, "64 rows"),
+        ({"max_target_length": 65}, "accepts 64"),
         ({"data": None}, "`data` is required"),
         ({"arch": "spade"}, "drop `model_name_or_path`"),
     ],

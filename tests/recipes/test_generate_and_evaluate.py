@@ -62,7 +62,7 @@ def test_sampling_is_reproducible(checkpoint, capsys, tmp_path):
     ("changes", "message"),
     [
         ({"prompts": None}, "either as `prompts` or as `input_file`"),
-        ({"max_new_tokens": 65}, "64 rows"),
+        ({"max_new_tokens": 65}, "accepts 64"),
         ({"batch_size": 0}, "`batch_size` must be positive"),
         ({"prompts": None, "input_file": "/nowhere.txt"}, "No such file"),
         ({"model_name_or_path": "/nowhere"}, "cannot be loaded"),

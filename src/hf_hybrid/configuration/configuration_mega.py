@@ -1,7 +1,8 @@
 """Configuration of Mega, moving average equipped gated attention (arXiv 2209.10655).
 
-Every field of the `MegaConfig` of Transformers 4.x is here with its name and default, so that an old `config.json` loads
-unchanged. The other fields add what the published code has and Transformers 4.x had not; their defaults switch it off.
+Every field of the `MegaConfig` of Transformers 4.x is here with its name, so that an old `config.json` loads unchanged. The
+defaults are the old ones but for one that keeps new language models from learning (`add_lm_hidden_dense_layer`). The other
+fields add what the published code has and Transformers 4.x had not; their defaults switch it off.
 """
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
@@ -73,7 +74,9 @@ class MegaConfig(HybridConfig):
         add_token_type_embeddings: add embeddings of `token_type_ids`.
         ema_delta_alpha_range, ema_beta_range, ema_gamma_omega_range: initial deviations of the moving average.
         classifier_dropout: of the heads; None means `hidden_dropout_prob`.
-        add_lm_hidden_dense_layer: a tanh layer before the language model head.
+        add_lm_hidden_dense_layer: a tanh layer before the language model head. None: true for the configurations that
+            Transformers 4.x wrote, false for all others: with small initial weights the layer lets hardly any signal through,
+            and a new model stays at the frequencies of the tokens for a long time.
         is_decoder: attention sees the past only. Needs `bidirectional=False`.
         add_cross_attention: gated attention to encoder states in every layer of a decoder.
         tie_word_embeddings: the language model head uses the embedding matrix.
@@ -148,7 +151,7 @@ class MegaConfig(HybridConfig):
     relative_positional_bias: Literal["rotary", "simple"] = "rotary"
     classifier_dropout: float | int | None = None
     use_cache: bool = True
-    add_lm_hidden_dense_layer: bool = True
+    add_lm_hidden_dense_layer: bool | None = None
     num_attention_heads: int = 1
     is_decoder: bool = False
     add_cross_attention: bool = False
@@ -191,9 +194,11 @@ class MegaConfig(HybridConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        is_old = str(self.transformers_version or "").startswith("4.")
         if self.rms_norm_legacy is None:
-            is_old = str(self.transformers_version or "").startswith("4.")
             self.rms_norm_legacy = is_old and self.normalization_type == "rmsnorm"
+        if self.add_lm_hidden_dense_layer is None:
+            self.add_lm_hidden_dense_layer = is_old
         if self.is_encoder_decoder:
             if self.decoder_layers is None:
                 self.decoder_layers = self.num_hidden_layers
