@@ -1,4 +1,4 @@
-"""Settings of the whole suite: no network, two threads, fixed seeds, a small and deterministic hypothesis profile."""
+"""Settings of the whole suite: no network, one thread, fixed seeds, a small and deterministic hypothesis profile."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RUN_SLOW", "yes")  # the markers of pytest choose, not the library's own switch
+# One thread here and in every process that a test starts, whatever the environment says: sums of several threads differ in the
+# last bit from those of one, and many comparisons are bitwise.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)  # torch may have been imported before this file
 
 settings.register_profile(
     "suite", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
