@@ -14,9 +14,10 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers
-from factories import Case, all_heads, shallow_settings
+from factories import Case, all_heads, one_of_each_kind, shallow_settings
 from source_distribution import load
 from transformers import PreTrainedConfig
 
@@ -213,10 +214,18 @@ def build_config_test(case: Case) -> type[unittest.TestCase]:
 
 
 def all_test_classes() -> dict[str, type[unittest.TestCase]]:
-    """Test classes of every head and every configuration class, by name."""
+    """Test classes of every head and every configuration class, by name.
+
+    The default suite runs one head of each kind, and every generative one; the others are marked as wide.
+    """
     know_our_heads(load("test_modeling_common"))
     cases = all_heads() + all_heads(other_inputs=True)
     classes = [build_model_test(case) for case in cases]
+    generative = {"AutoModelForSeq2SeqLM", "AutoModelForCausalLM"}
+    kept = one_of_each_kind(cases) + [case for case in cases if case.auto_name in generative]
+    for case, test_class in zip(cases, classes):
+        if case not in kept:
+            test_class.pytestmark = [pytest.mark.wide]  # type: ignore[attr-defined]
     classes += [
         build_config_test(next(case for case in cases if case.model_type == architecture.model_type))
         for architecture in ARCHITECTURES

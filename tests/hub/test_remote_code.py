@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from clean_process import run_without_package
-from factories import VARIANTS, VOCABULARY, Case, all_heads, main_output, parametrize
+from factories import VARIANTS, VOCABULARY, Case, all_heads, main_output, one_of_each_kind, parametrize
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -28,6 +28,7 @@ from hf_hybrid.processing.audio_processing import WaveformFeatureExtractor
 from hf_hybrid.processing.image_processing import PixelSequenceImageProcessor
 
 HEADS = all_heads() + all_heads(other_inputs=True)
+KEPT = one_of_each_kind(HEADS)  # the default suite; the others are marked as wide
 PROCESSORS = {
     "AutoModelForImageClassification": PixelSequenceImageProcessor,
     "AutoModelForAudioClassification": WaveformFeatureExtractor,
@@ -67,11 +68,26 @@ def export(case: Case, folder: Path, tokenizer: Any = None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    """An export of every head, with inputs and what the package computes from them."""
+def heads(request: pytest.FixtureRequest) -> list[Case]:
+    """The heads that the selected tests ask for, so that none is exported in vain."""
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    asked = {call["case"] for call in calls if "case" in call}
+    asked |= {case for call in calls for case in call.get("cases", ())}
+    return [case for case in HEADS if case in asked]
+
+
+@pytest.fixture(scope="module")
+def exports(
+    heads: list[Case], tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Path]:
+    """An export of each head, with inputs and what the package computes from them."""
     folder = tmp_path_factory.mktemp("exports")
     found = {}
-    for case in HEADS:
+    for case in heads:
         found[name_of(case)] = export(case, folder / name_of(case), tokenizer)
         inputs = case.inputs()
         # Loaded from the same file: where weights lie in memory can change the order of a sum.
@@ -111,19 +127,19 @@ for name, (folder, auto_name) in arguments.items():
 
 
 @pytest.fixture(scope="module")
-def elsewhere(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    arguments = {name_of(case): (str(exports[name_of(case)]), case.auto_name) for case in HEADS}
+def elsewhere(heads: list[Case], exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    arguments = {name_of(case): (str(exports[name_of(case)]), case.auto_name) for case in heads}
     return run_without_package(IN_CLEAN_PROCESS, tmp_path_factory.mktemp("modules"), arguments)
 
 
-@parametrize(HEADS)
+@parametrize(HEADS, kept=KEPT)
 def test_an_export_computes_the_same_without_the_package(case: Case, elsewhere: dict[str, Any]) -> None:
     """Bitwise equal; saved again from there and reloaded, still, and no head is lost on that way."""
     expected = {"same": True, "again": True, "heads": sorted(case.architecture.heads.values())}
     assert elsewhere[name_of(case)] == expected
 
 
-@parametrize(HEADS)
+@parametrize(HEADS, kept=KEPT)
 def test_an_export_holds_what_it_needs_and_no_more(case: Case, exports: dict[str, Path]) -> None:
     folder = exports[name_of(case)]
     files = {path.name for path in folder.iterdir()}
@@ -150,9 +166,9 @@ def test_an_export_holds_what_it_needs_and_no_more(case: Case, exports: dict[str
     assert verify_export(folder) == verify_export(folder)
 
 
-def test_files_that_end_alike_get_names_of_their_own(exports: dict[str, Path]) -> None:
-    files = {path.name for path in exports["spade-AutoModel"].iterdir()}
-    assert {"local_attention.py", "local_self_attention.py"} <= files
+def test_files_that_end_alike_get_names_of_their_own() -> None:
+    files = remote_code.remote_code(SMALL.architecture).files
+    assert {"local_attention.py", "local_self_attention.py"} <= files.keys()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda found: found.model_type)
@@ -188,13 +204,21 @@ for name, (folder, task, given, settings) in arguments.items():
 """
 
 
-def test_pipelines_run_without_the_package(exports: dict[str, Path], tmp_path: Path) -> None:
-    # The stock pipelines know no encoder-decoders but those that classify.
-    cases = [
-        case
-        for case in HEADS
-        if case.auto_name in PIPELINES and not (case.is_seq2seq and case.auto_name == "AutoModel")
-    ]
+# The stock pipelines know no encoder-decoders but those that classify.
+IN_PIPELINES = [
+    case for case in HEADS if case.auto_name in PIPELINES and not (case.is_seq2seq and case.auto_name == "AutoModel")
+]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [case for case in IN_PIPELINES if case in KEPT],
+        pytest.param([case for case in IN_PIPELINES if case not in KEPT], marks=pytest.mark.wide),
+    ],
+    ids=["kept", "wide"],
+)
+def test_pipelines_run_without_the_package(cases: list[Case], exports: dict[str, Path], tmp_path: Path) -> None:
     arguments = {name_of(case): (str(exports[name_of(case)]), *pipeline_input(case)) for case in cases}
     found = run_without_package(PIPELINES_IN_CLEAN_PROCESS, tmp_path, arguments)
     for name, (folder, task, given, settings) in arguments.items():
@@ -269,7 +293,7 @@ def test_models_of_others_are_refused(tmp_path: Path) -> None:
 
 
 def test_only_shared_models_are_pushed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no folder of a model"):
+    with pytest.raises(ValueError, match="is not a model folder"):
         push_folder(tmp_path, "somebody/name")
     folder = export(SMALL, tmp_path / "run")
     (folder / "checkpoint-1").mkdir()

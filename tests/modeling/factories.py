@@ -7,7 +7,7 @@ settings here: the first variant is its default, the others switch the options o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,6 +304,16 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
     },
 }
 
+# Variants that stay in the default suite: those with another kind of state, mask or position. The others are marked as wide.
+KINDS: dict[str, tuple[str, ...]] = {
+    "spade": ("default", "official", "local_decoder_chunk"),
+    "spade_lm": ("default", "official"),
+    "mega": ("default", "chunk_laplace"),
+    "seqboat": ("default", "unlimited_t5"),
+    "longvq": ("default", "heads_s4d"),
+    "bst": ("default", "mf_unstructured"),
+}
+
 # What a head needs of its configuration besides the variant.
 HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mega": {
@@ -449,10 +459,43 @@ def shallow_settings(model_type: str) -> dict[str, Any]:
     return SHALLOW_SETTINGS.get(model_type, {})
 
 
-def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
-    """`@parametrize(cases)` gives the test an argument `case`, with readable names."""
-    identifiers = [f"{case.model_type}-{case.auto_name.removeprefix('AutoModel')}-{case.variant}" for case in cases]
-    return pytest.mark.parametrize("case", cases, ids=[name.replace("--", "-") for name in identifiers])
+def parametrize(cases: list[Case], kept: Collection[Case] | None = None) -> pytest.MarkDecorator:
+    """`@parametrize(cases)` gives the test an argument `case`, with readable names.
+
+    Args:
+        cases: all of them.
+        kept: those of the default suite; the others are marked as wide. Default: the variants in `KINDS`, and the first case of
+            an architecture of which the test has none.
+    """
+    if kept is None:
+        kept = [case for case in cases if case.variant in KINDS.get(case.model_type, VARIANTS[case.model_type])]
+        for model_type in {case.model_type for case in cases} - {case.model_type for case in kept}:
+            kept.append(next(case for case in cases if case.model_type == model_type))
+    parameters = []
+    for case in cases:
+        name = f"{case.model_type}-{case.auto_name.removeprefix('AutoModel')}-{case.variant}".replace("--", "-")
+        parameters.append(pytest.param(case, id=name, marks=[] if case in kept else [pytest.mark.wide]))
+    return pytest.mark.parametrize("case", parameters)
+
+
+def one_each(cases: list[Case]) -> list[Case]:
+    """One case of each architecture, of a head that no architecture before has, where there is one."""
+    found: list[Case] = []
+    for model_type in dict.fromkeys(case.model_type for case in cases):
+        own = [case for case in cases if case.model_type == model_type]
+        known = {case.auto_name for case in found}
+        found.append(next((case for case in own if case.auto_name not in known), own[0]))
+    return found
+
+
+def one_of_each_kind(cases: list[Case]) -> list[Case]:
+    """Cases that cover every head and every architecture: each head on the architecture that has the fewest so far."""
+    found: list[Case] = []
+    for auto_name in dict.fromkeys(case.auto_name for case in cases):
+        own = [case for case in cases if case.auto_name == auto_name]
+        found.append(min(own, key=lambda case: sum(case.model_type == other.model_type for other in found)))
+    known = {case.model_type for case in found}
+    return found + [case for case in one_each(cases) if case.model_type not in known]
 
 
 @torch.no_grad()
