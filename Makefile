@@ -3,15 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= demo-output
-# One worker and one thread per core: the tests are small, and threads that wait for each other cost more than they gain.
-WORKERS ?= 2
+# One worker per core that this process may use, one thread each: the tests are small, and threads that wait for each other cost
+# more than they gain. A file stays with one worker, so that what its tests share is made once.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo test test-slow lint format tables clean
+.PHONY: help install demo test test-wide test-slow lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
-	@echo "make test       the test suite (make test-slow: the slow tests too)"
+	@echo "make test       the test suite, one case of each kind, on all cores (make test-wide: the other cases)"
+	@echo "make test-slow  every test that needs neither an accelerator nor a network"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
 	@echo "make tables     the tables of architectures in README.md and docs/, from their records"
 	@echo "make install    only the virtual environment in $(VENV)"
@@ -30,10 +33,13 @@ demo: install
 	$(BIN)/python -m hf_hybrid.recipes.demo --output_dir $(DEMO_OUTPUT)
 
 test: install
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --durations 15
+	$(PYTEST)
+
+test-wide: install
+	$(PYTEST) -m "wide and not (slow or gpu or network)"
 
 test-slow: install
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow or not (slow or gpu or network)"
+	$(PYTEST) -m "not (gpu or network)"
 
 lint: install
 	$(BIN)/ruff check .
