@@ -11,22 +11,10 @@ import math
 import tempfile
 from typing import TYPE_CHECKING
 
+from .metric_names import GLUE_TASKS, ROUGE_TYPES, glue_metric_names
+
 if TYPE_CHECKING:
     from .offline_metrics import OfflineMetric
-
-GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-
-
-def glue_metric_names(task: str) -> tuple[str, ...]:
-    """Metrics of a GLUE task."""
-    special = {
-        "cola": ("matthews_correlation",),
-        "stsb": ("pearson", "spearmanr"),
-        "mrpc": ("accuracy", "f1"),
-        "qqp": ("accuracy", "f1"),
-    }
-    return special.get(task, ("accuracy",))
 
 
 def metric_names() -> list[str]:
@@ -67,3 +55,14 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
         num_tokens, num_bytes: size of the same text.
     """
     return loss / math.log(2) * num_tokens / num_bytes
+
+
+__all__ = [
+    "GLUE_TASKS",
+    "ROUGE_TYPES",
+    "bits_per_byte",
+    "glue_metric_names",
+    "load",
+    "metric_names",
+    "perplexity",
+]

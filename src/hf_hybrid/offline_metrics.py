@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError('Metrics need `evaluate` and `datasets`: pip install "hf_hybrid[train]".') from error
 
-from .metrics import GLUE_TASKS, ROUGE_TYPES, glue_metric_names
+from .metric_names import GLUE_TASKS, ROUGE_TYPES, glue_metric_names
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _KEYWORDS = "predictions and references, two sequences of equal length."
