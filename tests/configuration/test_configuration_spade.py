@@ -118,7 +118,7 @@ def test_rules_of_both(config_class: type[PreTrainedConfig], fields: dict[str, A
         ({"relative_attention_max_distance": 16, "decoder_attention_window": 4}, "must exceed 16"),
         ({"decoder_ssm_layers": [0]}, "`decoder_ssm_layers` needs `decoder_attention_window`"),
         ({"decoder_ssm_layers": [2], "decoder_attention_window": 4}, "`decoder_ssm_layers` names layer 2"),
-        ({"max_position_embeddings": None}, "`max_position_embeddings=None`.*`decoder_attention_window`"),
+        ({"d_model": 6, "num_heads": 2, "d_kv": 3}, "even `d_kv`; got 3.*`max_position_embeddings`"),
         ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1"),
         ({"decoder_layers": 0}, "`decoder_layers` must be at least 1"),
         ({"decoder_start_token_id": 99999}, "`decoder_start_token_id` is 99999"),

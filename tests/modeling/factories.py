@@ -39,12 +39,11 @@ _SPADE = {
     "relative_attention_max_distance": 12,
     "ssm_state_size": 8,
     "ssm_max_length": 128,
-    "max_position_embeddings": 96,
     **NO_DROPOUT,
 }
 _SPADE_LM = {name: _SPADE[name] for name in _SPADE if name in SpadeLMConfig.__dataclass_fields__} | {"num_layers": 2}
 
-_LOCAL_DECODER = {"decoder_attention_window": 3, "decoder_ssm_layers": [0], "max_position_embeddings": None}
+_LOCAL_DECODER = {"decoder_attention_window": 3, "decoder_ssm_layers": [0]}
 
 _MEGA = {
     "vocab_size": VOCABULARY,
@@ -177,7 +176,10 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         "default": lambda **kwargs: SpadeConfig(**(_SPADE | kwargs)),
         "official": lambda **kwargs: SpadeConfig.official(**(_SPADE | {"d_kv": 8} | kwargs)),
         "chunk_gated": lambda **kwargs: SpadeConfig(
-            **_SPADE | {"local_attention_type": "chunk", "ssm_combine": "gated", "scale_logits": True} | kwargs
+            **_SPADE
+            | {"local_attention_type": "chunk", "ssm_combine": "gated", "scale_logits": True}
+            | {"max_position_embeddings": 96}
+            | kwargs
         ),
         "rotary_add": lambda **kwargs: SpadeConfig(
             **_SPADE

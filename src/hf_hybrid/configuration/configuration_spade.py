@@ -135,8 +135,9 @@ class SpadeConfig(HybridConfig):
         feed_forward_bias: biases in the feed-forward layers. None: biases exactly where the published code has them.
         attention_bias: biases in the decoder attention (the encoder never has them).
         dropout_rate, attention_dropout, activation_dropout, classifier_dropout: probabilities.
-        max_position_embeddings: rows of the decoder's learned position table = longest target; None: no table (only with
-            `decoder_attention_window`, whose attention has relative positions).
+        max_position_embeddings: rows of a learned table of positions in the decoder, the longest target (the published form).
+            None: no table and no limit; the full self-attention of the decoder has rotary positions instead, and local
+            attention (`decoder_attention_window`) those of `position_encoding`.
         decoder_attention_window: None for full causal self-attention in the decoder; r for a window of r past tokens.
         decoder_ssm_layers: decoder layers with a causal SSM (needs `decoder_attention_window`).
         scale_logits: multiply the tied logits by d_model ** -0.5.
@@ -194,7 +195,7 @@ class SpadeConfig(HybridConfig):
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
     classifier_pooling: Literal["mean", "first", "last"] = "mean"
-    max_position_embeddings: int | None = 1024
+    max_position_embeddings: int | None = None
     decoder_attention_window: int | None = None
     decoder_ssm_layers: list[int] | None = None
     tie_word_embeddings: bool = True
@@ -245,6 +246,11 @@ class SpadeConfig(HybridConfig):
         }
         return cls(**(settings | overrides))
 
+    @property
+    def decoder_has_rotary_positions(self) -> bool:
+        """Whether the full self-attention of the decoder turns queries and keys by their positions."""
+        return self.max_position_embeddings is None and self.decoder_attention_window is None
+
     def target_limits(self) -> dict[str, int]:
         """The learned table of positions, which limits the targets."""
         rows = self.max_position_embeddings
@@ -277,16 +283,16 @@ class SpadeConfig(HybridConfig):
             _check_buckets(self, is_causal=True)
         if self.position_encoding == "rotary" and self.d_kv % 2:
             raise ValueError(f"`position_encoding='rotary'` needs an even `d_kv`; got {self.d_kv}.")
+        if self.decoder_has_rotary_positions and self.d_kv % 2:
+            raise ValueError(
+                f"The decoder's rotary positions need an even `d_kv`; got {self.d_kv}. Change it, or set "
+                "`max_position_embeddings` for a learned table of positions."
+            )
         _check_layer_list("ssm_layers", self.ssm_layers, self.encoder_layers, "encoder_layers")
         _check_layer_list("decoder_ssm_layers", self.decoder_ssm_layers, self.decoder_layers, "decoder_layers")
         if self.decoder_ssm_layers and self.decoder_attention_window is None:
             raise ValueError(
                 "`decoder_ssm_layers` needs `decoder_attention_window`: the SSM stands beside local attention."
-            )
-        if self.max_position_embeddings is None and self.decoder_attention_window is None:
-            raise ValueError(
-                "`max_position_embeddings=None` leaves the decoder without positions: set `decoder_attention_window`, or a "
-                "table size."
             )
 
 

@@ -157,7 +157,7 @@ class SpadeEncoder(SpadePreTrainedModel):
 
 
 class SpadeDecoder(SpadePreTrainedModel):
-    """Decoder layers over embedded targets, with learned positions that count real tokens from row 2."""
+    """Decoder layers over embedded targets; positions count real tokens, those of a learned table from row 2."""
 
     _position_offset = 2
     _can_record_outputs = {
@@ -251,6 +251,8 @@ class SpadeDecoder(SpadePreTrainedModel):
                 attention_mask=mask,
                 past_key_values=None if past_key_values is None else past_key_values.self_attention_cache,
             )
+            if self.config.decoder_has_rotary_positions:
+                positions = logical_positions(mask, past + length, device=inputs_embeds.device)[:, past:]
         cross_attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,

@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
+from ...ops.relative_position import apply_rotary, rotary_cos_sin
 from ..cache import read_state, write_state
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
@@ -154,7 +155,11 @@ def eager_attention_forward(
 
 
 class SpadeAttention(nn.Module):
-    """Full multi-head attention of the decoder: causal over its own tokens, or over the encoder output."""
+    """Full multi-head attention of the decoder: causal over its own tokens, or over the encoder output.
+
+    Without a learned table of positions, queries and keys of the decoder's own tokens are turned by their positions (rotary,
+    arXiv 2104.09864); the cache holds turned keys.
+    """
 
     def __init__(self, config: SpadeConfig, layer_idx: int, is_cross_attention: bool) -> None:
         super().__init__()
@@ -162,6 +167,7 @@ class SpadeAttention(nn.Module):
         self.layer_idx = layer_idx
         self.is_cross_attention = is_cross_attention
         self.is_causal = not is_cross_attention
+        self.has_rotary_positions = config.decoder_has_rotary_positions and not is_cross_attention
         self.head_dim = config.d_kv
         self.scaling = config.d_kv**-0.5
         width, bias = config.d_model, config.attention_bias
@@ -174,12 +180,17 @@ class SpadeAttention(nn.Module):
         return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _keys_and_values(
-        self, source: torch.Tensor, past_key_values: EncoderDecoderCache | None
+        self,
+        source: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None,
+        past_key_values: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_cross_attention and past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
         key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
+        if turns is not None:
+            key = apply_rotary(key, *turns)
         if past_key_values is None:
             return key, value
         if self.is_cross_attention:
@@ -192,12 +203,19 @@ class SpadeAttention(nn.Module):
         hidden_states: torch.Tensor,
         source: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) to ((B, T, D), weights or None); `source` (B, L, D) is the encoder output for cross-attention."""
-        query = self._split_heads(self.q_proj(hidden_states))
-        key, value = self._keys_and_values(hidden_states if source is None else source, past_key_values)
+        """(B, T, D) to ((B, T, D), weights or None).
+
+        `source` (B, L, D) is the encoder output for cross-attention, `positions` (1 or B, T) those of rotary self-attention.
+        """
+        query, turns = self._split_heads(self.q_proj(hidden_states)), None
+        if self.has_rotary_positions:
+            turns = rotary_cos_sin(positions, self.head_dim, self.config.rotary_base)
+            query = apply_rotary(query, *turns)
+        key, value = self._keys_and_values(hidden_states if source is None else source, turns, past_key_values)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
@@ -299,7 +317,11 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
         def attend_to_self(states: torch.Tensor) -> torch.Tensor:
             if not self.is_local:
                 return self.self_attention(
-                    states, attention_mask=self_attention_mask, past_key_values=past_key_values, **kwargs
+                    states,
+                    attention_mask=self_attention_mask,
+                    positions=positions,
+                    past_key_values=past_key_values,
+                    **kwargs,
                 )[0]
             cache = None if past_key_values is None else past_key_values.self_attention_cache
             return self.self_attention(states, self_attention_mask, None, positions, cache, self.layer_idx)
