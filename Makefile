@@ -9,12 +9,13 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) i
 PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo test test-wide test-slow lint format tables clean
+.PHONY: help install demo test test-wide test-slow test-company lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
 	@echo "make test       the test suite, one case of each kind, on all cores (make test-wide: the other cases)"
 	@echo "make test-slow  every test that needs neither an accelerator nor a network"
+	@echo "make test-company  the programs of other projects (TRL, sentence-transformers, lm-eval ...) around these models"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
 	@echo "make tables     the tables of architectures in README.md and docs/, from their records"
 	@echo "make install    only the virtual environment in $(VENV)"
@@ -39,7 +40,11 @@ test-wide: install
 	$(PYTEST) -m "wide and not (slow or gpu or network)"
 
 test-slow: install
-	$(PYTEST) -m "not (gpu or network)"
+	$(PYTEST) -m "not (gpu or network or company)"
+
+test-company: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[company]"
+	$(PYTEST) -m company tests/company
 
 lint: install
 	$(BIN)/ruff check .

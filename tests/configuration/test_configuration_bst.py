@@ -31,7 +31,7 @@ def test_layers_with_context(depth: int, layers: list[int] | None, expected: lis
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    config = BstConfig(num_hidden_layers=5, bst_layers=[-1], context_variant="mf", logit_divisor=3, head_dim=96)
+    config = BstConfig(num_hidden_layers=5, bst_layers=[-1], context_variant="mf", logits_scaling=3, head_dim=96)
     config.save_pretrained(tmp_path)
     assert BstConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     filters = {name: BstConfig(context_variant=name).num_filters for name in ("sh", "mh", "mf")}
@@ -52,7 +52,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"num_context_states": 0}, "`num_context_states` must be at least 1"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1"),
         ({"hidden_dropout": 1.0}, r"`hidden_dropout` .*\[0, 1\); got 1.0"),
-        ({"logit_divisor": 0}, "`logit_divisor` must be greater than 0"),
+        ({"logits_scaling": 0}, "`logits_scaling` must be greater than 0"),
         ({"ssm_dt_min": 0.2}, "`ssm_dt_min` and `ssm_dt_max`"),
         ({"relative_attention_num_buckets": 1}, "`relative_attention_num_buckets` must be at least 2"),
         ({"relative_attention_max_distance": 16}, "larger than half"),

@@ -142,7 +142,7 @@ def test_rules_of_the_encoder_decoder(fields: dict[str, Any], message: str) -> N
         ({"adaptive_cutoffs": [40000]}, "`adaptive_cutoffs` must be a rising list"),
         ({"adaptive_cutoffs": [10, 20, 30]}, "`adaptive_factor` .4. leaves no width"),
         ({"adaptive_cutoffs": [10], "tie_word_embeddings": False}, "needs `tie_word_embeddings=True`"),
-        ({"adaptive_cutoffs": [10], "scale_logits": True}, "`scale_logits`"),
+        ({"adaptive_cutoffs": [10], "logits_scaling": 4.0}, "`logits_scaling`"),
     ],
 )
 def test_rules_of_the_language_model(fields: dict[str, Any], message: str) -> None:

@@ -300,7 +300,7 @@ def test_foreign_options_are_refused():
         ("ssm_combine", "add"),
         ("use_final_norm", True),
         ("embedding_norm", False),
-        ("scale_logits", True),
+        ("logits_scaling", 4.0),
         ("share_relative_bias", True),
         ("ssm_layers", []),
         ("ssm_layers", [1]),
@@ -328,12 +328,12 @@ def test_encoder_decoders_without_official_form_are_named(field, value):
         ("share_relative_bias", False),
         ("layer_norm_eps", 1e-6),
         ("pad_token_id", 0),
-        ("scale_logits", True),
+        ("logits_scaling", 4.0),
         ("ssm_stop_gradient", True),
     ],
 )
 def test_language_models_without_official_form_are_named(field, value):
-    needed = {"ssm_stop_gradient": {"ssm_trainable": False}, "scale_logits": {"adaptive_cutoffs": None}}
+    needed = {"ssm_stop_gradient": {"ssm_trainable": False}, "logits_scaling": {"adaptive_cutoffs": None}}
     extra = needed.get(field, {})
     config = SpadeLMConfig.official(**{field: value}, **extra)
     with pytest.raises(ValueError, match=f"`({field}|ssm_trainable)="):

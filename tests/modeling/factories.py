@@ -177,7 +177,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         "official": lambda **kwargs: SpadeConfig.official(**(_SPADE | {"d_kv": 8} | kwargs)),
         "chunk_gated": lambda **kwargs: SpadeConfig(
             **_SPADE
-            | {"local_attention_type": "chunk", "ssm_combine": "gated", "scale_logits": True}
+            | {"local_attention_type": "chunk", "ssm_combine": "gated", "logits_scaling": 4.0}
             | {"max_position_embeddings": 96}
             | kwargs
         ),
@@ -205,7 +205,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         ),
         "chunk_gated": lambda **kwargs: SpadeLMConfig(
             **_SPADE_LM
-            | {"local_attention_type": "chunk", "attention_window": 4, "ssm_combine": "gated", "scale_logits": True}
+            | {"local_attention_type": "chunk", "attention_window": 4, "ssm_combine": "gated", "logits_scaling": 4.0}
             | {"share_relative_bias": False}
             | kwargs
         ),

@@ -289,7 +289,7 @@ def test_the_first_loss_is_near_that_of_logits_of_unit_variance() -> None:
 @torch.no_grad()
 def test_deep_settings() -> None:
     """Layers with context at any places, head widths that do not divide D, a block of one token."""
-    for fields in ({"bst_layers": [-1, 0], "num_hidden_layers": 3}, {"block_size": 1}, {"logit_divisor": 2.0}):
+    for fields in ({"bst_layers": [-1, 0], "num_hidden_layers": 3}, {"block_size": 1}, {"logits_scaling": 2.0}):
         for variant in ("sh", "mf"):
             model, ids = build(variant, **fields), random_ids(2, 7)
             logits, _ = in_pieces(model, ids, [2, 3, 6])

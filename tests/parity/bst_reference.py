@@ -99,7 +99,8 @@ def row_logits(options: Options, p: Parameters, ids: list[int]) -> Tensor:
         }
         x = _layer(options, layer, x)
     x = rms_norm(x, p["model.norm.weight"], options["rms_norm_eps"])
-    divisor = options["logit_divisor"] or math.sqrt(options["hidden_size"])
+    divisor = options.get("logits_scaling", options.get("logit_divisor"))  # the latter in the stored vectors
+    divisor = divisor or math.sqrt(options["hidden_size"])
     return x @ p.get("lm_head.weight", p["model.embed_tokens.weight"]).T / divisor
 
 

@@ -54,7 +54,7 @@ class BstConfig(HybridConfig):
         qk_norm, qk_norm_eps: normalise queries and keys, with a learned scale per head.
         relative_attention_num_buckets, relative_attention_max_distance: relative position bias as in T5, one table per layer.
         rms_norm_eps: of all other norms.
-        logit_divisor: the logits are divided by it; None: sqrt(hidden_size).
+        logits_scaling: divisor of the logits; None: sqrt(hidden_size).
         tie_word_embeddings: the language model head is the embedding matrix.
         hidden_dropout: of the input of attention and filters, and of the output of the feed-forward layer.
         attention_dropout: of attention weights, those of context states as well.
@@ -65,6 +65,7 @@ class BstConfig(HybridConfig):
 
     model_type = "bst"
     keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"logit_divisor": "logits_scaling"}  # the name in earlier checkpoints
 
     vocab_size: int = 32128
     hidden_size: int = 1024
@@ -90,7 +91,7 @@ class BstConfig(HybridConfig):
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     rms_norm_eps: float | int = 1e-6
-    logit_divisor: float | int | None = None
+    logits_scaling: float | int | None = None
     tie_word_embeddings: bool = True
     hidden_dropout: float | int = 0.05
     attention_dropout: float | int = 0.05
@@ -109,6 +110,9 @@ class BstConfig(HybridConfig):
         if all(-depth <= layer < depth for layer in self.bst_layers):
             self.bst_layers = sorted(layer % depth for layer in self.bst_layers)
         super().__post_init__(**kwargs)
+        if self.logits_scaling is None:
+            # A number in the file too: programs that compute logits themselves read it from there.
+            self.logits_scaling = max(self.hidden_size, 1) ** 0.5
         is_short = self.ssm_type != "unstructured" and self.ssm_state_size < self.num_context_states
         if self.context_variant == "mf" and self.bst_layers and is_short:
             logger.warning(
@@ -130,7 +134,7 @@ class BstConfig(HybridConfig):
         for name in _PROBABILITIES:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {getattr(self, name)}.")
-        for name in ("qk_norm_eps", "rms_norm_eps", "logit_divisor", "ssm_filter_emb_base", "embedding_init_std"):
+        for name in ("qk_norm_eps", "rms_norm_eps", "logits_scaling", "ssm_filter_emb_base", "embedding_init_std"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be greater than 0; got {value}.")

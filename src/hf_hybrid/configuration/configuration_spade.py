@@ -38,8 +38,18 @@ def _check_layer_list(name: str, indices: list[int], num_layers: int, depth_name
         raise ValueError(f"`{name}` names a layer twice: {indices}.")
 
 
+def _with_logits_scaling(fields: dict[str, Any], d_model: int) -> dict[str, Any]:
+    """Extra fields with `scale_logits` of earlier checkpoints (divide by sqrt(d_model), or not) written as `logits_scaling`."""
+    if "scale_logits" not in fields:
+        return fields
+    others = {name: value for name, value in fields.items() if name != "scale_logits"}
+    return others | ({"logits_scaling": d_model**0.5} if fields["scale_logits"] else {})
+
+
 def _check_common(config: HybridConfig) -> None:
     """Rules that the encoder-decoder and the language model share."""
+    if config.logits_scaling <= 0:
+        raise ValueError(f"`logits_scaling` must be greater than 0; got {config.logits_scaling}.")
     _check_at_least(config, 1, "vocab_size", "d_model", "d_ff", "num_heads", "attention_window", "ssm_max_length")
     _check_at_least(config, 2, "relative_attention_num_buckets", "ssm_state_size")
     for name in ("dropout_rate", "attention_dropout", "activation_dropout", "classifier_dropout", "adaptive_dropout"):
@@ -140,7 +150,7 @@ class SpadeConfig(HybridConfig):
             attention (`decoder_attention_window`) those of `position_encoding`.
         decoder_attention_window: None for full causal self-attention in the decoder; r for a window of r past tokens.
         decoder_ssm_layers: decoder layers with a causal SSM (needs `decoder_attention_window`).
-        scale_logits: multiply the tied logits by d_model ** -0.5.
+        logits_scaling: divisor of the logits; T5 has sqrt(d_model) for tied embeddings.
         initializer_scheme: "normal" (std `initializer_range`, residual projections scaled by depth) or "official" (the
             distributions of the published code, std-1 embeddings times `initializer_factor`).
         classifier_pooling: "mean", "first" or "last" real token.
@@ -199,7 +209,7 @@ class SpadeConfig(HybridConfig):
     decoder_attention_window: int | None = None
     decoder_ssm_layers: list[int] | None = None
     tie_word_embeddings: bool = True
-    scale_logits: bool = False
+    logits_scaling: float | int = 1.0
     initializer_scheme: Literal["normal", "official"] = "normal"
     initializer_range: float | int = 0.02
     initializer_factor: float | int = 1.0
@@ -215,7 +225,7 @@ class SpadeConfig(HybridConfig):
             self.ssm_layers = [0]
         if self.decoder_ssm_layers is None:
             self.decoder_ssm_layers = []
-        super().__post_init__(**kwargs)
+        super().__post_init__(**_with_logits_scaling(kwargs, self.d_model))
 
     @classmethod
     def official(cls, **overrides: Any) -> Self:
@@ -365,7 +375,7 @@ class SpadeLMConfig(HybridConfig):
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
     tie_word_embeddings: bool = True
-    scale_logits: bool = False
+    logits_scaling: float | int = 1.0
     initializer_scheme: Literal["normal", "official"] = "normal"
     initializer_range: float | int = 0.02
     initializer_factor: float | int = 1.0
@@ -377,7 +387,7 @@ class SpadeLMConfig(HybridConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.ssm_layers is None:
             self.ssm_layers = [0]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**_with_logits_scaling(kwargs, self.d_model))
 
     @property
     def d_kv(self) -> int:
@@ -447,9 +457,9 @@ class SpadeLMConfig(HybridConfig):
             raise ValueError(
                 "`adaptive_cutoffs` needs `tie_word_embeddings=True`: the adaptive softmax reuses the embeddings."
             )
-        if self.scale_logits:
+        if self.logits_scaling != 1:
             raise ValueError(
-                "`scale_logits` is not defined for the adaptive softmax (`adaptive_cutoffs`): set it to False."
+                "`logits_scaling` is not defined for the adaptive softmax (`adaptive_cutoffs`): set it to 1."
             )
 
 

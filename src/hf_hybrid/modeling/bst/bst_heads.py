@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, D hidden size, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: BstConfig) -> None:
         super().__init__(config)
-        self.model = BstModel(config)
+        # The dropout is the stack's, so that whoever computes the logits from its output has it too.
+        self.model = BstModel(config, final_dropout=config.final_dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.final_dropout)
         self.post_init()
 
     @torch.no_grad()
@@ -82,9 +81,7 @@ class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        divisor = self.config.logit_divisor
-        divisor = math.sqrt(self.config.hidden_size) if divisor is None else divisor
-        logits = self.lm_head(self.dropout(hidden_states[:, kept]) / divisor)
+        logits = self.lm_head(hidden_states[:, kept] / self.config.logits_scaling)
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,

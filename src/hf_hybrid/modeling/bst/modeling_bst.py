@@ -89,11 +89,12 @@ class BstModel(BstPreTrainedModel):
 
     _can_record_outputs = {"hidden_states": BstLayer}
 
-    def __init__(self, config: BstConfig) -> None:
+    def __init__(self, config: BstConfig, final_dropout: float = 0.0) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BstLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.final_dropout = nn.Dropout(final_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -175,7 +176,8 @@ class BstModel(BstPreTrainedModel):
             positions = real if memory.positions is None else memory.positions + real
             for layer in past_key_values.layers:
                 layer.advance(positions, length, mask is None)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        last = self.final_dropout(self.norm(hidden_states))
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
 
 
 def _new_padding(mask: torch.Tensor | None, length: int, *, is_kept: bool) -> torch.Tensor | None:

@@ -116,8 +116,8 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if self.config.scale_logits:
-            hidden_states = hidden_states * self.config.d_model**-0.5
+        if self.config.logits_scaling != 1:
+            hidden_states = hidden_states / self.config.logits_scaling
         logits = self.lm_head(hidden_states)
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(

@@ -121,8 +121,8 @@ class SpadeLMForCausalLM(FusedHeadGuard, SpadeLMPreTrainedModel, GenerationMixin
             if not (self.training and labels is not None):
                 logits = self.lm_head(hidden_states[:, kept], self.model.embed_tokens)
         else:
-            scale = self.config.d_model**-0.5 if self.config.scale_logits else 1.0
-            logits = self.lm_head(hidden_states[:, kept] * scale if scale != 1.0 else hidden_states[:, kept])
+            scaling = self.config.logits_scaling
+            logits = self.lm_head(hidden_states[:, kept] / scaling if scaling != 1 else hidden_states[:, kept])
             if labels is not None:
                 loss = token_cross_entropy(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(

@@ -1,0 +1,121 @@
+"""Which programs work with which architecture: the table of docs/works_with.md, which the tests of this folder take their cases from.
+
+Written by `python tests/company/works_with.py`; a test compares the page with the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "works_with.md"
+MODEL_TYPES = ("spade", "spade_lm", "mega", "seqboat", "bst", "longvq")
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program and what it makes of each architecture.
+
+    Args:
+        name: of the program and the part of it.
+        package: the distribution whose version counts.
+        works: model type -> condition ("" for none) under which it works; the tests run these.
+        refused: model type -> what is refused, by an error that names it; the tests run these too.
+        impossible: model type -> why there is nothing to try.
+    """
+
+    name: str
+    package: str
+    works: dict[str, str]
+    refused: dict[str, str] = field(default_factory=dict)
+    impossible: dict[str, str] = field(default_factory=dict)
+
+
+ENCODER_DECODER = "an encoder-decoder; the program trains decoders"
+
+CLIENTS = (
+    Client(
+        "TRL, `SFTTrainer`, `DPOTrainer` (fused heads)",
+        "trl",
+        works={
+            "spade_lm": "",
+            "mega": "",
+            "seqboat": "",
+            "bst": "",
+            "longvq": "with `commitment_loss_weight=0`",
+        },
+        refused={
+            "spade_lm": "adaptive softmax",
+            "mega": "adaptive softmax, `add_lm_hidden_dense_layer=True`",
+            "seqboat": "`dead_layer_loss_weight` > 0",
+            "longvq": "`commitment_loss_weight` > 0",
+        },
+        impossible={"spade": ENCODER_DECODER},
+    ),
+)
+
+
+def client(name: str) -> Client:
+    """The client whose name begins so."""
+    return next(found for found in CLIENTS if found.name.startswith(name))
+
+
+def working(name: str, cases: Iterable[Any]) -> list[Any]:
+    """The cases (with a `model_type`) that a client is to work with."""
+    works = client(name).works
+    return [case for case in cases if case.model_type in works]
+
+
+def version(package: str) -> str:
+    """The version that the tests run with."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    found = re.search(rf"^{re.escape(package)}==(\S+)$", lines, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"constraints.txt does not pin `{package}`.")
+    return found[1]
+
+
+def cell(entry: Client, model_type: str) -> str:
+    """What the page says of a client and an architecture."""
+    if model_type in entry.impossible:
+        return f"– {entry.impossible[model_type]}"
+    parts = []
+    if model_type in entry.works:
+        parts.append(f"works {entry.works[model_type]}".strip())
+    if model_type in entry.refused:
+        parts.append(f"refused by name: {entry.refused[model_type]}")
+    return "; ".join(parts)
+
+
+def render() -> str:
+    """The whole page."""
+    lines = [
+        "# Works with",
+        "",
+        "Which programs run these models, as the tests of `tests/company` find it with the program itself (`make test-company`; extra",
+        '`company`). "Refused by name" is an error before anything is computed that names the setting and the remedy.',
+        "",
+        "| program (tested version) | " + " | ".join(MODEL_TYPES) + " |",
+        "|" + "---|" * (len(MODEL_TYPES) + 1),
+    ]
+    for entry in CLIENTS:
+        cells = " | ".join(cell(entry, model_type) for model_type in MODEL_TYPES)
+        lines.append(f"| {entry.name} ({entry.package} {version(entry.package)}) | {cells} |")
+    return "\n".join([*lines, "", *NOTES, ""])
+
+
+NOTES = (
+    "## How",
+    "",
+    '- **TRL**: `SFTTrainer(model="folder", ...)` after `import hf_hybrid`, or an export with',
+    '  `SFTConfig(model_init_kwargs={"trust_remote_code": True})`; padded, padding-free and packed batches. Its trainers compute the loss from the',
+    "  hidden states and the weights of the head, so what a loss holds besides is refused.",
+)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
