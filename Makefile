@@ -37,7 +37,7 @@ test: install
 	$(PYTEST)
 
 test-wide: install
-	$(PYTEST) -m "wide and not (slow or gpu or network)"
+	$(PYTEST) -m "wide and not (slow or gpu or network or company)"
 
 test-slow: install
 	$(PYTEST) -m "not (gpu or network or company)"
