@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_hybrid.auto import ARCHITECTURES, PIPELINES, Architecture
+from hf_hybrid.public_names import write_stub
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [architecture for architecture in ARCHITECTURES if architecture.package == "hf_hybrid"]
@@ -108,10 +109,11 @@ def test_every_head_has_a_name_and_is_known_to_the_pipelines() -> None:
 
 
 def main() -> None:
-    """Writes all tables."""
+    """Writes all tables, and the stub with the public names."""
     for (page, name), contents in TABLES.items():
         path = ROOT / page
         path.write_text(with_table(path.read_text(encoding="utf-8"), name, contents()), encoding="utf-8")
+    write_stub()
 
 
 if __name__ == "__main__":

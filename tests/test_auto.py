@@ -13,7 +13,15 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_hybrid
-from hf_hybrid.auto import ARCHITECTURES, Architecture, load_config_class, load_heads, public_classes, register
+from hf_hybrid.auto import (
+    ARCHITECTURES,
+    Architecture,
+    load_config_class,
+    load_heads,
+    public_classes,
+    register,
+    register_architecture,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.model_type)
@@ -38,14 +46,15 @@ class TestArchitecture:
 
     def test_modules_are_complete(self, architecture: Architecture) -> None:
         """What a modeling module declares public is what the table registers, and the base class."""
-        module = import_module(f"hf_hybrid.{architecture.modeling}")
+        module = import_module(f"{architecture.package}.{architecture.modeling}")
         declared = {name for name in module.__all__ if not name.endswith("PreTrainedModel")}
         assert declared == set(architecture.heads.values())
 
     def test_what_others_read(self, architecture: Architecture) -> None:
         """Page, paper, and the fields of the published classifier exist."""
-        assert architecture.docs is not None and (ROOT / architecture.docs).is_file()
-        assert architecture.paper is not None and architecture.paper.url in (ROOT / "CITATION.cff").read_text()
+        if architecture.package == "hf_hybrid":
+            assert architecture.docs is not None and (ROOT / architecture.docs).is_file()
+            assert architecture.paper is not None and architecture.paper.url in (ROOT / "CITATION.cff").read_text()
         config = load_config_class(architecture)()
         fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
         published = architecture.published_classifier.items()
@@ -85,7 +94,7 @@ def test_public_names_resolve() -> None:
     namespace: dict = {}
     exec("from hf_hybrid import *", namespace)
     assert set(hf_hybrid.__all__) - {"__version__"} <= namespace.keys()
-    with pytest.raises(AttributeError, match="no attribute 'SpadeModl'; public names: .*SpadeModel"):
+    with pytest.raises(AttributeError, match="no attribute 'SpadeModl'. Did you mean 'SpadeModel'"):
         hf_hybrid.SpadeModl  # noqa: B018
 
 
@@ -97,6 +106,18 @@ def test_registering_again_is_harmless() -> None:
     assert len(sys.meta_path) == before
     config_class = load_config_class(ARCHITECTURES[0])
     assert CONFIG_MAPPING[ARCHITECTURES[0].model_type] is config_class
+
+
+def test_taken_names_are_refused() -> None:
+    before = list(ARCHITECTURES)
+    other = {"title": "Other", "package": "other", "config": "c:C", "modeling": "m"}
+    with pytest.raises(ValueError, match="`model_type` 'mega' belongs to hf_hybrid already"):
+        register_architecture(Architecture(model_type="mega", heads={"AutoModel": "OtherModel"}, **other))
+    with pytest.raises(ValueError, match="`heads` of 'other' name classes of other architectures: MegaModel"):
+        register_architecture(Architecture(model_type="other", heads={"AutoModel": "MegaModel"}, **other))
+    assert before == ARCHITECTURES
+    register_architecture(ARCHITECTURES[0])
+    assert before == ARCHITECTURES
 
 
 CHECK = """

@@ -1,5 +1,8 @@
 # Written by `hf_hybrid.public_names.write_stub`.
 
+from .auto import Architecture as Architecture
+from .auto import Paper as Paper
+from .auto import register_architecture as register_architecture
 from .configuration.configuration_bst import BstConfig as BstConfig
 from .configuration.configuration_longvq import LongVQConfig as LongVQConfig
 from .configuration.configuration_mega import MegaConfig as MegaConfig

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from .auto import public_classes
 
 _NAMES: dict[str, tuple[str, ...]] = {
+    "auto": ("Architecture", "Paper", "register_architecture"),
     "data.corpus": ("embedded_classification_examples", "embedded_summarization_pairs", "embedded_text_corpus"),
     "data.packing": ("SeparateDocumentsCollator", "pack_documents"),
     "data.span_corruption": ("SpanCorruptionDataset",),
