@@ -197,6 +197,10 @@ def _encoder_decoder_from_official(official: Mapping[str, Any]) -> SpadeConfig:
 
 
 def _encoder_decoder_to_official(config: SpadeConfig) -> dict[str, Any]:
+    if config.max_position_embeddings is None:
+        raise ValueError(
+            "`max_position_embeddings=None` has no counterpart in the official SPADE, whose decoder has a learned table of positions."
+        )
     options = {name: getattr(config, field) for name, (field, _) in _ENCODER_DECODER_OPTIONS.items()}
     if options["s4_n_ssm"] is None:
         options["s4_n_ssm"] = config.d_model
