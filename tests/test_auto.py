@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from importlib import import_module, reload
@@ -106,6 +108,29 @@ def test_registering_again_is_harmless() -> None:
     assert len(sys.meta_path) == before
     config_class = load_config_class(ARCHITECTURES[0])
     assert CONFIG_MAPPING[ARCHITECTURES[0].model_type] is config_class
+
+
+def test_nothing_else_knows_an_architecture_by_name() -> None:
+    """Outside of its own files and its record a model type stands in texts only, and as the default of a recipe."""
+    types = {architecture.model_type for architecture in ARCHITECTURES}
+    source = ROOT / "src" / "hf_hybrid"
+    own = re.compile(r"auto\.py|(modeling|conversion|configuration)/.*(" + "|".join(types) + ")")
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        name = path.relative_to(source).as_posix()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defaults = {
+            id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "default_arch"
+        }
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Constant)
+                and node.value in types
+                and id(node) not in defaults
+                and not own.match(name)
+            ):
+                found.append(f"{name}:{node.lineno}")
+    assert not found, "read it from the record"
 
 
 def test_taken_names_are_refused() -> None:

@@ -75,5 +75,6 @@ def test_a_card_is_drafted_of_every_head(case):
     text = card_of_model(case.model()).render()
     assert model_card_problems(text) == []
     assert f"| class | {case.model_class.__name__} |" in text and f"{case.auto_name}.from_pretrained(source)" in text
+    assert f"\nimport {case.architecture.package}  # registers" in text
     paper = case.architecture.paper
     assert (paper.bibtex() if paper else f"## Citation\n\n{UNKNOWN}") in text

@@ -171,11 +171,17 @@ class ModelCard:
         )
         return data.to_yaml()
 
+    def _registration(self) -> str:
+        """The line that makes the Auto classes know the model."""
+        architecture = find_architecture(self.model_type)
+        package = "hf_hybrid" if architecture is None else architecture.package.partition(".")[0]
+        return f"import {package}  # registers the architectures\n"
+
     def _adapter_usage(self) -> str:
         name, loader = _PREPARED_BY.get(self.auto_class, ("tokenizer", "AutoTokenizer"))
         return (
             f"This is a LoRA adapter of the checkpoint `{self.adapter_of}`, which must be there too; loading merges the two:\n\n"
-            f"```python\nimport hf_hybrid  # registers the architectures\nfrom transformers import {self.auto_class}, {loader}\n"
+            f"```python\n{self._registration()}from transformers import {self.auto_class}, {loader}\n"
             "from hf_hybrid.training.adapters import load_adapted_model\n\n"
             'source = "."  # this folder, or the name of the repository\n'
             f"{name} = {loader}.from_pretrained(source)\nmodel = load_adapted_model({self.auto_class}, source)\n```"
@@ -197,7 +203,7 @@ class ModelCard:
             f"{processor}model = {self.auto_class}.from_pretrained(source{{trust}})"
         )
         return (
-            "With the package:\n\n```python\nimport hf_hybrid  # registers the architectures\n"
+            f"With the package:\n\n```python\n{self._registration()}"
             + load.format(trust="")
             + "\n```\n\nWithout it, where the model comes with its code (files `modeling_*.py`), which this runs:\n\n```python\n"
             + load.format(trust=", trust_remote_code=True")
