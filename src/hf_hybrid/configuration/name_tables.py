@@ -6,6 +6,7 @@ TRL load `transformers.<architectures[0]>`. Registration with the Auto classes r
 """
 
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 
@@ -22,7 +23,7 @@ def _library_modules() -> list[ModuleType]:
     return list(found.values())
 
 
-def enter_names(model_type: str, heads: dict[str, str], classes: dict[str, type] | None = None) -> None:
+def enter_names(model_type: str, heads: Mapping[str, str], classes: Mapping[str, type] | None = None) -> None:
     """Enters the heads of one architecture in the tables of names and in the namespace of Transformers.
 
     Args:

@@ -113,9 +113,10 @@ class HybridTrainer(Trainer):
             muon_learning_rate = getattr(self.args, "muon_learning_rate", None)
             if muon_learning_rate is not None:
                 if optimizer_class is not torch.optim.AdamW:
+                    chosen = getattr(self.args.optim, "value", self.args.optim)
                     raise ValueError(
                         f"`muon_learning_rate` trains the matrices with Muon and the rest with AdamW, but `optim` is "
-                        f"{self.args.optim.value!r}: use `optim='adamw_torch'` or leave `muon_learning_rate` unset."
+                        f"{chosen!r}: use `optim='adamw_torch'` or leave `muon_learning_rate` unset."
                     )
                 optimizer_class = MuonAdamW
             if is_plain and not chooses_groups:
