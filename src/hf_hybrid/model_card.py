@@ -54,7 +54,8 @@ _PREPARED_BY = {
 
 _LANGUAGE = re.compile(r"^([a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual)$")
 _DATASET = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_PLACEHOLDERS = ("[More Information Needed]", "TODO", "{{", "}}")
+# Names such as `TODO-list` or `data/TODO.txt` are none.
+_PLACEHOLDERS = re.compile(r"\[More Information Needed\]|\{\{|\}\}|(?<![\w./-])TODO(?![\w/-]|\.\w)")
 
 
 @dataclass
@@ -305,6 +306,16 @@ def check_model_card(text: str) -> None:
         raise ValueError("The model card is not valid: " + "; ".join(problems) + ".")
 
 
+def check_model_name(name: str) -> None:
+    """Refuse a name that reads like something left to fill in, before a run that ends with its card.
+
+    Raises:
+        ValueError: the name is a placeholder.
+    """
+    if _PLACEHOLDERS.search(name):
+        raise ValueError(f"A model cannot be called {name!r}, which reads like a placeholder: choose another folder.")
+
+
 def model_card_problems(text: str) -> list[str]:
     """What the Hub, or a reader, would object to in a model card; checked without a network.
 
@@ -324,7 +335,8 @@ def model_card_problems(text: str) -> list[str]:
     if not data:
         return ["the YAML header is missing"]
     problems = _header_problems(data)
-    problems += [f"the placeholder {mark!r} is left in the text" for mark in _PLACEHOLDERS if mark in text]
+    marks = dict.fromkeys(_PLACEHOLDERS.findall(text))
+    problems += [f"the placeholder {mark!r} is left in the text" for mark in marks]
     for index in data.get("model-index") or []:
         for result in index.get("results", []):
             problems += _result_problems(result)

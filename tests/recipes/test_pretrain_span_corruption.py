@@ -170,6 +170,32 @@ def test_a_full_folder_is_refused_before_any_work(pretraining, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+def test_a_finished_run_that_is_resumed_trains_no_further(pretraining, tmp_path):
+    """As after a kill in the last evaluation: nothing is trained, everything else is done again."""
+    options = {**pretraining, "max_steps": 4, "save_steps": 2}
+    first = main(options)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    again = main({**options, "resume_from_checkpoint": "last"})
+    assert again["steps"] == first["steps"] == 4 and again["eval_loss"] == first["eval_loss"]
+    assert "train_loss" in first and "train_loss" not in again  # none was measured
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+
+
+@pytest.mark.parametrize("missing", ["trainer_state.json", "optimizer.pt", "model.safetensors"])
+def test_half_a_checkpoint_does_not_stand_before_a_whole_one(pretraining, tmp_path, caplog, missing):
+    options = {**pretraining, "max_steps": 4, "save_steps": 2}
+    first = main(options)
+    (tmp_path / "run" / "checkpoint-4" / missing).unlink()
+    again = main({**options, "resume_from_checkpoint": "last"})
+    assert f"{missing} is missing" in caplog.text and again["eval_loss"] == first["eval_loss"]
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-4.*{missing} is missing"):
+        main({**options, "resume_from_checkpoint": "last"})
+
+
 def test_a_corrupt_checkpoint_is_refused(pretraining, tmp_path):
     main(pretraining)
     weights = tmp_path / "run" / "checkpoint-3" / "model.safetensors"

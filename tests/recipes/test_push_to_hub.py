@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_hybrid.hub import MANIFEST_FILE, verify_export
 from hf_hybrid.processing.image_processing import PixelSequenceImageProcessor
+from hf_hybrid.recipes import finetune_glue, finetune_summarization, generate, pretrain_span_corruption
 from hf_hybrid.recipes.push_to_hub import main
 
 
@@ -107,3 +108,33 @@ def test_pushing_needs_a_token(checkpoint: Path, tmp_path: Path, monkeypatch: py
             {"model_name_or_path": str(checkpoint), "repo_id": "somebody/name", "output_dir": str(tmp_path / "export")}
         )
     assert not any(tmp_path.iterdir())
+
+
+def test_no_recipe_runs_the_code_of_an_export_that_was_changed(checkpoint, tokenizer_folder, tmp_path):
+    """The manifest is checked before the configuration is read: code runs as soon as a type is unknown."""
+    folder = tmp_path / "export"
+    main({"model_name_or_path": str(checkpoint), "output_dir": str(folder)})
+    code, trace = folder / "configuration_spade.py", tmp_path / "it ran"
+    code.write_text(code.read_text() + f"\nopen({str(trace)!r}, 'w').close()\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unknown"}))
+    reading = {"model_name_or_path": str(folder), "trust_remote_code": True}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"a {n}", "summary": "b", "label": n % 2}) + "\n" for n in range(20)))
+    training = {
+        "data": rows,
+        "output_dir": str(tmp_path / "run"),
+        "use_cpu": True,
+        "tokenizer": str(tokenizer_folder),
+    }
+    for recipe, options in (
+        (generate, {**reading, "prompts": ["a"]}),
+        (generate, {**reading, "prompts": ["a"], "tokenizer": str(tokenizer_folder)}),
+        (finetune_glue, {**reading, **training, "validation_fraction": 0.5}),
+        (finetune_glue, {**reading, **training, "validation_fraction": 0.5, "from_scratch": True}),
+        (finetune_summarization, {**reading, **training, "validation_fraction": 0.5, "from_scratch": True}),
+        (pretrain_span_corruption, {**training, "arch": str(folder), "trust_remote_code": True}),
+    ):
+        with pytest.raises(ValueError, match="config.json was changed"):
+            recipe.main(options)
+    assert not trace.exists()

@@ -150,7 +150,9 @@ def build(
     Raises:
         ValueError: an option, the data, the labels or the checkpoint cannot be used.
     """
-    tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only)
     changes: dict[str, Any] = {}
     if train is not None:

@@ -129,7 +129,9 @@ def build(
     Raises:
         ValueError: an option, the data or the checkpoint cannot be used, or targets exceed the decoder's positions.
     """
-    tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     model = load_or_initialize(AutoModelForSeq2SeqLM, model_args)
     check_vocabulary(model, tokenizer)
     set_generation(model, data_args, training_args)

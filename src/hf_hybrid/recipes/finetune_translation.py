@@ -96,7 +96,9 @@ def build(
     Raises:
         ValueError: an option, the data or the checkpoint cannot be used, or targets exceed the decoder's positions.
     """
-    tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_arch="spade")
     set_generation(model, data_args, training_args)
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only)

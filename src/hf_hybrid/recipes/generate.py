@@ -99,7 +99,9 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     if output is not None and output.exists():
         raise FileExistsError(f"`output_file` {output} exists. Choose another name or remove it.")
     inputs = read_inputs(arguments)
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model_name_or_path)
+    tokenizer = load_tokenizer(
+        arguments.tokenizer or arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code
+    )
     model = load_generator(arguments, decoding)
     check_vocabulary(model, tokenizer)
     set_seed(arguments.seed)

@@ -27,6 +27,7 @@ from transformers import AutoConfig
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
 
 from ..data.blimp import GROUP, read_minimal_pairs, write_blimp_tasks
+from .support.models import check_export
 from .support.options import HelpFormatter
 
 # The harness needs a number of tokens; no text is longer.
@@ -83,6 +84,7 @@ def with_backend(words: Sequence[str]) -> list[str]:
     if found is None:
         return words
     trust = re.search(r"trust_remote_code=(True|true|1)", given) is not None
+    check_export(found.group(1))
     config = AutoConfig.from_pretrained(found.group(1), trust_remote_code=trust)
     if config.is_encoder_decoder and "backend=" not in given:
         words[end - 1] += ",backend=seq2seq"

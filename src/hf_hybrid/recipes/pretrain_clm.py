@@ -83,7 +83,9 @@ def build(
     """
     if not evaluate_only:
         check_length_of_run(data_args, training_args)
-    tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_arch="spade_lm")
     if data_args.segment_length is None:
         check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")

@@ -61,7 +61,9 @@ def build(
     """
     if not evaluate_only:
         check_length_of_run(data_args, training_args)
-    tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     vocabulary = MaskingVocabulary.of(tokenizer)
     model = build_new_or_pretrained(AutoModelForMaskedLM, model_args, tokenizer, default_arch="mega")
     check_positions(model.config, data_args.block_length, "block_length")

@@ -69,7 +69,9 @@ def build(
     """
     if not evaluate_only:
         check_length_of_run(data_args, training_args)
-    tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     lengths = span_corruption_lengths(data_args.input_length, data_args.noise_density, data_args.mean_span_length)
     check_sentinels(sentinel_ids(tokenizer), lengths.num_spans, lengths.segment_length)
     model = build_new_or_pretrained(AutoModelForSeq2SeqLM, model_args, tokenizer, default_arch="spade")

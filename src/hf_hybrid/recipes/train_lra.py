@@ -160,7 +160,9 @@ def build(
     task = lra_task(data_args.task)
     tokenizer = lra_tokenizer(task)
     if tokenizer is not None and (model_args.tokenizer or model_args.model_name_or_path):
-        tokenizer = load_tokenizer(model_args.tokenizer or model_args.model_name_or_path)
+        tokenizer = load_tokenizer(
+            model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        )
     auto_class = AutoModelForImageClassification if data_args.pixel_values else AutoModelForSequenceClassification
     defaults, wishes = _new_fields(task, tokenizer, data_args.pixel_values)
     config = classifier_config(auto_class, model_args, defaults, wishes)

@@ -68,7 +68,7 @@ class RunFolder:
 
     Args:
         path: the output folder; it is created when the first record is written.
-        resume: None (a fresh run), `"last"` (or `"true"`: the newest checkpoint of the folder), or the path of a
+        resume: None (a fresh run), `"last"` (or `"true"`: the newest whole checkpoint of the folder), or the path of a
             checkpoint folder.
 
     Raises:
@@ -93,23 +93,34 @@ class RunFolder:
         if resume is None or resume is False or str(resume).lower() in ("", "none", "false"):
             return None
         if resume is True or str(resume).lower() in ("last", "true"):
-            from transformers.trainer_utils import get_last_checkpoint
-
-            newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
-            if newest is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint` is set but {self.path} holds no checkpoint-<step> folder. Leave it out "
-                    "to start a new run."
-                )
-            checkpoint = Path(newest)
-        else:
-            checkpoint = Path(resume)
-            if not checkpoint.is_dir():
-                raise ValueError(
-                    f"`resume_from_checkpoint` must be `last` or a checkpoint folder; {checkpoint} is no folder."
-                )
+            return self._last_whole_checkpoint()
+        checkpoint = Path(resume)
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"`resume_from_checkpoint` must be `last` or a checkpoint folder; {checkpoint} is no folder."
+            )
         check_checkpoint(checkpoint, resumable=True)
         return checkpoint
+
+    def _last_whole_checkpoint(self) -> Path:
+        """The newest checkpoint that can be read; a run killed while saving leaves one that cannot."""
+        folders = [(int(path.name[11:]), path) for path in self.path.glob("checkpoint-*") if path.name[11:].isdigit()]
+        problems = []
+        for _, checkpoint in sorted(folders, reverse=True):
+            try:
+                check_checkpoint(checkpoint, resumable=True)
+            except ValueError as error:
+                problems.append(error)
+                continue
+            for problem in problems:
+                logger.warning("Resuming from %s instead: %s", checkpoint, problem)
+            return checkpoint
+        if problems:
+            raise problems[0]
+        raise ValueError(
+            f"`resume_from_checkpoint` is set but {self.path} holds no checkpoint-<step> folder. Leave it out to start "
+            "a new run."
+        )
 
     @contextlib.contextmanager
     def recording(self, arguments: Mapping[str, Any]) -> Iterator[None]:

@@ -235,6 +235,13 @@ class HybridTrainer(Trainer):
         self._interval_start = None
         return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # A finished run that is resumed has nothing left to train; `Trainer` looks only after a further step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """One forward and backward pass; the first one starts the clock of the throughput."""
         if self._interval_start is None:

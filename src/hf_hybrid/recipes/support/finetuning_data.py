@@ -24,7 +24,7 @@ from ... import metrics
 from ...data.loading import load_table
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
-from .models import check_decoder_table, check_positions, load_model
+from .models import check_decoder_table, check_export, check_positions, load_model
 from .options import split_names
 from .reports import RunReport
 from .runs import Job
@@ -186,6 +186,7 @@ def load_or_initialize(auto_class: Any, arguments: CheckpointArguments, **config
     name = arguments.model_name_or_path
     if not arguments.from_scratch:
         return load_model(auto_class, name, **options, **config_changes)
+    check_export(name)
     try:
         config = AutoConfig.from_pretrained(name, **options, **config_changes)
     except (OSError, ValueError) as error:

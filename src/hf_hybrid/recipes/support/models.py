@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,32 @@ def parse_overrides(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return overrides
 
 
+def check_export(name_or_path: str) -> None:
+    """Refuse an export that was changed, before any of its files is read and any of its code runs.
+
+    Raises:
+        ValueError: the folder has a manifest and differs from it.
+    """
+    folder = Path(name_or_path)
+    if (folder / MANIFEST_FILE).is_file():
+        stamps = ((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir())
+        _verify(folder, tuple(sorted(stamps)))
+
+
+@lru_cache(maxsize=16)
+def _verify(folder: Path, stamps: tuple) -> None:
+    verify_export(folder)
+
+
 def load_tokenizer(name_or_path: str | None, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
     Raises:
-        ValueError: no name was given, or it cannot be loaded.
+        ValueError: no name was given, it cannot be loaded, or it lies in an export that was changed.
     """
     if name_or_path is None:
         raise ValueError("`tokenizer` is required for a new model: a folder or a Hub name (see `train_tokenizer`).")
+    check_export(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
@@ -111,11 +130,12 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
     """A configuration by model type, folder or Hub name, with changed fields.
 
     Raises:
-        ValueError: the configuration cannot be loaded or has no such field.
+        ValueError: the configuration cannot be loaded, has no such field, or lies in an export that was changed.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     is_type = name_or_path in CONFIG_MAPPING and not Path(name_or_path).exists()
+    check_export(name_or_path)
     try:
         if is_type:
             base = AutoConfig.for_model(name_or_path)
@@ -227,8 +247,7 @@ def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedM
     """
     if Path(name_or_path).is_dir():
         check_checkpoint(name_or_path)
-        if (Path(name_or_path) / MANIFEST_FILE).is_file():
-            verify_export(name_or_path)
+        check_export(name_or_path)
     adapter = adapter_folder(name_or_path)
     try:
         if adapter is not None:

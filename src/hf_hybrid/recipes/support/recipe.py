@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
+from ...model_card import check_model_name
 from ...training.run_folder import RunFolder, is_main_process
 from .options import parse_arguments, require, resolved_arguments
 from .runs import Job, finish_together, set_up_logging, train_and_record
@@ -56,6 +58,7 @@ class Recipe:
             raise ValueError(
                 "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
             )
+        check_model_name(Path(training_args.output_dir).resolve().name)
         folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
         set_seed(training_args.seed)
         job = self.build(*groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -96,8 +97,9 @@ def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         check_resumable(trainer.model, folder.resume_checkpoint)
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    was_trained = resume is None or trainer.state.global_step > _step_of(resume)
     metrics = {
-        **{key: value for key, value in result.metrics.items() if key != "total_flos"},
+        **{key: value for key, value in result.metrics.items() if key != "total_flos" and was_trained},
         **job.final_metrics(),
         **job.report.metrics,
         "steps": trainer.state.global_step,
@@ -121,6 +123,10 @@ def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         logger.info("Everything about this run is in %s", folder.path)
     finish_together(trainer)
     return metrics
+
+
+def _step_of(checkpoint: str) -> int:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 def finish_together(trainer: Trainer) -> None:
