@@ -35,8 +35,6 @@ class Client:
     impossible: dict[str, str] = field(default_factory=dict)
 
 
-ENCODER_DECODER = "an encoder-decoder; the program trains decoders"
-
 CLIENTS = (
     Client(
         "TRL, `SFTTrainer`, `DPOTrainer` (fused heads)",
@@ -54,7 +52,13 @@ CLIENTS = (
             "seqboat": "`dead_layer_loss_weight` > 0",
             "longvq": "`commitment_loss_weight` > 0",
         },
-        impossible={"spade": ENCODER_DECODER},
+        impossible={"spade": "an encoder-decoder; these trainers are for decoders"},
+    ),
+    Client(
+        "`transformers serve`, `transformers chat`",
+        "transformers",
+        works=dict.fromkeys(MODEL_TYPES[1:], ""),
+        impossible={"spade": "an encoder-decoder; the server is for decoders"},
     ),
 )
 
@@ -114,6 +118,9 @@ NOTES = (
     '- **TRL**: `SFTTrainer(model="folder", ...)` after `import hf_hybrid`, or an export with',
     '  `SFTConfig(model_init_kwargs={"trust_remote_code": True})`; padded, padding-free and packed batches. Its trainers compute the loss from the',
     "  hidden states and the weights of the head, so what a loss holds besides is refused.",
+    "- **`transformers serve`**: `python -c 'import hf_hybrid; from transformers.cli.transformers import app; app()' serve`, or of an export",
+    "  `transformers serve --trust-remote-code`. Completions and streams; conversations where the tokenizer has a chat template, which",
+    "  `pretrain_clm` does not add: it trains on plain text, and the server's log then says that the template is not set.",
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # The tests may run with an editable installation, so the package is hidden by a finder rather than by the search path.
-_PRELUDE = """
+WITHOUT_PACKAGE = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -22,6 +22,8 @@ try:
     raise SystemExit("the package is there")
 except ModuleNotFoundError:
     pass
+"""
+_PRELUDE = f"""{WITHOUT_PACKAGE}
 import json
 arguments, answer = json.loads(sys.argv[1]), None
 """
