@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from transformers import IntervalStrategy
 
+from hf_hybrid.recipes.support.finetuning_data import TableArguments
 from hf_hybrid.recipes.support.models import NewModelArguments
 from hf_hybrid.recipes.support.options import parse_arguments
+from hf_hybrid.recipes.support.pretraining_data import PretrainingDataArguments
 from hf_hybrid.training.arguments import FinetuningArguments, PretrainingArguments, Seq2SeqFinetuningArguments
 
 
@@ -157,3 +159,18 @@ def test_fields_of_the_trainer_too(kind):
 def test_wrong_values_of_the_trainer(changes, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments((NewModelArguments, Seq2SeqFinetuningArguments), {**TRAINING, **changes}, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (TableArguments, {"data": []}, "`data` names no file, folder or data set"),
+        (TableArguments, {"data": ["a"], "validation_data": []}, "`validation_data` names no file"),
+        (PretrainingDataArguments, {"data": []}, "`data` names no file"),
+        (PretrainingDataArguments, {"data": ["a"], "validation_data": []}, "`validation_data` names no file"),
+        (FinetuningArguments, {**TRAINING, "lora_rank": 4, "lora_targets": []}, "`lora_targets` names no linear map"),
+    ],
+)
+def test_an_empty_list_is_not_taken_for_the_default(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments((kind,), options, None)

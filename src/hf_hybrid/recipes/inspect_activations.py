@@ -40,7 +40,7 @@ from .finetune_summarization import TEXT_COLUMNS
 from .generate import GenerateArguments, read_inputs
 from .support.finetuning_data import check_vocabulary, choose_column, require_columns, require_text
 from .support.models import load_config, load_model, load_tokenizer
-from .support.options import parse_arguments, require, split_names
+from .support.options import parse_arguments, require, source_names, split_names
 from .support.runs import set_up_logging
 from .support.sequence_classification import saved_image_processor
 
@@ -85,7 +85,7 @@ class InspectArguments:
     device: str | None = field(default=None, metadata={"help": "Default: an accelerator where there is one."})
 
     def __post_init__(self) -> None:
-        self.data = split_names(self.data) or None
+        self.data = source_names(self.data, "data")
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {self.kind!r}.")
         for name in ("batch_size", "max_length", "max_texts", "max_drawn_tokens"):

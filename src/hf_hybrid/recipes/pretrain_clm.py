@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from ..data.packing import CausalBlockDataset, SeparateDocumentsCollator
 from ..data.segments import DocumentSegments
@@ -110,21 +110,6 @@ def build(
         processing_class=tokenizer,
     )
     num_tokens, num_bytes = text.validation.tokens.size, text.validation.num_bytes
-    material = "packed documents" if data_args.segment_length is None else "consecutive segments of whole documents"
-    report = RunReport(
-        description=f"A {model.config.model_type} causal language model, trained on {material}.",
-        task_type="text-generation",
-        data_name=display_names(data_args.validation_data or data_args.data) + " (held-out text)",
-        auto_class="AutoModelForCausalLM",
-        pipeline_tag="text-generation",
-        training_data=f"{display_names(data_args.data)} ({text})",
-        datasets=hub_names(data_args.data),
-        lengths=f"blocks of {data_args.block_length} tokens"
-        if data_args.segment_length is None
-        else f"segments of {data_args.segment_length} tokens with carried state",
-        metrics={"corpus": str(text), "bytes_per_token": num_bytes / num_tokens},
-        result_names={"eval_loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"},
-    )
 
     def derive(metrics: Mapping[str, Any]) -> dict[str, float]:
         loss = metrics["eval_loss"]
@@ -135,7 +120,30 @@ def build(
                 found[name.replace("eval_loss", "bits_per_byte")] = bits_per_byte(value, num_tokens, num_bytes)
         return found
 
-    return Job(trainer, report, derive)
+    return Job(trainer, _report(data_args, model, text), derive)
+
+
+def _report(data_args: CausalDataArguments, model: PreTrainedModel, text: PretrainingText) -> RunReport:
+    if data_args.segment_length is None:
+        material, lengths = "packed documents", f"blocks of {data_args.block_length} tokens"
+    else:
+        material = "consecutive segments of whole documents"
+        lengths = f"segments of {data_args.segment_length} tokens with carried state"
+    return RunReport(
+        description=f"A {model.config.model_type} causal language model, trained on {material}.",
+        task_type="text-generation",
+        data_name=display_names(data_args.validation_data or data_args.data) + " (held-out text)",
+        auto_class="AutoModelForCausalLM",
+        pipeline_tag="text-generation",
+        training_data=f"{display_names(data_args.data)} ({text})",
+        datasets=hub_names(data_args.data),
+        lengths=lengths,
+        metrics={
+            "corpus": str(text),
+            "bytes_per_token": text.validation.num_bytes / text.validation.tokens.size,
+        },
+        result_names={"eval_loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"},
+    )
 
 
 def build_datasets(

@@ -26,7 +26,7 @@ from ..tokenization.sentencepiece_tokenizer import (
     tokenizer_from_sentencepiece,
     train_sentencepiece_model,
 )
-from .support.options import parse_arguments, split_names
+from .support.options import parse_arguments, source_names
 from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class TrainTokenizerArguments:
 
 def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterator[str]:
     data = load_text_source(
-        split_names(args.data),
+        source_names(args.data, "data") or [],
         args.split,
         text_column=args.text_column,
         config_name=args.dataset_config,

@@ -125,6 +125,8 @@ class FinetuningArguments(HybridTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lora_targets is not None and not self.lora_targets:
+            raise ValueError("`lora_targets` names no linear map; leave it out for those of the architecture.")
         if self.lora_rank is not None:
             check_lora_options(self.lora_rank, self.lora_alpha, self.lora_dropout)
         elif self.lora_alpha or self.lora_dropout or self.lora_targets or self.lora_modules_to_save:

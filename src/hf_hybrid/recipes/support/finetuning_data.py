@@ -25,7 +25,7 @@ from ...data.loading import load_table
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
 from .models import check_decoder_table, check_export, check_positions, load_model
-from .options import split_names
+from .options import source_names
 from .reports import RunReport
 from .runs import Job
 
@@ -67,8 +67,8 @@ class TableArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many rows."})
 
     def __post_init__(self) -> None:
-        self.data = split_names(self.data) or None
-        self.validation_data = split_names(self.validation_data) or None
+        self.data = source_names(self.data, "data")
+        self.validation_data = source_names(self.validation_data, "validation_data")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must lie between 0 and 1; got {self.validation_fraction}.")
 

@@ -143,6 +143,18 @@ def resolved_arguments(*dataclasses_: Any) -> dict[str, Any]:
     return resolved
 
 
+def source_names(names: Sequence[str] | str | None, option: str) -> list[str] | None:
+    """The sources that an option names, split as by `split_names`; None where it was left out.
+
+    Raises:
+        ValueError: the option is there, but names nothing.
+    """
+    found = split_names(names)
+    if names is not None and not found:
+        raise ValueError(f"`{option}` names no file, folder or data set; got {names!r}.")
+    return found or None
+
+
 def split_names(names: Sequence[str] | str | None) -> list[str]:
     """Several names given as separate words, separated by commas, or both; an existing path is never split."""
     names = [names] if isinstance(names, str) else list(names or [])

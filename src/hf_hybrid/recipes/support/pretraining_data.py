@@ -19,7 +19,7 @@ from ...data.loading import load_text_source
 from ...data.token_corpus import tokenize_corpus
 from ...training.arguments import HybridTrainingArguments
 from ...training.run_folder import is_main_process
-from .options import split_names
+from .options import source_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -57,10 +57,8 @@ class PretrainingDataArguments:
     )
 
     def __post_init__(self) -> None:
-        self.data = split_names(self.data)
-        self.validation_data = split_names(self.validation_data) or None
-        if not self.data:
-            raise ValueError("`data` names no file, folder or data set.")
+        self.data = source_names(self.data, "data") or []
+        self.validation_data = source_names(self.validation_data, "validation_data")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must lie between 0 and 1; got {self.validation_fraction}.")
 
