@@ -160,24 +160,26 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import hf_hybrid",
-        "from transformers import AutoModel, AutoConfig; import hf_hybrid",
-        "from transformers import AutoConfig; import hf_hybrid, importlib; importlib.reload(hf_hybrid)",
-        "from hf_hybrid.modeling.spade.modeling_spade import SpadeModel",
-        "from hf_hybrid.pipelines import Seq2SeqSummarizationPipeline",
-        "import hf_hybrid; hf_hybrid.Seq2SeqSummarizationPipeline",
-        # modules of Transformers that import the Auto classes while they are themselves being imported
-        "import hf_hybrid; from transformers.models.t5.modeling_t5 import T5Model",
-        "import hf_hybrid.ops.fft_conv, transformers.modeling_layers",
-        "import hf_hybrid, transformers.modeling_utils",
-        "import hf_hybrid, transformers.generation.utils",
-        "import hf_hybrid.auto, importlib; importlib.reload(hf_hybrid.auto).register()",
-        "import hf_hybrid, peft",
-    ],
-)
+ORDERS = [
+    "import hf_hybrid",
+    "from hf_hybrid.modeling.spade.modeling_spade import SpadeModel",
+    # a module of Transformers that imports the Auto classes while it is itself being imported
+    "import hf_hybrid; from transformers.models.t5.modeling_t5 import T5Model",
+]
+FURTHER_ORDERS = [
+    "from transformers import AutoModel, AutoConfig; import hf_hybrid",
+    "from transformers import AutoConfig; import hf_hybrid, importlib; importlib.reload(hf_hybrid)",
+    "from hf_hybrid.pipelines import Seq2SeqSummarizationPipeline",
+    "import hf_hybrid; hf_hybrid.Seq2SeqSummarizationPipeline",
+    "import hf_hybrid.ops.fft_conv, transformers.modeling_layers",
+    "import hf_hybrid, transformers.modeling_utils",
+    "import hf_hybrid, transformers.generation.utils",
+    "import hf_hybrid.auto, importlib; importlib.reload(hf_hybrid.auto).register()",
+    "import hf_hybrid, peft",
+]
+
+
+@pytest.mark.parametrize("imports", ORDERS + [pytest.param(order, marks=pytest.mark.wide) for order in FURTHER_ORDERS])
 def test_registration_in_any_order_of_imports(imports: str) -> None:
     """In a fresh process, whichever module was imported first."""
     code = imports + CHECK.format(heads=HEADS)

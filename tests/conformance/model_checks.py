@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from factories import Case, all_heads, one_of_each_kind, shallow_settings
+from factories import GENERATIVE_HEADS, Case, all_heads, one_of_each_kind, shallow_settings
 from source_distribution import load
 from transformers import PreTrainedConfig
 
@@ -221,8 +221,7 @@ def all_test_classes() -> dict[str, type[unittest.TestCase]]:
     know_our_heads(load("test_modeling_common"))
     cases = all_heads() + all_heads(other_inputs=True)
     classes = [build_model_test(case) for case in cases]
-    generative = {"AutoModelForSeq2SeqLM", "AutoModelForCausalLM"}
-    kept = one_of_each_kind(cases) + [case for case in cases if case.auto_name in generative]
+    kept = one_of_each_kind(cases) + [case for case in cases if case.auto_name in GENERATIVE_HEADS]
     for case, test_class in zip(cases, classes):
         if case not in kept:
             test_class.pytestmark = [pytest.mark.wide]  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ def check_program(case: Case, folder: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@parametrize(QUICK, kept=[case for case in QUICK if case.model_type in ("spade", "seqboat", "longvq")])
+@parametrize(QUICK, kept=[case for case in QUICK if case.model_type in ("spade", "seqboat")])
 def test_program(case: Case, tmp_path: Path) -> None:
     check_program(case, tmp_path / "exported")
 
@@ -106,7 +106,7 @@ def check_onnx(case: Case, folder: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
 
 
-@parametrize(QUICK, kept=[case for case in QUICK if case.model_type in ("spade", "seqboat")])
+@parametrize(QUICK, kept=QUICK[:1])
 def test_onnx(case: Case, tmp_path: Path) -> None:
     check_onnx(case, tmp_path / "exported")
 

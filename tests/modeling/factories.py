@@ -316,6 +316,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "bst": ("default", "mf_unstructured"),
 }
 
+GENERATIVE_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
 # What a head needs of its configuration besides the variant.
 HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mega": {
@@ -466,13 +468,13 @@ def parametrize(cases: list[Case], kept: Collection[Case] | None = None) -> pyte
 
     Args:
         cases: all of them.
-        kept: those of the default suite; the others are marked as wide. Default: the variants in `KINDS`, and the first case of
-            an architecture of which the test has none.
+        kept: those of the default suite; the others are marked as wide. Default: the variants in `KINDS` of generative heads,
+            one case of each other head, and one of each architecture.
     """
     if kept is None:
         kept = [case for case in cases if case.variant in KINDS.get(case.model_type, VARIANTS[case.model_type])]
-        for model_type in {case.model_type for case in cases} - {case.model_type for case in kept}:
-            kept.append(next(case for case in cases if case.model_type == model_type))
+        kept = [case for case in kept if case.auto_name in GENERATIVE_HEADS] + one_of_each_kind(kept)
+        kept += [case for case in one_each(cases) if case.model_type not in {other.model_type for other in kept}]
     parameters = []
     for case in cases:
         name = f"{case.model_type}-{case.auto_name.removeprefix('AutoModel')}-{case.variant}".replace("--", "-")

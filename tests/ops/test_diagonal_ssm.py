@@ -240,7 +240,7 @@ def test_no_tensor_of_all_powers(form: str) -> None:
     assert mode.largest <= channels * modes * length / 4
 
 
-@pytest.mark.parametrize("is_complex", [True, False])
+@pytest.mark.parametrize("is_complex", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_compiles_in_full_graph(is_complex: bool) -> None:
     system = make_system(is_complex, dtype=torch.float32)
     leaves = [tensor for tensor in system if tensor is not None]

@@ -92,7 +92,13 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("glue", "summarization", "image") else pytest.mark.wide)
+        for kind in RECIPES
+    ],
+)
 def test_train_evaluate_and_merge(kind: str, lora: Any, tmp_path: Path) -> None:
     if kind == "audio":  # needs a feature extractor beside the checkpoint
         from hf_hybrid.processing.audio_processing import WaveformFeatureExtractor

@@ -21,8 +21,10 @@ from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import classify_audio, classify_image, evaluate, train_lra
 
 
-def arches(head: str) -> list[str]:
-    return [item.model_type for item in ARCHITECTURES if head in item.heads]
+def arches(head: str) -> list:
+    """Architectures that have the head; all but the first are wide."""
+    found = [item.model_type for item in ARCHITECTURES if head in item.heads]
+    return found[:1] + [pytest.param(name, marks=pytest.mark.wide) for name in found[1:]]
 
 
 def images_row(folder, number: int) -> str:
