@@ -290,23 +290,19 @@ def trace_decoding_step(step: DecodingStep) -> ExportedProgram:
     """The program of one token, with open batch size and, where the state or the source has them, open lengths."""
     (inputs,) = _step_inputs(step, batch=3, past=6, source=10)
 
-    def state_shapes(tensors: State, grows: bool) -> dict[str, Any]:
-        axes = {".keys": -2, ".values": -2, ".cross_keys": -2, ".cross_values": -2, ".positions": -1}  # of tokens
-        kinds = {name: name[name.rindex(".") :] for name in tensors}
+    def state_shapes(tensors: State, axes: Mapping[str, int]) -> dict[str, Any]:
         return {
-            name: _open_sizes(tensor, 0, axes[kinds[name]])
-            if grows and kinds[name] in axes
-            else _open_sizes(tensor, 0)
+            name: _open_sizes(tensor, 0, axes[name]) if name in axes else _open_sizes(tensor, 0)
             for name, tensor in tensors.items()
         }
 
     shapes = {
         "input_ids": _open_sizes(inputs["input_ids"], 0),
         "attention_mask": _open_sizes(inputs["attention_mask"], 0, 1),
-        "state": state_shapes(inputs["state"], step.is_growing),
+        "state": state_shapes(inputs["state"], step.token_axes if step.is_growing else {}),
     }
     if step.has_encoder:
-        shapes["source"] = state_shapes(inputs["source"], True)
+        shapes["source"] = state_shapes(inputs["source"], step.source_axes)
         shapes["source_mask"] = _open_sizes(inputs["source_mask"], 0, 1)
     return torch.export.export(step, (), inputs, dynamic_shapes=shapes, strict=False)
 

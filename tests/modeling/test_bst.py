@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache
 from hf_hybrid.modeling.bst.bst_heads import BstForCausalLM
 from hf_hybrid.modeling.bst.bst_layers import Passage
 from hf_hybrid.modeling.bst.context_filters import InputHistory
-from hf_hybrid.modeling.cache import detach_cache, reset_rows
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 SIZE = 4  # of the blocks of the small models
@@ -32,7 +31,7 @@ def build(variant: str = "sh", ssm_type: str = "s4d", dtype: torch.dtype = torch
 def states(cache: Cache) -> list[torch.Tensor]:
     found = []
     for layer in cache.layers:
-        found += [layer.keys, layer.values, layer.positions]
+        found += [layer.keys, layer.values, layer.tensors()["counts"]]
         if layer.context_keys is not None:
             state = layer.state
             found += [layer.context_keys, layer.context_values]
@@ -124,7 +123,7 @@ class TestForms:
         for index, segment in enumerate(embeds):
             outputs = model(inputs_embeds=segment, past_key_values=past)
             torch.testing.assert_close(outputs.logits, expected[:, 6 * index : 6 * index + 6], **CLOSE)
-            detach_cache(past)
+            past.detach()
         grads = torch.autograd.grad(outputs.logits.square().sum(), embeds, allow_unused=True)
         assert grads[0] is None and grads[1] is None and grads[2].abs().max() > 0
 
@@ -134,7 +133,7 @@ class TestForms:
         model, ids, rows = build(variant, ssm_type), random_ids(3, 17), torch.tensor([True, False, True])
         for length in (1, 8):
             past = model(ids[:, :6], use_cache=True).past_key_values
-            reset_rows(past, rows)
+            past.reset_rows(rows)
             first = model(ids[:, 6 : 6 + length], past_key_values=past).logits
             second = model(ids[:, 6 + length :], past_key_values=past).logits
             logits = torch.cat([first, second], dim=1)
@@ -151,13 +150,13 @@ class TestForms:
 
         def after(ids: torch.Tensor) -> Cache:
             past = model(ids, use_cache=True).past_key_values
-            detach_cache(past)
+            past.detach()
             return past
 
         own_places, begun_anew = after(ids), after(ids)
         for layer in own_places.layers:
-            layer.is_uniform = False
-        reset_rows(begun_anew, torch.tensor([True, True]))
+            layer.positions = torch.tensor([18, 18])
+        begun_anew.reset_rows(torch.tensor([True, True]))
         for found, expected in ((own_places, after(ids)), (begun_anew, None)):
             for actual, wanted in zip(gradients(found), gradients(expected)):
                 torch.testing.assert_close(actual, wanted, **CLOSE)
@@ -171,7 +170,7 @@ class TestForms:
             model(random_ids(2, length), past_key_values=past).logits.sum().backward()
             missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
             assert not missing
-            detach_cache(past)
+            past.detach()
 
     @pytest.mark.parametrize("autocast", [False, True])
     def test_initial_gradients_are_finite(self, variant: str, ssm_type: str, autocast: bool) -> None:

@@ -8,23 +8,24 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_hybrid.modeling.cache import (
-    check_gated_cache,
-    full_cache,
-    gated_cache,
-    local_cache,
-    read_state,
-    refuse_cache_implementation,
-    write_state,
-)
+from hf_hybrid.modeling.cache import StateCache, check_cache, refuse_cache_implementation
+from hf_hybrid.modeling.mega.mega_cache import GatedAttentionLayer
+from hf_hybrid.modeling.spade.spade_cache import SlidingRecurrentLayer
 
 
-def filled(tokens: int = 9, visible: int = 4):
-    cache = local_cache(2, visible, [0])
+def local_cache(window: int, kind: str = "window") -> StateCache:
+    layout = {"attention_window": window, "local_attention_type": kind}
+    return StateCache(SlidingRecurrentLayer(layout) for _ in range(2))
+
+
+def filled(tokens: int = 9, window: int = 3, kind: str = "window") -> StateCache:
+    """A cache for three rows, whose second layer has no recurrence; row r holds the values 100 r + position."""
+    cache = local_cache(window, kind)
     keys = torch.arange(3.0).view(3, 1, 1, 1) * 100 + torch.arange(tokens, dtype=torch.float).view(1, 1, -1, 1)
     for layer in range(2):
         cache.update(keys.expand(3, 2, tokens, 5), -keys.expand(3, 2, tokens, 5), layer)
-    write_state(cache, 0, torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 2, 2).contiguous())
+    cache.layers[0].state = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 2, 2).contiguous()
+    cache.count(tokens)
     return cache
 
 
@@ -41,19 +42,15 @@ def test_the_last_tokens_are_kept() -> None:
 
 def test_a_single_visible_token() -> None:
     """A chunk of one token sees itself only: nothing may pile up."""
-    cache = filled(visible=1)
+    cache = filled(window=1, kind="chunk")
     assert [layer.keys.shape[2] for layer in cache.layers] == [1, 1]
     assert cache.get_seq_length() == 9
 
 
-def test_state_is_absent_until_written() -> None:
-    cache = local_cache(2, 4, [1])
-    assert read_state(cache, 1) is None and read_state(None, 0) is None
-    state = torch.randn(2, 3, 4, 2)
-    write_state(cache, 1, state)
-    assert torch.equal(read_state(cache, 1), state)
+def test_reset() -> None:
+    cache = filled()
     cache.reset()
-    assert read_state(cache, 1) is None
+    assert cache.get_seq_length() == 0 and not cache.tensors()
 
 
 @pytest.mark.parametrize(
@@ -68,23 +65,9 @@ def test_state_is_absent_until_written() -> None:
 def test_operations_on_the_batch_reach_keys_and_state(operation, rows: list[int]) -> None:
     cache = filled()
     operation(cache)
-    assert read_state(cache, 0)[:, 0, 0, 0].tolist() == rows
+    assert cache.layers[0].state[:, 0, 0, 0].tolist() == rows
     for layer in cache.layers:
         assert layer.keys[:, 0, -1, 0].tolist() == [100 * row + 8 for row in rows]
-
-
-def test_state_keeps_its_precision_beside_half_precision_keys() -> None:
-    cache = local_cache(1, 4, [0])
-    write_state(cache, 0, torch.full((1, 2, 2, 2), 1 / 3))
-    half = torch.ones(1, 2, 3, 4, dtype=torch.bfloat16)
-    keys, _ = cache.update(half, half, 0)
-    write_state(cache, 0, torch.full((1, 2, 2, 2), 1 / 3))
-    assert keys.dtype == torch.bfloat16
-    assert read_state(cache, 0).dtype == torch.float32 and read_state(cache, 0)[0, 0, 0, 0] == torch.tensor(1 / 3)
-
-
-def test_full_cache_can_be_rolled_back() -> None:
-    assert isinstance(full_cache(), DynamicCache)
 
 
 def test_refused_kinds() -> None:
@@ -97,15 +80,20 @@ def test_refused_kinds() -> None:
 LAYOUT = {"hidden_size": 5, "chunk_size": 4}
 
 
-def filled_gated(window: int | None = 3, tokens: int = 7):
+def gated_cache(num_layers: int, chunk_size: int | None = None) -> StateCache:
+    return StateCache(GatedAttentionLayer(LAYOUT | {"chunk_size": chunk_size}) for _ in range(num_layers))
+
+
+def filled_gated(chunk_size: int | None = 4, tokens: int = 7) -> StateCache:
     """A cache of two layers for three rows; row r holds the values 100 r + position."""
-    cache = gated_cache(2, window, LAYOUT)
+    cache = gated_cache(2, chunk_size)
     keys = torch.arange(3.0).view(3, 1, 1) * 100 + torch.arange(tokens, dtype=torch.float).view(1, -1, 1)
     for index, layer in enumerate(cache.layers):
         cache.update(keys.expand(3, tokens, 2), -keys.expand(3, tokens, 4), index)
         rows = torch.arange(3.0).view(3, 1, 1)
         layer.state = rows.expand(3, 5, 2) if index == 0 else (rows.expand(3, 5, 2), rows.expand(3, 5, 6))
         layer.cross_keys, layer.cross_values = rows.expand(3, 8, 2), rows.expand(3, 8, 5)
+    cache.count(tokens)
     return cache
 
 
@@ -116,9 +104,9 @@ class TestGatedAttention:
         assert cache.layers[0].keys[1, :, 0].tolist() == [104, 105, 106]
         keys, values = cache.update(torch.full((3, 2, 2), 9.0), torch.full((3, 2, 4), 9.0), 0)
         assert keys.shape == (3, 5, 2) and values.shape[1] == 5
-        assert cache.layers[0].keys.shape == (3, 3, 2) and cache.get_seq_length() == 9
+        assert cache.layers[0].keys.shape == (3, 3, 2)
         assert cache.layers[0].keys.untyped_storage().nbytes() == 3 * 3 * 2 * 4  # what is not kept is freed
-        assert filled_gated(window=None).layers[0].keys.shape == (3, 7, 2)
+        assert filled_gated(chunk_size=None).layers[0].keys.shape == (3, 7, 2)
 
     @pytest.mark.parametrize(
         ("operation", "rows"),
@@ -147,19 +135,19 @@ class TestGatedAttention:
 
     def test_foreign_caches_are_refused(self) -> None:
         cache = filled_gated()
-        check_gated_cache(cache, 2, LAYOUT)
-        with pytest.raises(ValueError, match="Cache of 2 layers.*3 layers of gated attention"):
-            check_gated_cache(cache, 3, LAYOUT)
+        check_cache(cache, GatedAttentionLayer, 2, LAYOUT)
+        with pytest.raises(ValueError, match="StateCache of 2 layers.*3 layers of gated attention"):
+            check_cache(cache, GatedAttentionLayer, 3, LAYOUT)
         with pytest.raises(ValueError, match="DynamicCache of 0 layers"):
-            check_gated_cache(DynamicCache(), 2, LAYOUT)
+            check_cache(DynamicCache(), GatedAttentionLayer, 2, LAYOUT)
         with pytest.raises(ValueError, match="`chunk_size` = 4, but this one has 8"):
-            check_gated_cache(cache, 2, LAYOUT | {"chunk_size": 8})
+            check_cache(cache, GatedAttentionLayer, 2, LAYOUT | {"chunk_size": 8})
         with pytest.raises(ValueError, match="2 rows but `past_key_values` holds 3"):
-            cache.update(torch.zeros(2, 1, 2), torch.zeros(2, 1, 4), 0)
+            cache.check_rows(2)
 
 
 def test_a_growing_text_is_not_copied_at_every_token() -> None:
-    layer = gated_cache(1, None, {}).layers[0]
+    layer = gated_cache(1).layers[0]
     texts = torch.randn(2, 400, 3), torch.randn(2, 400, 5)
     layer.update(*(text[:, :7] for text in texts))
     places = set()
@@ -172,7 +160,7 @@ def test_a_growing_text_is_not_copied_at_every_token() -> None:
 
 def test_tokens_behind_reordered_rows_and_copies() -> None:
     texts = torch.randn(2, 9, 3), torch.randn(2, 9, 5)
-    cache = gated_cache(1, None, {})
+    cache = gated_cache(1)
     for piece in (slice(0, 4), slice(4, 5), slice(5, 6)):
         cache.update(*(text[:, piece] for text in texts), 0)
     twin = copy.deepcopy(cache)
@@ -188,7 +176,7 @@ def test_tokens_behind_reordered_rows_and_copies() -> None:
 
 def test_inference_mode_and_gradients_may_take_turns() -> None:
     texts = [torch.randn(1, 6, 3, requires_grad=True), torch.randn(1, 6, 5, requires_grad=True)]
-    cache = gated_cache(1, None, {})
+    cache = gated_cache(1)
     for step, mode in enumerate(
         (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad)
     ):
@@ -196,7 +184,7 @@ def test_inference_mode_and_gradients_may_take_turns() -> None:
             keys, values = cache.update(*(text[:, step : step + 1] for text in texts), 0)
     assert torch.equal(keys, texts[0][:, :5]) and torch.equal(values, texts[1][:, :5])
 
-    cache = gated_cache(1, None, {})
+    cache = gated_cache(1)
     for step in range(3):
         keys, values = cache.update(*(text[:, step : step + 1] for text in texts), 0)
     assert torch.equal(torch.autograd.grad(keys.sum(), texts[0])[0][:, :3], torch.ones(1, 3, 3))

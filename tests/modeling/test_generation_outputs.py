@@ -9,8 +9,6 @@ from test_generation import STRATEGIES, generate
 from transformers import EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from hf_hybrid.modeling.cache import cache_tensors
-
 SEQ2SEQ = all_variants("AutoModelForSeq2SeqLM")
 CAUSAL = all_variants("AutoModelForCausalLM")
 DEFAULTS = [case for case in SEQ2SEQ + CAUSAL if case.variant == "default"]
@@ -79,7 +77,7 @@ class TestDictionaryOfOutputs:
             parts = [cache.self_attention_cache, cache.cross_attention_cache]
         for part in parts:
             assert len(part.layers) == decoder_layers(model)
-            tensors = cache_tensors(part)
+            tensors = part.tensors()
             assert {name.split(".")[0] for name in tensors} == {str(index) for index in range(len(part.layers))}
             for tensor in tensors.values():
                 assert tensor.shape[0] == 6 and tensor.isfinite().all()

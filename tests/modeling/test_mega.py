@@ -380,7 +380,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Cache of 1 layers.*2 layers of gated attention"):
             CAUSAL.model()(random_ids(2, 1), past_key_values=past)
         past = CAUSAL.model()(random_ids(2, 6), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="3 rows but `past_key_values` holds 2|state must consist"):
+        with pytest.raises(ValueError, match="3 rows but `past_key_values` holds 2"):
             CAUSAL.model()(random_ids(3, 1), past_key_values=past)
         with pytest.raises(ValueError, match="`past_key_values` need a decoder"):
             Case("mega", "AutoModel", "default").model()(random_ids(2, 1), past_key_values=past)

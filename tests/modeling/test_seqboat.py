@@ -490,7 +490,7 @@ def test_sparse_units_are_faster() -> None:
     import time
 
     config = SeqBoatConfig(hidden_size=256, is_decoder=True, window_size=512, vocab_size=64)
-    unit = SeqBoatUnit(config, 0).eval()
+    unit = SeqBoatUnit(config).eval()
     states = torch.randn(1, 4096, 256)
     rotary = rotary_table(torch.arange(4096), config.qk_dim, torch.float32)
     times = {}

@@ -15,7 +15,7 @@ import torch
 from comparison import Row, largest_error
 
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
-from hf_hybrid.modeling.cache import code_cache
+from hf_hybrid.modeling.longvq.longvq_cache import CodeMemoryLayer
 from hf_hybrid.modeling.longvq.longvq_heads import LongVQForCausalLM, LongVQForMaskedLM
 from hf_hybrid.modeling.longvq.longvq_layers import LongVQMixer
 from hf_hybrid.ops.codebook import (
@@ -120,7 +120,7 @@ def _rows(single: _Run, double: _Run, stored: Tensors) -> list[Row]:
 
 
 def _run_layer(config: LongVQConfig, tensors: Tensors, dtype: torch.dtype) -> _Run:
-    mixer = LongVQMixer(config, 0)
+    mixer = LongVQMixer(config)
     _load(mixer, _part(tensors, "param."), config, set())
     mixer = mixer.to(dtype).eval()
     run, states = _Run(), tensors["input.hidden_states"].to(dtype)
@@ -150,10 +150,9 @@ def _run_layer(config: LongVQConfig, tensors: Tensors, dtype: torch.dtype) -> _R
     for name, value in (("q", "query"), ("k", "key"), ("v", "value"), ("attn", "attn")):
         run.add(name, seen[value], heads)
     if config.is_causal:
-        cache = code_cache(1, {})
+        layer = CodeMemoryLayer({})
         with torch.no_grad():
-            mixer(states, mask, past_key_values=cache)
-        layer = cache.layers[0]
+            mixer(states, mask, cache_layer=layer)
         run.add("state.ssm_state", layer.state)
         run.add("state.code_count", layer.code_count)
         run.add("state.code_value_mean", layer.code_value_mean)

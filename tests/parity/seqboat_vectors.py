@@ -274,7 +274,7 @@ def _check_layer(config: Mapping[str, Any], tensors: Tensors) -> list[Row]:
         is_decoder=config["causal"],
         hidden_dropout=0.0,
     )
-    unit = SeqBoatUnit(settings, 0).eval()
+    unit = SeqBoatUnit(settings).eval()
     names = unit_names("unit.", "", settings)
     official = split_router(_part(tensors, "param."), settings)
     unit.load_state_dict({names[name]: tensor for name, tensor in official.items()})

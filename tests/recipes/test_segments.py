@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from factories import TINY_OVERRIDES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,11 +55,16 @@ def test_evaluation_equals_one_pass_over_each_document(pretraining, tmp_path, do
 
 
 @pytest.mark.parametrize(
-    "variant", ["context_variant=mf,num_context_states=4", "ssm_type=unstructured,ssm_filter_length=30"]
+    ("model_type", "settings"),
+    [
+        ("bst", f"{TINY},hidden_dropout=0.1,context_variant=mf,num_context_states=4"),
+        ("bst", f"{TINY},hidden_dropout=0.1,ssm_type=unstructured,ssm_filter_length=30"),
+        ("spade_lm", f"{TINY_OVERRIDES['spade_lm']},local_attention_type=chunk"),
+    ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(pretraining, tmp_path, variant):
+def test_a_resumed_run_is_the_uninterrupted_one(pretraining, tmp_path, model_type, settings):
     base = {**pretraining, "max_steps": 6, "save_steps": 4}
-    base["config_overrides"] += f",{variant},hidden_dropout=0.1"
+    base |= {"arch": model_type, "config_overrides": settings}
     main(base)
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "run" / "checkpoint-4", resumed / "checkpoint-4")
@@ -75,8 +81,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(pretraining, tmp_path, variant):
     ("changes", "message"),
     [
         (
-            {"arch": None, "config_overrides": "d_model=16,num_heads=2,d_ff=32"},
-            "`segment_length` needs a model",
+            {
+                "arch": "longvq",
+                "config_overrides": "hidden_size=16,shared_representation_size=8,value_size=16,intermediate_size=16,"
+                "num_hidden_layers=1,window_size=4,codebook_size=6",
+            },
+            "`segment_length` needs a model.*its codebooks change at every step",
         ),
         ({"segment_length": 0}, "`segment_length` must be a positive number"),
         ({"streaming": True}, "without `streaming`"),

@@ -15,20 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
-
-from .cache import cache_tensors, fill_cache, kept_tokens
 
 State = dict[str, torch.Tensor]
 
 
-def _with_slots(name: str, tensor: torch.Tensor, slots: int) -> torch.Tensor:
+def _with_slots(tensor: torch.Tensor, axis: int, slots: int) -> torch.Tensor:
     """A tensor of a state that grows, with a place for each token: a working memory has more in eager mode, or fewer."""
-    if name.endswith((".keys", ".values")):
-        return F.pad(tensor, (0, 0, 0, slots - tensor.shape[-2]))
-    return F.pad(tensor, (0, slots - tensor.shape[-1])) if name.endswith(".positions") else tensor
+    return F.pad(tensor, (*(0, 0) * (-axis - 1), 0, slots - tensor.shape[axis]))
 
 
 class DecodingStep(nn.Module):
@@ -55,18 +50,19 @@ class DecodingStep(nn.Module):
             )
         self.model = model
         self.has_encoder = "decoder_input_ids" in parameters
-        self.window = kept_tokens(self._build_cache())
+        cache = self._build_cache()
+        self.window, self.token_axes, self.source_axes = cache.kept_tokens, cache.token_axes, cache.source_axes
 
     @property
     def is_growing(self) -> bool:
         """Whether the state keeps every token."""
         return self.window is None
 
-    def _build_cache(self) -> Cache:
+    def _build_cache(self) -> Any:
         decoder = self.model.get_decoder() if self.has_encoder else self.model.base_model
         return decoder.build_cache()
 
-    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache, **source: Any) -> Any:
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any, **source: Any) -> Any:
         if not self.has_encoder:
             return self.model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
         return self.model(
@@ -79,7 +75,7 @@ class DecodingStep(nn.Module):
         start = input_ids.new_zeros(input_ids.shape[0], 1)
         cache = self._build_cache()
         self._run(start, torch.ones_like(start), cache, input_ids=input_ids, attention_mask=attention_mask)
-        return {name: tensor for name, tensor in cache_tensors(cache).items() if ".cross_" in name}
+        return {name: tensor for name, tensor in cache.tensors().items() if name in self.source_axes}
 
     @torch.no_grad()
     def start(self, batch_size: int = 1, growing: int = 2) -> State:
@@ -92,13 +88,12 @@ class DecodingStep(nn.Module):
         self._run(token, torch.ones_like(token), cache, **source)
         length = growing if self.window is None else self.window
         state = {}
-        for name, tensor in cache_tensors(cache).items():
-            if name.endswith((".keys", ".values")):
-                state[name] = tensor.new_zeros(*tensor.shape[:-2], length, tensor.shape[-1])
-            elif name.endswith(".positions"):
-                state[name] = tensor.new_zeros(tensor.shape[0], length)
-            elif ".cross_" not in name:
-                state[name] = torch.zeros_like(tensor)
+        for name, tensor in cache.tensors().items():
+            if name not in self.source_axes:
+                shape = list(tensor.shape)
+                if name in self.token_axes:
+                    shape[self.token_axes[name]] = length
+                state[name] = tensor.new_zeros(shape)
         return state
 
     def forward(
@@ -123,7 +118,8 @@ class DecodingStep(nn.Module):
         """
         mask = attention_mask if self.window is None else F.pad(attention_mask, (self.window, 0))
         past = mask.shape[1] - input_ids.shape[1]
-        cache = fill_cache(self._build_cache(), {**state, **(source or {})}, past)
+        cache = self._build_cache()
+        cache.fill({**state, **(source or {})}, past)
         arguments: dict[str, Any] = {}
         if self.has_encoder:
             # The encoder has run: only the shape of its output is looked at, as keys and values are in the cache.
@@ -133,9 +129,8 @@ class DecodingStep(nn.Module):
             encoder_outputs = BaseModelOutput(last_hidden_state=hidden_states)
             arguments = {"encoder_outputs": encoder_outputs, "attention_mask": source_mask}
         outputs = self._run(input_ids, mask, cache, **arguments)
-        tensors = cache_tensors(outputs.past_key_values)
+        tensors = outputs.past_key_values.tensors()
         if self.is_growing and not torch.compiler.is_compiling():
-            tensors |= {
-                name: _with_slots(name, tensors[name], mask.shape[1]) for name in state if ".cross_" not in name
-            }
+            axes = self.token_axes.items()
+            tensors |= {name: _with_slots(tensors[name], axis, mask.shape[1]) for name, axis in axes if name in state}
         return {"logits": outputs.logits, "state": {name: tensors[name] for name in state}}

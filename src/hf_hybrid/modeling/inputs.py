@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+
+from .cache import StateCache
 
 
 def check_inputs(
@@ -15,7 +18,7 @@ def check_inputs(
     vocab_size: int | None,
     *,
     hidden_size: int | None = None,
-    past: int = 0,
+    cache: Cache | None = None,
     prefix: str = "",
 ) -> torch.Tensor | None:
     """Checks the inputs of a forward pass and returns the padding mask as booleans.
@@ -25,15 +28,15 @@ def check_inputs(
         attention_mask: (B, past + L), nonzero at real tokens, or None.
         vocab_size: ids must be smaller; checked on the CPU only, where it costs no synchronisation. None: not checked.
         hidden_size: width that `inputs_embeds` must have. None: not checked.
-        past: tokens already in the cache.
+        cache: what the call continues, of P tokens (`past`).
         prefix: prepended to the argument names in messages ("decoder_").
 
     Returns:
-        The mask as bool, or None.
+        The mask as bool, or None; with a cache in which rows begin later (`reset_rows`), False before that place.
 
     Raises:
         ValueError: both or neither input, an empty one, ids outside the vocabulary or of a wrong type, embeddings of the wrong
-            width, a mask of the wrong shape.
+            width, a mask of the wrong shape, a cache of other rows.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"Pass exactly one of `{prefix}input_ids` and `{prefix}inputs_embeds`.")
@@ -53,15 +56,22 @@ def check_inputs(
         _check_ids(input_ids, vocab_size, name)
     if inputs_embeds is not None and hidden_size is not None and inputs_embeds.shape[2] != hidden_size:
         raise ValueError(f"`{name}` must be {hidden_size} wide, as the model is; got shape {tuple(inputs.shape)}.")
+    past = 0 if cache is None else cache.get_seq_length()
+    begins = None
+    if isinstance(cache, StateCache):
+        cache.check_rows(batch)
+        begins = cache.begins
+    own = None if begins is None else torch.arange(past + length, device=inputs.device) >= begins.unsqueeze(-1)
     if attention_mask is None:
-        return None
+        return own
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
         cached = f" ({past} of them cached)" if past else ""
         raise ValueError(
             f"`{prefix}attention_mask` has shape {tuple(attention_mask.shape)}, but `{name}` needs {(batch, past + length)}: "
             f"one entry per token{cached}, 1 for real tokens and 0 for padding."
         )
-    return attention_mask.to(device=inputs.device, dtype=torch.bool)
+    mask = attention_mask.to(device=inputs.device, dtype=torch.bool)
+    return mask if own is None else mask & own
 
 
 def check_values(
@@ -70,7 +80,7 @@ def check_values(
     attention_mask: torch.Tensor | None,
     *,
     hidden_size: int,
-    past: int = 0,
+    cache: Cache | None = None,
 ) -> torch.Tensor | None:
     """Checks a sequence of real numbers (B, L), or its embeddings, and returns the padding mask as booleans.
 
@@ -93,7 +103,7 @@ def check_values(
         )
     values = input_values.unsqueeze(-1) if input_values is not None else inputs_embeds
     width = hidden_size if input_values is None else None
-    return check_inputs(None, values, attention_mask, None, hidden_size=width, past=past)
+    return check_inputs(None, values, attention_mask, None, hidden_size=width, cache=cache)
 
 
 class SequenceInputs(NamedTuple):
@@ -121,7 +131,7 @@ def read_inputs(
     attention_mask: torch.Tensor | None,
     *,
     width: int,
-    past: int = 0,
+    cache: Cache | None = None,
 ) -> SequenceInputs:
     """Checks the inputs of a stack that reads token ids, or real numbers with `config.input_type` "values".
 
@@ -130,17 +140,19 @@ def read_inputs(
         input_ids, input_values: (B, L); or `inputs_embeds` (B, L, width).
         attention_mask: (B, past + L), nonzero at real tokens, or None.
         width: of embeddings.
-        past: tokens already in the cache.
+        cache: what the call continues.
 
     Raises:
         ValueError: see `check_inputs` and `check_values`.
     """
     if config.input_type == "values":
         values = input_values
-        mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=width, past=past)
+        mask = check_values(input_values, inputs_embeds, attention_mask, hidden_size=width, cache=cache)
     else:
         values = input_ids
-        mask = check_inputs(input_ids, inputs_embeds, attention_mask, config.vocab_size, hidden_size=width, past=past)
+        mask = check_inputs(
+            input_ids, inputs_embeds, attention_mask, config.vocab_size, hidden_size=width, cache=cache
+        )
     batch, length = (values if inputs_embeds is None else inputs_embeds).shape[:2]
     return SequenceInputs(values, *simplify_mask(mask), batch, length)
 

@@ -5,7 +5,7 @@
         --block_length 1024 --max_steps 1000 --output_dir runs/lm
 
 With `--segment_length` every row of the batch reads whole documents in consecutive segments, and the state of the model goes on from
-one to the next (model type `bst`); the evaluation then reads the held-out documents whole.
+one to the next; the evaluation then reads the held-out documents whole.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def build(
             data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
         )
     else:
-        new_state(model)  # better an error now than after reading the data
+        new_state(model, in_training=not evaluate_only)  # better an error now than after reading the data
         train_dataset, eval_dataset, text = build_segments(
             data_args, tokenizer, training_args, evaluate_only=evaluate_only
         )

@@ -12,19 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.segments import DocumentSegments
-from ..modeling.cache import cache_tensors, carries_segments, detach_cache, fill_cache, reset_rows
+from ..modeling.cache import StateCache
 from .trainer import HybridTrainer
 
 STATE_FILE = "carried_state_{rank}.safetensors"
 POSITION_LIMITS = (4096, 16384, 65536)  # where the ranges of positions end for which the loss is reported
 
 
-def new_state(model: Any) -> Cache:
+def new_state(model: Any, *, in_training: bool = False) -> StateCache:
     """Empty state of a causal model.
+
+    Args:
+        model: with or without adapters.
+        in_training: whether the weights change from segment to segment.
 
     Raises:
         ValueError: its state cannot be carried through segments.
@@ -32,12 +35,15 @@ def new_state(model: Any) -> Cache:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     base: Any = inner.base_model if isinstance(inner, PreTrainedModel) else inner
     cache = base.build_cache() if hasattr(base, "build_cache") else None
-    if cache is None or not carries_segments(cache):
-        raise ValueError(
-            f"`segment_length` needs a model whose state goes on from segment to segment; {type(inner).__name__} has none. "
-            "Choose the model type `bst`, or train on blocks (`block_length`)."
-        )
-    return cache
+    obstacle: str | None = "it has none"
+    if isinstance(cache, StateCache):
+        obstacle = cache.training_obstacle if in_training else None
+        if obstacle is None:
+            return cache
+    raise ValueError(
+        f"`segment_length` needs a model whose state goes on from segment to segment; that of {type(inner).__name__} does not: "
+        f"{obstacle}. Choose a causal language model, or train on blocks (`block_length`)."
+    )
 
 
 class SegmentTrainer(HybridTrainer):
@@ -53,7 +59,7 @@ class SegmentTrainer(HybridTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        new_state(self.model)
+        self._new_state()
         self.args.remove_unused_columns = False  # `begins` is no argument of the model
         if self.args.gradient_checkpointing:
             raise ValueError(
@@ -64,7 +70,10 @@ class SegmentTrainer(HybridTrainer):
         data: Any = self.train_dataset
         if data is not None and data.num_rows != rows:
             raise ValueError(f"The training data has {data.num_rows} rows but a step reads {rows}.")
-        self._carried: Cache | None = None
+        self._carried: StateCache | None = None
+
+    def _new_state(self) -> StateCache:
+        return new_state(self.model, in_training=self.train_dataset is not None)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -74,11 +83,11 @@ class SegmentTrainer(HybridTrainer):
         """Loss of one segment per row, after those before it."""
         begins = inputs.pop("begins")
         if self._carried is None:
-            self._carried = new_state(self.model)
+            self._carried = self._new_state()
         elif bool(begins.any()):
-            reset_rows(self._carried, begins)
+            self._carried.reset_rows(begins)
         loss = super().compute_loss(model, {**inputs, "past_key_values": self._carried}, *args, **kwargs)
-        detach_cache(self._carried)
+        self._carried.detach()
         return loss
 
     def _state_file(self, checkpoint: str) -> str:
@@ -89,7 +98,7 @@ class SegmentTrainer(HybridTrainer):
         if self._carried is not None:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             path = os.path.join(self._get_output_dir(trial=trial), folder)
-            save_file(state_tensors(self._carried), self._state_file(path))
+            save_file(self._carried.saved(), self._state_file(path))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -99,8 +108,8 @@ class SegmentTrainer(HybridTrainer):
                 f"{resume_from_checkpoint} has no {os.path.basename(path)}, the state that a run with `segment_length` carries: "
                 "resume with as many processes as before, from a checkpoint of such a run."
             )
-        self._carried = new_state(self.model)
-        load_state_tensors(self._carried, load_file(path), self.args.device)
+        self._carried = self._new_state()
+        self._carried.load_saved(load_file(path), self.args.device)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -142,7 +151,7 @@ class SegmentTrainer(HybridTrainer):
         dataset: DocumentSegments,
         step: int,
         rows: range,
-        cache: Cache,
+        cache: StateCache,
         positions: torch.Tensor,
         sums: torch.Tensor,
     ) -> None:
@@ -152,7 +161,7 @@ class SegmentTrainer(HybridTrainer):
         begins, targets = batch["begins"], batch["shift_labels"]
         positions[begins] = 0
         if step and bool(begins.any()):
-            reset_rows(cache, begins.to(model.device))
+            cache.reset_rows(begins.to(model.device))
         with self.compute_loss_context_manager():
             logits = model(batch["input_ids"].to(model.device), past_key_values=cache).logits
         losses = torch.nn.functional.cross_entropy(
@@ -164,25 +173,3 @@ class SegmentTrainer(HybridTrainer):
         values = torch.stack([losses.view(targets.shape).cpu().double(), torch.ones(targets.shape).double()], dim=-1)
         sums.index_add_(0, ranges[counted], values[counted])
         positions += targets.shape[1]
-
-
-def state_tensors(cache: Cache) -> dict[str, torch.Tensor]:
-    """Every tensor of a cache of block states by name, to be saved between two segments."""
-    layers: Any = cache.layers
-    found = {f"{index}.length": torch.tensor(layer.cumulative_length) for index, layer in enumerate(layers)}
-    found |= {f"{index}.is_uniform": torch.tensor(layer.is_uniform) for index, layer in enumerate(layers)}
-    # In memory of their own: files refuse tensors that share some, as layers do.
-    copies = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in cache_tensors(cache).items()
-    }
-    return found | copies
-
-
-def load_state_tensors(cache: Cache, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Fills a cache with what `state_tensors` gave, before its next segment."""
-    fill_cache(cache, {name: tensor.to(device) for name, tensor in tensors.items()}, 0)
-    layers: Any = cache.layers
-    for index, layer in enumerate(layers):
-        layer.cumulative_length = int(tensors[f"{index}.length"])
-        layer.is_uniform, layer.was_reset = bool(tensors[f"{index}.is_uniform"]), False

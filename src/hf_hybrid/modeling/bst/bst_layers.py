@@ -32,8 +32,9 @@ from ...ops.block_state import (
     write_slots,
 )
 from ...ops.relative_position import relative_bias_vector
-from ..cache import BlockStateLayer
+from ..cache import layer_state
 from ..inputs import can_read_values
+from .bst_cache import BlockStateLayer
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 
 Rings = tuple[torch.Tensor, torch.Tensor]
@@ -129,7 +130,7 @@ class BstAttention(_HeadScores):
         )
         return bias if self.qk_scale is None else bias * self.qk_scale.abs().unsqueeze(1)
 
-    def forward(self, states: torch.Tensor, passage: Passage, memory: BlockStateLayer | None) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, passage: Passage, cache_layer: BlockStateLayer | None) -> torch.Tensor:
         """(B, T, D) -> (B, n, T, e), before the output projection."""
         query = self.queries(states)
         key = self.normalize_keys(self.split_heads(self.k_proj(states)))
@@ -137,11 +138,11 @@ class BstAttention(_HeadScores):
         bias = self.bias()
         if passage.step is not None:
             step = passage.step
-            memory.keys = write_slots(memory.keys, key, step.slot, step.valid)
-            memory.values = write_slots(memory.values, value, step.slot, step.valid)
+            cache_layer.keys = write_slots(cache_layer.keys, key, step.slot, step.valid)
+            cache_layer.values = write_slots(cache_layer.values, value, step.slot, step.valid)
             view = step.window if self.is_sliding else step.block
-            return step_attention(query, memory.keys, memory.values, view, bias=bias, scale=self.scale)
-        rings = None if memory is None or memory.keys is None else (memory.keys, memory.values)
+            return step_attention(query, cache_layer.keys, cache_layer.values, view, bias=bias, scale=self.scale)
+        rings = None if cache_layer is None or cache_layer.keys is None else (cache_layer.keys, cache_layer.values)
         attended = segment_attention(
             query,
             key,
@@ -154,8 +155,8 @@ class BstAttention(_HeadScores):
             start=passage.start,
             rings=rings,
         )
-        if memory is not None:
-            memory.keys, memory.values = _rings_after(rings, (key, value), self.block_size, passage)
+        if cache_layer is not None:
+            cache_layer.keys, cache_layer.values = _rings_after(rings, (key, value), self.block_size, passage)
         return attended
 
 
@@ -182,20 +183,22 @@ class BstContext(_HeadScores):
             self.initial = nn.Parameter(torch.empty(config.num_context_states, config.hidden_size))
 
     def forward(
-        self, states: torch.Tensor, filters: nn.Module, passage: Passage, memory: BlockStateLayer | None
+        self, states: torch.Tensor, filters: nn.Module, passage: Passage, cache_layer: BlockStateLayer | None
     ) -> torch.Tensor:
         """(B, T, D) -> (B, n, T, e), before the output projection; `filters` are those of the layer."""
         query = self.queries(states)
         if passage.step is not None:
             read = self._step_multi_filter if self.variant == "mf" else self._step
-            return read(query, states, filters, passage.step, memory)
+            return read(query, states, filters, passage.step, cache_layer)
         if self.variant == "mf":
-            return self._read_multi_filter(query, states, filters, passage, memory)
-        outputs, state = filters(states, None if memory is None else memory.state, memory is not None, passage.counts)
+            return self._read_multi_filter(query, states, filters, passage, cache_layer)
+        outputs, state = filters(
+            states, None if cache_layer is None else cache_layer.state, cache_layer is not None, passage.counts
+        )
         new = self._keys_and_values(outputs.to(states.dtype))
         rings = None
-        if memory is not None and memory.context_keys is not None:
-            rings = (memory.context_keys, memory.context_values)
+        if cache_layer is not None and cache_layer.context_keys is not None:
+            rings = (cache_layer.context_keys, cache_layer.context_values)
         read = segment_attention(
             query,
             *new,
@@ -206,9 +209,9 @@ class BstContext(_HeadScores):
             start=passage.start,
             rings=rings,
         )
-        if memory is not None:
-            memory.state = state
-            memory.context_keys, memory.context_values = _rings_after(rings, new, self.block_size, passage)
+        if cache_layer is not None:
+            cache_layer.state = state
+            cache_layer.context_keys, cache_layer.context_values = _rings_after(rings, new, self.block_size, passage)
         return read
 
     # -------------------------------------------------------------------------------- one output per token (sh, mh)
@@ -234,14 +237,16 @@ class BstContext(_HeadScores):
         states: torch.Tensor,
         filters: nn.Module,
         step: Step,
-        memory: BlockStateLayer,
+        cache_layer: BlockStateLayer,
     ) -> torch.Tensor:
-        memory.state = filters.advance(states, memory.state, step.valid)
-        outputs = filters.read(states, memory.state).unsqueeze(-1)  # (B, F, D, 1)
+        cache_layer.state = filters.advance(states, cache_layer.state, step.valid)
+        outputs = filters.read(states, cache_layer.state).unsqueeze(-1)  # (B, F, D, 1)
         key, value = self._keys_and_values(outputs.to(states.dtype))
-        memory.context_keys = write_slots(memory.context_keys, key, step.slot, step.valid)
-        memory.context_values = write_slots(memory.context_values, value, step.slot, step.valid)
-        return step_attention(query, memory.context_keys, memory.context_values, step.block, scale=self.scale)
+        cache_layer.context_keys = write_slots(cache_layer.context_keys, key, step.slot, step.valid)
+        cache_layer.context_values = write_slots(cache_layer.context_values, value, step.slot, step.valid)
+        return step_attention(
+            query, cache_layer.context_keys, cache_layer.context_values, step.block, scale=self.scale
+        )
 
     # --------------------------------------------------------------------------------- S outputs per block (mf)
 
@@ -253,18 +258,18 @@ class BstContext(_HeadScores):
         return self.normalize_keys(key), value
 
     def _first_context(
-        self, states: torch.Tensor, passage: Passage, memory: BlockStateLayer | None
+        self, states: torch.Tensor, passage: Passage, cache_layer: BlockStateLayer | None
     ) -> list[torch.Tensor]:
         """Context of the block in which the call starts, keys and values (B, n, 1, S, e)."""
-        kept = None if memory is None else memory.context_keys
+        kept = None if cache_layer is None else cache_layer.context_keys
         initial: list[torch.Tensor] = []
-        if kept is None or memory.was_reset or (self.training and torch.is_grad_enabled()):
+        if kept is None or cache_layer.was_reset or (self.training and torch.is_grad_enabled()):
             initial = [part.expand(states.shape[0], -1, -1, -1, -1) for part in self._initial_context(states)]
         if kept is None:
             return initial
-        cached = [memory.context_keys.unsqueeze(2), memory.context_values.unsqueeze(2)]
-        if memory.was_reset:
-            begins = (memory.positions == 0).view(-1, 1, 1, 1, 1)
+        cached = [cache_layer.context_keys.unsqueeze(2), cache_layer.context_values.unsqueeze(2)]
+        if cache_layer.was_reset:
+            begins = (cache_layer.positions == 0).view(-1, 1, 1, 1, 1)
             return [torch.where(begins, first, later) for first, later in zip(initial, cached)]
         # In training every parameter takes part, if only with weight zero: distributed wrappers wait for its gradient.
         return [later + 0 * first for first, later in zip(initial, cached)] if initial else cached
@@ -278,14 +283,14 @@ class BstContext(_HeadScores):
         states: torch.Tensor,
         filters: nn.Module,
         passage: Passage,
-        memory: BlockStateLayer | None,
+        cache_layer: BlockStateLayer | None,
     ) -> torch.Tensor:
         size, length = self.block_size, states.shape[1]
-        contexts = self._first_context(states, passage, memory)
+        contexts = self._first_context(states, passage, cache_layer)
         outputs, state = filters(
             states,
-            None if memory is None else memory.state,
-            memory is not None,
+            None if cache_layer is None else cache_layer.state,
+            cache_layer is not None,
             passage.counts,
             size,
             passage.start,
@@ -304,11 +309,11 @@ class BstContext(_HeadScores):
             dropout_p=self.dropout_p,
             start=passage.start,
         )
-        if memory is not None:
+        if cache_layer is not None:
             phase = passage.start % size
             passed = (phase + (length if passage.counts is None else passage.counts)) // size
-            memory.state = state
-            memory.context_keys, memory.context_values = (_take_block(part, passed) for part in contexts)
+            cache_layer.state = state
+            cache_layer.context_keys, cache_layer.context_values = (_take_block(part, passed) for part in contexts)
         return read
 
     def _step_multi_filter(
@@ -317,29 +322,32 @@ class BstContext(_HeadScores):
         states: torch.Tensor,
         filters: nn.Module,
         step: Step,
-        memory: BlockStateLayer,
+        cache_layer: BlockStateLayer,
     ) -> torch.Tensor:
-        memory.state = filters.advance(states, memory.state, step.valid)
-        if memory.was_reset:
-            begins = (memory.positions == 0).view(-1, 1, 1, 1)
-            pairs = zip(self._initial_context(states), (memory.context_keys, memory.context_values))
-            memory.context_keys, memory.context_values = (
+        cache_layer.state = filters.advance(states, cache_layer.state, step.valid)
+        if cache_layer.was_reset:
+            begins = (cache_layer.positions == 0).view(-1, 1, 1, 1)
+            pairs = zip(self._initial_context(states), (cache_layer.context_keys, cache_layer.context_values))
+            cache_layer.context_keys, cache_layer.context_values = (
                 torch.where(begins, first.squeeze(2), kept) for first, kept in pairs
             )
-        read = F.scaled_dot_product_attention(query, memory.context_keys, memory.context_values, scale=self.scale)
+        read = F.scaled_dot_product_attention(
+            query, cache_layer.context_keys, cache_layer.context_values, scale=self.scale
+        )
         is_end = step.is_block_end
         if isinstance(is_end, torch.Tensor) and can_read_values(is_end):
             is_end = is_end if bool(is_end.any()) else False
         if is_end is False:
             return read
-        outputs = filters.read(states, memory.state, is_block_end=True).unsqueeze(1)  # (B, 1, S, D)
+        outputs = filters.read(states, cache_layer.state, is_block_end=True).unsqueeze(1)  # (B, 1, S, D)
         new = [part.squeeze(2) for part in self._contexts(outputs.to(states.dtype))]
         if isinstance(is_end, torch.Tensor):
             ends = is_end.view(-1, 1, 1, 1)
             new = [
-                torch.where(ends, part, kept) for part, kept in zip(new, (memory.context_keys, memory.context_values))
+                torch.where(ends, part, kept)
+                for part, kept in zip(new, (cache_layer.context_keys, cache_layer.context_values))
             ]
-        memory.context_keys, memory.context_values = new
+        cache_layer.context_keys, cache_layer.context_values = new
         return read
 
 
@@ -416,10 +424,10 @@ class BstLayer(GradientCheckpointingLayer):
         states = self.dropout(self.input_norm(hidden_states))
         if passage.order is not None:
             states = compact_rows(states, passage.order)
-        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        mixed = self.attn(states, passage, memory)
+        cache_layer = layer_state(past_key_values, self.layer_idx)
+        mixed = self.attn(states, passage, cache_layer)
         if self.context is not None:
-            mixed = torch.cat([mixed, self.context(states, self.ssm, passage, memory)], dim=1)
+            mixed = torch.cat([mixed, self.context(states, self.ssm, passage, cache_layer)], dim=1)
         mixed = self.attn.o_proj(mixed.transpose(1, 2).flatten(2))
         if passage.order is not None:
             mixed = restore_rows(mixed, passage.order)

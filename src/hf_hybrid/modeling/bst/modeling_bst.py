@@ -26,9 +26,10 @@ from transformers.utils.output_capturing import capture_outputs
 from ...configuration.configuration_bst import BstConfig
 from ...layers.norms import RMSNorm
 from ...ops.block_state import Start, ring_view, row_order
-from ..cache import block_cache, check_block_cache
+from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs
 from ..packed_documents import separates_documents
+from .bst_cache import BlockStateLayer
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 
@@ -103,7 +104,12 @@ class BstModel(BstPreTrainedModel):
 
     def build_cache(self) -> Cache:
         """Empty cache of constant size (see the module docstring)."""
-        return block_cache(self.config.num_hidden_layers, self._layout())
+        layout = self._layout()
+        return StateCache(BlockStateLayer(layout) for _ in self.layers)
+
+    def check_cache(self, cache: Cache) -> None:
+        """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""
+        check_cache(cache, BlockStateLayer, len(self.layers), self._layout())
 
     def _passage(
         self, mask: torch.Tensor | None, start: Start, batch: int, length: int, device: torch.device
@@ -144,38 +150,23 @@ class BstModel(BstPreTrainedModel):
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another kind.
         """
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = self.build_cache()
-        memory = None
-        if past_key_values is not None:
-            check_block_cache(past_key_values, self.config.num_hidden_layers, self._layout())
-            memory = past_key_values.layers[0]
-        past = 0 if memory is None else memory.cumulative_length
+        past_key_values = cache_of_call(self, past_key_values, use_cache)
         mask = check_inputs(
             input_ids,
             inputs_embeds,
             attention_mask,
             self.config.vocab_size,
             hidden_size=self.config.hidden_size,
-            past=past,
+            cache=past_key_values,
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = hidden_states.shape
-        mask = _new_padding(mask, length, is_kept=memory is not None)
-        start: Start = 0
-        if memory is not None:
-            memory.check_batch(batch)
-            start = memory.start
+        mask = _new_padding(mask, length, is_kept=past_key_values is not None)
+        start: Start = 0 if past_key_values is None else layer_state(past_key_values, 0).start
         passage = self._passage(mask, start, batch, length, hidden_states.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, passage, past_key_values=past_key_values, **kwargs)
-        if memory is not None:
-            real = torch.full((batch,), length, device=hidden_states.device) if mask is None else mask.long().sum(1)
-            positions = real if memory.positions is None else memory.positions + real
-            for layer in past_key_values.layers:
-                layer.advance(positions, length, mask is None)
+        count_tokens(past_key_values, length, mask)
         last = self.final_dropout(self.norm(hidden_states))
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
 

@@ -23,6 +23,8 @@ from ...layers.norms import build_norm as norm_by_name
 from ...ops.code_memory import empty_memory, remember
 from ...ops.recompute import recomputed
 from ...ops.vq_attention import vq_attention
+from ..cache import layer_state
+from .longvq_cache import CodeMemoryLayer
 from .quantizer import Quantized, VectorQuantizer
 from .s4d import ActivatedS4D
 
@@ -60,9 +62,8 @@ class LongVQMixer(nn.Module):
     is x + sigmoid(u) * (h - x).
     """
 
-    def __init__(self, config: LongVQConfig, layer_idx: int) -> None:
+    def __init__(self, config: LongVQConfig) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.is_causal = config.is_causal
         self.num_heads = config.num_attention_heads
         self.window = config.window_size
@@ -96,12 +97,13 @@ class LongVQMixer(nn.Module):
         self.dropout = SequenceDropout(config.dropout)
         self.hidden_dropout = SequenceDropout(config.hidden_dropout)
 
-    def _run_ssm(self, normed: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+    def _run_ssm(
+        self, normed: torch.Tensor, mask: torch.Tensor | None, cache_layer: CodeMemoryLayer | None
+    ) -> torch.Tensor:
         """The state space over (B, L, D), continued from the state in the cache."""
-        if cache is None:
+        if cache_layer is None:
             return self.ssm(normed, mask)[0]
-        layer = cache.layers[self.layer_idx]
-        output, layer.state = self.ssm(normed, mask, initial_state=layer.state, return_state=True)
+        output, cache_layer.state = self.ssm(normed, mask, initial_state=cache_layer.state, return_state=True)
         return output
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -130,10 +132,10 @@ class LongVQMixer(nn.Module):
         value: torch.Tensor,
         quantized: Quantized,
         mask: torch.Tensor | None,
-        cache: Cache | None,
+        cache_layer: CodeMemoryLayer | None,
     ) -> torch.Tensor:
         """(B, H, L, E / H); a cache is read and extended."""
-        memory = None if cache is None else cache.layers[self.layer_idx].memory
+        memory = None if cache_layer is None else cache_layer.memory
         output = vq_attention(
             query,
             key,
@@ -147,10 +149,10 @@ class LongVQMixer(nn.Module):
             memory=memory,
             far_key_gradient=self.far_key_gradient,
         )
-        if cache is not None:
+        if cache_layer is not None:
             if memory is None:
                 memory = empty_memory(quantized.codes, value, self.quantizer.codebook_size, self.window)
-            cache.layers[self.layer_idx].memory = remember(memory, quantized.codes, value, mask)
+            cache_layer.memory = remember(memory, quantized.codes, value, mask)
         return output
 
     def forward(
@@ -158,7 +160,7 @@ class LongVQMixer(nn.Module):
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None = None,
         slot: int = 0,
-        past_key_values: Cache | None = None,
+        cache_layer: CodeMemoryLayer | None = None,
     ) -> LayerResult:
         """Runs the block.
 
@@ -166,17 +168,17 @@ class LongVQMixer(nn.Module):
             hidden_states: (B, L, D).
             mask: (B, L) bool, True at real tokens, or None.
             slot: see `VectorQuantizer.forward`.
-            past_key_values: cache to continue and to extend.
+            cache_layer: state to continue and to extend.
         """
         residual = hidden_states
         normed = self.norm(hidden_states)
         value = self.v_proj(normed)
-        memory_states = self.dropout(self._run_ssm(normed, mask, past_key_values))
+        memory_states = self.dropout(self._run_ssm(normed, mask, cache_layer))
         gate, shared, reset, candidate = self.mx_proj(memory_states).split(self.split_sizes, dim=-1)
         query, key = self.queries_and_keys(F.silu(shared))
         quantized = self.quantizer(key, mask, slot)
         value = self._heads(self.hidden_dropout(value, function=self.activation))
-        attended = self._attend(query, key, value, quantized, mask, past_key_values)
+        attended = self._attend(query, key, value, quantized, mask, cache_layer)
         attended = attended.transpose(1, 2).flatten(2)
         attended = self.h_proj(recomputed(_reset, attended, reset))
         candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
@@ -207,7 +209,8 @@ class LongVQLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LongVQConfig, layer_idx: int) -> None:
         super().__init__()
-        self.mixer = LongVQMixer(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.mixer = LongVQMixer(config)
         self.ffn = LongVQFeedForward(config)
 
     def forward(
@@ -219,5 +222,7 @@ class LongVQLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LayerResult:
         """As `LongVQMixer`."""
-        hidden_states, commitment, perplexity = self.mixer(hidden_states, mask, slot, past_key_values)
+        hidden_states, commitment, perplexity = self.mixer(
+            hidden_states, mask, slot, layer_state(past_key_values, self.layer_idx)
+        )
         return self.ffn(hidden_states), commitment, perplexity

@@ -17,9 +17,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ...configuration.configuration_longvq import LongVQConfig
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.value_embedding import ValueEmbedding
-from ..cache import check_code_cache, code_cache
+from ..cache import StateCache, cache_of_call, check_cache, count_tokens
 from ..inputs import read_inputs
 from ..packed_documents import separates_documents
+from .longvq_cache import CodeMemoryLayer, check_codebooks
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
 from .longvq_outputs import LongVQModelOutput
 from .quantizer import VectorQuantizer, update_quantizers
@@ -123,17 +124,15 @@ class LongVQModel(LongVQPreTrainedModel):
 
     def build_cache(self) -> Cache:
         """Empty cache, which will stay of constant size."""
-        return code_cache(self.config.num_hidden_layers, self._cache_layout())
+        layout = self._cache_layout()
+        return StateCache(CodeMemoryLayer(layout, learns=not self.config.freeze_codebook) for _ in self.layers)
 
-    def _check_cache(self, cache: Cache) -> None:
-        if not self.config.is_causal:
-            raise ValueError(
-                "`past_key_values` need a causal model: this one sees the future (`is_causal=False`), so its states cannot be "
-                "continued."
-            )
+    def check_cache(self, cache: Cache) -> None:
+        """Raises ValueError for a cache of a model with other settings or, unless traced, other codebooks."""
+        check_cache(cache, CodeMemoryLayer, len(self.layers), self._cache_layout())
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        versions = [] if is_traced else [quantizer.version() for quantizer in self._quantizers()]
-        check_code_cache(cache, self.config.num_hidden_layers, self._cache_layout(), versions)
+        if not is_traced:
+            check_codebooks(cache, [quantizer.version() for quantizer in self._quantizers()])
 
     # ------------------------------------------------------------------------------------------------------ forward
 
@@ -169,18 +168,17 @@ class LongVQModel(LongVQPreTrainedModel):
         slot: int = kwargs.pop("codebook_slot", 0)  # type: ignore[typeddict-item] # of a later text of the same step
         if slot == 0 and self.training and torch.is_grad_enabled() and not config.freeze_codebook:
             self.apply_codebook_updates()
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if use_cache and config.is_causal and past_key_values is None:
-            past_key_values = self.build_cache()
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
+        past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_causal)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         read = read_inputs(
-            config, input_ids, input_values, inputs_embeds, attention_mask, width=config.hidden_size, past=past
+            config,
+            input_ids,
+            input_values,
+            inputs_embeds,
+            attention_mask,
+            width=config.hidden_size,
+            cache=past_key_values,
         )
-        for layer in () if past_key_values is None else past_key_values.layers:
-            layer.advance(read.batch, read.length)
         mask = None if read.mask is None else read.mask[:, past:]
 
         hidden_states = self.get_input_embeddings()(read.values) if inputs_embeds is None else inputs_embeds
@@ -191,6 +189,7 @@ class LongVQModel(LongVQPreTrainedModel):
             )
             commitments.append(commitment)
             perplexities.append(perplexity)
+        count_tokens(past_key_values, read.length)
         output_quantization = self.training or bool(output_quantization)
         return LongVQModelOutput(
             last_hidden_state=self.norm(hidden_states),

@@ -36,6 +36,8 @@ from ...ops.gated_attention import (
 )
 from ...ops.recompute import recomputed
 from ...ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
+from ..cache import layer_state
+from .mega_cache import GatedAttentionLayer
 
 
 def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
@@ -153,9 +155,8 @@ class MegaAttention(nn.Module):
     x + sigmoid(u) * (h - x), with silu on z and r (Eqs. 5 to 16 of arXiv 2209.10655).
     """
 
-    def __init__(self, config: MegaConfig, layer_idx: int) -> None:
+    def __init__(self, config: MegaConfig) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.is_causal = config.is_decoder
         self.chunk_size = config.attention_chunk
         self.attention_activation = config.attention_activation
@@ -179,13 +180,15 @@ class MegaAttention(nn.Module):
         self.dropout = SequenceDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = SequenceDropout(config.hidden_dropout_prob, config.use_feature_dropout)
 
-    def _average(self, normed: torch.Tensor, token_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+    def _average(
+        self, normed: torch.Tensor, token_mask: torch.Tensor | None, cache_layer: GatedAttentionLayer | None
+    ) -> torch.Tensor:
         """The moving average of (B, L, D), continued from the state in the cache."""
-        if cache is None:
+        if cache_layer is None:
             return self.ema_gate(normed, token_mask)[0]
-        layer = cache.layers[self.layer_idx]
-        output, state = self.ema_gate(normed, token_mask, initial_state=layer.state, return_state=True)
-        layer.state = state
+        output, cache_layer.state = self.ema_gate(
+            normed, token_mask, initial_state=cache_layer.state, return_state=True
+        )
         return output
 
     def _attend(
@@ -195,16 +198,15 @@ class MegaAttention(nn.Module):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
-        cache: Cache | None,
+        cache_layer: GatedAttentionLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, L, E), and the weights if asked for; `mask` and `positions` cover cached and new tokens."""
         new = key.shape[1]
-        if cache is not None:
-            past = cache.layers[self.layer_idx].get_seq_length()
-            key, value = cache.update(key, value, self.layer_idx)
+        if cache_layer is not None:
+            key, value = cache_layer.update(key, value)
             if self.chunk_size is not None and positions is None:  # nothing before the current chunk is seen
-                visible = past % self.chunk_size + new
+                visible = cache_layer.get_seq_length() % self.chunk_size + new
                 key, value = key[:, -visible:], value[:, -visible:]
         visible = key.shape[1]
         mask = None if mask is None else mask[:, -visible:]
@@ -234,7 +236,7 @@ class MegaAttention(nn.Module):
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache_layer: GatedAttentionLayer | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the block.
@@ -243,19 +245,19 @@ class MegaAttention(nn.Module):
             hidden_states: (B, L, D).
             mask: (B, P + L) bool, True at real tokens, or None.
             positions: (B, P + L) positions counted from the first real token, or None when they count from 0.
-            past_key_values: cache to continue and to extend.
+            cache_layer: state to continue and to extend.
             output_attentions: also return the weights, (B, chunks, C, C).
         """
         residual = hidden_states
         normed = self.norm(hidden_states) if self.norm_first else hidden_states
         value = self.hidden_dropout(self.v_proj(normed), function=self.activation)
         token_mask = None if mask is None else mask[:, -hidden_states.shape[1] :]
-        average = self.dropout(self._average(normed, token_mask, past_key_values))
+        average = self.dropout(self._average(normed, token_mask, cache_layer))
         gate, shared, reset, candidate = self.mx_proj(average).split(self.split_sizes, dim=-1)
         shared = F.silu(shared)
         query = (shared * self.qk_weight[0] + self.qk_bias[0]).to(value.dtype)
         key = (shared * self.qk_weight[1] + self.qk_bias[1]).to(value.dtype)
-        attended, weights = self._attend(query, key, value, mask, positions, past_key_values, output_attentions)
+        attended, weights = self._attend(query, key, value, mask, positions, cache_layer, output_attentions)
         attended = self.h_proj(recomputed(_reset, attended, reset))
         candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
         output = recomputed(_interpolate, residual, candidate, gate)
@@ -269,9 +271,8 @@ class MegaCrossAttention(nn.Module):
     * silu(r))) - x).
     """
 
-    def __init__(self, config: MegaConfig, layer_idx: int) -> None:
+    def __init__(self, config: MegaConfig) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.attention_activation = config.attention_activation
         self.attention_dropout = config.attention_probs_dropout_prob
         self.norm_first = config.normalize_before_mega
@@ -289,18 +290,19 @@ class MegaCrossAttention(nn.Module):
         self.dropout = SequenceDropout(config.dropout_prob, config.use_feature_dropout)
         self.hidden_dropout = SequenceDropout(config.hidden_dropout_prob, config.use_feature_dropout)
 
-    def _keys_and_values(self, source: torch.Tensor | None, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = None if cache is None else cache.layers[self.layer_idx]
-        if layer is not None and layer.cross_keys is not None:
-            return layer.cross_keys, layer.cross_values
+    def _keys_and_values(
+        self, source: torch.Tensor | None, cache_layer: GatedAttentionLayer | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if cache_layer is not None and cache_layer.cross_keys is not None:
+            return cache_layer.cross_keys, cache_layer.cross_values
         if source is None:
             raise ValueError(
                 "This decoder attends to encoder states (`add_cross_attention=True`): pass `encoder_hidden_states` (B, S, D), or "
                 "the cache of a call that had them."
             )
         key, value = self.k_proj(source), self.hidden_dropout(self.v_proj(source), function=self.activation)
-        if layer is not None:
-            layer.cross_keys, layer.cross_values = key, value
+        if cache_layer is not None:
+            cache_layer.cross_keys, cache_layer.cross_values = key, value
         return key, value
 
     def _bias(self, num_rows: int, num_columns: int, past: int, shift: torch.Tensor | None) -> torch.Tensor:
@@ -318,7 +320,7 @@ class MegaCrossAttention(nn.Module):
         source_mask: torch.Tensor | None = None,
         past: int = 0,
         shift: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache_layer: GatedAttentionLayer | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the block.
@@ -329,13 +331,13 @@ class MegaCrossAttention(nn.Module):
             source_mask: (B, S) bool, True at real tokens, or None.
             past: position of the first target.
             shift: (B,) leading padding of the target minus that of the source, or None when there is none.
-            past_key_values: cache to continue and to extend.
+            cache_layer: state to continue and to extend.
             output_attentions: also return the weights, (B, 1, T, S).
         """
         gate, reset, query = self.q_proj(self.norm(hidden_states) if self.norm_first else hidden_states).split(
             self.split_sizes, dim=-1
         )
-        key, value = self._keys_and_values(source, past_key_values)
+        key, value = self._keys_and_values(source, cache_layer)
         settings = {
             "activation": self.attention_activation,
             "bias": self._bias(query.shape[1], key.shape[1], past, shift),
@@ -375,8 +377,9 @@ class MegaLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MegaConfig, layer_idx: int) -> None:
         super().__init__()
-        self.mega_layer = MegaAttention(config, layer_idx)
-        self.cross_attn = MegaCrossAttention(config, layer_idx) if config.add_cross_attention else None
+        self.layer_idx = layer_idx
+        self.mega_layer = MegaAttention(config)
+        self.cross_attn = MegaCrossAttention(config) if config.add_cross_attention else None
         has_feed_forward = config.use_normalized_ffn and config.nffn_hidden_size > 0
         self.nffn = MegaFeedForward(config) if has_feed_forward else None
 
@@ -394,10 +397,11 @@ class MegaLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """(B, L, D) to (B, L, D); arguments as in `MegaAttention` and `MegaCrossAttention`."""
-        hidden_states = self.mega_layer(hidden_states, mask, positions, past_key_values, output_attentions)[0]
+        cache_layer = layer_state(past_key_values, self.layer_idx)
+        hidden_states = self.mega_layer(hidden_states, mask, positions, cache_layer, output_attentions)[0]
         if self.cross_attn is not None:
             hidden_states = self.cross_attn(
-                hidden_states, source, source_mask, past, shift, past_key_values, output_attentions
+                hidden_states, source, source_mask, past, shift, cache_layer, output_attentions
             )[0]
         return hidden_states if self.nffn is None else self.nffn(hidden_states)
 

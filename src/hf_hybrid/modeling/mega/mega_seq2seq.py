@@ -149,7 +149,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
             decoder_attention_mask,
             self.config.vocab_size,
             hidden_size=self.config.hidden_size,
-            past=0 if past_key_values is None else past_key_values.get_seq_length(),
+            cache=past_key_values,
             prefix="decoder_",
         )
         check_inputs(None, source, attention_mask, None)

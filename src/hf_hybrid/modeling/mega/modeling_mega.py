@@ -22,9 +22,10 @@ from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.norms import FeatureScale, ScaleNorm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.export_shapes import is_open
-from ..cache import cache_of_call, check_gated_cache, gated_cache
+from ..cache import StateCache, cache_of_call, check_cache, count_tokens
 from ..inputs import check_inputs, pool_tokens, read_inputs, simplify_mask
 from ..packed_documents import separates_documents
+from .mega_cache import GatedAttentionLayer
 from .mega_layers import (
     MegaAttention,
     MegaCrossAttention,
@@ -178,13 +179,12 @@ class MegaModel(MegaPreTrainedModel):
 
     def build_cache(self) -> Cache:
         """Empty cache; of constant size when attention is chunked."""
-        chunk = self.config.attention_chunk
-        window = None if chunk is None else max(chunk - 1, 1)
-        return gated_cache(self.config.num_hidden_layers, window, self._cache_layout())
+        layout = self._cache_layout()
+        return StateCache(GatedAttentionLayer(layout) for _ in self.layers)
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""
-        check_gated_cache(cache, self.config.num_hidden_layers, self._cache_layout())
+        check_cache(cache, GatedAttentionLayer, len(self.layers), self._cache_layout())
 
     # ------------------------------------------------------------------------------------------------------ inputs
 
@@ -251,7 +251,7 @@ class MegaModel(MegaPreTrainedModel):
                 "simple" bias, a cache of another model, missing encoder states.
         """
         config = self.config
-        past_key_values = cache_of_call(self, past_key_values, use_cache)
+        past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_decoder)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         input_ids, mask, leading, batch, length = read_inputs(
             config,
@@ -260,7 +260,7 @@ class MegaModel(MegaPreTrainedModel):
             inputs_embeds,
             attention_mask,
             width=config.hidden_size,
-            past=past,
+            cache=past_key_values,
         )
         self._check_length(length)
         source_mask = self._check_source(encoder_hidden_states, encoder_attention_mask, batch)
@@ -298,6 +298,7 @@ class MegaModel(MegaPreTrainedModel):
         pooled = None
         if self.pooler is not None:
             pooled = self.pooler(hidden_states, None if mask is None else mask[:, past:])
+        count_tokens(past_key_values, length)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=pooled, past_key_values=past_key_values
         )

@@ -19,10 +19,11 @@ from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.norms import ScaleNorm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.compaction import rotary_table
-from ..cache import cache_of_call, check_memory_cache, memory_cache
+from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import read_inputs
 from ..packed_documents import separates_documents
 from .router import ActivationRouter
+from .seqboat_cache import WorkingMemoryLayer
 from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
 from .seqboat_outputs import SeqBoatModelOutput
 
@@ -120,11 +121,12 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
 
     def build_cache(self) -> Cache:
         """Empty cache; of constant size unless `window_size` is None."""
-        return memory_cache(self.config.num_hidden_layers, self._cache_layout())
+        layout = self._cache_layout()
+        return StateCache(WorkingMemoryLayer(layout) for _ in self.layers)
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""
-        check_memory_cache(cache, self.config.num_hidden_layers, self._cache_layout())
+        check_cache(cache, WorkingMemoryLayer, len(self.layers), self._cache_layout())
 
     # ------------------------------------------------------------------------------------------------------ forward
 
@@ -168,14 +170,23 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another model.
         """
         config = self.config
-        past_key_values = cache_of_call(self, past_key_values, use_cache)
+        past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_decoder)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        width = config.embedding_width
-        inputs, mask, leading, batch, length = read_inputs(
-            config, input_ids, input_values, inputs_embeds, attention_mask, width=width, past=past
+        origins = None if past_key_values is None else layer_state(past_key_values, 0).origins
+        if origins is not None and attention_mask is not None:
+            places = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+            attention_mask = attention_mask.bool() & (places >= origins.to(places.device).unsqueeze(-1))
+        inputs, mask, leading, _, length = read_inputs(
+            config,
+            input_ids,
+            input_values,
+            inputs_embeds,
+            attention_mask,
+            width=config.embedding_width,
+            cache=past_key_values,
         )
-        for layer in () if past_key_values is None else past_key_values.layers:
-            layer.advance(batch, length)
+        if origins is not None and attention_mask is None:
+            leading = origins
         mask = None if mask is None else mask[:, past:]
         places = torch.arange(past, past + length, device=(inputs_embeds if inputs is None else inputs).device)
         positions = places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)
@@ -200,6 +211,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if output_activations is None:
             output_activations = config.output_activations
         active = [gate.detach() > 0 for gate in gates]
+        count_tokens(past_key_values, length)
         number = length if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
         return SeqBoatModelOutput(
             last_hidden_state=hidden_states,

@@ -39,7 +39,9 @@ from ...ops.working_memory import (
     write_memory,
     write_token,
 )
+from ..cache import layer_state
 from .router import ActivationRouter, Routing
+from .seqboat_cache import WorkingMemoryLayer
 
 FEW_TOKENS = 16  # new tokens that attend to the whole working memory at once instead of through the packed stream
 _T5_BUCKETS, _T5_DISTANCE = 32, 128
@@ -127,9 +129,8 @@ class SeqBoatUnit(nn.Module):
     the active tokens of the row, inside a window of w of them.
     """
 
-    def __init__(self, config: SeqBoatConfig, layer_idx: int) -> None:
+    def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.is_causal = config.is_decoder
         self.window = config.window_size
         self.attention_activation = config.attention_activation
@@ -168,13 +169,14 @@ class SeqBoatUnit(nn.Module):
         self.dropout = SequenceDropout(config.hidden_dropout, config.feature_dropout)
         self.value_dropout = SequenceDropout(config.value_dropout, config.feature_dropout)
 
-    def _average(self, normed: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+    def _average(
+        self, normed: torch.Tensor, mask: torch.Tensor | None, cache_layer: WorkingMemoryLayer | None
+    ) -> torch.Tensor:
         """The moving average of (B, L, D) in float32 or better, continued from the state in the cache."""
         normed = normed.to(torch.promote_types(normed.dtype, torch.float32))
-        if cache is None:
+        if cache_layer is None:
             return self.ema(normed, mask)[0]
-        layer = cache.layers[self.layer_idx]
-        output, layer.state = self.ema(normed, mask, initial_state=layer.state, return_state=True)
+        output, cache_layer.state = self.ema(normed, mask, initial_state=cache_layer.state, return_state=True)
         return output
 
     def _route(self, inner: torch.Tensor, mask: torch.Tensor | None) -> Routing:
@@ -216,7 +218,7 @@ class SeqBoatUnit(nn.Module):
         routing: Routing,
         rotary: torch.Tensor | None,
         past: int,
-        cache: Cache | None,
+        cache_layer: WorkingMemoryLayer | None,
     ) -> torch.Tensor:
         """Gated output of the attention unit (B, L, D) by way of the packed stream."""
         shape = routing.active.shape
@@ -225,7 +227,7 @@ class SeqBoatUnit(nn.Module):
         tokens = active_tokens(routing.active, capacity)
         query, key, value, reset = self._project(gather_active(inner, tokens), rotary, tokens)
         dropout = self.attention_dropout if self.training else 0.0
-        memory = None if cache is None else cache.layers[self.layer_idx].memory
+        memory = None if cache_layer is None else cache_layer.memory
         if memory is None:
             attended = compacted_attention(
                 query, key, value, tokens, causal=self.is_causal, dropout_p=dropout, **self._settings()
@@ -234,27 +236,33 @@ class SeqBoatUnit(nn.Module):
             attended = continued_attention(
                 query, key, value, tokens, memory, past, dropout_p=dropout, **self._settings()
             )
-        if cache is not None:
+        if cache_layer is not None:
             memory = self._room(memory, shape, tokens.counts, key, value)
-            cache.layers[self.layer_idx].memory = write_memory(memory, key, value, tokens, past)
+            cache_layer.memory = write_memory(memory, key, value, tokens, past)
         gate = routing.gate.flatten()[tokens.index].unsqueeze(-1)
         return scatter_active(self.out_proj(attended * reset) * gate.to(value.dtype), tokens, shape)
 
     def _attend_few(
-        self, inner: torch.Tensor, routing: Routing, rotary: torch.Tensor | None, past: int, cache: Cache
+        self,
+        inner: torch.Tensor,
+        routing: Routing,
+        rotary: torch.Tensor | None,
+        past: int,
+        cache_layer: WorkingMemoryLayer,
     ) -> torch.Tensor:
         """As `_attend`, for a few tokens after others: shapes do not depend on what is active."""
-        layer, active = cache.layers[self.layer_idx], routing.active
+        active = routing.active
         if inner.device.type == "cpu" and not torch.compiler.is_compiling() and not active.any():
             return torch.zeros_like(inner)  # the unit need not run at all
         query, key, value, reset = self._project(inner, rotary)
-        memory = self._room(layer.memory, active.shape, active.sum(-1), key, value)
+        memory = self._room(cache_layer.memory, active.shape, active.sum(-1), key, value)
         attended = memory_attention(query, key, value, active, memory, past, **self._settings())
         if active.shape[1] == 1:
-            layer.memory = write_token(memory, key, value, active, past)
+            cache_layer.memory = write_token(memory, key, value, active, past)
         else:
             tokens = active_tokens(active, active.numel() if torch.compiler.is_compiling() else None)
-            layer.memory = write_memory(memory, gather_active(key, tokens), gather_active(value, tokens), tokens, past)
+            new = gather_active(key, tokens), gather_active(value, tokens)
+            cache_layer.memory = write_memory(memory, *new, tokens, past)
         return self.out_proj(attended * reset) * routing.gate.unsqueeze(-1).to(inner.dtype)
 
     def _room(
@@ -283,7 +291,7 @@ class SeqBoatUnit(nn.Module):
         mask: torch.Tensor | None = None,
         rotary: torch.Tensor | None = None,
         past: int = 0,
-        past_key_values: Cache | None = None,
+        cache_layer: WorkingMemoryLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Runs the unit.
 
@@ -292,22 +300,26 @@ class SeqBoatUnit(nn.Module):
             mask: (B, L) bool, True at real tokens, or None.
             rotary: (L, Z / 2, 2) cosines and sines of the positions, or None.
             past: tokens before these.
-            past_key_values: cache to continue and to extend.
+            cache_layer: state to continue and to extend.
 
         Returns:
             (B, L, D), the gates (B, L), which are 0 exactly where a token is inactive, and the dead layer penalty or None.
         """
         residual = hidden_states
         normed = self.norm(hidden_states) if self.prenorm else hidden_states
-        inner = self.dropout(self._average(normed, mask, past_key_values), function=self.activation)
+        inner = self.dropout(self._average(normed, mask, cache_layer), function=self.activation)
         routing = self._route(inner, mask)
         penalty = None
         if self.min_rate is not None and self.router is not None:
             penalty = self.router.dead_layer_penalty(routing, mask, self.min_rate)
         inner = inner.to(hidden_states.dtype)
-        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx].memory
-        is_few = memory is not None and inner.shape[1] <= FEW_TOKENS and not self.training
-        branch = (self._attend_few if is_few else self._attend)(inner, routing, rotary, past, past_key_values)
+        is_few = (
+            cache_layer is not None
+            and cache_layer.memory is not None
+            and inner.shape[1] <= FEW_TOKENS
+            and not self.training
+        )
+        branch = (self._attend_few if is_few else self._attend)(inner, routing, rotary, past, cache_layer)
         skip = self.skip_proj(inner)
         mixed = self.dropout(skip + branch) if self.is_causal else skip + self.dropout(branch)
         output = self.activation(mixed + residual)
@@ -340,7 +352,8 @@ class SeqBoatLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SeqBoatConfig, layer_idx: int) -> None:
         super().__init__()
-        self.unit = SeqBoatUnit(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.unit = SeqBoatUnit(config)
         self.ffn = SeqBoatFeedForward(config) if config.intermediate_size > 0 else None
 
     def forward(
@@ -353,5 +366,6 @@ class SeqBoatLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `SeqBoatUnit`."""
-        hidden_states, gate, penalty = self.unit(hidden_states, mask, rotary, past, past_key_values)
+        cache_layer = layer_state(past_key_values, self.layer_idx)
+        hidden_states, gate, penalty = self.unit(hidden_states, mask, rotary, past, cache_layer)
         return hidden_states if self.ffn is None else self.ffn(hidden_states), gate, penalty

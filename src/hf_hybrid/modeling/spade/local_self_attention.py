@@ -5,16 +5,13 @@ Shapes: B batch, L tokens, D hidden size, n heads, d head width, r radius.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ...ops.local_attention import cached_local_attention, chunk_attention, local_attention
 from ...ops.relative_position import apply_rotary, relative_bias_vector, rotary_cos_sin
-
-KeyValueStore = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from .spade_cache import SlidingRecurrentLayer
 
 
 class LocalSelfAttention(nn.Module):
@@ -129,17 +126,17 @@ class LocalSelfAttention(nn.Module):
         key_mask: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
-        store: KeyValueStore | None = None,
+        cache_layer: SlidingRecurrentLayer | None = None,
     ) -> torch.Tensor:
         """Attends.
 
         Args:
             hidden_states: (B, L, D).
-            key_mask: (B, keys) bool, True at real tokens, or None. `keys` is L, or with `store` the stored tokens plus L.
+            key_mask: (B, keys) bool, True at real tokens, or None. `keys` is L, or with a cache at least the kept tokens plus L.
             bias: relative bias vector of another layer, used when this layer has no table.
             positions: (1 or B, keys) int64 logical positions (real tokens counted from 0); needed for rotary positions, for
-                chunks with `store`, and for chunks of rows that are padded on the left.
-            store: takes the new keys and values (B, n, L, d), returns all visible ones (B, n, keys, d); None without cache.
+                chunks with a cache, and for chunks of rows that are padded on the left.
+            cache_layer: to continue and to extend.
 
         Returns:
             (B, L, D).
@@ -153,8 +150,8 @@ class LocalSelfAttention(nn.Module):
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         own_bias = self.bias_vector()
         bias = own_bias if own_bias is not None else bias
-        if store is not None:
-            key, value = store(key, value)
+        if cache_layer is not None:
+            key, value = cache_layer.update(key, value)
         attended = self._attend(query, key, value, bias, key_mask, positions)
         attended = self.o_proj(attended.transpose(1, 2).reshape(batch, length, width))
         if self.head_scale is not None:

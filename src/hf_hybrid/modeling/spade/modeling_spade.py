@@ -28,11 +28,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ...configuration.configuration_spade import SpadeConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
-from ..cache import check_local_cache, full_cache, local_cache
+from ..cache import StateCache, cache_of_call, count_tokens
 from ..inputs import check_inputs, logical_positions
 from ..packed_documents import separates_documents
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
+from .spade_cache import FullAttentionLayer, SlidingRecurrentLayer, SpadeDecoderCache, check_decoder_cache
 from .spade_layers import (
     SpadeAttention,
     SpadeDecoderLayer,
@@ -182,23 +183,23 @@ class SpadeDecoder(SpadePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def build_cache(self) -> EncoderDecoderCache:
-        """Empty cache: growing keys and values, or a window and states when the decoder attends locally."""
+    def _cache_layout(self) -> dict[str, object] | None:
         config = self.config
         if config.decoder_attention_window is None:
-            own = full_cache()
-        else:
-            visible = config.decoder_attention_window + (config.local_attention_type == "window")
-            own = local_cache(config.decoder_layers, visible, config.decoder_ssm_layers)
-        return EncoderDecoderCache(own, full_cache())
+            return None
+        layout = {"attention_window": config.decoder_attention_window, "ssm_layers": config.decoder_ssm_layers}
+        names = ("d_model", "num_heads", "local_attention_type", "ssm_state_size")
+        return layout | {name: getattr(config, name) for name in names}
 
-    def _check_cache(self, cache: EncoderDecoderCache) -> None:
-        if not isinstance(cache, EncoderDecoderCache):
-            raise ValueError(
-                f"`past_key_values` must be an EncoderDecoderCache, as an earlier call returns it; got {type(cache).__name__}."
-            )
-        if self.config.decoder_attention_window is not None:
-            check_local_cache(cache.self_attention_cache, self.config.decoder_ssm_layers, self.config.decoder_layers)
+    def build_cache(self) -> EncoderDecoderCache:
+        """Empty cache: growing keys and values, or a window and states when the decoder attends locally."""
+        layout = self._cache_layout()
+        kind = FullAttentionLayer if layout is None else SlidingRecurrentLayer
+        return SpadeDecoderCache(StateCache(kind(layout or {}) for _ in self.layers))
+
+    def check_cache(self, cache: EncoderDecoderCache) -> None:
+        """Raises ValueError for a cache that cannot hold the state; with full attention those of Transformers can."""
+        check_decoder_cache(cache, len(self.layers), self._cache_layout())
 
     def _embed_positions(
         self, mask: torch.Tensor | None, past: int, length: int, device: torch.device
@@ -227,13 +228,11 @@ class SpadeDecoder(SpadePreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decodes (B, T, D) embedded targets; `attention_mask` covers cached and new tokens, (B, past + T)."""
-        if use_cache and past_key_values is None:
-            past_key_values = self.build_cache()
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_key_values = cache_of_call(self, past_key_values, use_cache)
+        own_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        past = 0 if own_cache is None else own_cache.get_seq_length()
         length = inputs_embeds.shape[1]
-        mask = check_inputs(None, inputs_embeds, attention_mask, None, past=past, prefix="decoder_")
+        mask = check_inputs(None, inputs_embeds, attention_mask, None, cache=own_cache, prefix="decoder_")
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self._embed_positions(mask, past, length, inputs_embeds.device)
@@ -249,7 +248,7 @@ class SpadeDecoder(SpadePreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask,
-                past_key_values=None if past_key_values is None else past_key_values.self_attention_cache,
+                past_key_values=own_cache,
             )
             if self.config.decoder_has_rotary_positions:
                 positions = logical_positions(mask, past + length, device=inputs_embeds.device)[:, past:]
@@ -271,6 +270,7 @@ class SpadeDecoder(SpadePreTrainedModel):
             )
         if self.final_norm is not None:
             hidden_states = self.dropout(self.final_norm(hidden_states))
+        count_tokens(own_cache, length)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )

@@ -25,11 +25,12 @@ from ...configuration.configuration_spade import SpadeLMConfig
 from ...layers.adaptive import AdaptiveEmbedding
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
-from ..cache import check_local_cache, local_cache
+from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, logical_positions
 from ..packed_documents import separates_documents
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
+from .spade_cache import SlidingRecurrentLayer
 from .spade_layers import SpadeMixer, build_feed_forward
 
 
@@ -64,7 +65,8 @@ class SpadeLMLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """(B, L, D) to (B, L, D); the mask, bias, positions and cache are those of `SpadeMixer.forward`."""
-        mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions, past_key_values, self.layer_idx)
+        cache_layer = layer_state(past_key_values, self.layer_idx)
+        mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions, cache_layer)
         hidden_states = hidden_states + self.dropout(mixed)
         residual = hidden_states if self.residual_scale is None else hidden_states * self.residual_scale
         return residual + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
@@ -159,11 +161,18 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
             )
         return super().resize_token_embeddings(*args, **kwargs)
 
+    def _cache_layout(self) -> dict[str, object]:
+        names = ("d_model", "num_heads", "attention_window", "local_attention_type", "ssm_layers", "ssm_state_size")
+        return {name: getattr(self.config, name) for name in names}
+
     def build_cache(self) -> Cache:
         """Empty cache of constant size (see the module docstring)."""
-        config = self.config
-        visible = config.attention_window + (config.local_attention_type == "window")
-        return local_cache(config.num_layers, visible, config.ssm_layers)
+        layout = self._cache_layout()
+        return StateCache(SlidingRecurrentLayer(layout) for _ in self.layers)
+
+    def check_cache(self, cache: Cache) -> None:
+        """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""
+        check_cache(cache, SlidingRecurrentLayer, len(self.layers), self._cache_layout())
 
     def _positions(
         self, mask: torch.Tensor | None, past: int, length: int, device: torch.device
@@ -196,12 +205,7 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another kind.
         """
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = self.build_cache()
-        if past_key_values is not None:
-            check_local_cache(past_key_values, self.config.ssm_layers, self.config.num_layers)
+        past_key_values = cache_of_call(self, past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = check_inputs(
             input_ids,
@@ -209,7 +213,7 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
             attention_mask,
             self.config.vocab_size,
             hidden_size=self.config.d_model,
-            past=past,
+            cache=past_key_values,
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.scale_embedding:
@@ -225,6 +229,7 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
             )
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
+        count_tokens(past_key_values, hidden_states.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 

@@ -6,11 +6,9 @@ Shapes: B batch, L tokens, T target tokens, D hidden size, n heads, d head width
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -20,9 +18,10 @@ from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ...ops.relative_position import apply_rotary, rotary_cos_sin
-from ..cache import read_state, write_state
+from ..cache import layer_state
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
+from .spade_cache import SlidingRecurrentLayer, keep_source, kept_source
 
 
 class SpadeMixer(nn.Module):
@@ -90,18 +89,18 @@ class SpadeMixer(nn.Module):
         )
 
     def _run_ssm(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, cache: Cache | None, layer_idx: int
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, cache_layer: SlidingRecurrentLayer | None
     ) -> torch.Tensor:
         if token_mask is not None:
             hidden_states = hidden_states.masked_fill(~token_mask.unsqueeze(-1), 0)
-        state = read_state(cache, layer_idx) if cache is not None else None
+        state = None if cache_layer is None else cache_layer.state
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
-            if cache is not None and state is not None and hidden_states.shape[1] == 1:
+            if state is not None and hidden_states.shape[1] == 1:
                 output, state = self.ssm.step(hidden_states, state)
             else:
-                output, state = self.ssm(hidden_states, initial_state=state, return_state=cache is not None)
-        if cache is not None:
-            write_state(cache, layer_idx, state)
+                output, state = self.ssm(hidden_states, initial_state=state, return_state=cache_layer is not None)
+        if cache_layer is not None:
+            cache_layer.state = state
         return output
 
     def forward(
@@ -110,24 +109,17 @@ class SpadeMixer(nn.Module):
         key_mask: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        layer_idx: int = 0,
+        cache_layer: SlidingRecurrentLayer | None = None,
     ) -> torch.Tensor:
         """(B, L, D) to (B, L, D); `key_mask` (B, past + L) bool, `positions` as in `LocalSelfAttention`."""
-        store: Callable | None = None
-        if past_key_values is not None:
-
-            def store(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                return past_key_values.update(key, value, layer_idx)
-
         if self.ssm is None:
-            return self.attention(hidden_states, key_mask, bias, positions, store)
+            return self.attention(hidden_states, key_mask, bias, positions, cache_layer)
         token_mask = None if key_mask is None else key_mask[:, -hidden_states.shape[1] :]
-        distant = self._run_ssm(hidden_states, token_mask, past_key_values, layer_idx)
+        distant = self._run_ssm(hidden_states, token_mask, cache_layer)
         if self.combine == "stack":
-            return self.attention(distant, key_mask, bias, positions, store)
+            return self.attention(distant, key_mask, bias, positions, cache_layer)
         distant = self.norm_global(distant)
-        near = self.norm_local(self.attention(hidden_states, key_mask, bias, positions, store))
+        near = self.norm_local(self.attention(hidden_states, key_mask, bias, positions, cache_layer))
         if self.combine == "add":
             return self.add_weight * distant + (1 - self.add_weight) * near
         both = torch.cat([distant, near], dim=-1)
@@ -185,17 +177,16 @@ class SpadeAttention(nn.Module):
         turns: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.is_cross_attention and past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            return layer.keys, layer.values
+        kept = kept_source(past_key_values, self.layer_idx) if self.is_cross_attention else None
+        if kept is not None:
+            return kept
         key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
         if turns is not None:
             key = apply_rotary(key, *turns)
         if past_key_values is None:
             return key, value
         if self.is_cross_attention:
-            past_key_values.is_updated[self.layer_idx] = True
-            return past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+            return keep_source(past_key_values, key, value, self.layer_idx)
         return past_key_values.self_attention_cache.update(key, value, self.layer_idx)
 
     def forward(
@@ -324,7 +315,8 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
                     **kwargs,
                 )[0]
             cache = None if past_key_values is None else past_key_values.self_attention_cache
-            return self.self_attention(states, self_attention_mask, None, positions, cache, self.layer_idx)
+            cache_layer = layer_state(cache, self.layer_idx)
+            return self.self_attention(states, self_attention_mask, None, positions, cache_layer)
 
         def attend_to_source(states: torch.Tensor) -> torch.Tensor:
             return self.cross_attention(

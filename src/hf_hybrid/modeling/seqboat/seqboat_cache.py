@@ -1,0 +1,45 @@
+"""What a SeqBoat decoder keeps between calls."""
+
+from __future__ import annotations
+
+import torch
+
+from ...ops.working_memory import WorkingMemory
+from ..cache import StateLayer
+
+
+class WorkingMemoryLayer(StateLayer):
+    """State of one layer of sparsely activated attention over a moving average: constant in size when there is a window.
+
+    Attributes:
+        state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
+        memory: the last active tokens of every row (`WorkingMemory`), or None before the first call; its fields are attributes
+            of this layer too.
+        origins: (B,) place at which the text of each row begins; None while it is 0.
+        layout: with `window_size`.
+    """
+
+    description = "sparsely activated attention"
+    batch_tensors = (*WorkingMemory._fields, "origins")
+    token_axes = {"keys": -2, "values": -2, "positions": -1}
+    positions: torch.Tensor | None
+    counts: torch.Tensor | None
+    origins: torch.Tensor | None
+
+    @property
+    def kept_tokens(self) -> int | None:
+        return self.layout["window_size"]
+
+    @property
+    def memory(self) -> WorkingMemory | None:
+        return None if self.keys is None else WorkingMemory(self.keys, self.values, self.positions, self.counts)
+
+    @memory.setter
+    def memory(self, memory: WorkingMemory) -> None:
+        self.keys, self.values, self.positions, self.counts = memory
+
+    def reset_rows(self, rows: torch.Tensor) -> None:
+        super().reset_rows(rows)
+        if self.keys is not None:
+            origins = torch.zeros_like(rows, dtype=torch.long) if self.origins is None else self.origins
+            self.origins = origins.masked_fill(rows, self.cumulative_length)
