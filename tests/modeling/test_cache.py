@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_hybrid.modeling.cache import StateCache, check_cache, refuse_cache_implementation
+from hf_hybrid.modeling.cache import StateCache, check_cache
 from hf_hybrid.modeling.mega.mega_cache import GatedAttentionLayer
 from hf_hybrid.modeling.spade.spade_cache import SlidingRecurrentLayer
 
@@ -68,13 +68,6 @@ def test_operations_on_the_batch_reach_keys_and_state(operation, rows: list[int]
     assert cache.layers[0].state[:, 0, 0, 0].tolist() == rows
     for layer in cache.layers:
         assert layer.keys[:, 0, -1, 0].tolist() == [100 * row + 8 for row in rows]
-
-
-def test_refused_kinds() -> None:
-    for accepted in (None, "dynamic"):
-        refuse_cache_implementation(accepted, "Model")
-    with pytest.raises(ValueError, match="`cache_implementation='static'` is not available for Model"):
-        refuse_cache_implementation("static", "Model")
 
 
 LAYOUT = {"hidden_size": 5, "chunk_size": 4}

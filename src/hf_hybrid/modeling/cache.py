@@ -319,28 +319,6 @@ def count_tokens(cache: Cache | None, length: int, mask: torch.Tensor | None = N
         cache.count(length, mask)
 
 
-def refuse_cache_implementation(name: str | None, model_name: str) -> None:
-    """Raises ValueError for cache kinds that cannot hold a recurrent state and a window."""
-    if name not in (None, "dynamic"):
-        raise ValueError(
-            f"`cache_implementation={name!r}` is not available for {model_name}: such a cache cannot hold its recurrent states, "
-            "which are of constant size already. Leave `cache_implementation` unset."
-        )
-
-
-def prepare_cache(stack: Any, generation_config: Any, model_kwargs: dict[str, Any], model_name: str) -> None:
-    """Puts a cache of `stack.build_cache()` among the arguments of `generate`, unless there is one or none is wanted.
-
-    Raises:
-        ValueError: a `cache_implementation` that cannot hold the state.
-    """
-    if model_kwargs.get("past_key_values") is not None:
-        model_kwargs["past_key_values"]._is_user_defined = True
-    elif generation_config.use_cache is not False:
-        refuse_cache_implementation(generation_config.cache_implementation, model_name)
-        model_kwargs["past_key_values"] = stack.build_cache()
-
-
 # ------------------------------------------------------------------------------------------- segments of a document
 
 

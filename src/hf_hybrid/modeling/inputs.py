@@ -19,6 +19,7 @@ def check_inputs(
     *,
     hidden_size: int | None = None,
     cache: Cache | None = None,
+    allows_gaps: bool = False,
     prefix: str = "",
 ) -> torch.Tensor | None:
     """Checks the inputs of a forward pass and returns the padding mask as booleans.
@@ -29,6 +30,7 @@ def check_inputs(
         vocab_size: ids must be smaller; checked on the CPU only, where it costs no synchronisation. None: not checked.
         hidden_size: width that `inputs_embeds` must have. None: not checked.
         cache: what the call continues, of P tokens (`past`).
+        allows_gaps: whether padding may stand behind real tokens in what the cache holds: it counts for nothing there.
         prefix: prepended to the argument names in messages ("decoder_").
 
     Returns:
@@ -36,7 +38,7 @@ def check_inputs(
 
     Raises:
         ValueError: both or neither input, an empty one, ids outside the vocabulary or of a wrong type, embeddings of the wrong
-            width, a mask of the wrong shape, a cache of other rows.
+            width, a mask of the wrong shape, a cache of other rows, or of rows that were padded on the right.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"Pass exactly one of `{prefix}input_ids` and `{prefix}inputs_embeds`.")
@@ -71,6 +73,8 @@ def check_inputs(
             f"one entry per token{cached}, 1 for real tokens and 0 for padding."
         )
     mask = attention_mask.to(device=inputs.device, dtype=torch.bool)
+    if past and not allows_gaps:
+        _check_gaps(mask[:, :past], f"{prefix}attention_mask")
     return mask if own is None else mask & own
 
 
@@ -200,6 +204,15 @@ def flatten_pixels(pixel_values: torch.Tensor, size: int | None) -> torch.Tensor
 def can_read_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor may be looked at: eagerly on the CPU, where it costs no synchronisation."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _check_gaps(mask: torch.Tensor, name: str) -> None:
+    """Raises ValueError for padding behind a real token among (B, past) tokens; nothing is looked at on accelerators."""
+    if can_read_values(mask) and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError(
+            f"`{name}` has padding behind real tokens of earlier calls: the state went on through it, so the cache of a text that was "
+            "padded on the right cannot be continued. Pad on the left, or run the rows on their own."
+        )
 
 
 def _check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:

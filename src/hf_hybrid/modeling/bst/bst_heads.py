@@ -9,20 +9,19 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_bst import BstConfig
-from ..cache import prepare_cache
+from ..generation import StateGenerationMixin
 from ..inputs import pool_last_tokens
 from ..losses import align_labels, check_class_labels, token_cross_entropy
 from .modeling_bst import BstModel, BstPreTrainedModel
 
 
-class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
+class BstForCausalLM(BstPreTrainedModel, StateGenerationMixin):
     """Language model; the head is the embedding matrix, or one of its own (`tie_word_embeddings=False`)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -39,9 +38,6 @@ class BstForCausalLM(BstPreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if module is self.lm_head and not self.config.tie_word_embeddings:
             init.normal_(module.weight, std=self.config.embedding_init_std)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        prepare_cache(self.model, generation_config, model_kwargs, type(self).__name__)
 
     @can_return_tuple
     def forward(

@@ -158,6 +158,7 @@ class BstModel(BstPreTrainedModel):
             self.config.vocab_size,
             hidden_size=self.config.hidden_size,
             cache=past_key_values,
+            allows_gaps=True,
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = hidden_states.shape

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_longvq import LongVQConfig
-from ..cache import prepare_cache
+from ..generation import StateGenerationMixin
 from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from ..losses import align_labels, check_class_labels, token_cross_entropy
 from .longvq_outputs import (
@@ -100,15 +99,12 @@ class LongVQLanguageModel(LongVQHead):
         self.lm_head = new_embeddings
 
 
-class LongVQForCausalLM(LongVQLanguageModel, GenerationMixin):
+class LongVQForCausalLM(LongVQLanguageModel, StateGenerationMixin):
     """Decoder with a language model head."""
 
     def __init__(self, config: LongVQConfig) -> None:
         super().__init__(config, is_causal=True)
         self.post_init()
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        prepare_cache(self.model, generation_config, model_kwargs, type(self).__name__)
 
     @can_return_tuple
     def forward(

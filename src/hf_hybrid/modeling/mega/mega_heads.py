@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -32,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_mega import MegaConfig
 from ...layers.adaptive import AdaptiveSoftmax
-from ..cache import prepare_cache
+from ..generation import StateGenerationMixin
 from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from ..losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
 from .mega_layers import build_classifier
@@ -98,7 +97,7 @@ class MegaForMaskedLM(MegaPreTrainedModel):
         )
 
 
-class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
+class MegaForCausalLM(MegaPreTrainedModel, StateGenerationMixin):
     """Decoder with a language model head, plain or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
@@ -135,9 +134,6 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         if self.config.adaptive_cutoffs is not None:
             return self.mega.resize_token_embeddings(*args, **kwargs)
         return super().resize_token_embeddings(*args, **kwargs)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        prepare_cache(self.mega, generation_config, model_kwargs, type(self).__name__)
 
     def _adaptive_outputs(
         self,

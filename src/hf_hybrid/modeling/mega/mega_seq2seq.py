@@ -6,14 +6,13 @@ Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_mega import MegaConfig
-from ..cache import prepare_cache
+from ..generation import StateGenerationMixin
 from ..inputs import check_inputs
 from ..losses import token_cross_entropy
 from .modeling_mega import MegaModel, MegaPreTrainedModel
@@ -21,7 +20,7 @@ from .modeling_mega import MegaModel, MegaPreTrainedModel
 _EMBEDDING = "embedding_layer.word_embeddings.weight"
 
 
-class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
+class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
     """A bidirectional encoder and a causal decoder with gated cross-attention in every layer.
 
     The configuration needs `is_encoder_decoder=True`. Embeddings of both sides and the head are one matrix, or two with
@@ -92,9 +91,6 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, GenerationMixin):
             )
         shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, pad)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        prepare_cache(self.decoder, generation_config, model_kwargs, type(self).__name__)
 
     @can_return_tuple
     def forward(

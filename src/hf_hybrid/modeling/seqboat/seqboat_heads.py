@@ -14,14 +14,13 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_seqboat import SeqBoatConfig
 from ...layers.classifier import LraClassificationHead
-from ..cache import prepare_cache
+from ..generation import StateGenerationMixin
 from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from ..losses import align_labels, check_class_labels, token_cross_entropy
 from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
@@ -75,16 +74,13 @@ class SeqBoatLanguageModel(SeqBoatPreTrainedModel):
         self.lm_head = new_embeddings
 
 
-class SeqBoatForCausalLM(SeqBoatLanguageModel, GenerationMixin):
+class SeqBoatForCausalLM(SeqBoatLanguageModel, StateGenerationMixin):
     """Decoder with a language model head."""
 
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__(config)
         _require(config, type(self).__name__, is_decoder=True)
         self.post_init()
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        prepare_cache(self.model, generation_config, model_kwargs, type(self).__name__)
 
     def generate(
         self, *args: Any, output_activations: bool | None = None, **kwargs: Any

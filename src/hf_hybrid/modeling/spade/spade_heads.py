@@ -6,7 +6,6 @@ Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
 import torch
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutput,
     QuestionAnsweringModelOutput,
@@ -19,14 +18,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_spade import SpadeConfig
-from ..cache import refuse_cache_implementation
+from ..generation import StateGenerationMixin
 from ..inputs import pool_tokens
 from ..losses import check_class_labels, token_cross_entropy
 from .modeling_spade import SpadeEncoderModel, SpadeModel, SpadePreTrainedModel
 from .spade_layers import SpadeClassificationHead
 
 
-class SpadeForConditionalGeneration(SpadePreTrainedModel, GenerationMixin):
+class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
     """Encoder-decoder with a (tied) language model head: span corruption, summarization, translation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
@@ -61,18 +60,15 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, GenerationMixin):
         """Keeps the padding mask, which the decoder positions are counted from; the decoder builds the causal mask itself."""
         return attention_mask
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        if self.config.decoder_attention_window is not None:
-            refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
-        if generation_config.cache_implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = self.model.decoder.build_cache()
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _check_cache_implementation(self, name: str) -> None:
+        kinds = ("static", "offloaded", "offloaded_static")
+        if self.config.decoder_attention_window is not None or name not in kinds:
+            self._refuse_cache(name)
+        if "offloaded" in name and self.device.type == "cpu":
+            raise ValueError(
+                f"`cache_implementation={name!r}` moves keys and values from an accelerator to the CPU, but this model is on the CPU: "
+                "leave `cache_implementation` unset."
+            )
 
     @can_return_tuple
     def forward(

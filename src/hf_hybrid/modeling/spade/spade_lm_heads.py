@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -16,13 +15,13 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_spade import SpadeLMConfig
 from ...layers.adaptive import AdaptiveSoftmax
-from ..cache import refuse_cache_implementation
+from ..generation import StateGenerationMixin
 from ..inputs import pool_last_tokens
 from ..losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
 from .modeling_spade_lm import SpadeLMModel, SpadeLMPreTrainedModel
 
 
-class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
+class SpadeLMForCausalLM(SpadeLMPreTrainedModel, StateGenerationMixin):
     """Language model with a plain head, or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -50,15 +49,6 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, GenerationMixin):
         if self.config.adaptive_cutoffs is not None:
             return self.model.resize_token_embeddings(*args, **kwargs)
         return super().resize_token_embeddings(*args, **kwargs)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        refuse_cache_implementation(generation_config.cache_implementation, type(self).__name__)
-        model_kwargs["past_key_values"] = self.model.build_cache()
 
     def _adaptive_loss(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

@@ -1,0 +1,91 @@
+"""`generate` for models with a state of their own: the cache that it starts with, and what it refuses before it computes."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .inputs import can_read_values
+
+
+class StateGenerationMixin(GenerationMixin):
+    """`GenerationMixin` that begins with `build_cache()` of the stack."""
+
+    def _refuse_cache(self, name: str) -> NoReturn:
+        raise ValueError(
+            f"`cache_implementation={name!r}` is not available for {type(self).__name__}: such a cache cannot hold its recurrent "
+            "states, which are of constant size already. Leave `cache_implementation` unset."
+        )
+
+    def _check_cache_implementation(self, name: str) -> None:
+        """Raises ValueError for a kind of cache that cannot hold the state; here all but the model's own."""
+        self._refuse_cache(name)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        model: Any = self
+        prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        _check_prompt(model_kwargs.get(f"{prefix}attention_mask"), f"{prefix}attention_mask")
+        name = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is False:
+            return
+        elif name in (None, "dynamic"):
+            stack = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+            model_kwargs["past_key_values"] = stack.build_cache()
+        else:
+            self._check_cache_implementation(name)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Reads the prompt; of a target that is continued only what the cache does not hold, as without an encoder.
+
+        Raises:
+            ValueError: the target is no longer than what the cache holds.
+        """
+        model: Any = self
+        cache = model_kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if model.config.is_encoder_decoder and past and model_kwargs.get("decoder_attention_mask") is None:
+            if input_ids.shape[1] <= past:
+                raise ValueError(
+                    f"`decoder_input_ids` has {input_ids.shape[1]} tokens, but `past_key_values` holds {past} already: pass the whole "
+                    "target, or `decoder_attention_mask` of the whole target with its new tokens alone."
+                )
+            model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: continuous batching keeps pages of keys and values, which hold no recurrent state.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"Continuous batching (`generate_batch`, `cache_implementation='paged'`) is not available for {type(self).__name__}: "
+            "pages of keys and values cannot hold its state. Use `generate` with a batch that is padded on the left."
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, see `init_continuous_batching`."""
+        self.init_continuous_batching()
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, see `init_continuous_batching`."""
+        self.init_continuous_batching()
+
+
+def _check_prompt(mask: torch.Tensor | None, name: str) -> None:
+    if mask is None or mask.dim() != 2 or not can_read_values(mask):
+        return
+    if bool(((mask[:, -1] == 0) & (mask != 0).any(-1)).any()):
+        raise ValueError(
+            f"`{name}` ends with padding, but generation goes on from the last position of every row: pad the prompts on the left "
+            "(`tokenizer.padding_side = 'left'`)."
+        )
