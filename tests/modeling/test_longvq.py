@@ -243,7 +243,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="3 rows but `past_key_values` holds 2"):
             model(random_ids(3, 1), past_key_values=past)
         encoder = Case("longvq", "AutoModelForMaskedLM", "default").model()
-        with pytest.raises(ValueError, match="`is_causal=False`"):
+        with pytest.raises(ValueError, match="`past_key_values` need a decoder"):
             encoder(ids, past_key_values=past)
 
     @pytest.mark.parametrize("is_causal", [True, False])

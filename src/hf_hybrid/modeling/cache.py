@@ -283,12 +283,13 @@ def cache_of_call(stack: Any, cache: Cache | None, use_cache: bool | None, *, is
         raise ValueError(
             "`past_key_values` need a decoder: this model sees the future, so its states cannot be continued."
         )
-    if cache is not None:
-        stack.check_cache(cache)
-        return cache
     if use_cache is None:
         use_cache = stack.config.use_cache and not stack.training
-    return stack.build_cache() if use_cache and is_causal else None
+    if cache is None and use_cache and is_causal:
+        cache = stack.build_cache()
+    if cache is not None:
+        stack.check_cache(cache)
+    return cache
 
 
 def check_cache(cache: Any, kind: type[StateLayer], num_layers: int, layout: Mapping[str, Any]) -> None:
