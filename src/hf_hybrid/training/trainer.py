@@ -11,10 +11,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..modeling.losses import align_labels, mean_over_labels
 from .activations import ActivationCallback, has_routers
-from .adapters import is_adapted, save_adapted_config
+from .adapters import base_model, is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
 from .codebooks import CodebookCallback, has_codebooks
 from .muon import MuonAdamW
@@ -40,6 +42,23 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+def smoothing_excess(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """What the cross-entropy with the uniform distribution has more than that with the labels; its weight is that of the smoothing.
+
+    Args:
+        logits: (..., V).
+        labels: (...), -100 is ignored.
+        num_items_in_batch: divisor of the sum; default: the number of labels that count.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.device)
+    counted = labels != -100
+    chosen = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return mean_over_labels(torch.where(counted, chosen - logits.mean(-1), 0).sum(), labels, num_items_in_batch)
 
 
 class HybridTrainer(Trainer):
@@ -148,6 +167,40 @@ class HybridTrainer(Trainer):
         if eval_dataset is None or not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
             return None
         return SequentialSampler(eval_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of the model; label smoothing is added to it, where `Trainer` puts it in its place.
+
+        `Trainer` withholds the labels from the model and computes the loss from the logits, so auxiliary terms are lost, and
+        encoder-decoders get no decoder inputs.
+        """
+        labels = inputs.get("labels")
+        smooths = self.label_smoother is not None and self.compute_loss_func is None and labels is not None
+        base: Any = base_model(self.accelerator.unwrap_model(model))
+        # The adaptive softmax has no logits in training when there are labels, and no auxiliary terms.
+        if not smooths or labels.is_floating_point() or getattr(base.config, "adaptive_cutoffs", None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            self.label_smoother = smoother
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        if type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            labels = align_labels(labels, inputs.get("shift_labels"), logits.shape[:2], inputs.get("position_ids"))
+        excess = smoothing_excess(logits, labels, num_items_in_batch if self.model_accepts_loss_kwargs else None)
+        if self._loss_is_multiplied(num_items_in_batch):
+            excess = excess * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+        loss = loss + smoother.epsilon * excess
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_is_multiplied(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether `Trainer` multiplies the loss by the number of processes, which `num_items_in_batch` counts together."""
+        return (
+            self.args.average_tokens_across_devices
+            and self.model_accepts_loss_kwargs
+            and num_items_in_batch is not None
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the throughput since the previous log (evaluations and checkpoints not counted); stop on a lost loss.

@@ -25,6 +25,7 @@ from ...configuration.configuration_longvq import LongVQConfig
 from ..generation import StateGenerationMixin
 from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from ..losses import align_labels, check_class_labels, token_cross_entropy
+from ..losses_elsewhere import FusedHeadGuard, check_loss_elsewhere
 from .longvq_outputs import (
     LongVQCausalLMOutput,
     LongVQImageClassifierOutput,
@@ -72,6 +73,8 @@ class LongVQHead(LongVQPreTrainedModel):
         share of tokens would not do where few have labels, as in masked language modelling.)
         """
         weight = self.config.commitment_loss_weight
+        if loss is None:
+            check_loss_elsewhere(self, "commitment_loss_weight", num_items_in_batch)
         if loss is None or not self.training or weight == 0:
             return loss
         assert outputs.commitment_loss is not None
@@ -99,12 +102,17 @@ class LongVQLanguageModel(LongVQHead):
         self.lm_head = new_embeddings
 
 
-class LongVQForCausalLM(LongVQLanguageModel, StateGenerationMixin):
+class LongVQForCausalLM(FusedHeadGuard, LongVQLanguageModel, StateGenerationMixin):
     """Decoder with a language model head."""
 
     def __init__(self, config: LongVQConfig) -> None:
         super().__init__(config, is_causal=True)
         self.post_init()
+
+    def reason_against_fused_head(self) -> str | None:
+        if not self.config.commitment_loss_weight:
+            return None
+        return "it would leave out the commitment loss. Set `commitment_loss_weight=0`, or train with `HybridTrainer`."
 
     @can_return_tuple
     def forward(

@@ -34,6 +34,7 @@ from ...layers.adaptive import AdaptiveSoftmax
 from ..generation import StateGenerationMixin
 from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from ..losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
+from ..losses_elsewhere import FusedHeadGuard
 from .mega_layers import build_classifier
 from .mega_seq2seq import MegaForConditionalGeneration
 from .modeling_mega import MegaModel, MegaPreTrainedModel
@@ -97,7 +98,7 @@ class MegaForMaskedLM(MegaPreTrainedModel):
         )
 
 
-class MegaForCausalLM(MegaPreTrainedModel, StateGenerationMixin):
+class MegaForCausalLM(FusedHeadGuard, MegaPreTrainedModel, StateGenerationMixin):
     """Decoder with a language model head, plain or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
@@ -123,6 +124,18 @@ class MegaForCausalLM(MegaPreTrainedModel, StateGenerationMixin):
                 tie_projections=config.tie_adaptive_projections,
             )
         self.post_init()
+
+    def reason_against_fused_head(self) -> str | None:
+        if self.config.adaptive_cutoffs is not None:
+            return (
+                "the adaptive softmax is not one matrix. Use `adaptive_cutoffs=None`, or train with `HybridTrainer`."
+            )
+        if self.dense is not None:
+            return (
+                "it would leave out the dense layer before the head. Use `add_lm_hidden_dense_layer=False`, or train with "
+                "`HybridTrainer`."
+            )
+        return None
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head if self.config.adaptive_cutoffs is None else None

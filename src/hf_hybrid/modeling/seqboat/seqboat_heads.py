@@ -23,6 +23,7 @@ from ...layers.classifier import LraClassificationHead
 from ..generation import StateGenerationMixin
 from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
 from ..losses import align_labels, check_class_labels, token_cross_entropy
+from ..losses_elsewhere import FusedHeadGuard, check_loss_elsewhere
 from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
 from .seqboat_outputs import (
     SeqBoatCausalLMOutput,
@@ -42,12 +43,17 @@ def _require(config: SeqBoatConfig, name: str, **wanted: object) -> None:
 
 
 def _with_auxiliary(
-    loss: torch.Tensor | None, outputs: SeqBoatModelOutput, config: SeqBoatConfig
+    model: SeqBoatPreTrainedModel,
+    loss: torch.Tensor | None,
+    outputs: SeqBoatModelOutput,
+    num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor | None:
     """The loss plus the weighted dead layer penalty, where both exist."""
+    if loss is None:
+        check_loss_elsewhere(model, "dead_layer_loss_weight", num_items_in_batch)
     if loss is None or outputs.auxiliary_loss is None:
         return loss
-    return loss + config.dead_layer_loss_weight * outputs.auxiliary_loss.to(loss.dtype)
+    return loss + model.config.dead_layer_loss_weight * outputs.auxiliary_loss.to(loss.dtype)
 
 
 class SeqBoatLanguageModel(SeqBoatPreTrainedModel):
@@ -74,13 +80,20 @@ class SeqBoatLanguageModel(SeqBoatPreTrainedModel):
         self.lm_head = new_embeddings
 
 
-class SeqBoatForCausalLM(SeqBoatLanguageModel, StateGenerationMixin):
+class SeqBoatForCausalLM(FusedHeadGuard, SeqBoatLanguageModel, StateGenerationMixin):
     """Decoder with a language model head."""
 
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__(config)
         _require(config, type(self).__name__, is_decoder=True)
         self.post_init()
+
+    def reason_against_fused_head(self) -> str | None:
+        if not self.config.dead_layer_loss_weight:
+            return None
+        return (
+            "it would leave out the dead layer penalty. Set `dead_layer_loss_weight=0`, or train with `HybridTrainer`."
+        )
 
     def generate(
         self, *args: Any, output_activations: bool | None = None, **kwargs: Any
@@ -159,7 +172,7 @@ class SeqBoatForCausalLM(SeqBoatLanguageModel, StateGenerationMixin):
         logits = self.lm_head(hidden_states[:, kept])
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return SeqBoatCausalLMOutput(
-            loss=_with_auxiliary(loss, outputs, self.config),
+            loss=_with_auxiliary(self, loss, outputs, num_items_in_batch),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -197,7 +210,7 @@ class SeqBoatForMaskedLM(SeqBoatLanguageModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return SeqBoatMaskedLMOutput(
-            loss=_with_auxiliary(loss, outputs, self.config),
+            loss=_with_auxiliary(self, loss, outputs, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             **activations_of(outputs),
@@ -243,7 +256,7 @@ class SeqBoatClassifier(SeqBoatPreTrainedModel):
             check_class_labels(labels, self.num_labels)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return output_type(
-            loss=_with_auxiliary(loss, outputs, self.config),
+            loss=_with_auxiliary(self, loss, outputs),
             logits=logits,
             hidden_states=outputs.hidden_states,
             **activations_of(outputs),
@@ -391,7 +404,7 @@ class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         return SeqBoatTokenClassifierOutput(
-            loss=_with_auxiliary(loss, outputs, self.config),
+            loss=_with_auxiliary(self, loss, outputs, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             **activations_of(outputs),

@@ -18,10 +18,11 @@ from ...layers.adaptive import AdaptiveSoftmax
 from ..generation import StateGenerationMixin
 from ..inputs import pool_last_tokens
 from ..losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
+from ..losses_elsewhere import FusedHeadGuard
 from .modeling_spade_lm import SpadeLMModel, SpadeLMPreTrainedModel
 
 
-class SpadeLMForCausalLM(SpadeLMPreTrainedModel, StateGenerationMixin):
+class SpadeLMForCausalLM(FusedHeadGuard, SpadeLMPreTrainedModel, StateGenerationMixin):
     """Language model with a plain head, or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -41,6 +42,11 @@ class SpadeLMForCausalLM(SpadeLMPreTrainedModel, StateGenerationMixin):
                 tie_projections=config.tie_adaptive_projections,
             )
         self.post_init()
+
+    def reason_against_fused_head(self) -> str | None:
+        if self.config.adaptive_cutoffs is None:
+            return None
+        return "the adaptive softmax is not one matrix. Use `adaptive_cutoffs=None`, or train with `HybridTrainer`."
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head if self.config.adaptive_cutoffs is None else None
