@@ -108,10 +108,12 @@ def test_a_required_option_is_named():
 
 def test_yaml_sets_the_fields_and_flags_override_it(tmp_path):
     file = tmp_path / "options.yaml"
-    file.write_text("data: [-a.txt]\nrate: 5e-4\nlimit: null\ntext: 'null'\nfields: {a: 1}\nmode: no\n")
+    file.write_text(
+        "data: [-a.txt]\nrate: 5e-4\nlimit: null\ntext: 'null'\nfields: {a: 1e-3, b: [2E+2, 1.5e3, x1e3]}\nmode: no\n"
+    )
     options = sample([str(file)])
     assert (options.data, options.rate, options.limit, options.text) == (["-a.txt"], 5e-4, None, "null")
-    assert options.fields == {"a": 1} and options.mode == "no"
+    assert options.fields == {"a": 1e-3, "b": [200.0, 1500.0, "x1e3"]} and options.mode == "no"
     options = sample([str(file), "--data", "b.txt", "--limit", "2", "--no_flag"])
     assert (options.data, options.limit, options.rate, options.flag) == (["b.txt"], 2, 5e-4, False)
     file.write_text("data: [unclosed\n")

@@ -90,6 +90,11 @@ def test_a_new_model_is_what_its_task_needs(auto_class, arch, tokenizer):
                 build_new_or_pretrained(auto_class, arguments, tokenizer, default_arch="spade")
 
 
+def test_a_misspelt_architecture_is_recognised(tokenizer):
+    with pytest.raises(ValueError, match="Did you mean the architecture 'seqboat'"):
+        build_new_or_pretrained(AutoModelForCausalLM, NewModelArguments(arch="seqbaot"), tokenizer, "spade_lm")
+
+
 def test_one_name_for_the_architecture_and_one_for_the_checkpoint():
     """In every recipe: `arch` for a new model, `model_name_or_path` for what is read."""
     others = {"config_name", "model_type", "checkpoint", "model", "source", "adapter", "model_path"}

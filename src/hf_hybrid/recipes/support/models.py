@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
@@ -144,7 +145,10 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
         else:
             base = AutoConfig.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}") from error
+        own = [item.model_type for item in ARCHITECTURES]
+        close = difflib.get_close_matches(name_or_path.lower(), own, n=1)
+        hint = f" Did you mean the architecture {close[0]!r}?" if close else ""
+        raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}{hint}") from error
     unknown = sorted(name for name in overrides if not hasattr(base, name))
     if unknown:
         raise ValueError(
@@ -165,7 +169,8 @@ def require_head(auto_class: Any, config: PreTrainedConfig) -> None:
     Raises:
         ValueError: names the architectures of this library that have one.
     """
-    if type(config) not in auto_class._model_mapping:
+    comes_with_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto_class._model_mapping and not comes_with_code:
         own = [item.model_type for item in ARCHITECTURES if auto_class.__name__ in item.heads]
         raise ValueError(
             f"The model type {config.model_type!r} has no head for {auto_class.__name__}; of this library these have one: "

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -123,10 +124,21 @@ def _given_flags(
     return {name: value for name, value in found.items() if value is not unset}
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Reads `5e-4` as the number that it is in YAML 1.2; for YAML 1.1, which the library implements, it is text."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def _read_options(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        options = json.loads(text) if path.suffix == ".json" else yaml.load(text, _YamlLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"The option file {path} cannot be read: {error}.") from error
     if not isinstance(options, Mapping):
