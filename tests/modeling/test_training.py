@@ -272,7 +272,10 @@ SMALL = {
 
 @pytest.mark.parametrize(
     ("model_type", "variant"),
-    [("spade", "default"), ("spade", "official"), ("mega", "default")],
+    [
+        ("spade", "default"),
+        *(pytest.param(*case, marks=pytest.mark.wide) for case in (("spade", "official"), ("mega", "default"))),
+    ],
 )
 def test_encoder_decoder_learns_eight_pairs(model_type: str, variant: str) -> None:
     """The loss vanishes in at most 500 steps, and `generate` returns the targets."""
@@ -290,8 +293,8 @@ def test_encoder_decoder_learns_eight_pairs(model_type: str, variant: str) -> No
 @pytest.mark.parametrize(
     ("model_type", "variant"),
     [
-        ("spade_lm", "default"),
         ("spade_lm", "official"),
+        pytest.param("spade_lm", "default", marks=pytest.mark.wide),
         ("mega", "chunk_relu2_adaptive"),
         ("seqboat", "default"),
         ("longvq", "default"),
