@@ -215,6 +215,19 @@ class MegaModel(MegaPreTrainedModel):
             return None
         return torch.arange(mask.shape[1], device=mask.device) - leading.unsqueeze(-1)
 
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        hidden_states = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states)
+        hidden_states = self.embedding_dropout(hidden_states)
+        return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask, 0)
+
     @separates_documents
     @capture_outputs
     def forward(
@@ -270,12 +283,7 @@ class MegaModel(MegaPreTrainedModel):
             shift = (0 if leading is None else leading) - (0 if source_leading is None else source_leading)
         token_mask = None if mask is None or not config.mask_padded_states else mask[:, past:].unsqueeze(-1)
 
-        hidden_states = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
-        if self.embed_norm is not None:
-            hidden_states = self.embed_norm(hidden_states)
-        hidden_states = self.embedding_dropout(hidden_states)
-        if token_mask is not None:
-            hidden_states = hidden_states.masked_fill(~token_mask, 0)
+        hidden_states = self._embed(input_ids, token_type_ids, inputs_embeds, token_mask)
         positions = self._positions(mask, leading)
         output_attentions = bool(kwargs.pop("output_attentions", config.output_attentions))
         for layer in self.layers:

@@ -143,6 +143,11 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         hidden_states = self.embedding_dropout(hidden_states)
         return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask, 0)
 
+    def _rotary(self, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        if self.config.position_bias != "rotary":
+            return None
+        return rotary_table(places, self.config.qk_dim, torch.promote_types(dtype, torch.float32))
+
     @separates_documents
     @capture_outputs
     def forward(
@@ -193,10 +198,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         token_mask = None if mask is None else mask.unsqueeze(-1)
 
         hidden_states = self._embed(inputs, inputs_embeds, positions, token_mask)
-        rotary = None
-        if config.position_bias == "rotary":
-            wide = torch.promote_types(hidden_states.dtype, torch.float32)
-            rotary = rotary_table(places, config.qk_dim, wide)
+        rotary = self._rotary(places, hidden_states.dtype)
         gates, penalties = [], []
         for layer in self.layers:
             hidden_states, gate, penalty = layer(
