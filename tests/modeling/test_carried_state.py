@@ -54,6 +54,18 @@ class TestLanguageModel:
                 torch.testing.assert_close(logits[row], alone, **CLOSE)
 
     @torch.no_grad()
+    def test_padding_at_the_end_of_a_text_that_is_over(self, case: Case) -> None:
+        """Rows whose text ended earlier than those of others were padded on the right; what begins anew goes on."""
+        model, ids = case.model().double(), random_ids(2, 15)
+        past, mask = new_cache(model), torch.ones(2, 15, dtype=torch.long)
+        mask[0, 4:6] = 0
+        model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=past)
+        reset_rows(past, torch.tensor([True, False]))
+        logits = model(ids[:, 6:], attention_mask=mask, past_key_values=past).logits
+        torch.testing.assert_close(logits[0], model(ids[:1, 6:], use_cache=False).logits[0], **CLOSE)
+        torch.testing.assert_close(logits[1], model(ids[1:], use_cache=False).logits[0, 6:], **CLOSE)
+
+    @torch.no_grad()
     def test_padding_in_front_of_a_text_that_begins_later(self, case: Case) -> None:
         model, ids = case.model().double(), random_ids(2, 15)
         past = new_cache(model)
@@ -81,6 +93,9 @@ class TestLanguageModel:
         past = new_cache(case.model())
         reset_rows(past, torch.tensor([True]))
         assert past.get_seq_length() == 0 and not past.tensors()
+        case.model()(random_ids(2, 3), past_key_values=past)
+        with pytest.raises(ValueError, match=r"`rows` must be booleans of shape \(2,\)"):
+            reset_rows(past, torch.tensor([True]))
         for operation in (detach_cache, lambda cache: reset_rows(cache, torch.tensor([True]))):
             with pytest.raises(ValueError, match="DynamicCache cannot be carried"):
                 operation(DynamicCache())

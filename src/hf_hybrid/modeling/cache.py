@@ -106,7 +106,7 @@ class StateLayer(CacheLayerMixin):
         if self.num_rows is None:
             return
         source = {name: getattr(self, name) for name in self.source_axes}
-        self._map(lambda tensor: tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
+        self._map(lambda tensor: zeroed(tensor, rows))
         for name, tensor in source.items():
             setattr(self, name, tensor)
 
@@ -167,6 +167,11 @@ class StateLayer(CacheLayerMixin):
             self._refuse("cropped", "a recurrent state has no way back; keep a copy (`copy.deepcopy`) to return to")
 
 
+def zeroed(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A tensor (B, ...) with zeros in the rows (B,) bool."""
+    return tensor.masked_fill(rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
 class StateCache(Cache):
     """The layers of a model, one for each of its blocks."""
 
@@ -205,9 +210,15 @@ class StateCache(Cache):
 
     def reset_rows(self, rows: torch.Tensor) -> None:
         """See `StateLayer.reset_rows`."""
+        first = self.layers[0]
+        held = first.num_rows
+        if rows.dtype != torch.bool or (held is not None and tuple(rows.shape) != (held,)):
+            raise ValueError(
+                f"`rows` must be booleans of shape ({held},), one for each row of the cache; got {rows.dtype} of shape "
+                f"{tuple(rows.shape)}."
+            )
         for layer in self.layers:
             layer.reset_rows(rows)
-        first = self.layers[0]
         if first.begins is None:
             return
         surplus = min(int(first.begins.min()), first.cumulative_length - (first.kept_tokens or 0))

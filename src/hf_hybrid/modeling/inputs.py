@@ -63,7 +63,9 @@ def check_inputs(
     if isinstance(cache, StateCache):
         cache.check_rows(batch)
         begins = cache.begins
-    own = None if begins is None else torch.arange(past + length, device=inputs.device) >= begins.unsqueeze(-1)
+    own = None
+    if begins is not None:
+        own = torch.arange(past + length, device=inputs.device) >= begins.to(inputs.device).unsqueeze(-1)
     if attention_mask is None:
         return own
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
@@ -73,9 +75,10 @@ def check_inputs(
             f"one entry per token{cached}, 1 for real tokens and 0 for padding."
         )
     mask = attention_mask.to(device=inputs.device, dtype=torch.bool)
-    if past and not allows_gaps:
-        _check_gaps(mask[:, :past], f"{prefix}attention_mask")
-    return mask if own is None else mask & own
+    mask = mask if own is None else mask & own
+    if not allows_gaps:
+        _check_gaps(mask, past, f"{prefix}attention_mask")
+    return mask
 
 
 def check_values(
@@ -206,9 +209,9 @@ def can_read_values(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def _check_gaps(mask: torch.Tensor, name: str) -> None:
-    """Raises ValueError for padding behind a real token among (B, past) tokens; nothing is looked at on accelerators."""
-    if can_read_values(mask) and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+def _check_gaps(mask: torch.Tensor, past: int, name: str) -> None:
+    """Raises ValueError for padding behind a real token among the first `past` ones; nothing is looked at on accelerators."""
+    if can_read_values(mask) and past > 1 and bool((mask[:, : past - 1] & ~mask[:, 1:past]).any()):
         raise ValueError(
             f"`{name}` has padding behind real tokens of earlier calls: the state went on through it, so the cache of a text that was "
             "padded on the right cannot be continued. Pad on the left, or run the rows on their own."

@@ -62,7 +62,7 @@ class TokenLayer(StateLayer):
         super().reset_rows(rows)
         if self.keys is not None:
             begins = torch.zeros_like(rows, dtype=torch.long) if self.begins is None else self.begins
-            self.begins = begins.masked_fill(rows, self.cumulative_length)
+            self.begins = begins.masked_fill(rows.to(begins.device), self.cumulative_length)
 
     def drop_past(self, tokens: int) -> None:
         self.cumulative_length -= tokens

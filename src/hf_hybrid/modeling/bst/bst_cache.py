@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...ops.input_history import InputHistory
-from ..cache import StateLayer
+from ..cache import StateLayer, zeroed
 
 
 class BlockStateLayer(StateLayer):
@@ -50,7 +50,8 @@ class BlockStateLayer(StateLayer):
 
     def count(self, length: int, real: torch.Tensor | None = None) -> None:
         if real is not None or self.positions is not None:
-            self.positions = self._row_positions() + (length if real is None else real)
+            positions = self._row_positions()
+            self.positions = positions + (length if real is None else real.to(positions.device))
         super().count(length, real)
         self.was_reset = False
 
@@ -58,7 +59,7 @@ class BlockStateLayer(StateLayer):
         if self.keys is None:
             return
         self.positions = self._row_positions()
-        self._map(lambda tensor: tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
+        self._map(lambda tensor: zeroed(tensor, rows))
         self.was_reset = True
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -42,4 +42,4 @@ class WorkingMemoryLayer(StateLayer):
         super().reset_rows(rows)
         if self.keys is not None:
             origins = torch.zeros_like(rows, dtype=torch.long) if self.origins is None else self.origins
-            self.origins = origins.masked_fill(rows, self.cumulative_length)
+            self.origins = origins.masked_fill(rows.to(origins.device), self.cumulative_length)
