@@ -21,7 +21,7 @@ class StateLayer(CacheLayerMixin):
 
     Attributes:
         state: state of the recurrence, a tensor or a tuple of tensors, batch first; None before the first call.
-        begins: (B,) place at which the text of each row begins, where what stood before has to be masked; None while it is 0.
+        begins: (B,) place at which the text of each row begins; None while it is 0.
         layout: settings of the model that made the cache, which the model that continues it must share.
         cumulative_length: tokens so far, padding included.
     """
@@ -30,10 +30,15 @@ class StateLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
     description = "a recurrent state"  # what the layers of the model compute, for messages
-    batch_tensors: tuple[str, ...] = ("keys", "values")  # attributes that hold tensors, or None, beside the state
+    batch_tensors: tuple[str, ...] = (
+        "keys",
+        "values",
+        "begins",
+    )  # attributes that hold tensors, or None, beside the state
     token_axes: Mapping[str, int] = {}  # of those with a place for each kept token: the axis
     source_axes: Mapping[str, int] = {}  # of those with a place for each token of an encoder: the axis
     begins: torch.Tensor | None = None
+    masks_past = False  # whether what stood before `begins` has to be masked: it is still there
     training_obstacle: str | None = None  # why the state cannot be carried from one training step to the next
 
     def __init__(self, layout: Mapping[str, Any]) -> None:
@@ -106,7 +111,9 @@ class StateLayer(CacheLayerMixin):
         if self.num_rows is None:
             return
         source = {name: getattr(self, name) for name in self.source_axes}
+        begins = torch.zeros_like(rows, dtype=torch.long) if self.begins is None else self.begins
         self._map(lambda tensor: zeroed(tensor, rows))
+        self.begins = begins.masked_fill(rows.to(begins.device), self.cumulative_length)
         for name, tensor in source.items():
             setattr(self, name, tensor)
 
@@ -193,6 +200,11 @@ class StateCache(Cache):
         """See `StateLayer`."""
         return self.layers[0].begins
 
+    @property
+    def masks_past(self) -> bool:
+        """See `StateLayer`."""
+        return self.layers[0].masks_past
+
     def check_rows(self, batch: int) -> None:
         """See `StateLayer.check_rows`."""
         self.layers[0].check_rows(batch)
@@ -219,11 +231,10 @@ class StateCache(Cache):
             )
         for layer in self.layers:
             layer.reset_rows(rows)
-        if first.begins is None:
-            return
-        surplus = min(int(first.begins.min()), first.cumulative_length - (first.kept_tokens or 0))
-        for layer in self.layers if surplus >= SURPLUS_TOKENS else ():
-            layer.drop_past(surplus)
+        if first.begins is not None and first.masks_past:
+            surplus = min(int(first.begins.min()), first.cumulative_length - (first.kept_tokens or 0))
+            for layer in self.layers if surplus >= SURPLUS_TOKENS else ():
+                layer.drop_past(surplus)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that a call has filled, by layer and kind: "0.keys", "0.values", "0.state" ..."""

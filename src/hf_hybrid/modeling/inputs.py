@@ -64,7 +64,7 @@ def check_inputs(
         cache.check_rows(batch)
         begins = cache.begins
     own = None
-    if begins is not None:
+    if begins is not None and (cache.masks_past or attention_mask is not None):
         own = torch.arange(past + length, device=inputs.device) >= begins.to(inputs.device).unsqueeze(-1)
     if attention_mask is None:
         return own

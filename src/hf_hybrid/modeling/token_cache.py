@@ -14,7 +14,7 @@ SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that 
 class TokenLayer(StateLayer):
     """Keys (..., P, d) and values (..., P, e) of the last P tokens, oldest first: all of them, or the last `kept_tokens`."""
 
-    batch_tensors = ("keys", "values", "begins")
+    masks_past = True
     token_axes = {"keys": -2, "values": -2}
 
     def _clear(self) -> None:
@@ -57,12 +57,6 @@ class TokenLayer(StateLayer):
             self._rooms[name] = room
         room[..., length:total, :] = states
         return room[..., :total, :]
-
-    def reset_rows(self, rows: torch.Tensor) -> None:
-        super().reset_rows(rows)
-        if self.keys is not None:
-            begins = torch.zeros_like(rows, dtype=torch.long) if self.begins is None else self.begins
-            self.begins = begins.masked_fill(rows.to(begins.device), self.cumulative_length)
 
     def drop_past(self, tokens: int) -> None:
         self.cumulative_length -= tokens

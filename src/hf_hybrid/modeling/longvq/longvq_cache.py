@@ -22,7 +22,7 @@ class CodeMemoryLayer(StateLayer):
     """
 
     description = "attention over quantised keys"
-    batch_tensors = CodeMemory._fields
+    batch_tensors = (*CodeMemory._fields, "begins")
     code_count: torch.Tensor | None
 
     def __init__(self, layout: Mapping[str, Any], learns: bool = False) -> None:

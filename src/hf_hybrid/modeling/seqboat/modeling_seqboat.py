@@ -19,7 +19,7 @@ from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.norms import ScaleNorm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.compaction import rotary_table
-from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
+from ..cache import StateCache, cache_of_call, check_cache, count_tokens
 from ..inputs import read_inputs
 from ..packed_documents import separates_documents
 from .router import ActivationRouter
@@ -177,10 +177,6 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         config = self.config
         past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_decoder)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        origins = None if past_key_values is None else layer_state(past_key_values, 0).origins
-        if origins is not None and attention_mask is not None:
-            places = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
-            attention_mask = attention_mask.bool() & (places >= origins.to(places.device).unsqueeze(-1))
         inputs, mask, leading, _, length = read_inputs(
             config,
             input_ids,
@@ -190,8 +186,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             width=config.embedding_width,
             cache=past_key_values,
         )
-        if origins is not None and attention_mask is None:
-            leading = origins
+        if past_key_values is not None and attention_mask is None:
+            leading = past_key_values.begins
         mask = None if mask is None else mask[:, past:]
         places = torch.arange(past, past + length, device=(inputs_embeds if inputs is None else inputs).device)
         positions = places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)

@@ -15,16 +15,14 @@ class WorkingMemoryLayer(StateLayer):
         state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
         memory: the last active tokens of every row (`WorkingMemory`), or None before the first call; its fields are attributes
             of this layer too.
-        origins: (B,) place at which the text of each row begins; None while it is 0.
         layout: with `window_size`.
     """
 
     description = "sparsely activated attention"
-    batch_tensors = (*WorkingMemory._fields, "origins")
+    batch_tensors = (*WorkingMemory._fields, "begins")
     token_axes = {"keys": -2, "values": -2, "positions": -1}
     positions: torch.Tensor | None
     counts: torch.Tensor | None
-    origins: torch.Tensor | None
 
     @property
     def kept_tokens(self) -> int | None:
@@ -37,9 +35,3 @@ class WorkingMemoryLayer(StateLayer):
     @memory.setter
     def memory(self, memory: WorkingMemory) -> None:
         self.keys, self.values, self.positions, self.counts = memory
-
-    def reset_rows(self, rows: torch.Tensor) -> None:
-        super().reset_rows(rows)
-        if self.keys is not None:
-            origins = torch.zeros_like(rows, dtype=torch.long) if self.origins is None else self.origins
-            self.origins = origins.masked_fill(rows.to(origins.device), self.cumulative_length)
