@@ -254,7 +254,6 @@ def test_no_file_is_too_long() -> None:
     assert not {source: length for source, length in lengths.items() if length > LONGEST_FILE}
 
 
-@pytest.mark.xfail(strict=True, reason="two forward passes of Mega are still 64 lines long")
 def test_no_function_is_too_long() -> None:
     """Lines of a function without those of its docstring."""
     found = {}

@@ -129,13 +129,8 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
-            )
+            inputs = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+            encoder_outputs = self.encoder(input_ids, attention_mask=attention_mask, **inputs, **kwargs)
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         source = encoder_outputs.last_hidden_state
