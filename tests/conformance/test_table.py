@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,21 +66,43 @@ def test_unknown_reasons_are_not_accepted() -> None:
     assert not is_accepted("flaky") and not is_accepted("")
 
 
-def test_the_page_is_up_to_date() -> None:
-    """Every architecture has its column, every check of the suite is there, every change of ours has its line."""
+def page_and_checks() -> tuple[str, list[str]]:
+    """The page, and the checks of the suite that is installed; skipped where the page is of another release."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, check in vars(Overrides).items():
-        if name.startswith("test_") and callable(check):
-            assert name.removeprefix("test_") in text.split("## Results")[0], name
     if f"Transformers {transformers.__version__}:" not in text:
         pytest.skip("the page was made with another release of Transformers")
-    header = f"| check | {' | '.join(architecture.model_type for architecture in ARCHITECTURES)} |"
-    assert header in text.splitlines()
     try:
         mixin = load("test_modeling_common").ModelTesterMixin
     except SourceDistributionError as error:
         pytest.fail(str(error), pytrace=False)
-    for name, check in vars(mixin).items():
-        is_slow = any(mark.name == "slow" for mark in getattr(check, "pytestmark", ()))
-        if name.startswith("test_") and callable(check) and not is_slow:
-            assert base_name(name).removeprefix("test_") in text, name
+    slow = {
+        name
+        for name, check in vars(mixin).items()
+        if any(mark.name == "slow" for mark in getattr(check, "pytestmark", ()))
+    }
+    names = [name for name, check in vars(mixin).items() if name.startswith("test_") and callable(check)]
+    return text, [base_name(name).removeprefix("test_") for name in names if name not in slow]
+
+
+def test_the_page_is_up_to_date() -> None:
+    """Every architecture has its column, every check of the suite is there, every change of ours has its line."""
+    text, checks = page_and_checks()
+    for name, check in vars(Overrides).items():
+        if name.startswith("test_") and callable(check):
+            assert name.removeprefix("test_") in text.split("## Results")[0], name
+    header = f"| check | {' | '.join(architecture.model_type for architecture in ARCHITECTURES)} |"
+    assert header in text.splitlines()
+    assert [name for name in checks if name not in text] == []
+
+
+def test_the_page_counts_every_head() -> None:
+    """The wide ones too, which the default suite leaves out, as often as a check has parameters."""
+    text, checks = page_and_checks()
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
+    for name, number in Counter(checks).items():
+        if name not in rows:  # skipped everywhere
+            continue
+        cells = rows[name].strip("| ").split(" | ")[1:]
+        for architecture, cell in zip(ARCHITECTURES, cells, strict=True):
+            counted = sum(map(int, re.findall(r"(?:^|, )(\d+)", cell)))
+            assert counted == number * len(architecture.heads), f"{name} on {architecture.model_type}: {cell}"
