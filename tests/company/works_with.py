@@ -60,6 +60,30 @@ CLIENTS = (
         works=dict.fromkeys(MODEL_TYPES[1:], ""),
         impossible={"spade": "an encoder-decoder; the server is for decoders"},
     ),
+    Client(
+        "the example scripts of Transformers, on exports without the package",
+        "transformers",
+        works=dict.fromkeys(MODEL_TYPES, ""),
+    ),
+    Client(
+        "`Trainer` with label smoothing",
+        "transformers",
+        works=dict.fromkeys(MODEL_TYPES, ""),
+        refused={
+            "seqboat": "`dead_layer_loss_weight` > 0 (`HybridTrainer` keeps the term)",
+            "longvq": "`commitment_loss_weight` > 0 (`HybridTrainer` keeps the term)",
+        },
+    ),
+    Client(
+        "Optuna, by `Trainer.hyperparameter_search`",
+        "optuna",
+        works=dict.fromkeys(MODEL_TYPES, ""),
+    ),
+    Client(
+        "lm-evaluation-harness",
+        "lm_eval",
+        works=dict.fromkeys(MODEL_TYPES, ""),
+    ),
 )
 
 
