@@ -123,12 +123,12 @@ import importlib, pkgutil
 import hf_hybrid
 for area in ("ops", "layers", "configuration", "modeling", "conversion", "data", "tokenization", "training"):
     package = importlib.import_module(f"hf_hybrid.{{area}}")
-    for module in pkgutil.iter_modules(package.__path__):
+    for module in pkgutil.walk_packages(package.__path__, f"hf_hybrid.{{area}}."):
         try:
-            importlib.import_module(f"hf_hybrid.{{area}}.{{module.name}}")
+            importlib.import_module(module.name)
         except ImportError as error:
             # Modules for training may need their extra; they have to say which.
-            assert area in ("data", "tokenization", "training") and "hf_hybrid[" in str(error), f"{{area}}.{{module.name}}: {{error}}"
+            assert area in ("data", "tokenization", "training") and "hf_hybrid[" in str(error), f"{{module.name}}: {{error}}"
 """
     run(code)
 
