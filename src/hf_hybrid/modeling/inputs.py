@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .cache import StateCache
+
+logger = logging.get_logger(__name__)
 
 
 def check_inputs(
@@ -204,6 +207,27 @@ def flatten_pixels(pixel_values: torch.Tensor, size: int | None) -> torch.Tensor
     return pixel_values.flatten(1)
 
 
+def note_missing_attentions(stack: Any, options: Any) -> None:
+    """Warns once where `output_attentions` is asked for, by the call or the configuration, and a stack has none to return.
+
+    Args:
+        stack: the model; with weights among its `_can_record_outputs` it returns those of eager attention.
+        options: keywords of the call.
+    """
+    wanted = options.get("output_attentions")
+    if not (getattr(stack.config, "output_attentions", False) if wanted is None else wanted):
+        return
+    if "attentions" not in stack._can_record_outputs:
+        logger.warning_once(
+            f"{type(stack).__name__} returns no attention weights: it computes attention block by block, without them."
+        )
+    elif stack.config._attn_implementation != "eager":
+        logger.warning_once(
+            f"{type(stack).__name__} returns attention weights only after `model.set_attn_implementation('eager')`; now it uses "
+            f"{stack.config._attn_implementation!r}."
+        )
+
+
 def can_read_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor may be looked at: eagerly on the CPU, where it costs no synchronisation."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
@@ -281,7 +305,7 @@ def pool_tokens(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling:
     if mask is None:
         mask = hidden_states.new_ones(batch, length, dtype=torch.bool)
     if pooling == "mean":
-        weights = mask.to(hidden_states.dtype).unsqueeze(-1)
+        weights = mask.bool().to(hidden_states.dtype).unsqueeze(-1)
         return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
     places = torch.arange(length, device=hidden_states.device)
     if pooling == "first":

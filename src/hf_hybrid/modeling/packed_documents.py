@@ -110,8 +110,8 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
 
     The documents are computed in rows of their own, and what has a value for each token is put back in place; other outputs
     (pooled states, rates, attention weights) have a row for each document. `position_ids` that do not restart change nothing.
-    They are no named argument of `forward`, so that generation does not make any up. A stack with outputs of its own that have no
-    value per token names them in a class attribute, `_per_document_outputs`.
+    The signature names them; heads that generate see to it that `generate` does not make any up. A stack with outputs of its own
+    that have no value per token names them in a class attribute, `_per_document_outputs`.
 
     Raises:
         ValueError: positions or a mask of another shape, or restarting positions together with a cache or encoder states.
@@ -152,6 +152,11 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return packed if return_dict else packed.to_tuple()
 
+    named = list(signature.parameters.values())
+    own = inspect.Parameter(
+        "position_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=torch.Tensor | None
+    )
+    read_documents.__signature__ = signature.replace(parameters=[*named[:-1], own, named[-1]])  # type: ignore[attr-defined]
     return read_documents  # type: ignore[return-value]
 
 

@@ -27,7 +27,7 @@ from ...configuration.configuration_bst import BstConfig
 from ...layers.norms import RMSNorm
 from ...ops.block_state import Start, ring_view, row_order
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
-from ..inputs import check_inputs
+from ..inputs import check_inputs, note_missing_attentions
 from ..packed_documents import separates_documents
 from .bst_cache import BlockStateLayer
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
@@ -150,6 +150,7 @@ class BstModel(BstPreTrainedModel):
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another kind.
         """
+        note_missing_attentions(self, kwargs)
         past_key_values = cache_of_call(self, past_key_values, use_cache)
         mask = check_inputs(
             input_ids,

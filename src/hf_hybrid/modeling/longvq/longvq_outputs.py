@@ -10,11 +10,11 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ImageClassifierOutput,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput
 
 
 @dataclass
@@ -30,9 +30,6 @@ class Quantization:
 
     commitment_loss: torch.FloatTensor | None = None
     codebook_perplexity: torch.FloatTensor | None = None
-
-
-QUANTIZATION_FIELDS = ("commitment_loss", "codebook_perplexity")
 
 
 @dataclass
@@ -70,6 +67,6 @@ class LongVQImageClassifierOutput(Quantization, ImageClassifierOutput):
     """Output of the image classifier, and its quantisation."""
 
 
-def quantization_of(outputs: ModelOutput) -> dict[str, object]:
-    """The quantisation in an output, as keyword arguments for another."""
-    return {name: getattr(outputs, name) for name in QUANTIZATION_FIELDS}
+@dataclass
+class LongVQMultipleChoiceOutput(Quantization, MultipleChoiceModelOutput):
+    """Output of the choice between texts, and its quantisation."""

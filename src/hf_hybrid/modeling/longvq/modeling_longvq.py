@@ -18,7 +18,7 @@ from ...configuration.configuration_longvq import LongVQConfig
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.value_embedding import ValueEmbedding
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens
-from ..inputs import read_inputs
+from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
 from .longvq_cache import CodeMemoryLayer, check_codebooks
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
@@ -165,6 +165,7 @@ class LongVQModel(LongVQPreTrainedModel):
                 codebooks.
         """
         config = self.config
+        note_missing_attentions(self, kwargs)
         slot: int = kwargs.pop("codebook_slot", 0)  # type: ignore[typeddict-item] # of a later text of the same step
         if slot == 0 and self.training and torch.is_grad_enabled() and not config.freeze_codebook:
             self.apply_codebook_updates()

@@ -9,16 +9,13 @@ unchanged. The stack itself is in `modeling_mega`, its layers in `mega_layers`, 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
-    ImageClassifierOutput,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -26,42 +23,75 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import TransformersKwargs
 
 from ...configuration.configuration_mega import MegaConfig
-from ...layers.adaptive import AdaptiveSoftmax
+from ..adaptive_head import GenericForAdaptiveCausalLM
 from ..generation import StateGenerationMixin
-from ..inputs import check_pair, check_pair_rows, flatten_pixels, pool_tokens
-from ..losses import align_labels, check_class_labels, mean_over_labels, token_cross_entropy
-from ..losses_elsewhere import FusedHeadGuard
+from ..heads import (
+    CausalLMKwargs,
+    GenericClassifier,
+    GenericForAudioClassification,
+    GenericForImageClassification,
+    GenericForMaskedLM,
+    GenericForMultipleChoice,
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GenericHead,
+)
 from .mega_layers import build_classifier
 from .mega_seq2seq import MegaForConditionalGeneration
 from .modeling_mega import MegaModel, MegaPreTrainedModel
 
 
-def _require_tokens(config: MegaConfig, name: str) -> None:
-    if config.input_type != "tokens":
-        raise ValueError(f"{name} reads tokens: it needs `input_type='tokens'`; got {config.input_type!r}.")
+class MegaHead(GenericHead, MegaPreTrainedModel):
+    """What the heads on one stack have in common. Those that read text name `token_type_ids` besides."""
+
+    dropout_field = "head_dropout"
+    pooling_field = "pooling_type"
+
+    def build_stack(self) -> nn.Module:
+        return MegaModel(self.config, add_pooling_layer=False)
+
+    def before_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The layer between the stack and the head of a language model (`config.add_lm_hidden_dense_layer`)."""
+        return hidden_states if self.dense is None else torch.tanh(self.dense(hidden_states))
 
 
-class MegaForMaskedLM(MegaPreTrainedModel):
+class MegaEncoderHead(MegaHead):
+    """Common part of the heads that also take the encoder of an encoder-decoder."""
+
+    _keys_to_ignore_on_load_unexpected = [
+        *MegaPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^decoder\.",
+        r"^lm_head\.",
+    ]
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config.encoder_config() if config.is_encoder_decoder else config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers. Of an encoder-decoder the encoder is loaded."""
+        if kwargs.get("key_mapping") is not None:
+            return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, key_mapping={r"^encoder\.": "mega."}, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = None  # else the model would be saved under the names of the encoder-decoder
+        return loaded
+
+
+class MegaForMaskedLM(GenericForMaskedLM, MegaHead):
     """Encoder with a masked language model head."""
 
     _tied_weights_keys = {"mlm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
+    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": False, "adaptive_cutoffs": None}
 
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        _require_tokens(config, type(self).__name__)
-        if config.is_decoder or config.adaptive_cutoffs is not None:
-            raise ValueError(
-                "A masked language model is a bidirectional encoder with plain embeddings: set `is_decoder=False` and "
-                "`adaptive_cutoffs=None`."
-            )
-        self.mega = MegaModel(config, add_pooling_layer=False)
+    def build_head(self) -> None:
+        config = self.config
         self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
         self.mlm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.mlm_head
@@ -69,7 +99,9 @@ class MegaForMaskedLM(MegaPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.mlm_head = new_embeddings
 
-    @can_return_tuple
+    def predict(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlm_head(self.before_head(hidden_states))
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -77,95 +109,43 @@ class MegaForMaskedLM(MegaPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """`logits` (B, L, V); `labels` (B, L), -100 ignored, give the mean cross-entropy as `loss`."""
-        outputs = self.mega(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        if self.dense is not None:
-            hidden_states = torch.tanh(self.dense(hidden_states))
-        logits = self.mlm_head(hidden_states)
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        inputs |= {"inputs_embeds": inputs_embeds, "labels": labels, "num_items_in_batch": num_items_in_batch}
+        return super().forward(input_ids, **inputs, **kwargs)
 
 
-class MegaForCausalLM(FusedHeadGuard, MegaPreTrainedModel, StateGenerationMixin):
+class MegaForCausalLM(GenericForAdaptiveCausalLM, MegaHead, StateGenerationMixin):
     """Decoder with a language model head, plain or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
+    output_class = CausalLMOutputWithCrossAttentions
+    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": True, "bidirectional": False}
 
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        _require_tokens(config, type(self).__name__)
-        if not config.is_decoder:
-            raise ValueError(
-                "A causal language model is a decoder, but `is_decoder` is False: set `is_decoder=True, bidirectional=False`."
-            )
-        self.mega = MegaModel(config, add_pooling_layer=False)
+    def build_head(self) -> None:
+        config = self.config
         self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
-        if config.adaptive_cutoffs is None:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        else:
-            self._tied_weights_keys = {}
-            widths = [table.embedding_dim for table in self.mega.get_input_embeddings().embeddings][1:]
-            self.lm_head = AdaptiveSoftmax(
-                config.hidden_size,
-                widths,
-                dropout=config.adaptive_dropout,
-                tie_projections=config.tie_adaptive_projections,
-            )
-        self.post_init()
+        super().build_head()
+
+    def scale_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.before_head(hidden_states)
 
     def reason_against_fused_head(self) -> str | None:
-        if self.config.adaptive_cutoffs is not None:
-            return (
-                "the adaptive softmax is not one matrix. Use `adaptive_cutoffs=None`, or train with `HybridTrainer`."
-            )
-        if self.dense is not None:
-            return (
-                "it would leave out the dense layer before the head. Use `add_lm_hidden_dense_layer=False`, or train with "
-                "`HybridTrainer`."
-            )
-        return None
+        if self.dense is None:
+            return super().reason_against_fused_head()
+        return (
+            "it would leave out the dense layer before the head. Use `add_lm_hidden_dense_layer=False`, or train with "
+            "`HybridTrainer`."
+        )
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.lm_head if self.config.adaptive_cutoffs is None else None
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
-    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
-        if self.config.adaptive_cutoffs is not None:
-            return self.mega.resize_token_embeddings(*args, **kwargs)
-        return super().resize_token_embeddings(*args, **kwargs)
-
-    def _adaptive_outputs(
-        self,
-        hidden_states: torch.Tensor,
-        kept: slice | torch.Tensor,
-        labels: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Log-probabilities and loss; in training only what the loss needs is evaluated."""
-        table = self.mega.get_input_embeddings()
-        loss = None
-        if labels is not None:
-            targets = labels.to(hidden_states.device).flatten()
-            total = self.lm_head.negative_log_likelihood(hidden_states.flatten(0, 1), targets, table)
-            loss = mean_over_labels(total, targets, num_items_in_batch)
-        logits = None if self.training and labels is not None else self.lm_head(hidden_states[:, kept], table)
-        return logits, loss
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -178,99 +158,32 @@ class MegaForCausalLM(FusedHeadGuard, MegaPreTrainedModel, StateGenerationMixin)
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[CausalLMKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
-        """Scores or continues a text; arguments as in `MegaModel.forward`.
-
-        Args:
-            labels: (B, L) ids, unshifted; -100 is ignored.
-            shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
-            logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
-            num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
-
-        Returns:
-            `logits` (B, L, V), and with `labels` the mean next-token cross-entropy as `loss`. In training the adaptive softmax
-            evaluates only what the loss needs, and `logits` is None.
-        """
-        # No argument of its own: `Trainer` evaluates only with values for every argument that is named like a label.
-        shift_labels: Any = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
-        if labels is not None or shift_labels is not None:
-            use_cache = False if use_cache is None else use_cache
-        outputs = self.mega(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        labels = align_labels(labels, shift_labels, hidden_states.shape[:2], kwargs.get("position_ids"))
-        if self.dense is not None:
-            hidden_states = torch.tanh(self.dense(hidden_states))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if self.config.adaptive_cutoffs is not None:
-            logits, loss = self._adaptive_outputs(hidden_states, kept, labels, num_items_in_batch)
-        else:
-            logits = self.lm_head(hidden_states[:, kept])
-            loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        """Scores or continues a text; see `GenericForCausalLM.forward`, and for further arguments `MegaModel.forward`."""
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        inputs |= {"inputs_embeds": inputs_embeds, "encoder_hidden_states": encoder_hidden_states}
+        inputs |= {"encoder_attention_mask": encoder_attention_mask, "labels": labels, "use_cache": use_cache}
+        inputs |= {"past_key_values": past_key_values, "num_items_in_batch": num_items_in_batch}
+        return super().forward(input_ids, **inputs, logits_to_keep=logits_to_keep, **kwargs)
 
 
-class MegaClassifier(MegaPreTrainedModel):
-    """Common part of the heads that give one label to a whole input."""
+class MegaClassifier(GenericClassifier, MegaHead):
+    """The classifier that `config.classifier_type` names."""
 
-    accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
-
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.mega = MegaModel(config, add_pooling_layer=False)
-        self.classifier = build_classifier(config)
-
-    def _encode(
-        self, attention_mask: torch.Tensor | None, **kwargs: object
-    ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, torch.Tensor]:
-        """Output of the stack, and its pooled states (B, D)."""
-        outputs = self.mega(attention_mask=attention_mask, use_cache=False, **kwargs)
-        return outputs, pool_tokens(outputs.last_hidden_state, attention_mask, self.config.pooling_type)
-
-    def _classify(
-        self,
-        output_type: type[ModelOutput],
-        outputs: BaseModelOutputWithPoolingAndCrossAttentions,
-        pooled: torch.Tensor,
-        labels: torch.Tensor | None,
-    ) -> ModelOutput:
-        """Logits of the pooled states, and their loss, beside what the stack returned."""
-        logits, loss = self.classifier(pooled), None
-        if labels is not None:
-            check_class_labels(labels, self.num_labels)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return output_type(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def build_head(self) -> None:
+        self.classifier = build_classifier(self.config)
 
 
-class MegaForSequenceClassification(MegaClassifier):
+class MegaForSequenceClassification(MegaClassifier, GenericForSequenceClassification, MegaEncoderHead):
     """Classification or regression of a text, of a sequence of real numbers, or (`config.dual_encoder`) of a pair of texts."""
 
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        self.post_init()
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -282,101 +195,34 @@ class MegaForSequenceClassification(MegaClassifier):
         pair_attention_mask: torch.Tensor | None = None,
         pair_inputs_embeds: torch.Tensor | None = None,
         input_values: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
-        """Classifies.
-
-        Args:
-            labels: (B,) int for classes, float for regression, (B, num_labels) for several labels at once.
-            pair_input_ids, pair_attention_mask, pair_inputs_embeds: the second text of each pair, of any length.
-            input_values: (B, L) real numbers for models with `input_type="values"`.
-
-        Returns:
-            `logits` (B, num_labels); hidden states and attentions are those of the first text.
-
-        Raises:
-            ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.
-        """
-        has_pair = pair_input_ids is not None or pair_inputs_embeds is not None
-        check_pair(has_pair, self.config.dual_encoder)
-        outputs, pooled = self._encode(
-            attention_mask,
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            input_values=input_values,
-            **kwargs,
+        """Classifies; see `GenericForSequenceClassification.forward`. `token_type_ids` (B, L) are those of the first text."""
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        inputs |= {"inputs_embeds": inputs_embeds, "labels": labels, "input_values": input_values}
+        inputs |= {"pair_input_ids": pair_input_ids, "pair_attention_mask": pair_attention_mask}
+        return super().forward(
+            input_ids, **inputs, pair_inputs_embeds=pair_inputs_embeds, use_cache=use_cache, **kwargs
         )
-        if has_pair:
-            second = self._encode(pair_attention_mask, input_ids=pair_input_ids, inputs_embeds=pair_inputs_embeds)[1]
-            check_pair_rows(pooled, second)
-            pooled = torch.cat([second, pooled], dim=-1)  # the published order: second text first
-        return self._classify(SequenceClassifierOutput, outputs, pooled, labels)
 
 
-class MegaForImageClassification(MegaClassifier):
+class MegaForImageClassification(MegaClassifier, GenericForImageClassification):
     """Classification of images as sequences of pixels, row by row."""
 
-    main_input_name = "pixel_values"
 
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        if config.input_type != "values":
-            raise ValueError(f"Image classification needs `input_type='values'`; got {config.input_type!r}.")
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """`logits` (B, num_labels) of grey images (B, 1, H, W), (B, H, W) or (B, H * W), scaled and normalised."""
-        if pixel_values is None:
-            raise ValueError("Pass `pixel_values`: grey images (batch, 1, height, width).")
-        outputs, pooled = self._encode(
-            None, input_values=flatten_pixels(pixel_values, self.config.image_size), **kwargs
-        )
-        return self._classify(ImageClassifierOutput, outputs, pooled, labels)
-
-
-class MegaForAudioClassification(MegaClassifier):
+class MegaForAudioClassification(MegaClassifier, GenericForAudioClassification):
     """Classification of raw waveforms."""
 
-    main_input_name = "input_values"
 
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        if config.input_type != "values":
-            raise ValueError(f"Audio classification needs `input_type='values'`; got {config.input_type!r}.")
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """`logits` (B, num_labels) of waveforms (B, L); `attention_mask` (B, L) is 1 at samples, 0 at padding."""
-        outputs, pooled = self._encode(attention_mask, input_values=input_values, **kwargs)
-        return self._classify(SequenceClassifierOutput, outputs, pooled, labels)
-
-
-class MegaForTokenClassification(MegaPreTrainedModel):
+class MegaForTokenClassification(GenericForTokenClassification, MegaEncoderHead):
     """A label for every token."""
 
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -384,37 +230,24 @@ class MegaForTokenClassification(MegaPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
-        outputs = self.mega(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
-        )
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        inputs |= {"inputs_embeds": inputs_embeds, "labels": labels, "num_items_in_batch": num_items_in_batch}
+        return super().forward(input_ids, **inputs, use_cache=use_cache, **kwargs)
 
 
-class MegaForQuestionAnswering(MegaPreTrainedModel):
+class MegaForQuestionAnswering(GenericForQuestionAnswering, MegaEncoderHead):
     """Start and end of the answer inside the text."""
 
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        self.mega = MegaModel(config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -423,43 +256,31 @@ class MegaForQuestionAnswering(MegaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         """`start_logits` and `end_logits` (B, L); the positions (B,) are token indices, outside the input = ignored."""
-        outputs = self.mega(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
-        )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits.contiguous(),
-            end_logits=end_logits.contiguous(),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        inputs |= {"inputs_embeds": inputs_embeds, "start_positions": start_positions, "end_positions": end_positions}
+        return super().forward(input_ids, **inputs, use_cache=use_cache, **kwargs)
 
 
-class MegaForMultipleChoice(MegaPreTrainedModel):
-    """One of several texts."""
+class MegaForMultipleChoice(GenericForMultipleChoice, MegaEncoderHead):
+    """One of several texts, by the pooled state of its first token."""
 
-    accepts_loss_kwargs = False
+    dropout_field = "hidden_dropout_prob"
 
-    def __init__(self, config: MegaConfig) -> None:
-        super().__init__(config)
-        self.mega = MegaModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, 1)
-        self.post_init()
+    def build_stack(self) -> nn.Module:
+        return MegaModel(self.config)
 
-    @can_return_tuple
+    def pool(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return outputs.pooler_output
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -467,38 +288,19 @@ class MegaForMultipleChoice(MegaPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         """`logits` (B, choices) of `input_ids` (B, choices, L) or `inputs_embeds` (B, choices, L, D); `labels` (B,)."""
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        expected = 3 if input_ids is not None else 4
-        if inputs is None or inputs.dim() != expected:
-            shape = None if inputs is None else tuple(inputs.shape)
-            raise ValueError(
-                "Multiple choice needs `input_ids` (batch, choices, length), or `inputs_embeds` (batch, choices, length, "
-                f"hidden_size); got {shape}."
-            )
-        batch, choices = inputs.shape[:2]
-
-        def merge(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.flatten(0, 1)
-
-        outputs = self.mega(
-            merge(input_ids),
-            attention_mask=merge(attention_mask),
-            token_type_ids=merge(token_type_ids),
-            inputs_embeds=merge(inputs_embeds),
-            use_cache=False,
-            **kwargs,
-        )
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
-        loss = None
-        if labels is not None:
-            check_class_labels(labels, choices)
-            loss = F.cross_entropy(logits, labels.to(logits.device))
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        types = None if token_type_ids is None else token_type_ids.flatten(0, 1)
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "token_type_ids": types,
+            "position_ids": position_ids,
+        }
+        inputs |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache}
+        return super().forward(input_ids, **inputs, **kwargs)
 
 
 __all__ = [

@@ -228,8 +228,12 @@ class MegaAttention(nn.Module):
             output = cached_gated_attention(query, key, value, dropout_p=dropout, **settings)
         if not output_attentions:
             return output, None
-        query = F.pad(query, (0, 0, visible - new, 0))
-        return output, gated_attention_weights(query, key, causal=self.is_causal, **settings)
+        if visible == new:
+            return output, gated_attention_weights(query, key, causal=self.is_causal, **settings)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        units = torch.eye(visible, dtype=wide, device=query.device).expand(len(query), -1, -1)
+        # What the new tokens read of unit vectors: (B, 1, L, keys).
+        return output, cached_gated_attention(query.to(wide), key.to(wide), units, **settings).unsqueeze(1)
 
     def forward(
         self,

@@ -257,7 +257,7 @@ class MegaModel(MegaPreTrainedModel):
 
         Returns:
             The states; with `output_attentions` the weights of each layer, (B, chunks, C, C), and of its cross-attention,
-            (B, 1, L, S).
+            (B, 1, L, S). A call that continues a cache returns the rows of its own tokens, (B, 1, L, keys in sight).
 
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a text longer than the table of the

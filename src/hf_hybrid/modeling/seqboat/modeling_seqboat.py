@@ -20,7 +20,7 @@ from ...layers.norms import ScaleNorm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.compaction import rotary_table
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens
-from ..inputs import read_inputs
+from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
 from .router import ActivationRouter
 from .seqboat_cache import WorkingMemoryLayer
@@ -175,6 +175,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another model.
         """
         config = self.config
+        note_missing_attentions(self, kwargs)
         past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_decoder)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs, mask, leading, _, length = read_inputs(

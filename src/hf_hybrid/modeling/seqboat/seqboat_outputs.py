@@ -10,10 +10,11 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ImageClassifierOutput,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput
 
 
 @dataclass
@@ -31,9 +32,6 @@ class Activations:
     active: tuple[torch.BoolTensor, ...] | None = None
     gate_probs: tuple[torch.FloatTensor, ...] | None = None
     auxiliary_loss: torch.FloatTensor | None = None
-
-
-ACTIVATION_FIELDS = ("activation_rate", "active", "gate_probs", "auxiliary_loss")
 
 
 @dataclass
@@ -66,6 +64,11 @@ class SeqBoatImageClassifierOutput(Activations, ImageClassifierOutput):
     """Output of the image classifier, and its activations."""
 
 
-def activations_of(outputs: ModelOutput) -> dict[str, object]:
-    """The activations in an output, as keyword arguments for another."""
-    return {name: getattr(outputs, name) for name in ACTIVATION_FIELDS}
+@dataclass
+class SeqBoatQuestionAnsweringOutput(Activations, QuestionAnsweringModelOutput):
+    """Output of extractive question answering, and its activations."""
+
+
+@dataclass
+class SeqBoatMultipleChoiceOutput(Activations, MultipleChoiceModelOutput):
+    """Output of the choice between texts, and its activations: a row for each text."""

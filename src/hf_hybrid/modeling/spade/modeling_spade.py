@@ -8,6 +8,7 @@ Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from ...configuration.configuration_spade import SpadeConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ..cache import StateCache, cache_of_call, count_tokens
-from ..inputs import check_inputs, logical_positions
+from ..inputs import check_inputs, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
@@ -137,6 +138,7 @@ class SpadeEncoder(SpadePreTrainedModel):
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape.
         """
+        note_missing_attentions(self, kwargs)
         mask = check_inputs(
             input_ids, inputs_embeds, attention_mask, self.config.vocab_size, hidden_size=self.config.d_model
         )
@@ -228,6 +230,7 @@ class SpadeDecoder(SpadePreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decodes (B, T, D) embedded targets; `attention_mask` covers cached and new tokens, (B, past + T)."""
+        note_missing_attentions(self, kwargs)
         past_key_values = cache_of_call(self, past_key_values, use_cache)
         own_cache = None if past_key_values is None else past_key_values.self_attention_cache
         past = 0 if own_cache is None else own_cache.get_seq_length()
@@ -297,11 +300,13 @@ class SpadeEncoderModel(SpadePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """See `SpadeEncoder.forward`."""
-        return self.encoder(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        return self.encoder(input_ids, **inputs, **kwargs)
 
 
 class SpadeModel(SpadePreTrainedModel):
@@ -312,6 +317,14 @@ class SpadeModel(SpadePreTrainedModel):
         self.encoder = SpadeEncoder(config)
         self.decoder = SpadeDecoder(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As in Transformers. With a configuration that says `architectures=["SpadeEncoderModel"]`, as `AutoModel` hands over
+        that of a checkpoint of the encoder alone, the encoder is opened."""
+        if cls is SpadeModel and "SpadeEncoderModel" in (getattr(config, "architectures", None) or ()):
+            return SpadeEncoderModel.from_pretrained(*args, config=config, **kwargs)
+        return super().from_pretrained(*args, config=config, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embed_tokens

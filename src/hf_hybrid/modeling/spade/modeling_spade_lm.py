@@ -26,7 +26,7 @@ from ...layers.adaptive import AdaptiveEmbedding
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
-from ..inputs import check_inputs, logical_positions
+from ..inputs import check_inputs, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
@@ -205,6 +205,7 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a cache of another kind.
         """
+        note_missing_attentions(self, kwargs)
         past_key_values = cache_of_call(self, past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = check_inputs(

@@ -6,21 +6,21 @@ Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
 import torch
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    QuestionAnsweringModelOutput,
-    Seq2SeqLMOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_spade import SpadeConfig
 from ..generation import StateGenerationMixin
-from ..inputs import pool_tokens
-from ..losses import check_class_labels, token_cross_entropy
+from ..heads import (
+    GenericForMultipleChoice,
+    GenericForQuestionAnswering,
+    GenericForTextClassification,
+    GenericForTokenClassification,
+    GenericHead,
+)
+from ..losses import token_cross_entropy
 from .modeling_spade import SpadeEncoderModel, SpadeModel, SpadePreTrainedModel
 from .spade_layers import SpadeClassificationHead
 
@@ -129,117 +129,36 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
         )
 
 
-class SpadeEncoderHead(SpadePreTrainedModel):
-    """Common part of the heads on the encoder: the encoder under the name that checkpoints of all SPADE models share."""
+class SpadeEncoderHead(GenericHead, SpadePreTrainedModel):
+    """What the heads on the encoder have in common: the encoder under the name that checkpoints of all SPADE models share."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = SpadeEncoderModel(config)
+    stack_class = SpadeEncoderModel
 
 
-class SpadeForSequenceClassification(SpadeEncoderHead):
+class SpadeForSequenceClassification(GenericForTextClassification, SpadeEncoderHead):
     """Classification or regression of the pooled encoder output (`config.classifier_pooling`)."""
 
-    accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
-
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.classifier = SpadeClassificationHead(config)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """`logits` (B, num_labels); `labels` (B,) int for classes, float for regression, (B, num_labels) for multi-label."""
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
-        pooled = pool_tokens(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
-        logits = self.classifier(pooled)
-        loss = None
-        if labels is not None:
-            check_class_labels(labels, self.num_labels)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def build_head(self) -> None:
+        self.classifier = SpadeClassificationHead(self.config)
 
 
-class SpadeForTokenClassification(SpadeEncoderHead):
+class SpadeForTokenClassification(GenericForTokenClassification, SpadeEncoderHead):
     """A label for every source token."""
 
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.d_model, config.num_labels)
-        self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class SpadeForQuestionAnswering(SpadeEncoderHead):
+class SpadeForQuestionAnswering(GenericForQuestionAnswering, SpadeEncoderHead):
     """Start and end of the answer inside the source."""
 
-    accepts_loss_kwargs = False
 
-    def __init__(self, config: SpadeConfig) -> None:
-        super().__init__(config)
-        self.qa_outputs = nn.Linear(config.d_model, 2)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
-        """`start_logits` and `end_logits` (B, L); the positions (B,) are token indices, outside the input = ignored."""
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits.contiguous(),
-            end_logits=end_logits.contiguous(),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+class SpadeForMultipleChoice(GenericForMultipleChoice, SpadeEncoderHead):
+    """One of several texts, by their pooled encoder outputs."""
 
 
 __all__ = [
     "SpadeEncoderModel",
     "SpadeForConditionalGeneration",
+    "SpadeForMultipleChoice",
     "SpadeForQuestionAnswering",
     "SpadeForSequenceClassification",
     "SpadeForTokenClassification",

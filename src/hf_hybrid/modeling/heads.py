@@ -1,0 +1,583 @@
+"""The heads that architectures share. A head of an architecture is a class of this file before its own base classes, with what is
+really its own: the stack, the output class, further arguments of the forward pass, an auxiliary loss, a published classifier.
+
+A forward pass names every column of a data set that it reads, because `Trainer` drops the others. `shift_labels` alone stands among
+the keywords (`CausalLMKwargs`): `Trainer` computes a loss in evaluation only with values for every argument that is named like a label.
+
+Shapes: B batch, L tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    ImageClassifierOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple
+
+from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_last_tokens, pool_tokens
+from .losses import align_labels, check_class_labels, token_cross_entropy
+from .losses_elsewhere import FusedHeadGuard
+
+logger = logging.get_logger(__name__)
+
+
+class CausalLMKwargs(TransformersKwargs, total=False):
+    """Keywords of a causal language model.
+
+    Attributes:
+        shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
+    """
+
+    shift_labels: torch.LongTensor | None
+
+
+class GenericHead:
+    """Common part of all heads: the stack under `base_model_prefix`, and hooks for what architectures do differently.
+
+    Attributes:
+        stack_class: class of the stack.
+        output_class: class of what `forward` returns. Fields of the same name are taken over from the output of the stack.
+        required_settings: what the configuration must say.
+        dropout_field, pooling_field: fields of the configuration for the dropout of the heads, and for what classifiers of whole
+            inputs read.
+        auxiliary_field: field of the output of the stack with an auxiliary loss, or None.
+    """
+
+    stack_class: ClassVar[Any]
+    output_class: ClassVar[type[ModelOutput]]
+    required_settings: ClassVar[dict[str, object]] = {}
+    dropout_field: ClassVar[str] = "classifier_dropout"
+    pooling_field: ClassVar[str] = "classifier_pooling"
+    auxiliary_field: ClassVar[str | None] = None
+    config: Any
+    base_model: Any
+    base_model_prefix: str
+    training: bool
+    loss_function: Any
+    post_init: Any
+    warn_if_padding_and_no_attention_mask: Any
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for field, value in self.required_settings.items():
+            found = getattr(config, field, value)
+            if found != value:
+                remedy = ", ".join(f"{name}={wanted!r}" for name, wanted in self.required_settings.items())
+                raise ValueError(
+                    f"{type(self).__name__} needs a configuration with `{field}={value!r}`; got {found!r}. Set `{remedy}`."
+                )
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, self.build_stack())
+        self.build_head()
+        self.post_init()
+
+    def build_stack(self) -> nn.Module:
+        """The stack of the head."""
+        return self.stack_class(self.config)
+
+    def build_head(self) -> None:
+        """Sets the modules of the head beside the stack."""
+
+    def run_stack(self, has_labels: bool, **inputs: Any) -> Any:
+        """Output of the stack; `has_labels` says whether a loss will be computed."""
+        return self.base_model(**inputs)
+
+    def add_auxiliary_loss(
+        self,
+        loss: torch.Tensor | None,
+        outputs: Any,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | None:
+        """The loss with the weighted auxiliary loss of the stack, where the architecture has one."""
+        return loss
+
+    def build_output(self, outputs: ModelOutput, **own: Any) -> ModelOutput:
+        """Output of the head: its own fields, and those of the stack that it has too."""
+        names = self.output_class.__dataclass_fields__  # type: ignore[attr-defined]
+        kept = {name: value for name, value in outputs.items() if name in names and name not in own}
+        return self.output_class(**own, **kept)
+
+    def read_whole(self, has_labels: bool, use_cache: bool | None, **inputs: Any) -> Any:
+        """Output of the stack without a cache: heads that read whole inputs take `use_cache`, which trainers pass to every
+        model, and return none."""
+        if use_cache:
+            logger.warning_once(f"{type(self).__name__} returns no cache: `use_cache=True` has no effect.")
+        return self.run_stack(has_labels, use_cache=False, **inputs)
+
+
+# ---------------------------------------------------------------------------------------------------- language models
+
+
+class GenericForCausalLM(FusedHeadGuard, GenericHead):
+    """Language model. Put `StateGenerationMixin` among the bases of the class itself: Transformers looks for it there."""
+
+    output_class = CausalLMOutputWithPast
+    lm_head: nn.Module
+
+    def build_head(self) -> None:
+        bias = getattr(self.config, "lm_head_bias", False)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=bias)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: the mask and the cache say where tokens stand, and made up positions would restart at padding."""
+
+    def predict(
+        self,
+        hidden_states: torch.Tensor,
+        kept: slice | torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits (B, kept, V) and the loss of (B, L, D) states; `labels` (B, L) stand at the position that predicts them."""
+        logits = self.lm_head(self.scale_states(hidden_states[:, kept]))
+        return logits, None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+
+    def scale_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the matrix of the head multiplies."""
+        scaling = getattr(self.config, "logits_scaling", 1)
+        return hidden_states if scaling == 1 else hidden_states / scaling
+
+    def reason_against_fused_head(self) -> str | None:
+        return None
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[CausalLMKwargs],
+    ) -> Any:
+        """Scores or continues a text; further arguments are those of the stack.
+
+        Args:
+            position_ids: (B, L) or (1, L); where they restart, a new document begins.
+            labels: (B, L) ids, unshifted; -100 is ignored.
+            logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
+            num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
+            shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
+
+        Returns:
+            `logits` (B, L, V), and with labels the mean next-token cross-entropy as `loss`, with the auxiliary loss of the
+            architecture. In training an adaptive softmax evaluates only what the loss needs, and `logits` is None.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels:
+            use_cache = False if use_cache is None else use_cache
+        outputs = self.run_stack(
+            has_labels,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        targets = align_labels(labels, shift_labels, hidden_states.shape[:2], position_ids)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.predict(hidden_states, kept, targets, num_items_in_batch)
+        loss = self.add_auxiliary_loss(loss, outputs, targets, num_items_in_batch)
+        return self.build_output(outputs, loss=loss, logits=logits)
+
+
+class GenericForMaskedLM(GenericHead):
+    """Encoder that predicts masked tokens."""
+
+    output_class = MaskedLMOutput
+    lm_head: nn.Module
+
+    def build_head(self) -> None:
+        bias = getattr(self.config, "lm_head_bias", False)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=bias)
+
+    def predict(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) of (B, L, D) states."""
+        return self.lm_head(hidden_states)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`logits` (B, L, V); `labels` (B, L), -100 ignored, give the mean cross-entropy as `loss`."""
+        outputs = self.run_stack(
+            labels is not None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.predict(outputs.last_hidden_state)
+        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        loss = self.add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
+        return self.build_output(outputs, loss=loss, logits=logits)
+
+
+# ---------------------------------------------------------------------------------------- one label for a whole input
+
+
+class GenericClassifier(GenericHead):
+    """Common part of the heads that give one label to a whole input."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
+    output_class = SequenceClassifierOutput
+    classifier: nn.Module
+
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_labels) of (B, D) pooled states."""
+        return self.classifier(pooled)
+
+    def join_pair(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """What is classified of a pair, in the published order of Mega: second text first."""
+        return torch.cat([second, first], dim=-1)
+
+    def run_second_text(self, has_labels: bool, **inputs: Any) -> Any:
+        """Output of the stack for the second text of a pair."""
+        return self.run_stack(has_labels, **inputs)
+
+    def _pool(self, outputs: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
+        return pool_tokens(outputs.last_hidden_state, attention_mask, getattr(self.config, self.pooling_field))
+
+    def _output(self, outputs: Any, pooled: torch.Tensor, labels: torch.Tensor | None) -> ModelOutput:
+        logits, loss = self.classify(pooled), None
+        if labels is not None:
+            check_class_labels(labels, self.num_labels)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return self.build_output(outputs, loss=self.add_auxiliary_loss(loss, outputs), logits=logits)
+
+
+class GenericForTextClassification(GenericClassifier):
+    """Classification or regression of a text."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`logits` (B, num_labels); `labels` (B,) int for classes, float for regression, (B, num_labels) for multi-label."""
+        outputs = self.read_whole(
+            labels is not None,
+            use_cache,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return self._output(outputs, self._pool(outputs, input_ids, attention_mask), labels)
+
+
+class GenericForLastTokenClassification(GenericClassifier):
+    """Classification or regression from the last real token of each row, for causal models."""
+
+    output_class = SequenceClassifierOutputWithPast
+
+    def build_head(self) -> None:
+        self.dropout = nn.Dropout(getattr(self.config, self.dropout_field))
+        self.score = nn.Linear(self.config.hidden_size, self.config.num_labels, bias=False)
+
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.score(self.dropout(pooled))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`logits` (B, num_labels); without `attention_mask`, trailing `pad_token_id` tokens count as padding."""
+        outputs = self.run_stack(
+            labels is not None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),
+            **kwargs,
+        )
+        pooled = pool_last_tokens(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
+        return self._output(outputs, pooled, labels)
+
+
+class GenericForSequenceClassification(GenericClassifier):
+    """Classification or regression of a text, of a sequence of real numbers, or (`config.dual_encoder`) of a pair of texts."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pair_input_ids: torch.LongTensor | None = None,
+        pair_attention_mask: torch.Tensor | None = None,
+        pair_inputs_embeds: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """Classifies.
+
+        Args:
+            labels: (B,) int for classes, float for regression, (B, num_labels) for several labels at once.
+            pair_input_ids, pair_attention_mask, pair_inputs_embeds: the second text of each pair, of any length.
+            input_values: (B, L) real numbers for models with `input_type="values"`.
+
+        Returns:
+            `logits` (B, num_labels). Of a pair, other fields are those of the first text, but an auxiliary loss is of both.
+
+        Raises:
+            ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.
+        """
+        has_pair = pair_input_ids is not None or pair_inputs_embeds is not None
+        check_pair(has_pair, self.config.dual_encoder)
+        has_labels = labels is not None
+        outputs = self.read_whole(
+            has_labels,
+            use_cache,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            **kwargs,
+        )
+        pooled = self._pool(outputs, input_ids, attention_mask)
+        if has_pair:
+            texts = {"input_ids": pair_input_ids, "inputs_embeds": pair_inputs_embeds}
+            others = self.run_second_text(has_labels, attention_mask=pair_attention_mask, use_cache=False, **texts)
+            second = self._pool(others, pair_input_ids, pair_attention_mask)
+            check_pair_rows(pooled, second)
+            pooled = self.join_pair(pooled, second)
+            name = self.auxiliary_field
+            if name is not None and getattr(outputs, name) is not None and getattr(others, name) is not None:
+                outputs[name] = (outputs[name] + others[name]) / 2
+        return self._output(outputs, pooled, labels)
+
+
+class GenericForImageClassification(GenericClassifier):
+    """Classification of images as sequences of pixels, row by row."""
+
+    main_input_name = "pixel_values"
+    output_class = ImageClassifierOutput
+    required_settings: ClassVar = {"input_type": "values", "dual_encoder": False}
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`logits` (B, num_labels) of grey images (B, 1, H, W), (B, H, W) or (B, H * W), scaled and normalised."""
+        if pixel_values is None:
+            raise ValueError("Pass `pixel_values`: grey images (batch, 1, height, width).")
+        values = flatten_pixels(pixel_values, self.config.image_size)
+        outputs = self.read_whole(labels is not None, use_cache, input_values=values, **kwargs)
+        return self._output(outputs, self._pool(outputs, None, None), labels)
+
+
+class GenericForAudioClassification(GenericClassifier):
+    """Classification of raw waveforms."""
+
+    main_input_name = "input_values"
+    required_settings: ClassVar = {"input_type": "values", "dual_encoder": False}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`logits` (B, num_labels) of waveforms (B, L); `attention_mask` (B, L) is 1 at samples, 0 at padding."""
+        outputs = self.read_whole(
+            labels is not None, use_cache, input_values=input_values, attention_mask=attention_mask, **kwargs
+        )
+        return self._output(outputs, self._pool(outputs, None, attention_mask), labels)
+
+
+class GenericForMultipleChoice(GenericHead):
+    """One of several texts."""
+
+    accepts_loss_kwargs = False
+    output_class = MultipleChoiceModelOutput
+    classifier: nn.Module
+
+    def build_head(self) -> None:
+        self.dropout = nn.Dropout(getattr(self.config, self.dropout_field))
+        self.classifier = nn.Linear(self.config.hidden_size, 1)
+
+    def pool(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(rows, D) of the output of the stack and the mask (rows, L), one row for each text."""
+        return pool_tokens(outputs.last_hidden_state, attention_mask, getattr(self.config, self.pooling_field))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`logits` (B, choices) of `input_ids` (B, choices, L) or `inputs_embeds` (B, choices, L, D); `labels` (B,)."""
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        expected = 3 if input_ids is not None else 4
+        if inputs is None or inputs.dim() != expected:
+            shape = None if inputs is None else tuple(inputs.shape)
+            raise ValueError(
+                "Multiple choice needs `input_ids` (batch, choices, length), or `inputs_embeds` (batch, choices, length, "
+                f"hidden_size); got {shape}."
+            )
+        batch, choices = inputs.shape[:2]
+        texts = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        rows = {name: None if text is None else text.flatten(0, 1) for name, text in texts.items()}
+        outputs = self.read_whole(labels is not None, use_cache, **rows, **kwargs)
+        logits = self.classifier(self.dropout(self.pool(outputs, rows["attention_mask"]))).view(batch, choices)
+        loss = None
+        if labels is not None:
+            check_class_labels(labels, choices)
+            loss = F.cross_entropy(logits, labels.to(logits.device))
+        return self.build_output(outputs, loss=self.add_auxiliary_loss(loss, outputs), logits=logits)
+
+
+# -------------------------------------------------------------------------------------------------- labels for tokens
+
+
+class GenericForTokenClassification(GenericHead):
+    """A label for every token."""
+
+    output_class = TokenClassifierOutput
+
+    def build_head(self) -> None:
+        self.dropout = nn.Dropout(getattr(self.config, self.dropout_field))
+        self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
+        outputs = self.read_whole(
+            labels is not None,
+            use_cache,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        loss = self.add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
+        return self.build_output(outputs, loss=loss, logits=logits)
+
+
+class GenericForQuestionAnswering(GenericHead):
+    """Start and end of the answer inside the text."""
+
+    accepts_loss_kwargs = False
+    output_class = QuestionAnsweringModelOutput
+
+    def build_head(self) -> None:
+        self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """`start_logits` and `end_logits` (B, L); the positions (B,) are token indices, outside the input = ignored."""
+        has_labels = start_positions is not None and end_positions is not None
+        outputs = self.read_whole(
+            has_labels,
+            use_cache,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = self.loss_function(start_logits, end_logits, start_positions, end_positions) if has_labels else None
+        return self.build_output(
+            outputs,
+            loss=self.add_auxiliary_loss(loss, outputs),
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+        )
