@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_last_tokens, pool_tokens
 from .losses import align_labels, check_class_labels, token_cross_entropy
-from .losses_elsewhere import FusedHeadGuard
+from .losses_elsewhere import FusedHeadGuard, check_loss_elsewhere
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +57,7 @@ class GenericHead:
         dropout_field, pooling_field: fields of the configuration for the dropout of the heads, and for what classifiers of whole
             inputs read.
         auxiliary_field: field of the output of the stack with an auxiliary loss, or None.
+        auxiliary_weight_field: field of the configuration with its weight.
     """
 
     stack_class: ClassVar[Any]
@@ -65,6 +66,7 @@ class GenericHead:
     dropout_field: ClassVar[str] = "classifier_dropout"
     pooling_field: ClassVar[str] = "classifier_pooling"
     auxiliary_field: ClassVar[str | None] = None
+    auxiliary_weight_field: ClassVar[str | None] = None
     config: Any
     base_model: Any
     base_model_prefix: str
@@ -105,7 +107,13 @@ class GenericHead:
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | None:
-        """The loss with the weighted auxiliary loss of the stack, where the architecture has one."""
+        """The loss with the weighted auxiliary loss of the stack, where the architecture has one.
+
+        Raises:
+            ValueError: in training without labels, `Trainer` computes a loss that lacks it.
+        """
+        if loss is None and self.auxiliary_weight_field is not None:
+            check_loss_elsewhere(self, self.auxiliary_weight_field, num_items_in_batch)
         return loss
 
     def build_output(self, outputs: ModelOutput, **own: Any) -> ModelOutput:
@@ -155,7 +163,10 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         return hidden_states if scaling == 1 else hidden_states / scaling
 
     def reason_against_fused_head(self) -> str | None:
-        return None
+        field = self.auxiliary_weight_field
+        if field is None or not getattr(self.config, field):
+            return None
+        return f"it would leave out the loss that `{field}` weighs. Set `{field}=0`, or train with `HybridTrainer`."
 
     @can_return_tuple
     def forward(

@@ -30,7 +30,6 @@ from ..heads import (
     GenericForTokenClassification,
     GenericHead,
 )
-from ..losses_elsewhere import check_loss_elsewhere
 from .longvq_outputs import (
     LongVQCausalLMOutput,
     LongVQImageClassifierOutput,
@@ -50,6 +49,7 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
     stack_class = LongVQModel
     dropout_field = "head_dropout"
     auxiliary_field = "commitment_loss"
+    auxiliary_weight_field = "commitment_loss_weight"
 
     def run_stack(self, has_labels: bool, **inputs: Any) -> LongVQModelOutput:
         """Output of the stack; with labels, how well the codebooks serve is part of it."""
@@ -71,10 +71,8 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
         share of tokens would not do where few have labels, as in masked language modelling.)
         """
         weight = self.config.commitment_loss_weight
-        if loss is None:
-            check_loss_elsewhere(self, "commitment_loss_weight", num_items_in_batch)
         if loss is None or not self.training or weight == 0:
-            return loss
+            return super().add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
         assert outputs.commitment_loss is not None
         commitment: torch.Tensor = weight * outputs.commitment_loss.to(loss.dtype)
         if num_items_in_batch is not None:
@@ -90,11 +88,6 @@ class LongVQForCausalLM(GenericForCausalLM, LongVQHead, StateGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     output_class = LongVQCausalLMOutput
     required_settings: ClassVar = {"input_type": "tokens", "is_causal": True}
-
-    def reason_against_fused_head(self) -> str | None:
-        if not self.config.commitment_loss_weight:
-            return None
-        return "it would leave out the commitment loss. Set `commitment_loss_weight=0`, or train with `HybridTrainer`."
 
 
 class LongVQForMaskedLM(GenericForMaskedLM, LongVQHead):

@@ -32,7 +32,6 @@ from ..heads import (
     GenericForTokenClassification,
     GenericHead,
 )
-from ..losses_elsewhere import check_loss_elsewhere
 from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
 from .seqboat_outputs import (
     SeqBoatCausalLMOutput,
@@ -53,6 +52,7 @@ class SeqBoatHead(GenericHead, SeqBoatPreTrainedModel):
     dropout_field = "head_dropout"
     pooling_field = "pooling"
     auxiliary_field = "auxiliary_loss"
+    auxiliary_weight_field = "dead_layer_loss_weight"
 
     def add_auxiliary_loss(
         self,
@@ -62,10 +62,8 @@ class SeqBoatHead(GenericHead, SeqBoatPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | None:
         """The loss plus the weighted dead layer penalty, where both exist."""
-        if loss is None:
-            check_loss_elsewhere(self, "dead_layer_loss_weight", num_items_in_batch)
         if loss is None or outputs.auxiliary_loss is None:
-            return loss
+            return super().add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
         return loss + self.config.dead_layer_loss_weight * outputs.auxiliary_loss.to(loss.dtype)
 
 
@@ -86,13 +84,6 @@ class SeqBoatForCausalLM(GenericForCausalLM, SeqBoatLanguageModel, StateGenerati
 
     output_class = SeqBoatCausalLMOutput
     required_settings: ClassVar = {"input_type": "tokens", "is_decoder": True}
-
-    def reason_against_fused_head(self) -> str | None:
-        if not self.config.dead_layer_loss_weight:
-            return None
-        return (
-            "it would leave out the dead layer penalty. Set `dead_layer_loss_weight=0`, or train with `HybridTrainer`."
-        )
 
     def generate(
         self, *args: Any, output_activations: bool | None = None, **kwargs: Any
