@@ -95,9 +95,10 @@ def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
     if folder.resume_checkpoint is not None:
         check_resumable(trainer.model, folder.resume_checkpoint)
+    start = -1 if resume is None else _step_of(resume)  # now: the run may remove the checkpoint
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    was_trained = resume is None or trainer.state.global_step > _step_of(resume)
+    was_trained = trainer.state.global_step > start
     metrics = {
         **{key: value for key, value in result.metrics.items() if key != "total_flos" and was_trained},
         **job.final_metrics(),
