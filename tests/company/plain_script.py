@@ -125,6 +125,14 @@ def run(folder: str, auto_name: str, output: str, smoothing: float) -> dict[str,
         processing_class=tokenizer,
         data_collator=collator,
     )
+    losses = []
+    for weight in (0.0, 1e-9):  # smoothing in name only
+        args.label_smoothing_factor = weight
+        other = trainer_class(
+            model=model, args=args, eval_dataset=data, processing_class=tokenizer, data_collator=collator
+        )
+        torch.manual_seed(0)
+        losses.append(other.evaluate()["eval_loss"])
     torch.manual_seed(0)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -136,7 +144,14 @@ def run(folder: str, auto_name: str, output: str, smoothing: float) -> dict[str,
     again = auto_class.from_pretrained(output, trust_remote_code=True)
     same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     finite = bool(np.isfinite(np.asarray(first, dtype=np.float64)).all())
-    return {"before": before, "after": after, "same": same, "finite": finite, "rows": len(first)}
+    return {
+        "before": before,
+        "after": after,
+        "same": same,
+        "finite": finite,
+        "rows": len(first),
+        "smoothing": abs(losses[1] - losses[0]),
+    }
 
 
 if __name__ == "__main__":
