@@ -310,7 +310,7 @@ def trace_decoding_step(step: DecodingStep) -> ExportedProgram:
 @contextmanager
 def _exporting(model: nn.Module) -> Iterator[None]:
     """Without gradients, with what depends on the weights alone taken for constants."""
-    with torch.no_grad(), frozen_results(model):
+    with torch.no_grad(), frozen_results(model, ahead=True):
         yield
 
 

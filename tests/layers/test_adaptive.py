@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_hybrid.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from hf_hybrid.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, TiedBands
 
 VOCABULARY, WIDTH, CUTOFFS, FACTOR = 30, 16, [8, 19], 2
 
@@ -45,7 +45,7 @@ def test_padding_row_gets_no_gradient() -> None:
 class TestSoftmax:
     def test_is_a_distribution(self, tie: bool) -> None:
         embedding, softmax = build(tie)
-        log_probabilities = softmax(torch.randn(2, 5, WIDTH, dtype=torch.float64), embedding)
+        log_probabilities = softmax(torch.randn(2, 5, WIDTH, dtype=torch.float64), TiedBands(embedding))
         assert log_probabilities.shape == (2, 5, VOCABULARY)
         ones = torch.ones(2, 5, dtype=torch.float64)
         torch.testing.assert_close(log_probabilities.exp().sum(-1), ones)
@@ -59,14 +59,16 @@ class TestSoftmax:
         for band in (1, 2):
             inner = hidden @ embedding.projections[band].weight if tie else softmax.tail_projections[band - 1](hidden)
             parts.append(head[:, 7 + band, None] * (inner @ embedding.embeddings[band].weight.T).softmax(-1))
-        torch.testing.assert_close(softmax(hidden, embedding).exp(), torch.cat(parts, dim=-1))
+        torch.testing.assert_close(softmax(hidden, TiedBands(embedding)).exp(), torch.cat(parts, dim=-1))
 
     @pytest.mark.parametrize("targets", [[0, 7, 8, 18, 19, 29, -100], [1, 2, 3, 4, 5, 6, 7], [-100] * 7])
     def test_loss_equals_the_dense_one(self, tie: bool, targets: list[int]) -> None:
         embedding, softmax = build(tie)
         hidden = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
-        expected = F.nll_loss(softmax(hidden, embedding), torch.tensor(targets), ignore_index=-100, reduction="sum")
-        actual = softmax.negative_log_likelihood(hidden, torch.tensor(targets), embedding)
+        expected = F.nll_loss(
+            softmax(hidden, TiedBands(embedding)), torch.tensor(targets), ignore_index=-100, reduction="sum"
+        )
+        actual = softmax(hidden, TiedBands(embedding), torch.tensor(targets))
         torch.testing.assert_close(actual, expected)
         for first, second in zip(
             *(torch.autograd.grad(loss, [hidden, embedding.embeddings[0].weight]) for loss in (actual, expected))
@@ -76,9 +78,7 @@ class TestSoftmax:
     def test_every_tensor_takes_part_in_every_loss(self, tie: bool) -> None:
         """Batches without a token of some band must not leave its tables out of the graph (distributed training)."""
         embedding, softmax = build(tie)
-        loss = softmax.negative_log_likelihood(
-            torch.randn(2, WIDTH, dtype=torch.float64), torch.tensor([3, 4]), embedding
-        )
+        loss = softmax(torch.randn(2, WIDTH, dtype=torch.float64), TiedBands(embedding), torch.tensor([3, 4]))
         loss.backward()
         tables = [table.weight for table in embedding.embeddings]
         assert all(table.grad is not None for table in tables)
@@ -86,7 +86,7 @@ class TestSoftmax:
     def test_half_precision_is_normalised_in_float32(self, tie: bool) -> None:
         embedding, softmax = build(tie, torch.bfloat16)
         hidden = torch.randn(5, WIDTH, dtype=torch.bfloat16)
-        log_probabilities = softmax(hidden, embedding)
+        log_probabilities = softmax(hidden, TiedBands(embedding))
         assert log_probabilities.dtype == torch.float32
         torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(5), rtol=1e-3, atol=1e-3)
 
@@ -95,15 +95,15 @@ def test_dropout_in_training_only() -> None:
     embedding, _ = build()
     softmax = AdaptiveSoftmax(WIDTH, [8, 4], dropout=0.5).double()
     hidden = torch.randn(3, WIDTH, dtype=torch.float64)
-    assert not torch.equal(softmax(hidden, embedding), softmax(hidden, embedding))
+    assert not torch.equal(softmax(hidden, TiedBands(embedding)), softmax(hidden, TiedBands(embedding)))
     softmax.eval()
-    assert torch.equal(softmax(hidden, embedding), softmax(hidden, embedding))
+    assert torch.equal(softmax(hidden, TiedBands(embedding)), softmax(hidden, TiedBands(embedding)))
 
 
 def test_compiled_loss() -> None:
     """In one graph, where each tail is evaluated for all tokens: the same number."""
     embedding, softmax = build()
     hidden, targets = torch.randn(6, WIDTH, dtype=torch.float64), torch.tensor([0, 9, 29, -100, 12, 7])
-    compiled = torch.compile(softmax.negative_log_likelihood, fullgraph=True, backend="eager")
-    expected = softmax.negative_log_likelihood(hidden, targets, embedding)
-    torch.testing.assert_close(compiled(hidden, targets, embedding), expected)
+    compiled = torch.compile(softmax, fullgraph=True, backend="eager")
+    expected = softmax(hidden, TiedBands(embedding), targets)
+    torch.testing.assert_close(compiled(hidden, TiedBands(embedding), targets), expected)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_hybrid.layers import ssm
+from hf_hybrid.layers.kept_results import frozen_results
 from hf_hybrid.layers.ssm import StateSpaceLayer
 from hf_hybrid.ops.s4 import truncate_c
 
@@ -238,48 +239,56 @@ def counted(layer: StateSpaceLayer, monkeypatch: pytest.MonkeyPatch) -> list[int
 
 
 @pytest.mark.parametrize("ssm_type", TYPES)
-def test_kernel_is_kept_until_a_tensor_changes(ssm_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_kernels_are_kept_while_frozen(ssm_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, inputs = make_layer(ssm_type, torch.float32).eval(), make_inputs(20, torch.float32)
     lengths = counted(layer, monkeypatch)
-
-    @torch.no_grad()
-    def check(expected_count: int) -> None:
-        fresh = copy.deepcopy(layer.state_dict())
-        other = make_layer(ssm_type, torch.float32)
-        other.load_state_dict(fresh)
-        torch.testing.assert_close(layer(inputs)[0], other(inputs)[0], rtol=1e-5, atol=1e-5)
-        assert len(lengths) == expected_count
-
-    check(1)
-    check(1)
-    with torch.no_grad():
-        layer.C.mul_(2)
-    check(2)
-    layer.load_state_dict(make_layer(ssm_type, torch.float32).state_dict())
-    check(3)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-    layer.train()(inputs)[0].sum().backward()
-    optimizer.step()
-    layer.eval()
-    count = len(lengths)
-    check(count + 1)
-    layer.to(torch.bfloat16)
-    check(count + 2)  # moved: kept tensors are dropped
-    layer.log_dt = torch.nn.Parameter(layer.log_dt.detach() + 0.5)
-    check(count + 3)
-    with torch.no_grad():
-        layer(inputs[:, :17])
-    assert len(lengths) == count + 3  # the same power of two
-    with torch.no_grad():
-        layer(inputs[:, :9])
-    assert len(lengths) == count + 4
+    expected = layer(inputs)[0]
+    layer(inputs)
+    assert len(lengths) == 2  # nothing is kept from call to call
+    with frozen_results(layer):
+        for length in (20, 17, 9, 20):
+            outputs = layer(inputs[:, :length])[0]
+            if not layer.bidirectional:
+                torch.testing.assert_close(outputs, expected[:, :length], rtol=1e-5, atol=1e-5)
+        assert len(lengths) == 4  # one for each power of two
+        layer.load_state_dict(make_layer(ssm_type, torch.float32).state_dict())
+        layer(inputs)
+        assert len(lengths) == 5  # replaced by the means of the module
+    layer(inputs)
+    assert len(lengths) == 6
 
 
-def test_kept_kernel_does_not_depend_on_lengths_seen_before() -> None:
+@torch.no_grad()
+def test_frozen_kernel_does_not_depend_on_lengths_seen_before() -> None:
     first = make_layer("s4d", torch.float32, trainable=False)
     second, inputs = copy.deepcopy(first), make_inputs(50, torch.float32)
-    first(inputs)
-    assert torch.equal(first(inputs[:, :20])[0], second(inputs[:, :20])[0])
+    with frozen_results(first), frozen_results(second):
+        first(inputs)
+        assert torch.equal(first(inputs[:, :20])[0], second(inputs[:, :20])[0])
+
+
+def test_frozen_layer_refuses_gradients() -> None:
+    layer, inputs = make_layer("s4d"), make_inputs(9)
+    with frozen_results(layer), pytest.raises(RuntimeError, match="gradients are tracked"):
+        layer(inputs)
+    layer(inputs)
+
+
+@pytest.mark.parametrize("ssm_type", TYPES)
+@torch.no_grad()
+def test_a_generation_keeps_what_its_steps_need(ssm_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, token, kept = make_layer(ssm_type).eval(), make_inputs(1), {}
+    name = "diagonal_system" if ssm_type == "s4d" else "_step_constants"
+    calls, compute = [], getattr(layer, name)
+    monkeypatch.setattr(layer, name, lambda: calls.append(0) or compute())
+    state = token.new_zeros(token.shape[0], layer.hidden_size, layer.state_size // 2, 2)
+    for _ in range(3):
+        outputs, state = layer(token, state, return_state=True, kept=kept)
+    assert len(calls) == 1
+    layer.C.mul_(2)  # seen by its version
+    expected = layer(token, state, return_state=True)[0]
+    torch.testing.assert_close(layer(token, state, return_state=True, kept=kept)[0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("ssm_type", TYPES)
@@ -295,23 +304,24 @@ def test_step_constants_follow_the_tensors(ssm_type: str) -> None:
 
 @pytest.mark.parametrize("ssm_type", TYPES)
 def test_frozen_layer(ssm_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers only; the kernel is kept in training too, and the gradient passes through to the input."""
+    """Buffers only: the kernel may be kept in training too, and the gradient passes through to the input."""
     layer = make_layer(ssm_type, torch.float32, trainable=False)
     assert not list(layer.parameters())
     assert set(layer.state_dict()) == set(make_layer(ssm_type).state_dict())
     lengths, inputs = counted(layer, monkeypatch), make_inputs(20, torch.float32).requires_grad_()
-    with torch.inference_mode():
-        layer(inputs)
-    for _ in range(2):
-        layer.train()
-        layer(inputs)[0].sum().backward()
+    with frozen_results(layer):
+        with torch.inference_mode():
+            layer(inputs)
+        for _ in range(2):
+            layer.train()
+            layer(inputs)[0].sum().backward()
     assert len(lengths) == 1 and inputs.grad.abs().max() > 0
 
 
-def test_kept_kernel_leaves_training_alone() -> None:
-    """A kernel kept in evaluation must not cut the gradient afterwards."""
+def test_a_frozen_kernel_leaves_training_alone() -> None:
+    """It must not cut the gradient afterwards."""
     layer, inputs = make_layer("s4d").eval(), make_inputs(20)
-    with torch.no_grad():
+    with torch.no_grad(), frozen_results(layer):
         layer(inputs)
     layer(inputs)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())

@@ -43,7 +43,9 @@ def reference(layer: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     signal = inputs.transpose(1, 2)
     direct = layer.D.unsqueeze(-1) * signal.unsqueeze(1)
     if isinstance(layer, ExplicitFilters):
-        return windowed_filter_reference(signal, *layer._map()) + direct
+        weight, bias = (part.unflatten(0, (FILTERS, D)) for part in (layer.filter_proj.weight, layer.filter_proj.bias))
+        features = lag_features(7, 4, layer.base, device=torch.device("cpu"), dtype=torch.float64)
+        return windowed_filter_reference(signal, weight, bias, layer.alpha.double(), features) + direct
     if isinstance(layer, DiagonalFilters):
         return diagonal_scan_reference(signal, layer.system())[0] + direct
     dense, state, outputs = dplr_dense(layer.dplr_system(torch.float64)), None, []
@@ -164,7 +166,7 @@ class TestForms:
         inputs = torch.randn(BATCH, 9, D, dtype=torch.float64)
         layer(inputs)
         for parameter in layer.parameters():
-            parameter.add_(0.1)
+            parameter.data = parameter.data + 0.1
         torch.testing.assert_close(layer(inputs)[0], reference(layer, inputs), **CLOSE)
 
 

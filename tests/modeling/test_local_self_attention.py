@@ -113,9 +113,11 @@ def test_bias_of_another_layer() -> None:
     torch.testing.assert_close(borrower(hidden, bias=owner.bias_vector()), owner(hidden))
 
 
-def test_a_layer_with_its_own_table_ignores_the_bias_of_others() -> None:
+def test_a_given_bias_takes_the_place_of_the_own_table() -> None:
     layer, hidden = build(), torch.randn(1, LENGTH, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(layer(hidden, bias=torch.full((HEADS, 9), 5.0, dtype=torch.float64)), layer(hidden))
+    given = torch.randn(HEADS, 9, dtype=torch.float64)
+    assert (layer(hidden, bias=given) - layer(hidden)).abs().max() > 1e-3
+    torch.testing.assert_close(layer(hidden, bias=layer.bias_vector()), layer(hidden))
 
 
 def test_normformer_options() -> None:

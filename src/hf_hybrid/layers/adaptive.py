@@ -6,9 +6,19 @@ Shapes: B batch, L tokens, D hidden size, V vocabulary, K bands.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+
+class BandTable(nn.Embedding):
+    """Embeddings of the tokens of one band, which also score them."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Ids (...) to embeddings (..., W), or vectors (..., W) to their products with all embeddings (..., rows)."""
+        return F.linear(inputs, self.weight) if inputs.is_floating_point() else super().forward(inputs)
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -28,24 +38,67 @@ class AdaptiveEmbedding(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
+        self.factor = factor
         self.limits = [0, *cutoffs, vocab_size]
         widths = [hidden_size // factor**band for band in range(len(cutoffs) + 1)]
         in_first = padding_idx is not None and padding_idx < self.limits[1]
         self.embeddings = nn.ModuleList(
-            nn.Embedding(high - low, width, padding_idx=padding_idx if low == 0 and in_first else None)
+            BandTable(high - low, width, padding_idx=padding_idx if low == 0 and in_first else None)
             for low, high, width in zip(self.limits, self.limits[1:], widths)
         )
         self.projections = nn.ModuleList(nn.Linear(width, hidden_size, bias=False) for width in widths)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) ids to (B, L, D)."""
+    def forward(self, inputs: torch.Tensor, band: int | None = None, is_projected: bool = True) -> torch.Tensor:
+        """(B, L) ids to (B, L, D); for the softmax that is tied to the tables, vectors and a band to the scores of the band.
+
+        Args:
+            inputs: (B, L) ids, or with `band` vectors (..., W of the band).
+            band: the band whose tokens are scored; None embeds ids.
+            is_projected: False for vectors (..., D): they are mapped by the transpose of the projection of the band, and
+                that is what is returned.
+
+        Returns:
+            (B, L, D); or (..., tokens of the band), or (..., W).
+        """
+        if band is not None:
+            return self._score(inputs, band) if is_projected else self._project_back(inputs, band)
         embedded = None
-        for low, table, projection in zip(self.limits, self.embeddings, self.projections):
-            rows = (input_ids - low).clamp(0, table.num_embeddings - 1)
-            in_band = ((input_ids >= low) & (input_ids < low + table.num_embeddings)).unsqueeze(-1)
-            band = projection(table(rows)).masked_fill(~in_band, 0)
-            embedded = band if embedded is None else embedded + band
+        for low, high, table, projection in zip(self.limits, self.limits[1:], self.embeddings, self.projections):
+            rows = (inputs - low).clamp(0, high - low - 1)
+            in_band = ((inputs >= low) & (inputs < high)).unsqueeze(-1)
+            part = projection(table(rows)).masked_fill(~in_band, 0)
+            embedded = part if embedded is None else embedded + part
         return embedded
+
+    def _score(self, inputs: torch.Tensor, band: int) -> torch.Tensor:
+        table = self.embeddings[band]
+        if isinstance(table, BandTable):
+            return table(inputs)
+        # Whatever wraps the table (adapters, quantised weights) can look ids up.
+        rows = torch.arange(self.limits[band + 1] - self.limits[band], device=inputs.device)
+        return F.linear(inputs, table(rows).to(inputs.dtype))
+
+    def _project_back(self, inputs: torch.Tensor, band: int) -> torch.Tensor:
+        # The matrix is what the layer makes of the unit vectors, whatever wraps it.
+        width = self.hidden_size // self.factor**band
+        unit = torch.eye(width, dtype=inputs.dtype, device=inputs.device)
+        return F.linear(inputs, self.projections[band](unit).to(inputs.dtype))
+
+
+class TiedBands:
+    """The tables of an `AdaptiveEmbedding`, as an argument of another module: offload hooks move modules that are one."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        self.limits: list[int] = embedding.limits  # type: ignore[assignment]
+        self._call: Callable[..., torch.Tensor] = lambda *args: embedding(*args)
+
+    def score(self, inputs: torch.Tensor, band: int) -> torch.Tensor:
+        """Vectors (..., W) to the scores of the tokens of a band, (..., tokens)."""
+        return self._call(inputs, band).to(inputs.device)
+
+    def project_back(self, inputs: torch.Tensor, band: int) -> torch.Tensor:
+        """(..., D) to (..., W) by the transpose of the projection of a band."""
+        return self._call(inputs, band, False).to(inputs.device)
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -73,55 +126,61 @@ class AdaptiveSoftmax(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def _head(self, hidden_states: torch.Tensor, embedding: AdaptiveEmbedding) -> torch.Tensor:
+    def _head(self, hidden_states: torch.Tensor, bands: TiedBands) -> torch.Tensor:
         inputs = self.dropout(hidden_states)
-        scores = torch.cat([F.linear(inputs, embedding.embeddings[0].weight), self.class_proj(inputs)], dim=-1)
+        scores = torch.cat([bands.score(inputs, 0), self.class_proj(inputs)], dim=-1)
         return scores.float().log_softmax(-1) if scores.dtype.itemsize < 4 else scores.log_softmax(-1)
 
-    def _tail(self, hidden_states: torch.Tensor, embedding: AdaptiveEmbedding, band: int) -> torch.Tensor:
+    def _tail(self, hidden_states: torch.Tensor, bands: TiedBands, band: int) -> torch.Tensor:
         if self.tail_projections is None:
-            inner = hidden_states @ embedding.projections[band].weight
+            inner = bands.project_back(hidden_states, band)
         else:
             inner = self.tail_projections[band - 1](hidden_states)
-        scores = F.linear(self.dropout(inner), embedding.embeddings[band].weight)
+        scores = bands.score(self.dropout(inner), band)
         return scores.float().log_softmax(-1) if scores.dtype.itemsize < 4 else scores.log_softmax(-1)
 
-    def forward(self, hidden_states: torch.Tensor, embedding: AdaptiveEmbedding) -> torch.Tensor:
-        """(B, L, D) to log-probabilities (B, L, V), float32 or better."""
-        head = self._head(hidden_states, embedding)
-        first = embedding.limits[1]
-        parts = [head[..., :first]]
-        for band in range(1, len(embedding.embeddings)):
-            parts.append(head[..., first + band - 1, None] + self._tail(hidden_states, embedding, band))
-        return torch.cat(parts, dim=-1)
-
-    def negative_log_likelihood(
-        self, hidden_states: torch.Tensor, targets: torch.Tensor, embedding: AdaptiveEmbedding
+    def forward(
+        self, hidden_states: torch.Tensor, bands: TiedBands, targets: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Sum of -log p(target); each tail is evaluated only for the tokens that it holds.
-
-        A compiled graph has fixed shapes: there every tail is evaluated for every token, as in `forward`.
+        """(B, L, D) to log-probabilities (B, L, V), float32 or better; with targets to the sum of -log p(target).
 
         Args:
-            hidden_states: (T, D).
-            targets: (T,) ids; -100 is ignored.
-            embedding: the tied input embedding.
+            hidden_states: (B, L, D); (T, D) with targets.
+            bands: tables of the tied input embedding.
+            targets: (T,) ids; -100 is ignored. Each tail is evaluated only for the tokens that it holds. (A compiled graph
+                has fixed shapes: there every tail is evaluated for every token.)
 
         Returns:
-            Scalar, float32 or better.
+            (B, L, V), or a scalar; float32 or better.
         """
+        if targets is None:
+            return self._log_probabilities(hidden_states, bands)
         if torch.compiler.is_compiling():
-            return F.nll_loss(self(hidden_states, embedding), targets, ignore_index=-100, reduction="sum")
+            scores = self._log_probabilities(hidden_states, bands)
+            return F.nll_loss(scores, targets, ignore_index=-100, reduction="sum")
+        return self._negative_log_likelihood(hidden_states, targets, bands)
+
+    def _log_probabilities(self, hidden_states: torch.Tensor, bands: TiedBands) -> torch.Tensor:
+        head = self._head(hidden_states, bands)
+        first = bands.limits[1]
+        parts = [head[..., :first]]
+        for band in range(1, len(bands.limits) - 1):
+            parts.append(head[..., first + band - 1, None] + self._tail(hidden_states, bands, band))
+        return torch.cat(parts, dim=-1)
+
+    def _negative_log_likelihood(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, bands: TiedBands
+    ) -> torch.Tensor:
         kept = targets != -100
         hidden_states, targets = hidden_states[kept], targets[kept]
-        head = self._head(hidden_states, embedding)
-        first = embedding.limits[1]
+        head = self._head(hidden_states, bands)
+        first = bands.limits[1]
         slots = targets.clone()
         loss = head.new_zeros(())
-        for band in range(1, len(embedding.embeddings)):
-            low, high = embedding.limits[band], embedding.limits[band + 1]
+        for band in range(1, len(bands.limits) - 1):
+            low, high = bands.limits[band], bands.limits[band + 1]
             rows = ((targets >= low) & (targets < high)).nonzero().squeeze(-1)
             slots[rows] = first + band - 1
-            tail = self._tail(hidden_states[rows], embedding, band)
+            tail = self._tail(hidden_states[rows], bands, band)
             loss = loss - tail.gather(-1, (targets[rows] - low).unsqueeze(-1)).sum()
         return loss - head.gather(-1, slots.unsqueeze(-1)).sum()

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.autocast import without_autocast
 from ..ops.diagonal_scan import diagonal_scan
 from ..ops.diagonal_ssm import (
     DiagonalSystem,
@@ -34,7 +35,8 @@ from ..ops.diagonal_ssm import (
 from ..ops.export_shapes import is_open
 from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
 from ..ops.layout import to_signals, to_states
-from .kept_results import KeepsResults
+from .full_precision import GathersFullPrecision
+from .kept_results import KeepsResults, KeptResults, keeping
 
 # Tokens from which the grouped scan beats computing a kernel and convolving by FFT, forward and backward on CPU. Time of
 # the FFT over that of the scan, D 512, N 16, one thread: 0.9 at 256 tokens, 1.4 at 512, 2.2 at 1,024, 3.9 at 4,096; in
@@ -46,7 +48,7 @@ _GROUP_SIZE = 32  # tokens per group of the scan: the best of 16 to 128 from 512
 EmaState = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class MultiDimensionalDampedEma(KeepsResults):
+class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
     """Damped moving average with N components per feature, its residual and its activation.
 
     Tensors, under their names in Transformers 4.x: `damping_factor` (delta), `decay_factor` (alpha),
@@ -158,6 +160,7 @@ class MultiDimensionalDampedEma(KeepsResults):
         mask: torch.Tensor | None = None,
         initial_state: EmaState | None = None,
         return_state: bool = False,
+        kept: KeptResults | None = None,
     ) -> tuple[torch.Tensor, EmaState | None]:
         """Apply the layer to a sequence, or to the next piece of one.
 
@@ -166,6 +169,7 @@ class MultiDimensionalDampedEma(KeepsResults):
             mask: (B, L), nonzero at tokens, zero at padding; None = no padding.
             initial_state: state after the previous piece, or None at the start.
             return_state: also return the state after the last token. Every split of a sequence gives the same result.
+            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
 
         Returns:
             Outputs (B, L, D), activation included, in the dtype of the input; and the state, or None.
@@ -174,7 +178,7 @@ class MultiDimensionalDampedEma(KeepsResults):
             ValueError: a state is given to, or asked of, a bidirectional layer, or shapes do not fit.
         """
         self._check_inputs(hidden_states, mask, initial_state, return_state)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with keeping(kept), without_autocast(hidden_states.device):
             states = hidden_states.to(self._math_dtype)
             inputs = states if mask is None else states * mask.unsqueeze(-1).to(states.dtype)
             residual = self.residual_weight.to(states.dtype)

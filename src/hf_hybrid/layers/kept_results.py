@@ -1,53 +1,77 @@
-"""Results that a layer computes from its own tensors alone, kept while none of them changes."""
+"""Results that a layer computes from its own tensors alone, and where they are kept: during one generation, or while a model is frozen.
+
+No key tells every change of a weight (`.data`, arrays that share its memory). So nothing is kept from call to call by the layer
+itself: the cache of a generation holds what its steps need again and again, and `frozen_results` is the user's word that no weight
+changes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
+# Of one generation: by layer and name, the tensors it came from and the result.
+KeptResults = dict[Any, tuple[Any, Any, list[torch.Tensor]]]
+
+_GENERATION: ContextVar[KeptResults | None] = ContextVar("generation", default=None)
+
+
+class keeping:  # noqa: N801 - a context, as those of torch
+    """Context in which layers keep results in `kept`, that of a generation; None, or a compiled graph, keeps nothing."""
+
+    def __init__(self, kept: KeptResults | None) -> None:
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        if self.kept is not None and not torch.compiler.is_compiling():
+            self.token = _GENERATION.set(self.kept)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.kept is not None and not torch.compiler.is_compiling():
+            _GENERATION.reset(self.token)
+
 
 class KeepsResults(nn.Module):
     """Base of layers whose kernels or discretised systems depend on their tensors alone.
 
-    A result is kept with the identity and version of every tensor, so that it is never used after a step of an
-    optimizer, an assignment, or a load. Nothing is kept while gradients are tracked or the layer is in training (unless
-    its tensors are frozen), nor in compiled graphs.
+    Results are kept in two places only. The cache of a generation: a layer that is called with `kept`, outside training and
+    without gradients, takes a result from there while its tensors are the same objects of the same version. And `frozen_results`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._cache: dict[str, tuple[Any, Any, list[torch.Tensor]]] = {}
         self._frozen: dict[str, Any] | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsResults:
-        self._cache.clear()
+        self._thaw()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._cache.clear()  # `assign=True` brings new tensors, which may lie where older ones lay
+        self._thaw()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_frozen": None}
 
-    def train(self, mode: bool = True) -> KeepsResults:
-        """Switch between training and evaluation; what was kept of trained tensors is dropped."""
-        if any(tensor.requires_grad for tensor in self._own_tensors()):
-            self._cache.clear()
-        return super().train(mode)
+    def _thaw(self) -> None:
+        """Forgets frozen results: the tensors have been replaced by the module's own means."""
+        if self._frozen is not None:
+            self._frozen.clear()
 
     def _own_tensors(self) -> list[Any]:
         """What results depend on."""
         return [*self._parameters.values(), *self._buffers.values()]
 
+    def _tracks_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._own_tensors())
+
     def _cache_key(self) -> tuple[Any, ...] | None:
         """Identity and version of every tensor, or None when results must not be kept."""
-        if torch.compiler.is_compiling():
-            return None
         tensors = self._own_tensors()
         if any(tensor.requires_grad for tensor in tensors) and (self.training or torch.is_grad_enabled()):
             return None
@@ -59,49 +83,80 @@ class KeepsResults(nn.Module):
         """What may be asked of `_cached` for any input, by name; the layers that have some add theirs."""
         return {}
 
+    @property
+    def _is_frozen(self) -> bool:
+        return self._frozen is not None
+
+    def _keeps(self) -> bool:
+        """Whether a result would be kept now."""
+        return self._is_frozen or (not torch.compiler.is_compiling() and _GENERATION.get() is not None)
+
     def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Result of `compute`, kept while no tensor of the layer changes."""
-        if self._frozen is not None and name in self._frozen:
-            return self._frozen[name]
-        key = self._cache_key()
-        if key is None:
+        """Result of `compute`, taken from the frozen results or those of the generation where it is there."""
+        if self._frozen is not None:
+            return self._from_frozen(name, compute)
+        kept = None if torch.compiler.is_compiling() else _GENERATION.get()
+        if kept is None:
             return compute()
-        found = self._cache.get(name)
+        key, place = self._cache_key(), (id(self), name)
+        if key is None:
+            kept.pop(place, None)
+            return compute()
+        found = kept.get(place)
         if found is None or found[0] != key:
             tensors = self._own_tensors()  # kept alive: no `id` is used again
             with torch.inference_mode(False), torch.no_grad():
-                found = self._cache[name] = (key, compute(), tensors)
+                found = kept[place] = (key, compute(), tensors)
         return found[1]
 
-
-def keeping_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function for `Module._apply` that follows moves between devices, but never a cast below float32."""
-
-    def apply(tensor: torch.Tensor) -> torch.Tensor:
-        moved = fn(tensor)
-        if not _is_low_precision(moved.dtype) or _is_low_precision(tensor.dtype):
-            return moved
-        return torch.empty_like(tensor, device="meta") if moved.is_meta else tensor.to(moved.device)
-
-    return apply
-
-
-def _is_low_precision(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize < 4
+    def _from_frozen(self, name: str, compute: Callable[[], Any]) -> Any:
+        assert self._frozen is not None
+        if self._tracks_gradients():
+            raise RuntimeError(
+                "The model is frozen (`with model.frozen():`), but gradients are tracked: what its layers compute from their "
+                "weights is a constant there and has no gradient. Run it under `torch.no_grad()`, or outside the context."
+            )
+        if name not in self._frozen:
+            if torch.compiler.is_compiling():
+                return compute()
+            with torch.inference_mode(False), torch.no_grad():
+                self._frozen[name] = compute()
+        return self._frozen[name]
 
 
 @contextmanager
-def frozen_results(model: nn.Module) -> Iterator[None]:
+def frozen_results(model: nn.Module, *, ahead: bool = False) -> Iterator[None]:
     """Takes what the layers of a model compute from their tensors alone for constants, as long as the context lasts.
 
-    A graph that is exported inside holds the results and not their computation.
+    Args:
+        model: whose weights do not change inside.
+        ahead: compute them now, so that a graph which is exported inside holds the results and not their computation.
     """
-    layers = [module for module in model.modules() if isinstance(module, KeepsResults)]
+    layers = [module for module in model.modules() if isinstance(module, KeepsResults) and not module._is_frozen]
     try:
         with torch.no_grad():
             for layer in layers:
-                layer._frozen = {name: compute() for name, compute in layer._constants().items()}
+                layer._frozen = {name: compute() for name, compute in layer._constants().items()} if ahead else {}
         yield
     finally:
         for layer in layers:
             layer._frozen = None
+
+
+class FreezableModel:
+    """Adds `frozen` to a model."""
+
+    def frozen(self) -> Any:
+        """Context in which no weight of the model changes, so that kernels and discretised systems are computed once.
+
+        For many forward passes without a cache, as in evaluation. (Generation keeps what it needs in its cache by itself.)
+        Inside, weights must not be written, by whatever means: results would be those of the weights before.
+
+            with model.frozen(), torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+
+        Raises:
+            RuntimeError: gradients of such layers are tracked inside.
+        """
+        return frozen_results(self)  # type: ignore[arg-type]

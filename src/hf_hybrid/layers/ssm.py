@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..ops.autocast import without_autocast
 from ..ops.diagonal_scan import diagonal_scan
 from ..ops.diagonal_ssm import (
     DiagonalSystem,
@@ -44,7 +45,8 @@ from ..ops.s4 import (
     dplr_step_constants,
     recover_c,
 )
-from .kept_results import KeepsResults, keeping_precision
+from .full_precision import KeepsFullPrecision
+from .kept_results import KeepsResults, KeptResults, keeping
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +56,7 @@ _SCAN_LENGTH_CACHED = 4096  # the same with the kernel at hand
 _INITIAL_KINDS = {"s4": ("legs",), "s4d": ("legs", "lin", "inv", "real")}
 
 
-class StateSpaceLayer(KeepsResults):
+class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
     """State space model over the sequence axis, one single-input system per feature.
 
     Tensors (names of the official checkpoints): `D` (c, H); `C` (c or 2c, H, M, 2); `log_dt` (H,); `B` (1, S, M, 2);
@@ -134,7 +136,6 @@ class StateSpaceLayer(KeepsResults):
         self._initial_kernel_length = kernel_length
         self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
         self._loads = 0
-        self._length_read: tuple[Any, int] = (None, 0)
         self.reset_parameters()
 
     def _register(self, name: str, *shape: int) -> None:
@@ -181,18 +182,9 @@ class StateSpaceLayer(KeepsResults):
 
     # ------------------------------------------------------------------------------------------- precision and cache
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StateSpaceLayer:
-        """Follow moves between devices, but never a cast below float32."""
-        super()._apply(keeping_precision(fn), recurse)
-        return self
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._length_read = (None, 0)
         self._loads += 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_length_read": (None, 0)}
 
     @property
     def _math_dtype(self) -> torch.dtype:
@@ -261,7 +253,7 @@ class StateSpaceLayer(KeepsResults):
                 "`hf_hybrid.export` a model whose `ssm_max_length` is set, or export with a fixed length."
             )
         reach = length if limit is None else min(length, limit)
-        if self._cache_key() is None:
+        if not self._is_frozen or torch.compiler.is_compiling():
             return self._compute_kernel(reach)
         # Kept kernels have few different lengths. The prefix of a longer one differs in the last bits, so the length
         # must follow from `reach` alone: outputs would otherwise depend on the lengths seen before.
@@ -289,15 +281,20 @@ class StateSpaceLayer(KeepsResults):
     # ------------------------------------------------------------------------------------------------------ forward
 
     def forward(
-        self, hidden_states: torch.Tensor, initial_state: torch.Tensor | None = None, return_state: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        return_state: bool = False,
+        kept: KeptResults | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply the layer to a sequence, or to the next chunk of one.
+        """Apply the layer to a sequence, or to the next chunk of one. A token after others takes a step of the recurrence.
 
         Args:
             hidden_states: (B, L, H), padded positions zeroed.
             initial_state: (B, H, M, 2), state after the previous chunk, or None at the start.
             return_state: also return the state after the last token. With a state in or out, "s4" computes the
                 untruncated recurrence, so that every split of a sequence gives the same result.
+            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
 
         Returns:
             Outputs (B, L, c H), channel-major, in the dtype of the input; and the state, or None.
@@ -306,7 +303,9 @@ class StateSpaceLayer(KeepsResults):
             ValueError: if a state is asked of a bidirectional layer, or shapes do not fit.
         """
         self._check_inputs(hidden_states, initial_state, return_state)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with keeping(kept), without_autocast(hidden_states.device):
+            if hidden_states.shape[1] == 1 and initial_state is not None and return_state:
+                return self._step(hidden_states, initial_state)
             inputs = hidden_states.transpose(1, 2).to(self._math_dtype)  # (B, H, L)
             state = None
             if self._use_scan(inputs, return_state):
@@ -330,7 +329,7 @@ class StateSpaceLayer(KeepsResults):
         """Whether the grouped scan is faster than kernel plus FFT: long inputs on a CPU, outside compiled graphs."""
         if self.ssm_type != "s4d" or inputs.device.type != "cpu" or torch.compiler.is_compiling():
             return False
-        has_kernel = not return_state and self._cache_key() is not None
+        has_kernel = not return_state and self._is_frozen
         return inputs.shape[-1] >= (_SCAN_LENGTH_CACHED if has_kernel else _SCAN_LENGTH)
 
     def _scan(self, inputs: torch.Tensor, initial_state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -368,17 +367,22 @@ class StateSpaceLayer(KeepsResults):
         Returns:
             Output (B, 1, c H) and the next state.
         """
-        self._check_inputs(hidden_states, state, True)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            inputs = hidden_states[:, 0].to(self._math_dtype)  # (B, H)
-            if self.ssm_type == "s4d":
-                outputs, state = diagonal_step(inputs, self._cached("system", self.diagonal_system), state)
-            else:
-                constants, output = self._cached("step", self._step_constants)
-                state = None if state is None else state.to(inputs.dtype)
-                outputs, state = dplr_step(inputs, output, constants, state)
-            outputs = outputs + self.D.to(inputs.dtype) * inputs.unsqueeze(1)  # (B, c, H)
-            return outputs.flatten(1).unsqueeze(1).to(hidden_states.dtype), state
+        if state is None:
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            state = hidden_states.new_zeros(*self._state_shape(hidden_states), dtype=dtype)
+        output, state = self(hidden_states, state, return_state=True)
+        assert state is not None
+        return output, state
+
+    def _step(self, hidden_states: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = hidden_states[:, 0].to(self._math_dtype)  # (B, H)
+        if self.ssm_type == "s4d":
+            outputs, state = diagonal_step(inputs, self._cached("system", self.diagonal_system), state)
+        else:
+            constants, output = self._cached("step", self._step_constants)
+            outputs, state = dplr_step(inputs, output, constants, state.to(inputs.dtype))
+        outputs = outputs + self.D.to(inputs.dtype) * inputs.unsqueeze(1)  # (B, c, H)
+        return outputs.flatten(1).unsqueeze(1).to(hidden_states.dtype), state
 
     def _blocks(self) -> DplrBlocks:
         return dplr_blocks(self.raw_c(), dplr_dense(self.dplr_system(self._wide_dtype)), dtype=self._math_dtype)
@@ -388,6 +392,9 @@ class StateSpaceLayer(KeepsResults):
         dtype = self._math_dtype
         return type(constants)(*(tensor.to(dtype) for tensor in constants)), self.raw_c().to(dtype)
 
+    def _state_shape(self, hidden_states: torch.Tensor) -> tuple[int, ...]:
+        return (hidden_states.shape[0], self.hidden_size, self.state_size // 2, 2)
+
     def _check_inputs(self, hidden_states: torch.Tensor, state: torch.Tensor | None, with_state: bool) -> None:
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size or hidden_states.shape[1] == 0:
             raise ValueError(
@@ -396,24 +403,18 @@ class StateSpaceLayer(KeepsResults):
             )
         if self.bidirectional and (with_state or state is not None):
             raise ValueError("A bidirectional state space layer has no state: call it on whole sequences only.")
-        expected = (hidden_states.shape[0], self.hidden_size, self.state_size // 2, 2)
+        expected = self._state_shape(hidden_states)
         if state is not None and state.shape != expected:
             raise ValueError(f"The state must have shape {expected}; got {tuple(state.shape)}.")
 
 
 @torch.compiler.assume_constant_result
 def _read_length(layer: StateSpaceLayer, loads: int) -> int:
-    """`kernel_length` as a number, read from the device only after it changed.
+    """`kernel_length` as a number.
 
     The compiler runs this once and takes the result for a constant; `loads` makes it look again after a load.
     """
-    buffer = layer.kernel_length
-    if buffer.is_meta:
-        return layer._initial_kernel_length
-    key = (buffer.data_ptr(), buffer._version)
-    if layer._length_read[0] != key:
-        layer._length_read = (key, int(buffer))
-    return layer._length_read[1]
+    return layer._initial_kernel_length if layer.kernel_length.is_meta else int(layer.kernel_length)
 
 
 class _PlainInit:

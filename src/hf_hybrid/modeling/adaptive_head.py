@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.adaptive import AdaptiveSoftmax
+from ..layers.adaptive import AdaptiveSoftmax, TiedBands
 from .heads import GenericForCausalLM
 from .losses import mean_over_labels
 
@@ -51,9 +51,9 @@ class GenericForAdaptiveCausalLM(GenericForCausalLM):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.config.adaptive_cutoffs is None:
             return super().predict(hidden_states, kept, labels, num_items_in_batch)
-        table, loss = self.base_model.get_input_embeddings(), None
+        bands, loss = TiedBands(self.base_model.get_input_embeddings()), None
         if labels is not None:
             targets = labels.to(hidden_states.device).flatten()
-            total = self.lm_head.negative_log_likelihood(hidden_states.flatten(0, 1), targets, table)
+            total = self.lm_head(hidden_states.flatten(0, 1), bands, targets)
             loss = mean_over_labels(total, targets, num_items_in_batch)
-        return None if self.training and labels is not None else self.lm_head(hidden_states[:, kept], table), loss
+        return None if self.training and labels is not None else self.lm_head(hidden_states[:, kept], bands), loss

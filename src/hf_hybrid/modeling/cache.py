@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..layers.kept_results import KeptResults
+
 SURPLUS_TOKENS = 4096  # past tokens that no row sees any more are dropped once there are so many
 
 
@@ -22,6 +24,7 @@ class StateLayer(CacheLayerMixin):
     Attributes:
         state: state of the recurrence, a tensor or a tuple of tensors, batch first; None before the first call.
         begins: (B,) place at which the text of each row begins; None while it is 0.
+        kept: what the layer computed from its weights alone, for the steps of this generation.
         layout: settings of the model that made the cache, which the model that continues it must share.
         cumulative_length: tokens so far, padding included.
     """
@@ -52,6 +55,7 @@ class StateLayer(CacheLayerMixin):
         self.state: Any = None
         self.cumulative_length = 0
         self.is_initialized = False
+        self.kept: KeptResults = {}
 
     # ------------------------------------------------------------------------------------------ what it answers
 

@@ -125,7 +125,9 @@ class DecodingStep(nn.Module):
             # The encoder has run: only the shape of its output is looked at, as keys and values are in the cache.
             length = next(iter(source.values())).shape[-2]
             width = self.model.config.hidden_size
-            hidden_states = self.model.lm_head.weight.new_zeros(input_ids.shape[0], length, width)
+            hidden_states = torch.zeros(
+                input_ids.shape[0], length, width, dtype=self.model.dtype, device=input_ids.device
+            )
             encoder_outputs = BaseModelOutput(last_hidden_state=hidden_states)
             arguments = {"encoder_outputs": encoder_outputs, "attention_mask": source_mask}
         outputs = self._run(input_ids, mask, cache, **arguments)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .autocast import without_autocast
+
 PAIRS_AT_A_TIME = 1 << 19  # pairs of key and codeword whose distances exist at one time on CPU
 LEAST_COUNT = 1e-6  # average count below which a codeword is left where it is
 REVIVED_SHARE = 0.1  # count of a revived codeword, in uniform shares
@@ -57,7 +59,7 @@ def nearest_codes(keys: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     offset = words.square().sum(-1).mul(-0.5).unsqueeze(-2)  # (H, 1, S)
     size = max(1, PAIRS_AT_A_TIME // (words.shape[0] * words.shape[1]))
     # Autocast would round the products, and keys go to other codewords.
-    with torch.autocast(keys.device.type, enabled=False):
+    with without_autocast(keys.device):
         return _nearest_codes(keys.to(dtype), words, offset, size)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .autocast import without_autocast
 from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
@@ -200,7 +201,7 @@ def _gated_attention(
     shift: int,
     dropout_p: float,
 ) -> torch.Tensor:
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         parts = _Parts(query, key, bias, hidden, seed, activation, causal, shift, dropout_p)
         outputs = value.new_empty(*query.shape[:2], value.shape[-1])
         for part, weights, _, factors in parts.each(with_slope=False):
@@ -230,7 +231,7 @@ def _gated_attention_backward(
     shift: int,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         parts = _Parts(query, key, bias, hidden, seed, activation, causal, shift, dropout_p)
         query_gradient = torch.empty_like(query, memory_format=torch.contiguous_format)
         key_gradient, value_gradient, bias_gradient = (

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .autocast import without_autocast
 from .dropout_masks import dropout_factors
 from .export_shapes import count_blocks
 from .gated_scores import ACCELERATOR_PAIRS_AT_A_TIME, LAPLACE_MEAN, LAPLACE_STD, activate
@@ -304,7 +305,7 @@ def _packed_attention(
     causal: bool,
     dropout_p: float,
 ) -> torch.Tensor:
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         tensors = (query, key, value, rank_bias, position_bias, rows, positions, seed)
         blocks = _Blocks(*tensors, activation, window, causal, dropout_p)
         outputs = value.new_empty(value.shape)
@@ -380,7 +381,7 @@ def _packed_attention_backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and both biases (empty for one that is absent)."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         tensors = (query, key, value, rank_bias, position_bias, rows, positions, seed)
         blocks = _Blocks(*tensors, activation, window, causal, dropout_p)
         dtype = blocks.dtype

@@ -79,13 +79,37 @@ def relative_bias_vector(
     Returns:
         (n, 2r + 1), or (n, r + 1) when causal: entry k is the bias of offset `j - i = k - r`.
     """
-    if radius < 0:
-        raise ValueError(f"`radius` must be a distance in tokens, 0 or more; got {radius}.")
-    offsets = torch.arange(-radius, 1 if causal else radius + 1, device=table.device)
-    buckets = relative_position_bucket(
-        offsets, bidirectional=not causal, num_buckets=table.shape[0], max_distance=max_distance
+    buckets = window_buckets(
+        radius, causal=causal, num_buckets=table.shape[0], max_distance=max_distance, device=table.device
     )
     return F.embedding(buckets, table).transpose(0, 1)
+
+
+def window_buckets(
+    radius: int,
+    *,
+    causal: bool = False,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Bucket of every offset inside a window: the rows of the table in `relative_bias_vector`, for modules that hold one.
+
+    Args:
+        radius: largest distance r inside the window, in tokens; 0 or more.
+        causal: only offsets -r..0 (causal buckets) instead of -r..r (bidirectional buckets).
+        num_buckets, max_distance: see `relative_position_bucket`.
+        device: of the result.
+
+    Returns:
+        (2r + 1,) int64, or (r + 1,) when causal.
+    """
+    if radius < 0:
+        raise ValueError(f"`radius` must be a distance in tokens, 0 or more; got {radius}.")
+    offsets = torch.arange(-radius, 1 if causal else radius + 1, device=device)
+    return relative_position_bucket(
+        offsets, bidirectional=not causal, num_buckets=num_buckets, max_distance=max_distance
+    )
 
 
 def toeplitz_bias(

@@ -6,6 +6,7 @@ states, K block ends.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +32,16 @@ from ...ops.block_state import (
     step_attention,
     write_slots,
 )
-from ...ops.relative_position import relative_bias_vector
+from ...ops.relative_position import window_buckets
 from ..cache import layer_state
 from ..inputs import can_read_values
 from .bst_cache import BlockStateLayer
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 
 Rings = tuple[torch.Tensor, torch.Tensor]
+Filters = Callable[
+    ..., Any
+]  # calls the filters of a layer; the module itself is no argument, as offload hooks would move it
 
 
 class Step(NamedTuple):
@@ -118,16 +122,22 @@ class BstAttention(_HeadScores):
     def __init__(self, config: BstConfig, *, has_context: bool) -> None:
         super().__init__(config)
         self.is_sliding = not has_context or config.local_attention == "sliding_window"
+        self.num_buckets = config.relative_attention_num_buckets
         self.max_distance = config.relative_attention_max_distance
         inner = config.num_attention_heads * config.head_dim
         self.o_proj = nn.Linear(inner * (1 + has_context), config.hidden_size, bias=False)
         self.rel_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
 
-    def bias(self) -> torch.Tensor:
+    def _bias(self, device: torch.device) -> torch.Tensor:
         """(n, W): entry k belongs to the distance W - 1 - k."""
-        bias = relative_bias_vector(
-            self.rel_bias.weight, radius=self.block_size - 1, causal=True, max_distance=self.max_distance
+        buckets = window_buckets(
+            self.block_size - 1,
+            causal=True,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+            device=device,
         )
+        bias = self.rel_bias(buckets).transpose(0, 1)
         return bias if self.qk_scale is None else bias * self.qk_scale.abs().unsqueeze(1)
 
     def forward(self, states: torch.Tensor, passage: Passage, cache_layer: BlockStateLayer | None) -> torch.Tensor:
@@ -135,7 +145,7 @@ class BstAttention(_HeadScores):
         query = self.queries(states)
         key = self.normalize_keys(self.split_heads(self.k_proj(states)))
         value = self.split_heads(self.v_proj(states))
-        bias = self.bias()
+        bias = self._bias(states.device)
         if passage.step is not None:
             step = passage.step
             cache_layer.keys = write_slots(cache_layer.keys, key, step.slot, step.valid)
@@ -167,6 +177,20 @@ def _rings_after(rings: Rings | None, new: Rings, size: int, passage: Passage) -
     ]
 
 
+class ProjectedRMSNorm(RMSNorm):
+    """RMS norm, followed by a projection of each head's own vectors.
+
+    The weight of the norm goes into the projection, and what the norm divides by behind the product, so that no second tensor
+    of the size of the input is made.
+    """
+
+    def forward(self, outputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Outputs of the filters (B, n, D, T) and weights (n, X, D) to (B, n, T, X)."""
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        factor = torch.rsqrt(wide.square().mean(2, keepdim=True) + self.eps)  # (B, n, 1, T)
+        return (((weight * self.weight) @ outputs) * factor).to(outputs.dtype).transpose(-1, -2)
+
+
 class BstContext(_HeadScores):
     """Attention to context states, the outputs of the filters of the layer.
 
@@ -177,15 +201,16 @@ class BstContext(_HeadScores):
     def __init__(self, config: BstConfig) -> None:
         super().__init__(config)
         self.variant = config.context_variant
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        norm_class = ProjectedRMSNorm if self.variant == "mh" else RMSNorm
+        self.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
         if self.variant == "mf":
             self.ids = nn.Parameter(torch.empty(config.num_context_states, config.hidden_size))
             self.initial = nn.Parameter(torch.empty(config.num_context_states, config.hidden_size))
 
     def forward(
-        self, states: torch.Tensor, filters: nn.Module, passage: Passage, cache_layer: BlockStateLayer | None
+        self, states: torch.Tensor, filters: Filters, passage: Passage, cache_layer: BlockStateLayer | None
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, n, T, e), before the output projection; `filters` are those of the layer."""
+        """(B, T, D) -> (B, n, T, e), before the output projection; `filters` calls those of the layer."""
         query = self.queries(states)
         if passage.step is not None:
             read = self._step_multi_filter if self.variant == "mf" else self._step
@@ -221,26 +246,25 @@ class BstContext(_HeadScores):
         if self.variant == "sh":
             context = self.norm(outputs.squeeze(1).transpose(1, 2))
             return self.normalize_keys(self.split_heads(self.k_proj(context))), self.split_heads(self.v_proj(context))
-        # Each head projects its own vectors: the norm goes into the weights, and what it divides by behind the product,
-        # so that no second tensor of the size of the outputs is made.
-        weights = [_weight_of(linear).unflatten(0, (self.num_heads, -1)) for linear in (self.k_proj, self.v_proj)]
-        weight = torch.cat(weights, dim=1) * self.norm.weight  # (n, 2 e, D)
-        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        factor = torch.rsqrt(wide.square().mean(2, keepdim=True) + self.norm.eps)  # (B, n, 1, T)
-        projected = ((weight @ outputs) * factor).to(outputs.dtype).transpose(-1, -2)  # (B, n, T, 2 e)
-        key, value = projected.chunk(2, dim=-1)
+        key, value = self.norm(outputs, self._head_weights(outputs)).chunk(2, dim=-1)
         return self.normalize_keys(key), value
+
+    def _head_weights(self, outputs: torch.Tensor) -> torch.Tensor:
+        """(n, 2 e, D): what every head projects its own vectors with; the matrices are what the layers make of the unit vectors."""
+        unit = torch.eye(outputs.shape[2], dtype=outputs.dtype, device=outputs.device)
+        heads = (linear(unit).T.unflatten(0, (self.num_heads, -1)) for linear in (self.k_proj, self.v_proj))
+        return torch.cat(list(heads), dim=1)
 
     def _step(
         self,
         query: torch.Tensor,
         states: torch.Tensor,
-        filters: nn.Module,
+        filters: Filters,
         step: Step,
         cache_layer: BlockStateLayer,
     ) -> torch.Tensor:
-        cache_layer.state = filters.advance(states, cache_layer.state, step.valid)
-        outputs = filters.read(states, cache_layer.state).unsqueeze(-1)  # (B, F, D, 1)
+        cache_layer.state = filters(states, cache_layer.state, token="advance", valid=step.valid)
+        outputs = filters(states, cache_layer.state, token="read").unsqueeze(-1)  # (B, F, D, 1)
         key, value = self._keys_and_values(outputs.to(states.dtype))
         cache_layer.context_keys = write_slots(cache_layer.context_keys, key, step.slot, step.valid)
         cache_layer.context_values = write_slots(cache_layer.context_values, value, step.slot, step.valid)
@@ -281,7 +305,7 @@ class BstContext(_HeadScores):
         self,
         query: torch.Tensor,
         states: torch.Tensor,
-        filters: nn.Module,
+        filters: Filters,
         passage: Passage,
         cache_layer: BlockStateLayer | None,
     ) -> torch.Tensor:
@@ -299,8 +323,7 @@ class BstContext(_HeadScores):
             later = self._contexts(outputs.to(states.dtype))
             contexts = [torch.cat(pair, dim=2) for pair in zip(contexts, later)]
         if self.training and torch.is_grad_enabled():
-            unused = sum(parameter.sum() for parameter in filters.parameters()) + outputs.sum()
-            contexts = [part + (0 * unused).to(part.dtype) for part in contexts]
+            contexts = [part + (0 * outputs.sum()).to(part.dtype) for part in contexts]
         read = context_attention(
             query,
             *contexts,
@@ -320,11 +343,11 @@ class BstContext(_HeadScores):
         self,
         query: torch.Tensor,
         states: torch.Tensor,
-        filters: nn.Module,
+        filters: Filters,
         step: Step,
         cache_layer: BlockStateLayer,
     ) -> torch.Tensor:
-        cache_layer.state = filters.advance(states, cache_layer.state, step.valid)
+        cache_layer.state = filters(states, cache_layer.state, token="advance", valid=step.valid)
         if cache_layer.was_reset:
             begins = (cache_layer.positions == 0).view(-1, 1, 1, 1)
             pairs = zip(self._initial_context(states), (cache_layer.context_keys, cache_layer.context_values))
@@ -339,7 +362,7 @@ class BstContext(_HeadScores):
             is_end = is_end if bool(is_end.any()) else False
         if is_end is False:
             return read
-        outputs = filters.read(states, cache_layer.state, is_block_end=True).unsqueeze(1)  # (B, 1, S, D)
+        outputs = filters(states, cache_layer.state, token="read", is_block_end=True).unsqueeze(1)  # (B, 1, S, D)
         new = [part.squeeze(2) for part in self._contexts(outputs.to(states.dtype))]
         if isinstance(is_end, torch.Tensor):
             ends = is_end.view(-1, 1, 1, 1)
@@ -356,14 +379,6 @@ def _take_block(contexts: torch.Tensor, index: Start) -> torch.Tensor:
     if isinstance(index, int):
         return contexts[:, :, index].clone()  # frees the others
     return contexts.take_along_dim(index.view(-1, 1, 1, 1, 1), dim=2).squeeze(2)
-
-
-def _weight_of(linear: Any) -> torch.Tensor:
-    """Matrix (out, in) of a linear map, whatever wraps it (adapters, quantised weights)."""
-    weight = getattr(linear, "weight", None)
-    if type(linear) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor):
-        return weight
-    return linear(torch.eye(linear.in_features, dtype=weight.dtype, device=weight.device)).T
 
 
 class BstFeedForward(nn.Module):
@@ -427,7 +442,9 @@ class BstLayer(GradientCheckpointingLayer):
         cache_layer = layer_state(past_key_values, self.layer_idx)
         mixed = self.attn(states, passage, cache_layer)
         if self.context is not None:
-            mixed = torch.cat([mixed, self.context(states, self.ssm, passage, cache_layer)], dim=1)
+            kept = None if cache_layer is None else cache_layer.kept
+            context = self.context(states, lambda *args, **kw: self.ssm(*args, kept=kept, **kw), passage, cache_layer)
+            mixed = torch.cat([mixed, context], dim=1)
         mixed = self.attn.o_proj(mixed.transpose(1, 2).flatten(2))
         if passage.order is not None:
             mixed = restore_rows(mixed, passage.order)

@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...layers.kept_results import KeepsResults, keeping_precision
+from ...layers.full_precision import KeepsFullPrecision
+from ...layers.kept_results import KeepsResults, KeptResults, keeping
 from ...layers.ssm import StateSpaceLayer
+from ...ops.autocast import without_autocast
 from ...ops.block_state import Start, writable
 from ...ops.diagonal_scan import block_divisor, decayed_state, diagonal_block_states, diagonal_scan
 from ...ops.diagonal_ssm import (
@@ -59,7 +61,65 @@ def _block_aligned(inputs: torch.Tensor, start: Start, block_size: int) -> tuple
     return _shifted(inputs, phase, columns), phase, columns // block_size
 
 
-class DiagonalFilters(KeepsResults):
+class ContextFilters(nn.Module):
+    """What the three kinds have in common: everything that reads their tensors runs inside a call.
+
+    A kind defines `_run`, `_advance` and `_read_token`.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        initial_state: Any = None,
+        return_state: bool = False,
+        counts: torch.Tensor | None = None,
+        block_size: int | None = None,
+        start: Start = 0,
+        *,
+        kept: KeptResults | None = None,
+        token: str | None = None,
+        valid: torch.Tensor | None = None,
+        is_block_end: bool = False,
+    ) -> Any:
+        """Outputs at every token, or at the ends of blocks.
+
+        Args:
+            hidden_states: (B, T, D); zeros behind the real tokens of a row.
+            initial_state: state after the tokens of earlier calls, or None at the start.
+            return_state: also return the state after the last real token.
+            counts: (B,) real tokens of each row; None: all.
+            block_size: W, for outputs at the ends of blocks only: those of all blocks that may end in this call.
+            start: tokens of earlier calls, of all rows or (B,); needed with `block_size` only.
+            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
+            token: "advance" or "read", for a single token: see the methods of that name, and there `valid` and `is_block_end`.
+
+        Returns:
+            (B, F, D, T) or (B, K, F, D), in float32 or better; and the state, or None.
+        """
+        with keeping(kept), without_autocast(hidden_states.device):
+            if token == "advance":
+                return self._advance(hidden_states, initial_state, valid)
+            if token == "read":
+                return self._read_token(hidden_states, initial_state, is_block_end)
+            return self._run(hidden_states, initial_state, return_state, counts, block_size, start)
+
+    def advance(self, hidden_states: torch.Tensor, state: Any, valid: torch.Tensor | None = None) -> Any:
+        """State after one token (B, 1, D); rows that are not `valid` (B,) keep theirs."""
+        return self(hidden_states, state, token="advance", valid=valid)
+
+    def read(self, hidden_states: torch.Tensor, state: Any, is_block_end: bool = False) -> torch.Tensor:
+        """Outputs (B, F, D) at the token (B, 1, D) that the state was advanced by last."""
+        return self(hidden_states, state, token="read", is_block_end=is_block_end)
+
+    def _no_block_ends(self, inputs: torch.Tensor, num_filters: int) -> torch.Tensor:
+        """(B, 0, F, D) of inputs (B, D, T); every parameter takes part, as distributed wrappers wait for its gradient."""
+        empty = inputs.new_zeros(inputs.shape[0], 0, num_filters, inputs.shape[1])
+        if not torch.is_grad_enabled():
+            return empty
+        return empty + sum(parameter.flatten()[:0].sum() for parameter in self.parameters())
+
+
+class DiagonalFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
     """Diagonal state spaces (S4D, arXiv 2206.11893), zero-order hold; the F filters of a channel share its state.
 
     Tensors: `log_dt` (D,), `log_A_real` and `A_imag` (D, M) with A = -exp(log_A_real) + i A_imag, `C` (F, D, M, 2) and `D` (F, D), in
@@ -100,10 +160,6 @@ class DiagonalFilters(KeepsResults):
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, num_filters={self.num_filters}, state_size={self.state_size}"
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DiagonalFilters:
-        super()._apply(keeping_precision(fn), recurse)
-        return self
-
     def system(self) -> DiagonalSystem:
         """Discretised system, formed in float64: decays stay so, coefficients are rounded to working precision."""
         dtype = self.C.dtype
@@ -127,44 +183,30 @@ class DiagonalFilters(KeepsResults):
     def _constants(self) -> dict[str, Callable[[], Any]]:
         return {"system": self.system, "decay": self._step_decay}
 
-    def forward(
+    def _run(
         self,
         hidden_states: torch.Tensor,
-        initial_state: torch.Tensor | None = None,
-        return_state: bool = False,
-        counts: torch.Tensor | None = None,
-        block_size: int | None = None,
-        start: Start = 0,
+        initial_state: torch.Tensor | None,
+        return_state: bool,
+        counts: torch.Tensor | None,
+        block_size: int | None,
+        start: Start,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs at every token, or at the ends of blocks.
-
-        Args:
-            hidden_states: (B, T, D); zeros behind the real tokens of a row.
-            initial_state: state after the tokens of earlier calls, or None at the start.
-            return_state: also return the state after the last real token.
-            counts: (B,) real tokens of each row; None: all.
-            block_size: W, for outputs at the ends of blocks only: those of all blocks that may end in this call.
-            start: tokens of earlier calls, of all rows or (B,); needed with `block_size` only.
-
-        Returns:
-            (B, F, D, T) or (B, K, F, D), in float32 or better; and the state, or None.
-        """
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            inputs = hidden_states.transpose(1, 2).to(self.C.dtype)  # (B, D, T)
-            system = self._cached("system", self.system)
-            if block_size is not None:
-                return self._block_ends(inputs, system, initial_state, return_state, counts, block_size, start)
-            if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
-                outputs, state = diagonal_scan(inputs, system, initial_state, feedthrough=self.D)
-            else:
-                kernel = self._cached(f"kernel {inputs.shape[-1]}", lambda: system_kernel(system, inputs.shape[-1]))
-                outputs = causal_fft_conv(inputs.unsqueeze(1), kernel) + self.D.unsqueeze(-1) * inputs.unsqueeze(1)
-                if initial_state is not None:
-                    outputs = outputs + initial_state_response(system, initial_state, inputs.shape[-1])
-                state = diagonal_final_state(inputs, system, initial_state) if return_state else None
-            if counts is not None and return_state:
-                state = self._last_state(inputs, system, initial_state, counts)
-            return outputs, state if return_state else None
+        inputs = hidden_states.transpose(1, 2).to(self.C.dtype)  # (B, D, T)
+        system = self._cached("system", self.system)
+        if block_size is not None:
+            return self._block_ends(inputs, system, initial_state, return_state, counts, block_size, start)
+        if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+            outputs, state = diagonal_scan(inputs, system, initial_state, feedthrough=self.D)
+        else:
+            kernel = system_kernel(system, inputs.shape[-1])
+            outputs = causal_fft_conv(inputs.unsqueeze(1), kernel) + self.D.unsqueeze(-1) * inputs.unsqueeze(1)
+            if initial_state is not None:
+                outputs = outputs + initial_state_response(system, initial_state, inputs.shape[-1])
+            state = diagonal_final_state(inputs, system, initial_state) if return_state else None
+        if counts is not None and return_state:
+            state = self._last_state(inputs, system, initial_state, counts)
+        return outputs, state if return_state else None
 
     def _last_state(
         self,
@@ -180,8 +222,7 @@ class DiagonalFilters(KeepsResults):
 
     def _block_ends(self, inputs, system, initial_state, return_state, counts, block_size, start):
         aligned, phase, num_blocks = _block_aligned(inputs, start, block_size)
-        ends = inputs.new_zeros(inputs.shape[0], 0, self.num_filters, self.hidden_size)
-        states = None
+        ends, states = self._no_block_ends(inputs, self.num_filters), None
         if num_blocks:
             entering = None
             if initial_state is not None:
@@ -207,26 +248,22 @@ class DiagonalFilters(KeepsResults):
         outputs = 2 * torch.einsum("xdn,fdn->xfd", states.flatten(2), weight)
         return outputs + self.D * inputs.unsqueeze(1)
 
-    def advance(
-        self, hidden_states: torch.Tensor, state: torch.Tensor | None, valid: torch.Tensor | None = None
+    def _advance(
+        self, hidden_states: torch.Tensor, state: torch.Tensor | None, valid: torch.Tensor | None
     ) -> torch.Tensor:
-        """State after one token (B, 1, D); rows that are not `valid` (B,) keep theirs."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            inputs = hidden_states[:, 0].to(self.C.dtype).unsqueeze(-1)
-            system = self._cached("system", self.system)
-            before = inputs.new_zeros(*inputs.shape[:2], self.state_size // 2, 2) if state is None else state
-            decay = self._cached("decay", self._step_decay)
-            real, imag = complex_multiply(before[..., 0], before[..., 1], *decay)
-            after = torch.stack([real + system.input_real * inputs, imag + system.input_imag * inputs], dim=-1)
-            return after if valid is None else torch.where(valid[:, None, None, None], after, before)
+        inputs = hidden_states[:, 0].to(self.C.dtype).unsqueeze(-1)
+        system = self._cached("system", self.system)
+        before = inputs.new_zeros(*inputs.shape[:2], self.state_size // 2, 2) if state is None else state
+        decay = self._cached("decay", self._step_decay)
+        real, imag = complex_multiply(before[..., 0], before[..., 1], *decay)
+        after = torch.stack([real + system.input_real * inputs, imag + system.input_imag * inputs], dim=-1)
+        return after if valid is None else torch.where(valid[:, None, None, None], after, before)
 
-    def read(self, hidden_states: torch.Tensor, state: torch.Tensor, is_block_end: bool = False) -> torch.Tensor:
-        """Outputs (B, F, D) at the token (B, 1, D) that the state was advanced by last."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self._read(state, hidden_states[:, 0].to(self.C.dtype))
+    def _read_token(self, hidden_states: torch.Tensor, state: torch.Tensor, is_block_end: bool) -> torch.Tensor:
+        return self._read(state, hidden_states[:, 0].to(self.C.dtype))
 
 
-class DplrFilters(StateSpaceLayer):
+class DplrFilters(ContextFilters, StateSpaceLayer):
     """State spaces of diagonal plus low rank (S4, arXiv 2111.00396) with the interface of `DiagonalFilters`.
 
     Tensors are those of `StateSpaceLayer` with `ssm_type="s4"` and F channels.
@@ -237,27 +274,25 @@ class DplrFilters(StateSpaceLayer):
     ) -> None:
         super().__init__(hidden_size, state_size, ssm_type="s4", channels=num_filters, dt_min=dt_min, dt_max=dt_max)
 
-    def forward(
+    def _run(
         self,
         hidden_states: torch.Tensor,
-        initial_state: torch.Tensor | None = None,
-        return_state: bool = False,
-        counts: torch.Tensor | None = None,
-        block_size: int | None = None,
-        start: Start = 0,
+        initial_state: torch.Tensor | None,
+        return_state: bool,
+        counts: torch.Tensor | None,
+        block_size: int | None,
+        start: Start,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `DiagonalFilters.forward`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.to(self._math_dtype)
-            inputs, state = hidden_states.transpose(1, 2), None
-            if block_size is None:
-                outputs, state = super().forward(hidden_states, initial_state, return_state)
-                outputs = outputs.transpose(1, 2).unflatten(1, (self.channels, -1))
-            else:
-                outputs = self._block_ends(inputs, initial_state, block_size, start)
-            if return_state and (counts is not None or block_size is not None):
-                state = self._last_state(inputs, initial_state, counts)
-            return outputs, state
+        hidden_states = hidden_states.to(self._math_dtype)
+        inputs, state = hidden_states.transpose(1, 2), None
+        if block_size is None:
+            outputs, state = StateSpaceLayer.forward(self, hidden_states, initial_state, return_state)
+            outputs = outputs.transpose(1, 2).unflatten(1, (self.channels, -1))
+        else:
+            outputs = self._block_ends(inputs, initial_state, block_size, start)
+        if return_state and (counts is not None or block_size is not None):
+            state = self._last_state(inputs, initial_state, counts)
+        return outputs, state
 
     def _compute_dense(self) -> DenseSystem:
         return dplr_dense(self.dplr_system(self._wide_dtype))
@@ -291,7 +326,7 @@ class DplrFilters(StateSpaceLayer):
     ) -> torch.Tensor:
         aligned, phase, num_blocks = _block_aligned(inputs, start, block_size)
         if not num_blocks:
-            return inputs.new_zeros(inputs.shape[0], 0, self.channels, self.hidden_size)
+            return self._no_block_ends(inputs, self.channels)
         entering = None
         if initial_state is not None:
             rest = block_size - phase
@@ -309,26 +344,22 @@ class DplrFilters(StateSpaceLayer):
         weight = torch.stack([output[..., 0], -output[..., 1]], dim=-1).flatten(2)  # (F, D, N)
         return 2 * torch.einsum("xdn,fdn->xfd", states.flatten(2), weight) + self.D * inputs.unsqueeze(1)
 
-    def advance(
-        self, hidden_states: torch.Tensor, state: torch.Tensor | None, valid: torch.Tensor | None = None
+    def _advance(
+        self, hidden_states: torch.Tensor, state: torch.Tensor | None, valid: torch.Tensor | None
     ) -> torch.Tensor:
-        """As `DiagonalFilters.advance`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            inputs = hidden_states[:, 0].to(self._math_dtype)
-            constants, output = self._cached("step", self._step_constants)
-            after = dplr_step(inputs, output[:1], constants, None if state is None else state.to(inputs.dtype))[1]
-            if valid is None:
-                return after
-            before = torch.zeros_like(after) if state is None else state
-            return torch.where(valid[:, None, None, None], after, before)
+        inputs = hidden_states[:, 0].to(self._math_dtype)
+        constants, output = self._cached("step", self._step_constants)
+        after = dplr_step(inputs, output[:1], constants, None if state is None else state.to(inputs.dtype))[1]
+        if valid is None:
+            return after
+        before = torch.zeros_like(after) if state is None else state
+        return torch.where(valid[:, None, None, None], after, before)
 
-    def read(self, hidden_states: torch.Tensor, state: torch.Tensor, is_block_end: bool = False) -> torch.Tensor:
-        """As `DiagonalFilters.read`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self._read(state, hidden_states[:, 0].to(self._math_dtype))
+    def _read_token(self, hidden_states: torch.Tensor, state: torch.Tensor, is_block_end: bool) -> torch.Tensor:
+        return self._read(state, hidden_states[:, 0].to(self._math_dtype))
 
 
-class _FilterProjection(nn.Module):
+class _FilterProjection(KeepsFullPrecision):
     """Holds `weight` (F D, E) and `bias` (F D,), row f D + j: no linear map of activations, so no `nn.Linear`."""
 
     def __init__(self, rows: int, size: int, dtype: torch.dtype) -> None:
@@ -336,8 +367,12 @@ class _FilterProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, size, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype))
 
+    def forward(self, function: Callable[..., torch.Tensor], num_filters: int) -> torch.Tensor:
+        """`function` of the weight (F, D, E) and the bias (F, D)."""
+        return function(self.weight.unflatten(0, (num_filters, -1)), self.bias.unflatten(0, (num_filters, -1)))
 
-class ExplicitFilters(KeepsResults):
+
+class ExplicitFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
     """Explicitly parametrised filters of finite length, with the interface of `DiagonalFilters` (`ops.windowed_filter`).
 
     Tensors: `filter_proj.weight` (F D, E), `filter_proj.bias` (F D,), `D` (F, D) and the buffer `alpha` (D,), in float32 or better.
@@ -386,28 +421,27 @@ class ExplicitFilters(KeepsResults):
             f"{self.hidden_size}, num_filters={self.num_filters}, length={self.length}, features={self.feature_size}"
         )
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExplicitFilters:
-        super()._apply(keeping_precision(fn), recurse)
-        return self
-
     def _own_tensors(self) -> list[Any]:
         return [*super()._own_tensors(), *self.filter_proj.parameters()]
 
-    def _map(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weight (F, D, E), bias (F, D), alpha and features."""
-        rows = (self.num_filters, self.hidden_size)
-        features = lag_features(
+    def _features(self) -> torch.Tensor:
+        return lag_features(
             self.length, self.feature_size, self.base, device=self.alpha.device, dtype=self.alpha.dtype
-        )
-        return (
-            self.filter_proj.weight.unflatten(0, rows),
-            self.filter_proj.bias.unflatten(0, rows),
-            self.alpha,
-            features,
         )
 
     def _compute_filters(self) -> torch.Tensor:
-        return windowed_filters(*self._map())
+        def compute(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return windowed_filters(weight, bias, self.alpha, self._features())
+
+        return self.filter_proj(compute, self.num_filters)
+
+    def _at_places(self, inputs: torch.Tensor, ends: range) -> torch.Tensor:
+        """Outputs (B, K, F, D), without the direct term, at a few places of (B, D, X)."""
+
+        def compute(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return filtered_block_ends(inputs, weight, bias, self.alpha, self._features(), ends)
+
+        return self.filter_proj(compute, self.num_filters)
 
     def _constants(self) -> dict[str, Callable[[], Any]]:
         return {"filters": self._compute_filters}
@@ -420,36 +454,34 @@ class ExplicitFilters(KeepsResults):
         """As `DiagonalFilters.kernel`; zero beyond the reach."""
         return F.pad(self.filters()[..., :length], (0, max(0, length - self.length)))
 
-    def forward(
+    def _run(
         self,
         hidden_states: torch.Tensor,
-        initial_state: InputHistory | None = None,
-        return_state: bool = False,
-        counts: torch.Tensor | None = None,
-        block_size: int | None = None,
-        start: Start = 0,
+        initial_state: InputHistory | None,
+        return_state: bool,
+        counts: torch.Tensor | None,
+        block_size: int | None,
+        start: Start,
     ) -> tuple[torch.Tensor, InputHistory | None]:
-        """As `DiagonalFilters.forward`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            inputs = hidden_states.transpose(1, 2).to(self.D.dtype)  # (B, D, T)
-            before = 0 if initial_state is None else self.length
-            known = inputs if initial_state is None else torch.cat([initial_state.last(self.length), inputs], dim=-1)
-            if block_size is None:
-                outputs = causal_fft_conv(known.unsqueeze(1), self.filters())[..., before:]
-                outputs = outputs + self.D.unsqueeze(-1) * inputs.unsqueeze(1)
-            else:
-                outputs = self._block_ends(known, before, block_size, start)
-            return outputs, self._history_after(known, inputs.shape[-1], counts) if return_state else None
+        inputs = hidden_states.transpose(1, 2).to(self.D.dtype)  # (B, D, T)
+        before = 0 if initial_state is None else self.length
+        known = inputs if initial_state is None else torch.cat([initial_state.last(self.length), inputs], dim=-1)
+        if block_size is None:
+            outputs = causal_fft_conv(known.unsqueeze(1), self.filters())[..., before:]
+            outputs = outputs + self.D.unsqueeze(-1) * inputs.unsqueeze(1)
+        else:
+            outputs = self._block_ends(known, before, block_size, start)
+        return outputs, self._history_after(known, inputs.shape[-1], counts) if return_state else None
 
     def _block_ends(self, known: torch.Tensor, before: int, block_size: int, start: Start) -> torch.Tensor:
         aligned, phase, _ = _block_aligned(known, start, block_size)
         blocks = (aligned.shape[-1] - before) // block_size
         if blocks == 0:
-            return known.new_zeros(known.shape[0], 0, self.num_filters, self.hidden_size)
+            return self._no_block_ends(known, self.num_filters)
         first = before + block_size - 1
         ends = range(first, first + blocks * block_size, block_size)
         last = aligned[..., first::block_size].transpose(1, 2).unsqueeze(2)  # (B, K, 1, D)
-        return filtered_block_ends(aligned, *self._map(), ends) + self.D * last
+        return self._at_places(aligned, ends) + self.D * last
 
     def _history_after(self, known: torch.Tensor, length: int, counts: torch.Tensor | None) -> InputHistory:
         padded = F.pad(known, (max(0, self.length + length - known.shape[-1]), 0))
@@ -460,37 +492,35 @@ class ExplicitFilters(KeepsResults):
             past = padded.gather(2, index.unsqueeze(1).expand(-1, known.shape[1], -1))
         return InputHistory.of(past)
 
-    def advance(
-        self, hidden_states: torch.Tensor, state: InputHistory | None, valid: torch.Tensor | None = None
+    def _advance(
+        self, hidden_states: torch.Tensor, state: InputHistory | None, valid: torch.Tensor | None
     ) -> InputHistory:
-        """As `DiagonalFilters.advance`; the given history is changed in place where nothing needs it."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            inputs = hidden_states.transpose(1, 2).to(self.D.dtype)  # (B, D, 1)
-            if state is None:
-                state = InputHistory.of(inputs.new_zeros(*inputs.shape[:2], self.length))
-            if valid is not None:
-                known = torch.cat([state.last(self.length), inputs], dim=-1)
-                return self._history_after(known, 1, valid.long())
-            if state.is_full:
-                state = InputHistory.of(state.last(self.length))
-            buffer = writable(state.inputs, inputs)
-            buffer[..., self.length + state.filled] = inputs[..., 0]
-            return InputHistory(buffer, self.length, state.filled + 1, state.ahead)
+        """The given history is changed in place where nothing needs it."""
+        inputs = hidden_states.transpose(1, 2).to(self.D.dtype)  # (B, D, 1)
+        if state is None:
+            state = InputHistory.of(inputs.new_zeros(*inputs.shape[:2], self.length))
+        if valid is not None:
+            known = torch.cat([state.last(self.length), inputs], dim=-1)
+            return self._history_after(known, 1, valid.long())
+        if state.is_full:
+            state = InputHistory.of(state.last(self.length))
+        buffer = writable(state.inputs, inputs)
+        buffer[..., self.length + state.filled] = inputs[..., 0]
+        return InputHistory(buffer, self.length, state.filled + 1, state.ahead)
 
-    def read(self, hidden_states: torch.Tensor, state: InputHistory, is_block_end: bool = False) -> torch.Tensor:
-        """As `DiagonalFilters.read`.
+    def _read_token(self, hidden_states: torch.Tensor, state: InputHistory, is_block_end: bool) -> torch.Tensor:
+        """Outputs at one token.
 
         At the end of a block the filters are not made; else the effect of the inputs before the anchor is computed for P tokens
         at once, by one FFT, and only the inputs since then are summed for each.
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            direct = self.D * hidden_states.to(self.D.dtype)  # (B, F, D)
-            if is_block_end or state.filled == 0:
-                ends = range(self.length - 1, self.length)
-                return filtered_block_ends(state.last(self.length), *self._map(), ends)[:, 0] + direct
-            filters, recent = self.filters(), state.last(state.filled)
-            if state.ahead is None:
-                past = F.pad(state.inputs[..., : self.length], (0, state.inputs.shape[-1] - self.length))
-                state.ahead = causal_fft_conv(past.unsqueeze(1), filters)[..., self.length :]
-            taps = filters[..., : state.filled].flip(-1)
-            return state.ahead[..., state.filled - 1] + torch.einsum("bdk,fdk->bfd", recent, taps) + direct
+        direct = self.D * hidden_states.to(self.D.dtype)  # (B, F, D)
+        if is_block_end or state.filled == 0:
+            ends = range(self.length - 1, self.length)
+            return self._at_places(state.last(self.length), ends)[:, 0] + direct
+        filters, recent = self.filters(), state.last(state.filled)
+        if state.ahead is None:
+            past = F.pad(state.inputs[..., : self.length], (0, state.inputs.shape[-1] - self.length))
+            state.ahead = causal_fft_conv(past.unsqueeze(1), filters)[..., self.length :]
+        taps = filters[..., : state.filled].flip(-1)
+        return state.ahead[..., state.filled - 1] + torch.einsum("bdk,fdk->bfd", recent, taps) + direct

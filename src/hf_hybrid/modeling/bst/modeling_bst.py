@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from ...configuration.configuration_bst import BstConfig
+from ...layers.kept_results import FreezableModel
 from ...layers.norms import RMSNorm
 from ...ops.block_state import Start, ring_view, row_order
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
@@ -52,7 +53,7 @@ _LAYOUT = (
 _TRUNCATED_STD = 0.87962566103423978  # deviation of a standard normal cut off at two
 
 
-class BstPreTrainedModel(PreTrainedModel):
+class BstPreTrainedModel(FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers."""
 
     config: BstConfig

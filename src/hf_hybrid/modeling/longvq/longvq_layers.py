@@ -20,6 +20,7 @@ from ...layers.dropout import SequenceDropout
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.full_precision import KeepsFullPrecision
 from ...layers.norms import build_norm as norm_by_name
+from ...ops.autocast import without_autocast
 from ...ops.code_memory import empty_memory, remember
 from ...ops.recompute import recomputed
 from ...ops.vq_attention import vq_attention
@@ -103,7 +104,9 @@ class LongVQMixer(nn.Module):
         """The state space over (B, L, D), continued from the state in the cache."""
         if cache_layer is None:
             return self.ssm(normed, mask)[0]
-        output, cache_layer.state = self.ssm(normed, mask, initial_state=cache_layer.state, return_state=True)
+        output, cache_layer.state = self.ssm(
+            normed, mask, initial_state=cache_layer.state, return_state=True, kept=cache_layer.kept
+        )
         return output
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -112,7 +115,7 @@ class LongVQMixer(nn.Module):
 
     def queries_and_keys(self, shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled queries and keys, (B, H, L, Z / H) in float32 or better, of the shared representation (B, L, Z)."""
-        with torch.autocast(shared.device.type, enabled=False):
+        with without_autocast(shared.device):
             shared = shared.to(torch.promote_types(shared.dtype, torch.float32))
             query, key = (
                 self._heads(torch.addcmul(beta.to(shared.dtype), shared, gamma.to(shared.dtype)))

@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ...configuration.configuration_longvq import LongVQConfig
 from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.kept_results import FreezableModel
 from ...layers.value_embedding import ValueEmbedding
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
@@ -27,7 +28,7 @@ from .quantizer import VectorQuantizer, update_quantizers
 from .s4d import ActivatedS4D
 
 
-class LongVQPreTrainedModel(PreTrainedModel):
+class LongVQPreTrainedModel(FreezableModel, PreTrainedModel):
     """Weight initialisation, the codebooks, and the interface to Transformers, for all LongVQ models."""
 
     config: LongVQConfig

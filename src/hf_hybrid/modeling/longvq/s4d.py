@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...layers.full_precision import KeepsFullPrecision
-from ...layers.kept_results import KeepsResults
+from ...layers.kept_results import KeepsResults, KeptResults, keeping
+from ...ops.autocast import without_autocast
 from ...ops.diagonal_scan import diagonal_scan
 from ...ops.diagonal_ssm import (
     DiagonalSystem,
@@ -106,6 +107,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
         mask: torch.Tensor | None = None,
         initial_state: torch.Tensor | None = None,
         return_state: bool = False,
+        kept: KeptResults | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Applies the layer to a sequence, or to the next piece of one.
 
@@ -114,6 +116,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
             mask: (B, L), nonzero at tokens, zero at padding; None = no padding.
             initial_state: state after the previous piece, or None at the start.
             return_state: also return the state after the last token. Every split of a sequence gives the same result.
+            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
 
         Returns:
             Outputs (B, L, D) in the dtype of the input; and the state, or None.
@@ -123,7 +126,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
         """
         if self.bidirectional and (return_state or initial_state is not None):
             raise ValueError("A bidirectional state space layer has no state: call it on whole sequences only.")
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with keeping(kept), without_autocast(hidden_states.device):
             states = hidden_states.to(torch.promote_types(self.C.dtype, torch.float32))
             inputs = states if mask is None else states * mask.unsqueeze(-1).to(states.dtype)
             if states.shape[1] == 1 and return_state:

@@ -23,7 +23,7 @@ from ...layers.adaptive import AdaptiveEmbedding
 from ...layers.classifier import LraClassificationHead, activation_function
 from ...layers.dropout import SequenceDropout
 from ...layers.ema import MultiDimensionalDampedEma
-from ...layers.kept_results import KeepsResults
+from ...layers.kept_results import KeepsResults, KeptResults, keeping
 from ...layers.norms import sequence_norm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.export_shapes import is_open
@@ -93,7 +93,7 @@ class MegaEmbeddings(nn.Module):
             inputs_embeds = inputs_embeds * self.scale
         if hasattr(self, "token_type_embeddings"):
             if token_type_ids is None:
-                return inputs_embeds + self.token_type_embeddings.weight[0]
+                token_type_ids = torch.zeros((), dtype=torch.long, device=inputs_embeds.device)
             inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids)
         return inputs_embeds
 
@@ -130,21 +130,29 @@ class MegaRelativeBias(KeepsResults):
                 "`relative_positional_bias='rotary'`."
             )
 
-    def at(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Biases of offsets j - i, of any shape; offsets outside the table take its ends."""
+    def _at(self, offsets: torch.Tensor) -> torch.Tensor:
         if self.kind == "rotary":
             return rotary_bias_at(self.alpha, self.b_param, offsets)
         rows = (offsets + self.reach - 1).clamp(0, 2 * self.reach - 2)
         return self.rel_pos_bias[rows]
 
-    def forward(self, length: int) -> torch.Tensor:
-        """Biases of all offsets inside a piece of at least `length` tokens: (2 m - 1,), entry m - 1 + (j - i), m >= length."""
+    def forward(
+        self, length: int, offsets: torch.Tensor | None = None, kept: KeptResults | None = None
+    ) -> torch.Tensor:
+        """Biases of all offsets inside a piece of at least `length` tokens: (2 m - 1,), entry m - 1 + (j - i), m >= length.
+
+        With `offsets` j - i, of any shape, those of these offsets; outside the table they take its ends. `kept` has what earlier
+        calls of the same generation computed.
+        """
         self.check_length(length)
+        if offsets is not None:
+            return self._at(offsets)
         if self.kind == "simple":
             return simple_relative_bias(self.rel_pos_bias[: 2 * self.reach - 1], length)
-        if self._cache_key() is not None:  # evaluation: kept from step to step of a growing text
-            length = 1 << (length - 1).bit_length()
-        return self._cached(f"{length}", lambda: rotary_relative_bias(self.alpha, self.b_param, length))
+        with keeping(kept):
+            if self._keeps():  # from step to step of a growing text
+                length = 1 << (length - 1).bit_length()
+            return self._cached(f"{length}", lambda: rotary_relative_bias(self.alpha, self.b_param, length))
 
 
 class MegaAttention(nn.Module):
@@ -187,7 +195,7 @@ class MegaAttention(nn.Module):
         if cache_layer is None:
             return self.ema_gate(normed, token_mask)[0]
         output, cache_layer.state = self.ema_gate(
-            normed, token_mask, initial_state=cache_layer.state, return_state=True
+            normed, token_mask, initial_state=cache_layer.state, return_state=True, kept=cache_layer.kept
         )
         return output
 
@@ -216,7 +224,7 @@ class MegaAttention(nn.Module):
             piece = self.chunk_size
         settings = {
             "activation": self.attention_activation,
-            "bias": self.rel_pos_bias(piece),
+            "bias": self.rel_pos_bias(piece, kept=None if cache_layer is None else cache_layer.kept),
             "chunk_size": self.chunk_size,
             "key_mask": mask,
             "positions": positions,
@@ -309,13 +317,14 @@ class MegaCrossAttention(nn.Module):
             cache_layer.cross_keys, cache_layer.cross_values = key, value
         return key, value
 
-    def _bias(self, num_rows: int, num_columns: int, past: int, shift: torch.Tensor | None) -> torch.Tensor:
+    def _bias(self, query: torch.Tensor, key: torch.Tensor, past: int, shift: torch.Tensor | None) -> torch.Tensor:
         """Biases (T + S - 1,) or (B, T + S - 1), entry T - 1 + (j - i), for targets past .. past + T - 1."""
+        num_rows, num_columns = query.shape[1], key.shape[1]
         self.rel_pos_bias.check_length(past + num_rows)
-        self.rel_pos_bias.check_length(num_columns)
-        device = next(self.rel_pos_bias.parameters()).device
-        offsets = torch.arange(1 - num_rows, num_columns, device=device) - past
-        return self.rel_pos_bias.at(offsets if shift is None else offsets + shift.unsqueeze(-1))
+        offsets = torch.arange(1 - num_rows, num_columns, device=query.device) - past
+        if shift is not None:
+            offsets = offsets + shift.to(offsets.device).unsqueeze(-1)
+        return self.rel_pos_bias(num_columns, offsets)
 
     def forward(
         self,
@@ -344,7 +353,7 @@ class MegaCrossAttention(nn.Module):
         key, value = self._keys_and_values(source, cache_layer)
         settings = {
             "activation": self.attention_activation,
-            "bias": self._bias(query.shape[1], key.shape[1], past, shift),
+            "bias": self._bias(query, key, past, shift),
             "key_mask": source_mask,
         }
         dropout = self.attention_dropout if self.training else 0.0

@@ -19,6 +19,7 @@ from ...layers.adaptive import AdaptiveEmbedding
 from ...layers.classifier import LraClassificationHead
 from ...layers.dropout import SequenceDropout
 from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.kept_results import FreezableModel
 from ...layers.norms import FeatureScale, ScaleNorm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.export_shapes import is_open
@@ -36,7 +37,7 @@ from .mega_layers import (
 )
 
 
-class MegaPreTrainedModel(PreTrainedModel):
+class MegaPreTrainedModel(FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers, for all Mega models."""
 
     config: MegaConfig

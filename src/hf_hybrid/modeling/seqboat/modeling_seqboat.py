@@ -16,6 +16,7 @@ from ...configuration.configuration_seqboat import SeqBoatConfig
 from ...layers.classifier import LraClassificationHead
 from ...layers.dropout import SequenceDropout
 from ...layers.ema import MultiDimensionalDampedEma
+from ...layers.kept_results import FreezableModel
 from ...layers.norms import ScaleNorm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.compaction import rotary_table
@@ -28,7 +29,7 @@ from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias
 from .seqboat_outputs import SeqBoatModelOutput
 
 
-class SeqBoatPreTrainedModel(PreTrainedModel):
+class SeqBoatPreTrainedModel(FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers, for all SeqBoat models."""
 
     config: SeqBoatConfig

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...ops.autocast import without_autocast
+
 
 class Routing(NamedTuple):
     """Decision of a router.
@@ -62,7 +64,7 @@ class ActivationRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> Routing:
         """Decides for (B, L, D); `mask` (B, L) bool is True at real tokens."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
             margin = logits[..., 1] - (logits[..., 0] + self.act_bias)
             active = margin > 0

@@ -113,7 +113,9 @@ class SeqBoatPositionBias(nn.Module):
     def forward(self) -> dict[str, torch.Tensor]:
         """The bias as `rank_bias` or `position_bias` of compacted attention."""
         if self.kind == "distance":
-            return {"position_bias": self.rel_pos_bias}
+            return {
+                "position_bias": self.rel_pos_bias[:]
+            }  # a view: the parameter may be taken away when this call ends
         if self.kind == "rank":
             return {"rank_bias": self.rel_pos_bias[3 * self.window - 1 : 5 * self.window]}
         vector = relative_bias_vector(self.rel_pos_bias, radius=_T5_DISTANCE, causal=self.causal)[0]
@@ -176,7 +178,9 @@ class SeqBoatUnit(nn.Module):
         normed = normed.to(torch.promote_types(normed.dtype, torch.float32))
         if cache_layer is None:
             return self.ema(normed, mask)[0]
-        output, cache_layer.state = self.ema(normed, mask, initial_state=cache_layer.state, return_state=True)
+        output, cache_layer.state = self.ema(
+            normed, mask, initial_state=cache_layer.state, return_state=True, kept=cache_layer.kept
+        )
         return output
 
     def _route(self, inner: torch.Tensor, mask: torch.Tensor | None) -> Routing:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ops.local_attention import cached_local_attention, chunk_attention, local_attention
-from ...ops.relative_position import apply_rotary, relative_bias_vector, rotary_cos_sin
+from ...ops.relative_position import apply_rotary, rotary_cos_sin, window_buckets
 from .spade_cache import SlidingRecurrentLayer
 
 
@@ -74,16 +74,18 @@ class LocalSelfAttention(nn.Module):
         """Largest distance between a query and a key that it sees."""
         return self.window if self.attention_type == "window" else self.window - 1
 
-    def bias_vector(self) -> torch.Tensor | None:
+    def bias_vector(self, device: torch.device | None = None) -> torch.Tensor | None:
         """Bias per head and offset j - i from -reach to +reach, (n, 2 reach + 1); causal windows end at 0, (n, reach + 1)."""
         if self.position_encoding != "bias" or not hasattr(self, "relative_attention_bias"):
             return None
-        vector = relative_bias_vector(
-            self.relative_attention_bias.weight,
-            radius=self.reach,
+        buckets = window_buckets(
+            self.reach,
             causal=self.is_causal,
+            num_buckets=self.num_buckets,
             max_distance=self.max_distance,
+            device=device,
         )
+        vector = self.relative_attention_bias(buckets).transpose(0, 1).contiguous()
         if (
             self.is_causal and self.attention_type == "chunk"
         ):  # chunks are indexed by both directions; the future is masked
@@ -133,7 +135,7 @@ class LocalSelfAttention(nn.Module):
         Args:
             hidden_states: (B, L, D).
             key_mask: (B, keys) bool, True at real tokens, or None. `keys` is L, or with a cache at least the kept tokens plus L.
-            bias: relative bias vector of another layer, used when this layer has no table.
+            bias: relative bias vector that layers share; None for that of the own table.
             positions: (1 or B, keys) int64 logical positions (real tokens counted from 0); needed for rotary positions, for
                 chunks with a cache, and for chunks of rows that are padded on the left.
             cache_layer: to continue and to extend.
@@ -148,8 +150,7 @@ class LocalSelfAttention(nn.Module):
         if self.position_encoding == "rotary":
             cos, sin = rotary_cos_sin(positions[:, -length:], self.head_dim, self.rotary_base)
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        own_bias = self.bias_vector()
-        bias = own_bias if own_bias is not None else bias
+        bias = self.bias_vector(hidden_states.device) if bias is None else bias
         if cache_layer is not None:
             key, value = cache_layer.update(key, value)
         attended = self._attend(query, key, value, bias, key_mask, positions)

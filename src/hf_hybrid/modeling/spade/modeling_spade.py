@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ...configuration.configuration_spade import SpadeConfig
+from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ..cache import StateCache, cache_of_call, count_tokens
@@ -43,7 +44,7 @@ from .spade_layers import (
 )
 
 
-class SpadePreTrainedModel(PreTrainedModel):
+class SpadePreTrainedModel(FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers, for both SPADE models."""
 
     config: SpadeConfig
@@ -149,11 +150,9 @@ class SpadeEncoder(SpadePreTrainedModel):
         positions = None
         if self.config.position_encoding == "rotary" or self.config.local_attention_type == "chunk":
             positions = logical_positions(mask, hidden_states.shape[1], device=hidden_states.device)
-        shared_bias = None
-        if self.config.share_relative_bias:
-            shared_bias = self.layers[0].mixer.attention.bias_vector()
+        bias = None
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, shared_bias, positions, **kwargs)
+            hidden_states, bias = layer(hidden_states, mask, bias, positions, **kwargs)
         if self.final_norm is not None:
             hidden_states = self.dropout(self.final_norm(hidden_states))
         return BaseModelOutput(last_hidden_state=hidden_states)

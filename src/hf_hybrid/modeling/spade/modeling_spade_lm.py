@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...configuration.configuration_spade import SpadeLMConfig
 from ...layers.adaptive import AdaptiveEmbedding
+from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
@@ -40,6 +41,7 @@ class SpadeLMLayer(GradientCheckpointingLayer):
     def __init__(self, config: SpadeLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.shares_bias = config.share_relative_bias
         self.mixer = SpadeMixer(
             config,
             window=config.attention_window,
@@ -63,16 +65,21 @@ class SpadeLMLayer(GradientCheckpointingLayer):
         positions: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """(B, L, D) to (B, L, D); the mask, bias, positions and cache are those of `SpadeMixer.forward`."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, L, D) to (B, L, D), and the bias that the next layer shares, as in T5: the first layer makes it of its table.
+
+        The mask, bias, positions and cache are those of `SpadeMixer.forward`.
+        """
+        if self.shares_bias and bias is None:
+            bias = self.mixer.attention.bias_vector(hidden_states.device)
         cache_layer = layer_state(past_key_values, self.layer_idx)
         mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions, cache_layer)
         hidden_states = hidden_states + self.dropout(mixed)
         residual = hidden_states if self.residual_scale is None else hidden_states * self.residual_scale
-        return residual + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        return residual + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states))), bias
 
 
-class SpadeLMPreTrainedModel(PreTrainedModel):
+class SpadeLMPreTrainedModel(FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers."""
 
     config: SpadeLMConfig
@@ -221,12 +228,10 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
             hidden_states = hidden_states * math.sqrt(self.config.d_model)
         hidden_states = self.dropout(hidden_states)
         positions = self._positions(mask, past, hidden_states.shape[1], hidden_states.device)
-        shared_bias = None
-        if self.config.share_relative_bias:
-            shared_bias = self.layers[0].mixer.attention.bias_vector()
+        bias = None
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, mask, shared_bias, positions, past_key_values=past_key_values, **kwargs
+            hidden_states, bias = layer(
+                hidden_states, mask, bias, positions, past_key_values=past_key_values, **kwargs
             )
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)

@@ -95,10 +95,12 @@ class SpadeMixer(nn.Module):
             hidden_states = hidden_states.masked_fill(~token_mask.unsqueeze(-1), 0)
         state = None if cache_layer is None else cache_layer.state
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
-            if state is not None and hidden_states.shape[1] == 1:
-                output, state = self.ssm.step(hidden_states, state)
-            else:
-                output, state = self.ssm(hidden_states, initial_state=state, return_state=cache_layer is not None)
+            output, state = self.ssm(
+                hidden_states,
+                initial_state=state,
+                return_state=cache_layer is not None,
+                kept=None if cache_layer is None else cache_layer.kept,
+            )
         if cache_layer is not None:
             cache_layer.state = state
         return output
@@ -238,6 +240,7 @@ class SpadeEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: SpadeConfig, layer_idx: int) -> None:
         super().__init__()
         self.norm_first = config.norm_first
+        self.shares_bias = config.share_relative_bias
         self.mixer = SpadeMixer(
             config,
             window=config.attention_window,
@@ -257,15 +260,20 @@ class SpadeEncoderLayer(GradientCheckpointingLayer):
         bias: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """(B, L, D) to (B, L, D); the masks, bias and positions are those of `SpadeMixer.forward`."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, L, D) to (B, L, D), and the bias that the next layer shares, as in T5: the first layer makes it of its table.
+
+        The masks, bias and positions are those of `SpadeMixer.forward`.
+        """
+        if self.shares_bias and bias is None:
+            bias = self.mixer.attention.bias_vector(hidden_states.device)
         if self.norm_first:
             mixed = self.mixer(self.mixer_norm(hidden_states), key_mask, bias, positions)
             hidden_states = hidden_states + self.dropout(mixed)
-            return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+            return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states))), bias
         mixed = self.mixer(hidden_states, key_mask, bias, positions)
         hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
-        return self.feed_forward_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
+        return self.feed_forward_norm(hidden_states + self.dropout(self.feed_forward(hidden_states))), bias
 
 
 class SpadeDecoderLayer(GradientCheckpointingLayer):
