@@ -98,9 +98,9 @@ def test_works_without_any_extra(bare_interpreter: str, tmp_path: Path) -> None:
 import torch
 import hf_hybrid
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-small = dict(vocab_size=30, d_model=16, d_ff=16, num_heads=2, attention_window=3, ssm_state_size=4)
-seq2seq = hf_hybrid.SpadeConfig(**small, d_kv=8, encoder_layers=1, decoder_layers=1)
-lm = hf_hybrid.SpadeLMConfig(**small, num_layers=1)
+small = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_attention_heads=2, window_size=4, ssm_state_size=4)
+seq2seq = hf_hybrid.SpadeConfig(**small, head_dim=8, num_hidden_layers=1, decoder_layers=1)
+lm = hf_hybrid.SpadeLMConfig(**small, num_hidden_layers=1)
 ids = torch.randint(3, 30, (2, 8))
 for config, auto, name in ((seq2seq, AutoModelForSeq2SeqLM, "a"), (lm, AutoModelForCausalLM, "b")):
     model = auto.from_config(config)

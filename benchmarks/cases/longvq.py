@@ -20,7 +20,7 @@ OPTIONS = {
     "ssm_state_size": 16,
     "window_size": 128,
     "codebook_size": 256,
-    "dropout": 0.0,
+    "hidden_dropout": 0.0,
 }
 
 

@@ -16,7 +16,7 @@ OPTIONS = {
     "value_dim": 1024,
     "qk_dim": 128,
     "ema_dim": 16,
-    "window_size": 128,
+    "window_size": 129,
     "is_decoder": True,
     "hidden_dropout": 0.0,
 }

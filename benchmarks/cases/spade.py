@@ -29,16 +29,16 @@ def _spade_encoder(**overrides):
     config = SpadeConfig(
         **{
             "vocab_size": VOCABULARY,
-            "d_model": 512,
-            "d_kv": 64,
-            "d_ff": 2048,
-            "encoder_layers": 4,
+            "hidden_size": 512,
+            "head_dim": 64,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 4,
             "decoder_layers": 1,
-            "num_heads": 8,
-            "attention_window": 127,
+            "num_attention_heads": 8,
+            "window_size": 128,
             "feed_forward_proj": "relu",
             "ssm_max_length": 65536,
-            "dropout_rate": 0.0,
+            "hidden_dropout": 0.0,
             **overrides,
         }
     )
@@ -83,16 +83,16 @@ def _longt5(kind: str):
 
     config = LongT5Config(
         vocab_size=VOCABULARY,
-        d_model=512,
-        d_kv=64,
-        d_ff=2048,
+        hidden_size=512,
+        head_dim=64,
+        intermediate_size=2048,
         num_layers=4,
-        num_heads=8,
+        num_attention_heads=8,
         local_radius=127,
         global_block_size=16,
         encoder_attention_type=kind,
         feed_forward_proj="relu",
-        dropout_rate=0.0,
+        hidden_dropout=0.0,
     )
     return LongT5EncoderModel(config)
 
@@ -110,8 +110,8 @@ def led(length: int) -> Callable[[], object]:
 
     config = LEDConfig(
         vocab_size=VOCABULARY,
-        d_model=512,
-        encoder_layers=4,
+        hidden_size=512,
+        num_hidden_layers=4,
         decoder_layers=1,
         encoder_attention_heads=8,
         decoder_attention_heads=8,
@@ -156,12 +156,12 @@ def _spade_lm():
     torch.manual_seed(0)
     config = SpadeLMConfig(
         vocab_size=VOCABULARY,
-        d_model=512,
-        d_ff=2048,
+        hidden_size=512,
+        intermediate_size=2048,
         num_layers=4,
-        num_heads=8,
-        attention_window=127,
-        dropout_rate=0.0,
+        num_attention_heads=8,
+        window_size=128,
+        hidden_dropout=0.0,
     )
     return SpadeLMForCausalLM(config).eval()
 

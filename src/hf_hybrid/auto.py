@@ -174,7 +174,7 @@ ARCHITECTURES: list[Architecture] = [
         model_type="spade",
         title="SPADE encoder-decoder",
         summary="S4 in the bottom layer, beside local attention",
-        decoding_state="keys and values of the target (a window of them with `decoder_attention_window`)",
+        decoding_state="keys and values of the target (a window of them with `decoder_window_size`)",
         config="configuration.configuration_spade:SpadeConfig",
         modeling="modeling.spade.spade_heads",
         heads={
@@ -193,7 +193,7 @@ ARCHITECTURES: list[Architecture] = [
         model_type="spade_lm",
         title="SPADE language model",
         summary="the same, as a decoder alone",
-        decoding_state="keys and values of the last `attention_window` tokens per layer, one SSM state per SSM layer: constant",
+        decoding_state="keys and values of the last `window_size` - 1 tokens per layer, one SSM state per SSM layer: constant",
         config="configuration.configuration_spade:SpadeLMConfig",
         modeling="modeling.spade.spade_lm_heads",
         heads={
@@ -253,7 +253,7 @@ ARCHITECTURES: list[Architecture] = [
         model_type="seqboat",
         title="SeqBoat",
         summary="a moving average decides which tokens enter a gated attention unit",
-        decoding_state="the last `window_size` *active* tokens and one state of the moving average per layer: constant",
+        decoding_state="the last `window_size` - 1 *active* tokens and one state of the moving average per layer: constant",
         paper=Paper(
             "Sparse Modular Activation for Efficient Sequence Modeling",
             "Ren, Liliang and Liu, Yang and Wang, Shuohang and Xu, Yichong and Zhu, Chenguang and Zhai, ChengXiang",
@@ -317,7 +317,7 @@ ARCHITECTURES: list[Architecture] = [
         statistics_modules=("quantizer",),
         undecayed=("embed_tokens", "value_embeddings", "qk_gamma", "qk_beta"),
         per_document_outputs=("codebook_perplexity",),
-        published_classifier={"is_causal": False, "pooling": "mean"},
+        published_classifier={"is_decoder": False, "pooling": "mean"},
     ),
     Architecture(
         model_type="bst",

@@ -37,11 +37,11 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"window_size": 0}, ["`window_size` must be at least 1", "None lets every active token", "got 0"]),
-        ({"window_size": -1}, ["`window_size` must be at least 1", "got -1"]),
+        ({"window_size": 0}, ["`window_size` must be at least 2", "None lets it see all", "got 0"]),
+        ({"window_size": -1}, ["`window_size` must be at least 2", "got -1"]),
         ({"window_size": None, "position_bias": "rank"}, ["`position_bias='rank'` needs a `window_size`", "Set one"]),
         ({"qk_dim": 7}, ["needs an even `qk_dim`; got 7"]),
-        ({"embedding_norm": True}, ["`embedding_norm=True` needs `prenorm=False`"]),
+        ({"embedding_norm": True}, ["`embedding_norm=True` needs `norm_first=False`"]),
         ({"ema_truncation": 0}, ["`ema_truncation`", "None switches it off"]),
         ({"hidden_size": 0}, ["`hidden_size` must be at least 1; got 0"]),
         ({"hidden_dropout": 1.0}, ["`hidden_dropout` is a probability", "got 1.0"]),

@@ -15,8 +15,14 @@ from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConf
 
 BOTH = pytest.mark.parametrize("config_class", [SpadeConfig, SpadeLMConfig])
 SMALL: dict[type, dict[str, Any]] = {
-    SpadeConfig: {"d_model": 32, "d_kv": 8, "num_heads": 4, "encoder_layers": 3, "decoder_layers": 2},
-    SpadeLMConfig: {"d_model": 32, "num_heads": 4, "num_layers": 3},
+    SpadeConfig: {
+        "hidden_size": 32,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "decoder_layers": 2,
+    },
+    SpadeLMConfig: {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3},
 }
 
 
@@ -24,7 +30,7 @@ SMALL: dict[type, dict[str, Any]] = {
 class TestRoundTrip:
     def test_file(self, config_class: type[PreTrainedConfig], tmp_path: Path) -> None:
         config = config_class(
-            **SMALL[config_class], ssm_layers=[0, 2], dropout_rate=0, id2label={0: "a", 1: "b", 2: "c"}
+            **SMALL[config_class], ssm_layers=[0, 2], hidden_dropout=0, id2label={0: "a", 1: "b", 2: "c"}
         )
         config.save_pretrained(tmp_path)
         for loaded in (config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
@@ -46,17 +52,23 @@ class TestRoundTrip:
         assert not {"max_length", "num_beams", "do_sample"} & written.keys()
 
     def test_official_settings(self, config_class: type[PreTrainedConfig], tmp_path: Path) -> None:
-        config = config_class.official(d_ff=99)
-        assert config.d_ff == 99 and config.ssm_type == "s4" and config.norm_type == "layer_norm"
+        config = config_class.official(intermediate_size=99)
+        assert config.intermediate_size == 99 and config.ssm_type == "s4" and config.norm_type == "layernorm"
         config.save_pretrained(tmp_path)
         assert config_class.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
     def test_standard_names(self, config_class: type[PreTrainedConfig]) -> None:
         config = config_class(**SMALL[config_class])
-        assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (32, 4, config.d_ff)
+        assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (
+            32,
+            4,
+            config.intermediate_size,
+        )
         assert config.num_hidden_layers == 3
-        config = config_class(**{("hidden_size" if k == "d_model" else k): v for k, v in SMALL[config_class].items()})
-        assert config.d_model == 32
+        config = config_class(
+            **{("hidden_size" if k == "hidden_size" else k): v for k, v in SMALL[config_class].items()}
+        )
+        assert config.hidden_size == 32
 
     def test_lists_are_not_shared_between_instances(self, config_class: type[PreTrainedConfig]) -> None:
         first, second = config_class(), config_class()
@@ -74,7 +86,7 @@ def test_depths_reach_generation() -> None:
 WRONG_IN_BOTH = [
     ({"ssm_state_size": 7}, "`ssm_state_size`.*even.*7"),
     ({"ssm_state_size": 0}, "`ssm_state_size`.*at least 2"),
-    ({"ssm_num_copies": 5}, r"`ssm_num_copies` must divide `d_model` \(32\); got 5"),
+    ({"ssm_num_copies": 5}, r"`ssm_num_copies` must divide `hidden_size` \(32\); got 5"),
     ({"ssm_dt_min": 0.2}, "`ssm_dt_min` and `ssm_dt_max`"),
     ({"ssm_dt_min": 0}, "`ssm_dt_min` and `ssm_dt_max`"),
     ({"ssm_stop_gradient": True}, "`ssm_trainable=True` would train nothing"),
@@ -82,16 +94,16 @@ WRONG_IN_BOTH = [
     ({"ssm_layers": [3]}, "`ssm_layers` names layer 3.*0 to 2"),
     ({"ssm_layers": [-1]}, "`ssm_layers` names layer -1"),
     ({"ssm_layers": [1, 1]}, "`ssm_layers` names a layer twice"),
-    ({"dropout_rate": 1.0}, r"`dropout_rate`.*\[0, 1\)"),
+    ({"hidden_dropout": 1.0}, r"`hidden_dropout`.*\[0, 1\)"),
     ({"attention_dropout": -0.1}, "`attention_dropout`"),
-    ({"attention_window": 0}, "`attention_window` must be at least 1"),
+    ({"window_size": 0}, "`window_size` must be at least 1"),
     ({"ssm_max_length": 0}, "`ssm_max_length` must be at least 1"),
     ({"vocab_size": 0}, "`vocab_size` must be at least 1"),
-    ({"d_ff": 0}, "`d_ff` must be at least 1"),
+    ({"intermediate_size": 0}, "`intermediate_size` must be at least 1"),
     ({"relative_attention_max_distance": 8}, "`relative_attention_max_distance` .*must exceed"),
     ({"relative_attention_num_buckets": 1}, "`relative_attention_num_buckets` must be at least 2"),
     ({"position_encoding": "rotary", "rotary_base": 0}, "`rotary_base` must be positive"),
-    ({"layer_norm_eps": -1e-6}, "`layer_norm_eps`"),
+    ({"norm_eps": -1e-6}, "`norm_eps`"),
     ({"feed_forward_proj": "swish"}, "`feed_forward_proj` must be one of 'relu'"),
     ({"pad_token_id": 40000}, "`pad_token_id` is 40000, outside the vocabulary"),
     ({"eos_token_id": -1}, "`eos_token_id` is -1"),
@@ -111,14 +123,17 @@ def test_rules_of_both(config_class: type[PreTrainedConfig], fields: dict[str, A
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"d_kv": 9}, r"`num_heads` \* `d_kv` must equal `d_model`; got 4 \* 9 != 32"),
-        ({"num_heads": 32, "d_kv": 1, "position_encoding": "rotary"}, "'rotary'.*even"),
+        ({"head_dim": 9}, r"`num_attention_heads` \* `head_dim` must equal `hidden_size`; got 4 \* 9 != 32"),
+        ({"num_attention_heads": 32, "head_dim": 1, "position_encoding": "rotary"}, "'rotary'.*even"),
         ({"relative_attention_num_buckets": 2}, "`relative_attention_num_buckets` must be even and at least 4"),
         ({"relative_attention_num_buckets": 7}, "`relative_attention_num_buckets` must be even and at least 4"),
-        ({"relative_attention_max_distance": 16, "decoder_attention_window": 4}, "must exceed 16"),
-        ({"decoder_ssm_layers": [0]}, "`decoder_ssm_layers` needs `decoder_attention_window`"),
-        ({"decoder_ssm_layers": [2], "decoder_attention_window": 4}, "`decoder_ssm_layers` names layer 2"),
-        ({"d_model": 6, "num_heads": 2, "d_kv": 3}, "even `d_kv`; got 3.*`max_position_embeddings`"),
+        ({"relative_attention_max_distance": 16, "decoder_window_size": 5}, "must exceed 16"),
+        ({"decoder_ssm_layers": [0]}, "`decoder_ssm_layers` needs `decoder_window_size`"),
+        ({"decoder_ssm_layers": [2], "decoder_window_size": 5}, "`decoder_ssm_layers` names layer 2"),
+        (
+            {"hidden_size": 6, "num_attention_heads": 2, "head_dim": 3},
+            "even `head_dim`; got 3.*`max_position_embeddings`",
+        ),
         ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1"),
         ({"decoder_layers": 0}, "`decoder_layers` must be at least 1"),
         ({"decoder_start_token_id": 99999}, "`decoder_start_token_id` is 99999"),
@@ -134,8 +149,8 @@ def test_rules_of_the_encoder_decoder(fields: dict[str, Any], message: str) -> N
     [
         ({"relative_attention_max_distance": 16}, "`relative_attention_max_distance` .16. must exceed 16"),
         ({"adaptive_cutoffs": [10], "adaptive_dropout": 1.5}, "`adaptive_dropout`"),
-        ({"num_heads": 5}, r"`num_heads` must divide `d_model` \(32\); got 5"),
-        ({"num_heads": 32, "position_encoding": "rotary"}, "'rotary'.*even"),
+        ({"num_attention_heads": 5}, r"`num_attention_heads` must divide `hidden_size` \(32\); got 5"),
+        ({"num_attention_heads": 32, "position_encoding": "rotary"}, "'rotary'.*even"),
         ({"scale_heads": True}, "`scale_heads` is not defined for layers with an SSM"),
         ({"adaptive_cutoffs": []}, "`adaptive_cutoffs` must be a rising list"),
         ({"adaptive_cutoffs": [200, 100]}, "`adaptive_cutoffs` must be a rising list"),
@@ -152,7 +167,8 @@ def test_rules_of_the_language_model(fields: dict[str, Any], message: str) -> No
 
 @BOTH
 @pytest.mark.parametrize(
-    "fields", [{"d_model": "32"}, {"ssm_combine": "sum"}, {"ssm_layers": "0"}, {"norm_type": 1}, {"use_cache": "no"}]
+    "fields",
+    [{"hidden_size": "32"}, {"ssm_combine": "sum"}, {"ssm_layers": "0"}, {"norm_type": 1}, {"use_cache": "no"}],
 )
 def test_wrong_types(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):

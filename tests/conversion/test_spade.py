@@ -200,7 +200,7 @@ def test_published_settings():
 def test_defaults_of_the_official_encoder_decoder():
     config = config_from_official({"model_type": "msrlongt5", "s4_n_ssm": 512})
     assert config.decoder_layers == config.encoder_layers == 6
-    assert (config.attention_window, config.ssm_max_length, config.max_position_embeddings) == (128, 512, 512)
+    assert (config.window_size, config.ssm_max_length, config.max_position_embeddings) == (129, 512, 512)
     assert config.decoder_start_token_id == config.eos_token_id == 2
     assert not config.norm_first and config.ssm_stop_gradient and not config.ssm_trainable
     assert config.ssm_layers == [0] and config.ssm_type == "s4" and not config.use_final_norm
@@ -208,10 +208,10 @@ def test_defaults_of_the_official_encoder_decoder():
 
 def test_changed_fields_override_the_base():
     config = variant_config(LANGUAGE_MODEL)
-    config.attention_window = 5
+    config.window_size = 6
     official = config_to_official(config, LANGUAGE_MODEL)
     assert official["local_radius"] == 5 and official["optimizer"] == "nag"
-    assert config_from_official(official, vocab_size=20).attention_window == 5
+    assert config_from_official(official, vocab_size=20).window_size == 6
 
 
 def test_fairseq_spellings():
@@ -260,7 +260,7 @@ def test_encoder_decoder_options_survive(every, depth, radius, pre_norm, bias, t
         (ENCODER_DECODER, {"decoder_roberta_lm_head": True}, "decoder_roberta_lm_head"),
         (ENCODER_DECODER, {"feed_forward_proj": "tanh"}, "feed_forward_proj"),
         (ENCODER_DECODER, {"s4_every_n_layers": 0}, "s4_every_n_layers"),
-        (ENCODER_DECODER, {"d_kv": 3}, "d_kv"),
+        (ENCODER_DECODER, {"d_kv": 3}, "head_dim"),
         (ENCODER_DECODER, {"d_model": "wide"}, "d_model"),
         (LANGUAGE_MODEL, {"attention_type": "full"}, "attention_type"),
         (LANGUAGE_MODEL, {"decoder_normalize_before": False}, "decoder_normalize_before"),
@@ -293,7 +293,7 @@ def test_foreign_options_are_refused():
     ("field", "value"),
     [
         ("ssm_type", "s4d"),
-        ("norm_type", "rms_norm"),
+        ("norm_type", "rmsnorm"),
         ("position_encoding", "rotary"),
         ("local_attention_type", "chunk"),
         ("ssm_combine", "gated"),
@@ -308,7 +308,7 @@ def test_foreign_options_are_refused():
         ("ssm_max_length", 99),
         ("attention_dropout", 0.3),
         ("feed_forward_bias", False),
-        ("decoder_attention_window", 4),
+        ("decoder_window_size", 5),
     ],
 )
 def test_encoder_decoders_without_official_form_are_named(field, value):
@@ -324,9 +324,9 @@ def test_encoder_decoders_without_official_form_are_named(field, value):
     [
         ("ssm_type", "s4d"),
         ("ssm_combine", "gated"),
-        ("norm_type", "rms_norm"),
+        ("norm_type", "rmsnorm"),
         ("share_relative_bias", False),
-        ("layer_norm_eps", 1e-6),
+        ("norm_eps", 1e-6),
         ("pad_token_id", 0),
         ("logits_scaling", 4.0),
         ("ssm_stop_gradient", True),

@@ -133,7 +133,7 @@ def test_the_same_again_changes_nothing_and_other_contents_are_refused() -> None
     push(model, f"{USER}/small")
     assert len(SERVER.repositories[f"{USER}/small"].commits) == commits
     before = SERVER.files(f"{USER}/small")
-    other = small_model(num_layers=3)
+    other = small_model(num_hidden_layers=3)
     with pytest.raises(FileExistsError, match="exists and holds other files .*overwrite=True"):
         push(other, f"{USER}/small")
     assert SERVER.files(f"{USER}/small") == before
@@ -231,7 +231,7 @@ def test_a_recipe_pushes_its_run_with_its_card(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "bytes")
     options = {
         "data": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "bytes"), "arch": "spade_lm",
-        "config_overrides": "d_model=16,d_ff=24,num_heads=2,num_layers=2,attention_window=4,ssm_state_size=4",
+        "config_overrides": "hidden_size=16,intermediate_size=24,num_attention_heads=2,num_hidden_layers=2,window_size=5,ssm_state_size=4",
         "block_length": 32, "max_steps": 2, "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True,
         "eval_strategy": "no", "save_strategy": "no", "report_to": "none", "push_to_hub": True, "hub_model_id": "run",
     }  # fmt: skip

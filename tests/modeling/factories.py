@@ -24,26 +24,28 @@ from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
 from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 
 VOCABULARY = 40
-NO_DROPOUT = {"dropout_rate": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "classifier_dropout": 0.0}
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "classifier_dropout": 0.0}
 
 _SPADE = {
     "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_heads": 2,
-    "encoder_layers": 3,
+    "hidden_size": 16,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
     "decoder_layers": 2,
-    "attention_window": 3,
+    "window_size": 4,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 12,
     "ssm_state_size": 8,
     "ssm_max_length": 128,
     **NO_DROPOUT,
 }
-_SPADE_LM = {name: _SPADE[name] for name in _SPADE if name in SpadeLMConfig.__dataclass_fields__} | {"num_layers": 2}
+_SPADE_LM = {name: _SPADE[name] for name in _SPADE if name in SpadeLMConfig.__dataclass_fields__} | {
+    "num_hidden_layers": 2
+}
 
-_LOCAL_DECODER = {"decoder_attention_window": 3, "decoder_ssm_layers": [0]}
+_LOCAL_DECODER = {"decoder_window_size": 4, "decoder_ssm_layers": [0]}
 
 _MEGA = {
     "vocab_size": VOCABULARY,
@@ -65,10 +67,10 @@ _MEGA = {
 
 # The least sizes, as `config_overrides` of the recipes.
 TINY_OVERRIDES = {
-    "spade": "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=1,attention_window=8,ssm_state_size=4",
-    "spade_lm": "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=1,attention_window=8,ssm_state_size=4",
+    "spade": "hidden_size=16,head_dim=8,intermediate_size=32,num_attention_heads=2,num_hidden_layers=1,window_size=9,ssm_state_size=4",
+    "spade_lm": "hidden_size=16,num_attention_heads=2,intermediate_size=32,num_hidden_layers=1,window_size=9,ssm_state_size=4",
     "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16",
-    "seqboat": "hidden_size=16,num_hidden_layers=1,value_dim=16,qk_dim=8,ema_dim=4,window_size=8",
+    "seqboat": "hidden_size=16,num_hidden_layers=1,value_dim=16,qk_dim=8,ema_dim=4,window_size=9",
     "longvq": "hidden_size=16,num_hidden_layers=1,value_size=16,shared_representation_size=8,intermediate_size=16,window_size=8,"
     "codebook_size=8",
     "bst": "hidden_size=16,num_hidden_layers=2,intermediate_size=16,num_attention_heads=2,head_dim=8,block_size=8,"
@@ -78,8 +80,7 @@ TINY_OVERRIDES = {
 
 def _mega(settings: dict[str, Any]) -> Callable[..., MegaConfig]:
     def build(**overrides: Any) -> MegaConfig:
-        names = {"dropout_rate": "dropout_prob"}
-        return MegaConfig(**_MEGA | settings | {names.get(name, name): value for name, value in overrides.items()})
+        return MegaConfig(**_MEGA | settings | overrides)
 
     return build
 
@@ -91,7 +92,7 @@ _SEQBOAT = {
     "qk_dim": 8,
     "value_dim": 24,
     "ema_dim": 4,
-    "window_size": 4,
+    "window_size": 5,
     "distance_table_size": 32,
     "hidden_dropout": 0.0,
     "pad_token_id": 0,
@@ -102,10 +103,7 @@ _SEQBOAT = {
 
 def _seqboat(settings: dict[str, Any]) -> Callable[..., SeqBoatConfig]:
     def build(**overrides: Any) -> SeqBoatConfig:
-        names = {"dropout_rate": "hidden_dropout"}
-        return SeqBoatConfig(
-            **_SEQBOAT | settings | {names.get(name, name): value for name, value in overrides.items()}
-        )
+        return SeqBoatConfig(**_SEQBOAT | settings | overrides)
 
     return build
 
@@ -124,7 +122,7 @@ _LONGVQ = {
     "codebook_size": 6,
     "freeze_codebook": True,
     "commitment_loss_weight": 0.0,
-    "dropout": 0.0,
+    "hidden_dropout": 0.0,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": 2,
@@ -133,8 +131,7 @@ _LONGVQ = {
 
 def _longvq(settings: dict[str, Any]) -> Callable[..., LongVQConfig]:
     def build(**overrides: Any) -> LongVQConfig:
-        names = {"dropout_rate": "dropout"}
-        return LongVQConfig(**_LONGVQ | settings | {names.get(name, name): value for name, value in overrides.items()})
+        return LongVQConfig(**_LONGVQ | settings | overrides)
 
     return build
 
@@ -162,8 +159,7 @@ _BST = {
 
 def _bst(**settings: Any) -> Callable[..., BstConfig]:
     def build(**overrides: Any) -> BstConfig:
-        names = {"dropout_rate": "hidden_dropout"}
-        fields = _BST | settings | {names.get(name, name): value for name, value in overrides.items()}
+        fields = _BST | settings | overrides
         if fields["num_hidden_layers"] == 1 and "bst_layers" not in overrides:
             fields["bst_layers"] = [0]
         return BstConfig(**fields)
@@ -174,7 +170,7 @@ def _bst(**settings: Any) -> Callable[..., BstConfig]:
 VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
     "spade": {
         "default": lambda **kwargs: SpadeConfig(**(_SPADE | kwargs)),
-        "official": lambda **kwargs: SpadeConfig.official(**(_SPADE | {"d_kv": 8} | kwargs)),
+        "official": lambda **kwargs: SpadeConfig.official(**(_SPADE | {"head_dim": 8} | kwargs)),
         "chunk_gated": lambda **kwargs: SpadeConfig(
             **_SPADE
             | {"local_attention_type": "chunk", "ssm_combine": "gated", "logits_scaling": 4.0}
@@ -183,7 +179,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         ),
         "rotary_add": lambda **kwargs: SpadeConfig(
             **_SPADE
-            | {"position_encoding": "rotary", "ssm_combine": "add", "ssm_layers": [0, 2], "norm_type": "layer_norm"}
+            | {"position_encoding": "rotary", "ssm_combine": "add", "ssm_layers": [0, 2], "norm_type": "layernorm"}
             | {"norm_first": False, "attention_bias": True, "tie_word_embeddings": False}
             | kwargs
         ),
@@ -205,13 +201,13 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         ),
         "chunk_gated": lambda **kwargs: SpadeLMConfig(
             **_SPADE_LM
-            | {"local_attention_type": "chunk", "attention_window": 4, "ssm_combine": "gated", "logits_scaling": 4.0}
+            | {"local_attention_type": "chunk", "window_size": 5, "ssm_combine": "gated", "logits_scaling": 4.0}
             | {"share_relative_bias": False}
             | kwargs
         ),
         "rotary_add": lambda **kwargs: SpadeLMConfig(
             **_SPADE_LM
-            | {"position_encoding": "rotary", "ssm_combine": "add", "ssm_layers": [0, 1], "norm_type": "layer_norm"}
+            | {"position_encoding": "rotary", "ssm_combine": "add", "ssm_layers": [0, 1], "norm_type": "layernorm"}
             | {"tie_word_embeddings": False}
             | kwargs
         ),
@@ -267,12 +263,12 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
     "seqboat": {
         "default": _seqboat({}),
         "relu2_distance": _seqboat(
-            {"attention_activation": "relu2", "position_bias": "distance", "window_size": 3, "ema_truncation": 5}
+            {"attention_activation": "relu2", "position_bias": "distance", "window_size": 4, "ema_truncation": 5}
             | {"norm_type": "rmsnorm", "distance_table_size": 6, "tie_word_embeddings": False}
         ),
         "laplace_rank": _seqboat(
-            {"attention_activation": "laplace", "position_bias": "rank", "window_size": 1, "norm_type": "scalenorm"}
-            | {"prenorm": False, "embedding_norm": True, "hidden_act": "gelu"}
+            {"attention_activation": "laplace", "position_bias": "rank", "window_size": 2, "norm_type": "scalenorm"}
+            | {"norm_first": False, "embedding_norm": True, "hidden_act": "gelu"}
         ),
         "unlimited_t5": _seqboat(
             {"position_bias": "t5", "window_size": None, "intermediate_size": 20, "absolute_sinusoid": True}
@@ -286,7 +282,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
                 "dead_layer_loss_weight": 0.1,
             }
         ),
-        "always_active": _seqboat({"always_active": True, "position_bias": "distance", "window_size": 5}),
+        "always_active": _seqboat({"always_active": True, "position_bias": "distance", "window_size": 6}),
     },
     "longvq": {
         "default": _longvq({}),
@@ -332,16 +328,16 @@ HEAD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "AutoModelForAudioClassification": {"input_type": "values"},
     },
     "longvq": {
-        "AutoModelForMaskedLM": {"is_causal": False},
-        "AutoModelForTokenClassification": {"is_causal": False},
-        "AutoModelForQuestionAnswering": {"is_causal": False},
-        "AutoModelForImageClassification": {"input_type": "values", "is_causal": False},
+        "AutoModelForMaskedLM": {"is_decoder": False},
+        "AutoModelForTokenClassification": {"is_decoder": False},
+        "AutoModelForQuestionAnswering": {"is_decoder": False},
+        "AutoModelForImageClassification": {"input_type": "values", "is_decoder": False},
         "AutoModelForAudioClassification": {"input_type": "values"},
     },
 }
 
 # What the common checks of Transformers presuppose: two layers, as many in the encoder as in the decoder.
-SHALLOW_SETTINGS: dict[str, dict[str, Any]] = {"spade": {"encoder_layers": 2, "decoder_layers": 2}}
+SHALLOW_SETTINGS: dict[str, dict[str, Any]] = {"spade": {"num_hidden_layers": 2, "decoder_layers": 2}}
 
 # Heads whose inputs are no token ids (batch, length).
 OTHER_INPUTS = ("AutoModelForMultipleChoice", "AutoModelForImageClassification", "AutoModelForAudioClassification")
@@ -380,7 +376,7 @@ class Case:
 
     def shallow_model(self) -> PreTrainedModel:
         """The model with one layer in each stack, for tests that trace it: a second or two per layer."""
-        depths = ("encoder_layers", "decoder_layers", "num_layers", "num_hidden_layers")
+        depths = ("num_hidden_layers", "decoder_layers")
         config = self.config()
         overrides: dict[str, Any] = {name: 1 for name in depths if name in type(config).__dataclass_fields__}
         overrides |= {name: [0] for name in ("ssm_layers", "decoder_ssm_layers") if getattr(config, name, None)}

@@ -14,7 +14,7 @@ from hf_hybrid.modeling.spade.spade_cache import SlidingRecurrentLayer
 
 
 def local_cache(window: int, kind: str = "window") -> StateCache:
-    layout = {"attention_window": window, "local_attention_type": kind}
+    layout = {"window_size": window + (kind == "window"), "local_attention_type": kind}
     return StateCache(SlidingRecurrentLayer(layout) for _ in range(2))
 
 

@@ -27,7 +27,7 @@ def test_formula(kind: str, bias: bool) -> None:
 
 
 def test_inner_norm_stands_behind_the_activation() -> None:
-    layer = FeedForward(6, 10, kind="relu", inner_norm=build_norm("layer_norm", 10, 1e-5))
+    layer = FeedForward(6, 10, kind="relu", inner_norm=build_norm("layernorm", 10, 1e-5))
     inputs = torch.randn(2, 3, 6)
     torch.testing.assert_close(layer(inputs), layer.wo(F.layer_norm(F.relu(layer.wi(inputs)), (10,), eps=1e-5)))
 
@@ -44,10 +44,10 @@ def test_unknown_kind() -> None:
         FeedForward(4, 4, kind="swish")
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm"])
 def test_norms_by_name(name: str) -> None:
     inputs = 3 * torch.randn(2, 5, 8) + 1
-    centred = inputs - inputs.mean(-1, keepdim=True) if name == "layer_norm" else inputs
+    centred = inputs - inputs.mean(-1, keepdim=True) if name == "layernorm" else inputs
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
     torch.testing.assert_close(build_norm(name, 8, 1e-3)(inputs), expected)
 

@@ -45,7 +45,7 @@ def dense(layer: LocalSelfAttention, hidden: torch.Tensor, key_mask: torch.Tenso
         )
         scores = scores + layer.relative_attention_bias.weight[bucket].permute(2, 0, 1)
     if layer.attention_type == "window":
-        visible = offset.abs() <= layer.window
+        visible = offset.abs() < layer.window
     else:
         visible = places // layer.window == (places // layer.window).unsqueeze(1)
     if layer.is_causal:
@@ -123,7 +123,7 @@ def test_a_given_bias_takes_the_place_of_the_own_table() -> None:
 def test_normformer_options() -> None:
     plain = build(is_causal=True)
     hidden = torch.randn(1, LENGTH, WIDTH, dtype=torch.float64)
-    norm = build_norm("layer_norm", WIDTH, 1e-5).double()
+    norm = build_norm("layernorm", WIDTH, 1e-5).double()
     layer = build(is_causal=True, scale_heads=True, output_norm=norm)
     layer.load_state_dict(plain.state_dict() | {"head_scale": torch.tensor([1.0, 2.0, -3.0])}, strict=False)
     scaled = plain(hidden) * torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64).repeat_interleave(WIDTH // HEADS)

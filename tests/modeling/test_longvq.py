@@ -118,7 +118,7 @@ class TestLearningCodebooks:
         """The same gradients and codebooks after some steps."""
         results, ids = [], random_ids(2, 15)
         for checkpointing in (False, True):
-            model = CAUSAL.model(**LEARNING, dropout=0.1).train()
+            model = CAUSAL.model(**LEARNING, hidden_dropout=0.1).train()
             if checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
             torch.manual_seed(3)
@@ -280,7 +280,7 @@ class TestBadInput:
             ({"dead_code_threshold": -0.1}, "`dead_code_threshold`"),
             ({"commitment_loss_weight": -1.0}, "`commitment_loss_weight` must not be negative"),
             ({"codebook_init": "zeros"}, "codebook_init"),
-            ({"dropout": 1.0}, "`dropout` is a probability"),
+            ({"hidden_dropout": 1.0}, "`hidden_dropout` is a probability"),
             ({"eos_token_id": 40}, "outside the vocabulary of 40"),
             ({"norm_eps": 0.0}, "`norm_eps` must be greater than 0"),
         ],
@@ -290,10 +290,10 @@ class TestBadInput:
             CAUSAL.config(**settings)
 
     def test_heads_that_need_other_settings(self) -> None:
-        with pytest.raises(ValueError, match="LongVQForMaskedLM needs a configuration with `is_causal=False`"):
+        with pytest.raises(ValueError, match="LongVQForMaskedLM needs a configuration with `is_decoder=False`"):
             LongVQForMaskedLM(CAUSAL.config())
-        with pytest.raises(ValueError, match="LongVQForCausalLM needs .*`is_causal=True`"):
-            LongVQForCausalLM(CAUSAL.config(is_causal=False))
+        with pytest.raises(ValueError, match="LongVQForCausalLM needs .*`is_decoder=True`"):
+            LongVQForCausalLM(CAUSAL.config(is_decoder=False))
         with pytest.raises(ValueError, match="`input_type='tokens'`"):
             LongVQForCausalLM(CAUSAL.config(input_type="values"))
         model = LongVQForSequenceClassification(CAUSAL.config())
@@ -304,7 +304,7 @@ class TestBadInput:
 def test_defaults() -> None:
     config = LongVQConfig()
     assert config.value_size == 1024 and config.attention_chunk == 256 and config.classifier_pooling == "last"
-    assert LongVQConfig(is_causal=False).classifier_pooling == "mean"
+    assert LongVQConfig(is_decoder=False).classifier_pooling == "mean"
     assert LongVQConfig(window_size=300, codebook_size=16).attention_chunk == 300
     assert LongVQConfig(window_size=16, codebook_size=16).attention_chunk == 64
     copied = copy.deepcopy(config)

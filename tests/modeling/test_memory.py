@@ -34,7 +34,7 @@ print((long - base) / (short - base))
 
 
 SETTINGS = {
-    "spade": ["d_ff=48", "ssm_type='s4', ssm_max_length=32768", "local_attention_type='chunk'"],
+    "spade": ["intermediate_size=48", "ssm_type='s4', ssm_max_length=32768", "local_attention_type='chunk'"],
     "mega": [
         "use_chunking=True, chunk_size=64",
         "use_chunking=True, chunk_size=64, attention_activation='laplace', bidirectional=False, is_decoder=True",

@@ -57,7 +57,7 @@ class TestForms:
         assert "hidden_states" not in model(**inputs) and "encoder_hidden_states" not in model(**inputs)
         if case.is_seq2seq:
             stacks = [
-                (outputs.encoder_hidden_states, config.encoder_layers, 11, outputs.encoder_last_hidden_state),
+                (outputs.encoder_hidden_states, config.num_hidden_layers, 11, outputs.encoder_last_hidden_state),
                 (outputs.decoder_hidden_states, config.decoder_layers, 6, outputs.get("last_hidden_state")),
             ]
         else:
@@ -108,13 +108,13 @@ class TestDecoderAttention:
         outputs = model(**inputs, output_attentions=True)
         assert len(outputs.cross_attentions) == config.decoder_layers
         for weights in outputs.cross_attentions:
-            assert weights.shape == (2, config.num_heads, 6, 11)
-            torch.testing.assert_close(weights.sum(-1), torch.ones(2, config.num_heads, 6))
+            assert weights.shape == (2, config.num_attention_heads, 6, 11)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, config.num_attention_heads, 6))
             assert not weights[1, ..., 8:].any()
-        if config.decoder_attention_window is None:
+        if config.decoder_window_size is None:
             assert len(outputs.decoder_attentions) == config.decoder_layers
             for weights in outputs.decoder_attentions:
-                assert weights.shape == (2, config.num_heads, 6, 6)
+                assert weights.shape == (2, config.num_attention_heads, 6, 6)
                 assert not weights.triu(1).any()
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ def test_unknown_arguments_do_not_reach_the_layers(case: Case) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
 def test_classifier_pooling(pooling: str) -> None:
     case = Case("spade", "AutoModelForSequenceClassification", "default")
-    model = case.model(classifier_pooling=pooling)
+    model = case.model(pooling=pooling)
     inputs = case.inputs(length=9)
     inputs["attention_mask"] = torch.ones(2, 9, dtype=torch.long)
     inputs["attention_mask"][0, :3] = 0

@@ -151,8 +151,8 @@ class TestReach:
     def test_receptive_field_of_the_spade_encoder(self, ssm_layers: list[int]) -> None:
         """Without an SSM, position i depends on |i - j| <= layers * radius exactly; with one, on every position."""
         model = Case("spade", "AutoModelForTextEncoding", "default").model(ssm_layers=ssm_layers)
-        radius, layers, middle = model.config.attention_window, model.config.encoder_layers, 30
-        embeds = torch.randn(1, 61, model.config.d_model, requires_grad=True)
+        radius, layers, middle = model.config.window_size - 1, model.config.num_hidden_layers, 30
+        embeds = torch.randn(1, 61, model.config.hidden_size, requires_grad=True)
         output = model(inputs_embeds=embeds).last_hidden_state
         influence = torch.autograd.grad(output[0, middle].square().sum(), embeds)[0][0].abs().sum(-1)
         distance = (torch.arange(61) - middle).abs()
@@ -165,16 +165,16 @@ class TestReach:
     def test_receptive_field_of_the_chunked_spade_encoder(self) -> None:
         """Without an SSM nothing crosses the borders of a chunk."""
         case = Case("spade", "AutoModelForTextEncoding", "default")
-        model = case.model(ssm_layers=[], local_attention_type="chunk", attention_window=5)
-        embeds = torch.randn(1, 18, model.config.d_model, requires_grad=True)
+        model = case.model(ssm_layers=[], local_attention_type="chunk", window_size=5)
+        embeds = torch.randn(1, 18, model.config.hidden_size, requires_grad=True)
         output = model(inputs_embeds=embeds).last_hidden_state
         influence = torch.autograd.grad(output[0, 7].square().sum(), embeds)[0][0].abs().sum(-1)
         assert torch.equal(influence > 0, (torch.arange(18) // 5) == 1)
 
     def test_receptive_field_of_the_spade_language_model(self) -> None:
         model = Case("spade_lm", "AutoModelForCausalLM", "default").model(ssm_layers=[])
-        reach = model.config.attention_window * model.config.num_layers
-        embeds = torch.randn(1, 24, model.config.d_model, requires_grad=True)
+        reach = (model.config.window_size - 1) * model.config.num_hidden_layers
+        embeds = torch.randn(1, 24, model.config.hidden_size, requires_grad=True)
         output = model.model(inputs_embeds=embeds).last_hidden_state
         influence = torch.autograd.grad(output[0, 20].square().sum(), embeds)[0][0].abs().sum(-1)
         behind = 20 - torch.arange(24)

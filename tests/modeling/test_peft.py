@@ -206,9 +206,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (Case("mega", "AutoModelForSequenceClassification", "default"), {}, "which the model does not have"),
         (Case("spade_lm", "AutoModelForSequenceClassification", "default"), {}, "which the model does not have"),
-        (Case("spade", "AutoModelForSequenceClassification", "default"), {"d_ff": 40}, "40 outputs"),
+        (Case("spade", "AutoModelForSequenceClassification", "default"), {"intermediate_size": 40}, "40 outputs"),
         (Case("spade", "AutoModelForSequenceClassification", "default"), {"num_labels": 7}, r"out_proj.* of shape"),
-        (Case("spade", "AutoModelForSequenceClassification", "default"), {"encoder_layers": 2}, r"layers\.2\."),
+        (Case("spade", "AutoModelForSequenceClassification", "default"), {"num_hidden_layers": 2}, r"layers\.2\."),
         (Case("spade", "AutoModelForTokenClassification", "default"), {}, "classifier"),
     ],
 )

@@ -288,8 +288,10 @@ def test_checkpoint_of_another_size(tmp_path: Path) -> None:
     model = all_variants()[0].model()
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size|mismatch"):
-        type(model).from_pretrained(tmp_path, d_ff=model.config.d_ff * 2)
-    resized = type(model).from_pretrained(tmp_path, d_ff=model.config.d_ff * 2, ignore_mismatched_sizes=True)
+        type(model).from_pretrained(tmp_path, intermediate_size=model.config.intermediate_size * 2)
+    resized = type(model).from_pretrained(
+        tmp_path, intermediate_size=model.config.intermediate_size * 2, ignore_mismatched_sizes=True
+    )
     perturb(resized)
 
 

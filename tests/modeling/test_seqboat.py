@@ -32,7 +32,7 @@ every_bias = pytest.mark.parametrize("bias", BIASES)
 
 def build(case: Case, activation: str = "softmax", bias: str = "rotary", window: int | None = 4, **kwargs):
     """A perturbed model in float64 whose routers activate about half of the tokens."""
-    settings = {"attention_activation": activation, "position_bias": bias, "window_size": window}
+    settings = {"attention_activation": activation, "position_bias": bias, "window_size": window and window + 1}
     return case.model(**settings | kwargs).double()
 
 
@@ -61,7 +61,7 @@ def pieces(model: torch.nn.Module, ids: torch.Tensor, cuts, mask: torch.Tensor |
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [3, None])
 def test_unit_follows_its_equations(activation: str, causal: bool, window: int | None) -> None:
-    settings = {"attention_activation": activation, "window_size": window, "position_bias": "distance"}
+    settings = {"attention_activation": activation, "window_size": window and window + 1, "position_bias": "distance"}
     model = (CAUSAL if causal else MASKED).model(**settings).double()
     unit, states = model.model.layers[0].unit, torch.randn(3, 20, 16, dtype=torch.float64)
     mask = torch.ones(3, 20, dtype=torch.bool)
@@ -448,8 +448,8 @@ class TestBadInput:
         ids = random_ids(2, 6)
         with pytest.raises(ValueError, match=r"`past_key_values` \(DynamicCache of 0 layers\).*leave .* unset"):
             model(ids, past_key_values=DynamicCache())
-        other = CAUSAL.model(window_size=7)(ids, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="`window_size` = 7, but this one has 4"):
+        other = CAUSAL.model(window_size=8)(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="`window_size` = 8, but this one has 5"):
             model(ids, past_key_values=other)
         past = model(ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="3 rows but `past_key_values` holds 2"):
@@ -489,7 +489,7 @@ def test_sparse_units_are_faster() -> None:
     """At 5 % density a unit takes less than half of the time at 100 %."""
     import time
 
-    config = SeqBoatConfig(hidden_size=256, is_decoder=True, window_size=512, vocab_size=64)
+    config = SeqBoatConfig(hidden_size=256, is_decoder=True, window_size=513, vocab_size=64)
     unit = SeqBoatUnit(config).eval()
     states = torch.randn(1, 4096, 256)
     rotary = rotary_table(torch.arange(4096), config.qk_dim, torch.float32)

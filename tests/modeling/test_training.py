@@ -39,7 +39,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_checkpointing_changes_nothing(self, case: Case, use_reentrant: bool) -> None:
-        model = case.model(dropout_rate=0.1).train()
+        model = case.model(hidden_dropout=0.1).train()
         inputs = case.inputs(length=19)
         inputs |= case.labels(inputs)
         results = []
@@ -214,10 +214,10 @@ def test_official_encoder_decoder_lets_no_gradient_through_its_state_space() -> 
     """The published code runs the SSM without gradients: its input gets gradients through the attention only."""
     case = Case("spade", "AutoModelForTextEncoding", "official")
     model = case.model()
-    embeds = torch.randn(1, 40, model.config.d_model, requires_grad=True)
+    embeds = torch.randn(1, 40, model.config.hidden_size, requires_grad=True)
     output = model(inputs_embeds=embeds).last_hidden_state
     influence = torch.autograd.grad(output[0, 0].square().sum(), embeds)[0][0].abs().sum(-1)
-    reach = model.config.attention_window * model.config.encoder_layers
+    reach = (model.config.window_size - 1) * model.config.num_hidden_layers
     assert (influence[: reach + 1] > 0).all() and not influence[reach + 1 :].any()
     flowing = case.model(ssm_stop_gradient=False)
     output = flowing(inputs_embeds=embeds).last_hidden_state
@@ -225,8 +225,15 @@ def test_official_encoder_decoder_lets_no_gradient_through_its_state_space() -> 
 
 
 WIDE = {
-    "spade": {"d_model": 512, "num_heads": 8, "d_ff": 1024, "encoder_layers": 2, "decoder_layers": 2, "d_kv": 64},
-    "spade_lm": {"d_model": 512, "num_heads": 8, "d_ff": 1024, "num_layers": 2},
+    "spade": {
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "decoder_layers": 2,
+        "head_dim": 64,
+    },
+    "spade_lm": {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1024, "num_hidden_layers": 2},
     "mega": {"hidden_size": 512, "intermediate_size": 1024, "nffn_hidden_size": 1024, "num_hidden_layers": 2},
     "seqboat": {"hidden_size": 512, "num_hidden_layers": 2},
     "longvq": {"hidden_size": 512, "num_hidden_layers": 2, "codebook_size": 64},
@@ -261,8 +268,8 @@ def overfit(model: torch.nn.Module, inputs: dict[str, torch.Tensor], steps: int 
 
 
 SMALL = {
-    "spade": {"d_model": 32, "d_kv": 16, "d_ff": 64},
-    "spade_lm": {"d_model": 32, "d_ff": 64},
+    "spade": {"hidden_size": 32, "head_dim": 16, "intermediate_size": 64},
+    "spade_lm": {"hidden_size": 32, "intermediate_size": 64},
     "mega": {"hidden_size": 32, "intermediate_size": 64, "nffn_hidden_size": 64},
     "seqboat": {"hidden_size": 32, "value_dim": 64},
     "longvq": {"hidden_size": 32, "value_size": 64, "freeze_codebook": False},

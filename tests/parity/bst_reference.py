@@ -88,6 +88,10 @@ def attend(
     return torch.softmax(scores, dim=0) @ values
 
 
+def _eps(options: Options) -> float:
+    return options.get("norm_eps", options.get("rms_norm_eps"))  # the latter in the stored vectors
+
+
 def row_logits(options: Options, p: Parameters, ids: list[int]) -> Tensor:
     """Logits (T, V) of one text without padding."""
     x = torch.stack([p["model.embed_tokens.weight"][token] for token in ids])
@@ -98,19 +102,19 @@ def row_logits(options: Options, p: Parameters, ids: list[int]) -> Tensor:
             if key.startswith(f"model.layers.{index}.")
         }
         x = _layer(options, layer, x)
-    x = rms_norm(x, p["model.norm.weight"], options["rms_norm_eps"])
+    x = rms_norm(x, p["model.norm.weight"], _eps(options))
     divisor = options.get("logits_scaling", options.get("logit_divisor"))  # the latter in the stored vectors
     divisor = divisor or math.sqrt(options["hidden_size"])
     return x @ p.get("lm_head.weight", p["model.embed_tokens.weight"]).T / divisor
 
 
 def _layer(options: Options, p: Parameters, x: Tensor) -> Tensor:
-    u = rms_norm(x, p["input_norm.weight"], options["rms_norm_eps"])
+    u = rms_norm(x, p["input_norm.weight"], _eps(options))
     mixed = _local(options, p, u)
     if "context.q_proj.weight" in p:
         mixed = torch.cat([mixed, _context(options, p, u)], dim=-1)
     x = x + mixed @ p["attn.o_proj.weight"].T
-    inner = rms_norm(x, p["ffn_norm.weight"], options["rms_norm_eps"]) @ p["mlp.up_proj.weight"].T
+    inner = rms_norm(x, p["ffn_norm.weight"], _eps(options)) @ p["mlp.up_proj.weight"].T
     return x + inner.clamp(min=0) @ p["mlp.down_proj.weight"].T
 
 
@@ -156,7 +160,7 @@ def _context(options: Options, p: Parameters, u: Tensor) -> Tensor:
                 states = p["context.initial"] if start == 0 else outputs[start - 1]
             else:
                 states = outputs[start : t + 1, head if variant == "mh" else 0]
-            states = rms_norm(states, p["context.norm.weight"], options["rms_norm_eps"])
+            states = rms_norm(states, p["context.norm.weight"], _eps(options))
             states = states + p["context.ids"] if variant == "mf" else states
             tokens.append(attend(query @ u[t], states @ key.T, states @ value.T, 0.0, scale, options["qk_norm_eps"]))
         results.append(torch.stack(tokens))

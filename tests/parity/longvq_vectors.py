@@ -55,7 +55,7 @@ def _our_name(name: str, config: LongVQConfig) -> str:
 
 
 def _config(settings: Mapping[str, Any]) -> LongVQConfig:
-    return LongVQConfig(**settings, dropout=0.0, hidden_dropout=0.0, pad_token_id=None, eos_token_id=None)
+    return LongVQConfig(**settings, hidden_dropout=0.0, activation_dropout=0.0, pad_token_id=None, eos_token_id=None)
 
 
 def _load(module: torch.nn.Module, parameters: Tensors, config: LongVQConfig, left_out: set[str]) -> None:

@@ -199,7 +199,7 @@ def test_bad_options(kind: str, changes: dict, message: str, lora: Any, tmp_path
     if kind == "translation":
         arguments |= {
             "tokenizer": lora(kind)["model_name_or_path"],
-            "config_overrides": "encoder_layers=1,decoder_layers=1",
+            "config_overrides": "num_hidden_layers=1,decoder_layers=1",
         }
     with pytest.raises(ValueError, match=message):
         RECIPES[kind][0].main(arguments)
@@ -224,8 +224,10 @@ def test_adapters_whose_checkpoint_is_another_model(adapter: tuple[Path, Path], 
     with pytest.raises(ValueError, match="is an adapter itself.*merge_adapter"):
         finetune_glue.main(lora("glue", model_name_or_path=str(folder), output_dir=str(tmp_path / "twice")))
 
-    small = {"vocab_size": 512, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 1}
-    other = AutoModelForSeq2SeqLM.from_config(SpadeConfig(d_model=32, d_kv=8, d_ff=32, attention_window=8, **small))
+    small = {"vocab_size": 512, "num_attention_heads": 4, "num_hidden_layers": 1, "decoder_layers": 1}
+    other = AutoModelForSeq2SeqLM.from_config(
+        SpadeConfig(hidden_size=32, head_dim=8, intermediate_size=32, window_size=9, **small)
+    )
     other.save_pretrained(base)
     with pytest.raises(ValueError, match="made for another model than"):
         evaluate.main(again)

@@ -187,7 +187,7 @@ def test_other_wrong_sources(tmp_path):
 
 def test_tensors_of_another_configuration_are_refused(tmp_path):
     state = write_encoder_decoder(tmp_path / "official", ENCODER_DECODER)
-    (tmp_path / "official" / "config.json").write_text(json.dumps(ENCODER_DECODER | {"num_layers": 3}))
+    (tmp_path / "official" / "config.json").write_text(json.dumps(ENCODER_DECODER | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"missing: `encoder\.block\.2"):
         convert(tmp_path / "official", tmp_path / "ours")
     state["lm_head.weight"] = state["lm_head.weight"] + 1
@@ -198,7 +198,9 @@ def test_tensors_of_another_configuration_are_refused(tmp_path):
 
 
 def test_models_without_official_form_are_refused_by_field(tmp_path):
-    config = hf_hybrid.SpadeLMConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2, attention_window=3)
+    config = hf_hybrid.SpadeLMConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, window_size=4
+    )
     hf_hybrid.SpadeLMForCausalLM(config).save_pretrained(tmp_path / "new")
     with pytest.raises(ValueError, match="has no counterpart in the official SPADE"):
         convert(tmp_path / "new", tmp_path / "back", direction="to_official")

@@ -27,7 +27,7 @@ TINY_BST = (
 
 TINY_LONGVQ = (
     "hidden_size=16,num_hidden_layers=2,value_size=16,shared_representation_size=8,intermediate_size=16,window_size=4,chunk_size=4,"
-    "codebook_size=8,codebook_init=random,dead_code_threshold=0,commitment_loss_weight=0.1,dropout=0"
+    "codebook_size=8,codebook_init=random,dead_code_threshold=0,commitment_loss_weight=0.1,hidden_dropout=0"
 )
 
 

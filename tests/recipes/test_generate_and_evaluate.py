@@ -16,7 +16,7 @@ from hf_hybrid.recipes.support.finetuning_data import PREDICTIONS_FILE
 def causal_checkpoint(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("lm")
     config = SpadeLMConfig(
-        vocab_size=512, d_model=16, num_heads=2, d_ff=32, num_layers=2, attention_window=8, ssm_state_size=4,
+        vocab_size=512, hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2, window_size=9, ssm_state_size=4,
         pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

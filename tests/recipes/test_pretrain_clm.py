@@ -18,7 +18,9 @@ from hf_hybrid.recipes.support.models import NewModelArguments
 from hf_hybrid.recipes.support.options import parse_arguments
 from hf_hybrid.training.arguments import PretrainingArguments
 
-TINY_LM = "d_model=16,num_heads=2,d_ff=32,num_hidden_layers=2,attention_window=8,ssm_state_size=4"
+TINY_LM = (
+    "hidden_size=16,num_attention_heads=2,intermediate_size=32,num_hidden_layers=2,window_size=9,ssm_state_size=4"
+)
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def test_documents_can_be_kept_apart(pretraining, tmp_path):
 
 def test_streaming_resumes_bitwise(pretraining, tmp_path):
     base = {**pretraining, "streaming": True, "held_out_documents": 3, "max_steps": 6, "save_steps": 4}
-    base["config_overrides"] += ",dropout_rate=0.1"
+    base["config_overrides"] += ",hidden_dropout=0.1"
     main(base)
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "run" / "checkpoint-4", resumed / "checkpoint-4")

@@ -15,7 +15,7 @@ from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes.pretrain_span_corruption import main
 
 TINY_SPADE = (
-    "d_model=16,d_kv=8,d_ff=32,num_heads=2,encoder_layers=2,decoder_layers=1,attention_window=8,ssm_state_size=4,"
+    "hidden_size=16,head_dim=8,intermediate_size=32,num_attention_heads=2,num_hidden_layers=2,decoder_layers=1,window_size=9,ssm_state_size=4,"
     "max_position_embeddings=64"
 )
 
@@ -63,7 +63,7 @@ def test_everything_is_written(pretraining, tmp_path):
 def test_resuming_is_bitwise(pretraining, tmp_path, accumulation):
     base = {
         **pretraining,
-        "config_overrides": TINY_SPADE + ",dropout_rate=0.1,attention_dropout=0.1",
+        "config_overrides": TINY_SPADE + ",hidden_dropout=0.1,attention_dropout=0.1",
         "gradient_accumulation_steps": accumulation,
         "max_steps": 10,
         "save_steps": 6,
@@ -131,8 +131,8 @@ def test_a_separate_validation_file(pretraining, tmp_path, corpus):
         ({"input_length": 400, "mean_span_length": 20.0}, ValueError, "max_position_embeddings"),
         ({"data": ["/nowhere.txt"]}, ValueError, "No such file"),
         ({"config_overrides": "d_modle=4"}, ValueError, "d_modle"),
-        ({"config_overrides": "d_model"}, ValueError, "name=value"),
-        ({"config_overrides": TINY_SPADE + ",num_heads=3"}, ValueError, "num_heads"),
+        ({"config_overrides": "hidden_size"}, ValueError, "name=value"),
+        ({"config_overrides": TINY_SPADE + ",num_attention_heads=3"}, ValueError, "num_attention_heads"),
         ({"resume_from_checkpoint": "last"}, ValueError, "no checkpoint"),
         ({"max_minutes": -1}, ValueError, "max_minutes"),
         ({"validation_fraction": 2.0}, ValueError, "validation_fraction"),

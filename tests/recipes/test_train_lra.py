@@ -76,7 +76,7 @@ def test_a_rule_is_learnt_and_found_again(training, tmp_path):
         **training,
         "task": "text",
         "arch": "spade",
-        "config_overrides": TINY_OVERRIDES["spade"] + ",dropout_rate=0.0",
+        "config_overrides": TINY_OVERRIDES["spade"] + ",hidden_dropout=0.0",
     }
     for split, count in (("train", 32), ("validation", 12)):
         write_split(tmp_path / "data", split, rows_of("text", count))

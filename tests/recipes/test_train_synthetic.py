@@ -39,7 +39,7 @@ def test_every_architecture_trains(options, tmp_path, arch, task) -> None:
 def test_a_task_is_learnt_and_measured_again(options, tmp_path) -> None:
     """Which of two tokens came first."""
     task = {"task": "copying", "num_tokens": 1, "vocab_size": 4, "num_validation": 30, "num_train": 4000}
-    overrides = TINY_OVERRIDES["longvq"] + ",dropout=0.0"
+    overrides = TINY_OVERRIDES["longvq"] + ",hidden_dropout=0.0"
     changes = {"arch": "longvq", "config_overrides": overrides, "max_steps": 60, "learning_rate": 1e-2}
     metrics = main(options | SHORT | task | changes | {"per_device_train_batch_size": 16})
     assert metrics["eval_accuracy"] == metrics["eval_exact_match"] == 1

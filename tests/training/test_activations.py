@@ -38,7 +38,7 @@ CONFIG = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "qk_dim": 8,
-    "window_size": 4,
+    "window_size": 5,
     "is_decoder": True,
 }
 

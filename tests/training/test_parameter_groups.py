@@ -30,8 +30,8 @@ EVERY_MODEL = [
 
 def tiny_spade(**overrides):
     config = SpadeConfig(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_heads=2, encoder_layers=2, decoder_layers=1,
-        attention_window=4, ssm_state_size=4, max_position_embeddings=32, **overrides,
+        vocab_size=64, hidden_size=16, head_dim=8, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, decoder_layers=1,
+        window_size=5, ssm_state_size=4, max_position_embeddings=32, **overrides,
     )  # fmt: skip
     return AutoModelForSeq2SeqLM.from_config(config)
 
@@ -45,7 +45,7 @@ def membership(model, **options):
 @pytest.mark.parametrize("reload", [False, True])
 @pytest.mark.parametrize("ssm_type", ["s4d", "s4"])
 def test_spade_groups(tmp_path, reload, ssm_type):
-    model = tiny_spade(ssm_type=ssm_type, norm_type="layer_norm", attention_bias=True)
+    model = tiny_spade(ssm_type=ssm_type, norm_type="layernorm", attention_bias=True)
     if reload:
         model.save_pretrained(tmp_path)
         model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.utils import logging
 
+from .checks import check_at_least, check_positive, check_probabilities, check_special_tokens, check_step_sizes
 from .hybrid_config import HybridConfig
 
 logger = logging.get_logger(__name__)
@@ -53,7 +54,7 @@ class BstConfig(HybridConfig):
             `block_size` tokens. The other layers always have sliding windows.
         qk_norm, qk_norm_eps: normalise queries and keys, with a learned scale per head.
         relative_attention_num_buckets, relative_attention_max_distance: relative position bias as in T5, one table per layer.
-        rms_norm_eps: of all other norms.
+        norm_eps: of all other norms.
         logits_scaling: divisor of the logits; None: sqrt(hidden_size).
         tie_word_embeddings: the language model head is the embedding matrix.
         hidden_dropout: of the input of attention and filters, and of the output of the feed-forward layer.
@@ -65,7 +66,7 @@ class BstConfig(HybridConfig):
 
     model_type = "bst"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"logit_divisor": "logits_scaling"}  # the name in earlier checkpoints
+    attribute_map = {"logit_divisor": "logits_scaling", "rms_norm_eps": "norm_eps"}  # the names in earlier checkpoints
 
     vocab_size: int = 32128
     hidden_size: int = 1024
@@ -90,7 +91,7 @@ class BstConfig(HybridConfig):
     qk_norm_eps: float | int = 1e-6
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
-    rms_norm_eps: float | int = 1e-6
+    norm_eps: float | int = 1e-6
     logits_scaling: float | int | None = None
     tie_word_embeddings: bool = True
     hidden_dropout: float | int = 0.05
@@ -104,6 +105,7 @@ class BstConfig(HybridConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = self.take_old_spellings(kwargs)
         depth = self.num_hidden_layers
         if self.bst_layers is None:
             self.bst_layers = sorted({0, depth // 2, 2 * depth // 3}) if depth > 0 else []
@@ -128,19 +130,14 @@ class BstConfig(HybridConfig):
 
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
-        for name in _PROBABILITIES:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {getattr(self, name)}.")
-        for name in ("qk_norm_eps", "rms_norm_eps", "logits_scaling", "ssm_filter_emb_base", "embedding_init_std"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be greater than 0; got {value}.")
+        check_at_least(self, 1, _POSITIVE)
+        check_probabilities(self, _PROBABILITIES)
+        check_positive(
+            self, ("qk_norm_eps", "norm_eps", "logits_scaling", "ssm_filter_emb_base", "embedding_init_std")
+        )
         self._check_filters()
         self._check_attention()
-        self._check_tokens()
+        check_special_tokens(self)
 
     def _check_filters(self) -> None:
         depth = self.num_hidden_layers
@@ -155,11 +152,7 @@ class BstConfig(HybridConfig):
             value = getattr(self, name)
             if value < 2 or value % 2:
                 raise ValueError(f"`{name}` must be even and at least 2 ({reason}); got {value}.")
-        if not 0 < self.ssm_dt_min <= self.ssm_dt_max:
-            raise ValueError(
-                f"`ssm_dt_min` and `ssm_dt_max` must satisfy 0 < ssm_dt_min <= ssm_dt_max; got {self.ssm_dt_min} and "
-                f"{self.ssm_dt_max}."
-            )
+        check_step_sizes(self)
         if self.ssm_filter_length < 2:
             raise ValueError(f"`ssm_filter_length` must be at least 2 tokens; got {self.ssm_filter_length}.")
 
@@ -170,15 +163,6 @@ class BstConfig(HybridConfig):
                 "`relative_attention_num_buckets` must be at least 2 and `relative_attention_max_distance` larger than half of "
                 f"it; got {buckets} and {self.relative_attention_max_distance}."
             )
-
-    def _check_tokens(self) -> None:
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            tokens = getattr(self, name)
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(
-                        f"`{name}` is {tokens}, outside the vocabulary of {self.vocab_size} tokens (0 to {self.vocab_size - 1})."
-                    )
 
 
 __all__ = ["BstConfig"]

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import check_at_least, check_positive, check_probabilities, check_special_tokens
 from .hybrid_config import HybridConfig
 
-_PROBABILITIES = ("dropout", "hidden_dropout", "classifier_dropout")
+_PROBABILITIES = ("hidden_dropout", "activation_dropout", "classifier_dropout")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -26,7 +27,7 @@ _POSITIVE = (
 
 @strict
 class LongVQConfig(HybridConfig):
-    """Configuration of all LongVQ models. The default is a decoder; `is_causal=False` makes a bidirectional encoder.
+    """Configuration of all LongVQ models. The default is a decoder; `is_decoder=False` makes a bidirectional encoder.
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, intermediate_size, hidden_act, use_cache: as in any Transformers model.
@@ -35,7 +36,7 @@ class LongVQConfig(HybridConfig):
         num_attention_heads: heads, each with its own codebooks; a divisor of the two widths above.
         ssm_type: "ema", Mega's damped moving average, or "s4d", a diagonal state space.
         ssm_state_size: averages per feature, or twice the complex modes.
-        is_causal: tokens see those before them only.
+        is_decoder: tokens see those before them only.
         window_size: distances w that a learned bias tells apart, 0 to w - 1 (in both directions for an encoder).
         chunk_size: tokens of a chunk, at least w - 1: keys of the same and the neighbouring chunk have gradients of their own, all
             others share those of their codeword. The outputs do not depend on it. None: the largest of w, half the codebook and 64.
@@ -50,18 +51,20 @@ class LongVQConfig(HybridConfig):
         freeze_codebook: no codeword ever changes.
         qk_norm, qk_norm_eps: queries and keys have a root mean square of 1 in every head.
         norm_type, norm_eps: "layernorm" or "rmsnorm".
-        dropout: of the outputs of the state space, of attention and of the feed-forward layer.
-        hidden_dropout: of attention values and inside the feed-forward layer.
+        hidden_dropout: of the outputs of the state space, of attention and of the feed-forward layer.
+        activation_dropout: of attention values and inside the feed-forward layer.
         initializer_range: deviation of embeddings and linear maps at first.
         tie_word_embeddings: the language model head uses the embedding matrix.
         input_type: "tokens", or "values" for sequences of real numbers (pixels, samples of a waveform).
         image_size: height and width that image classification accepts; None accepts any.
         pooling: what classifiers read: the "mean" of all real tokens, or the "last"; None: the last if causal, else the mean.
-        classifier_dropout: of the heads; None means `dropout`.
+        classifier_dropout: of the heads; None means `hidden_dropout`.
         dual_encoder: classify pairs of texts, from [second, first].
     """
 
     model_type = "longvq"
+    attribute_map = {"is_causal": "is_decoder"}
+    former_fields = {"dropout": "hidden_dropout"}
     # What concerns the codebooks is no prediction: Trainer must not gather it over an evaluation.
     keys_to_ignore_at_inference = ["past_key_values", "commitment_loss", "codebook_perplexity"]
 
@@ -74,7 +77,7 @@ class LongVQConfig(HybridConfig):
     num_attention_heads: int = 1
     ssm_type: Literal["ema", "s4d"] = "ema"
     ssm_state_size: int = 16
-    is_causal: bool = True
+    is_decoder: bool = True
     window_size: int = 128
     chunk_size: int | None = None
     far_key_gradient: bool = True
@@ -91,8 +94,8 @@ class LongVQConfig(HybridConfig):
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     hidden_act: str = "silu"
-    dropout: float | int = 0.1
-    hidden_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -105,7 +108,16 @@ class LongVQConfig(HybridConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
 
+    @classmethod
+    def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a file; `hidden_dropout` was the name of another probability when there was a field `dropout`."""
+        if "dropout" in fields:
+            fields["activation_dropout"] = fields.pop("hidden_dropout", 0.0)
+            fields["hidden_dropout"] = fields.pop("dropout")
+        return fields
+
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = self.take_old_spellings(kwargs)
         if self.value_size is None:
             self.value_size = 2 * self.hidden_size
         super().__post_init__(**kwargs)
@@ -124,28 +136,23 @@ class LongVQConfig(HybridConfig):
         """What classifiers read: "mean" or "last"."""
         if self.pooling is not None:
             return self.pooling
-        return "last" if self.is_causal else "mean"
+        return "last" if self.is_decoder else "mean"
 
     @property
     def head_dropout(self) -> float:
         """Dropout of the classification heads."""
-        return self.dropout if self.classifier_dropout is None else self.classifier_dropout
+        return self.hidden_dropout if self.classifier_dropout is None else self.classifier_dropout
 
     # ---------------------------------------------------------------------------------------------------- validation
 
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
-        for name in _PROBABILITIES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {value}.")
+        check_at_least(self, 1, _POSITIVE)
+        check_probabilities(self, _PROBABILITIES)
         self._check_attention()
         self._check_codebook()
-        self._check_tokens()
+        if self.input_type == "tokens":
+            check_special_tokens(self)
 
     def _check_attention(self) -> None:
         for name in ("shared_representation_size", "value_size"):
@@ -161,9 +168,7 @@ class LongVQConfig(HybridConfig):
             )
         if self.ssm_type == "s4d" and self.ssm_state_size % 2:
             raise ValueError(f"`ssm_type='s4d'` needs an even `ssm_state_size`; got {self.ssm_state_size}.")
-        for name in ("qk_norm_eps", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0; got {getattr(self, name)}.")
+        check_positive(self, ("qk_norm_eps", "norm_eps"))
 
     def _check_codebook(self) -> None:
         if not 0 <= self.codebook_decay < 1:
@@ -176,17 +181,6 @@ class LongVQConfig(HybridConfig):
             raise ValueError(f"`commitment_loss_weight` must not be negative; got {self.commitment_loss_weight}.")
         if self.codebook_init_iters < 0:
             raise ValueError(f"`codebook_init_iters` must not be negative; got {self.codebook_init_iters}.")
-
-    def _check_tokens(self) -> None:
-        if self.input_type == "values":
-            return
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            tokens = getattr(self, name)
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(
-                        f"`{name}` is {tokens}, outside the vocabulary of {self.vocab_size} tokens (0 to {self.vocab_size - 1})."
-                    )
 
 
 __all__ = ["LongVQConfig"]

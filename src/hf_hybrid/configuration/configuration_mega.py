@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import check_at_least, check_bands, check_probabilities, check_special_tokens
 from .hybrid_config import HybridConfig
 
 _PROBABILITIES = (
@@ -113,7 +114,7 @@ class MegaConfig(HybridConfig):
 
     model_type = "mega"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"encoder_layers": "num_hidden_layers"}
+    attribute_map = {"encoder_layers": "num_hidden_layers", "hidden_dropout": "dropout_prob"}
 
     vocab_size: int = 30522
     hidden_size: int = 128
@@ -194,6 +195,7 @@ class MegaConfig(HybridConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = self.take_old_spellings(kwargs)
         is_old = str(self.transformers_version or "").startswith("4.")
         if self.rms_norm_legacy is None:
             self.rms_norm_legacy = is_old and self.normalization_type == "rmsnorm"
@@ -312,15 +314,8 @@ class MegaConfig(HybridConfig):
 
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                remedy = "; None switches it off" if name == "truncation" else ""
-                raise ValueError(f"`{name}` must be at least 1{remedy}; got {value}.")
-        for name in _PROBABILITIES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {value}.")
+        check_at_least(self, 1, _POSITIVE, {"truncation": "None switches it off"})
+        check_probabilities(self, _PROBABILITIES)
         self._check_attention()
         self._check_stack()
         self._check_heads()
@@ -369,14 +364,7 @@ class MegaConfig(HybridConfig):
         if self.normalize_embeddings and self.normalize_before_mega:
             raise ValueError("`normalize_embeddings=True` needs `normalize_before_mega=False`.")
         if self.input_type == "tokens":
-            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-                tokens = getattr(self, name)
-                for token in tokens if isinstance(tokens, list) else [tokens]:
-                    if token is not None and not 0 <= token < self.vocab_size:
-                        raise ValueError(
-                            f"`{name}` is {tokens}, outside the vocabulary of {self.vocab_size} tokens (0 to "
-                            f"{self.vocab_size - 1})."
-                        )
+            check_special_tokens(self)
         elif self.is_decoder or self.is_encoder_decoder or self.add_token_type_embeddings:
             raise ValueError(
                 "`input_type='values'` is defined for encoders without token types: leave `is_decoder`, "
@@ -400,17 +388,7 @@ class MegaConfig(HybridConfig):
             )
         if self.adaptive_cutoffs is None:
             return
-        limits = [0, *self.adaptive_cutoffs, self.vocab_size]
-        if len(limits) < 3 or any(low >= high for low, high in zip(limits, limits[1:])):
-            raise ValueError(
-                f"`adaptive_cutoffs` must be a rising list of token ids between 0 and `vocab_size` ({self.vocab_size}); got "
-                f"{self.adaptive_cutoffs}."
-            )
-        if self.adaptive_factor < 1 or self.hidden_size // self.adaptive_factor ** len(self.adaptive_cutoffs) < 1:
-            raise ValueError(
-                f"`adaptive_factor` ({self.adaptive_factor}) leaves no width for the last of "
-                f"{len(self.adaptive_cutoffs) + 1} bands at `hidden_size` {self.hidden_size}."
-            )
+        check_bands(self)
         if not self.tie_word_embeddings or self.is_encoder_decoder or self.add_lm_hidden_dense_layer:
             raise ValueError(
                 "`adaptive_cutoffs` needs `tie_word_embeddings=True`, `add_lm_hidden_dense_layer=False` and a single stack: "

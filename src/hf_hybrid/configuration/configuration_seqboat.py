@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import check_at_least, check_positive, check_probabilities, check_special_tokens
 from .hybrid_config import HybridConfig
 
-_PROBABILITIES = ("hidden_dropout", "value_dropout", "attention_dropout", "classifier_dropout")
+_PROBABILITIES = ("hidden_dropout", "activation_dropout", "attention_dropout", "classifier_dropout")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -15,16 +16,13 @@ _POSITIVE = (
     "qk_dim",
     "value_dim",
     "ema_dim",
-    "window_size",
     "ema_truncation",
     "distance_table_size",
     "embedding_size",
     "classifier_dim",
     "image_size",
-    "router_init_temp_scale",
 )
 _SWITCHED_OFF = {
-    "window_size": "None lets every active token see all others",
     "ema_truncation": "None switches it off",
 }
 
@@ -38,8 +36,8 @@ class SeqBoatConfig(HybridConfig):
         qk_dim: width z of queries and keys.
         value_dim: width h of values and output gate; None: twice `hidden_size`.
         ema_dim: averages per channel of the moving average, N.
-        window_size: working memory w in *active* tokens: an active token sees the w active ones before it, and the w after
-            it in an encoder. None lets it see all active ones.
+        window_size: working memory w in *active* tokens: an active token sees itself and the w - 1 active ones before it, and the
+            w - 1 after it in an encoder. None lets it see all active ones.
         ema_truncation: reach of the moving average in tokens, in each direction; None is unlimited.
         attention_activation: "softmax", or pointwise "relu2" or "laplace".
         position_bias: what attention knows of positions: "rotary" (turned queries and keys), "distance" (table of
@@ -47,15 +45,15 @@ class SeqBoatConfig(HybridConfig):
         distance_table_size: distances that the "distance" table tells apart; larger ones take its ends.
         hidden_act: of moving average, attention unit and layer output, by its Transformers name.
         norm_type: "layernorm", "scalenorm", "rmsnorm", "batchnorm" or "syncbatchnorm", with `norm_eps`.
-        prenorm: normalise the input of a layer (and the output of the stack) instead of the output of the layer.
+        norm_first: normalise the input of a layer (and the output of the stack) instead of the output of the layer.
         final_norm_affine: learned parameters in the norm of the output of the stack.
-        embedding_norm: normalise the embeddings; only with `prenorm=False`.
+        embedding_norm: normalise the embeddings; only with `norm_first=False`.
         scale_embedding: multiply token embeddings by sqrt(hidden_size).
         embedding_size: width of the embeddings where it is not `hidden_size`; a projection follows.
         absolute_sinusoid: add scaled sinusoids of the positions to the embeddings.
         intermediate_size: width of a feed-forward layer after each unit; 0 for none, as published.
         hidden_dropout: of embeddings, moving average and output of a unit (and of its feed-forward layer).
-        value_dropout, attention_dropout: of attention values (and inside the feed-forward layer) and of attention weights.
+        activation_dropout, attention_dropout: of attention values (and inside the feed-forward layer) and of attention weights.
         feature_dropout: drop whole features of a row, at all its positions, instead of single entries (weights excepted).
         router_init_temp_scale: c; the temperature of each router starts at c * sqrt(hidden_size).
         router_act_bias: added to the logit of skipping; positive values reduce activation.
@@ -76,6 +74,8 @@ class SeqBoatConfig(HybridConfig):
     """
 
     model_type = "seqboat"
+    attribute_map = {"prenorm": "norm_first", "value_dropout": "activation_dropout"}
+    former_fields = {"max_position_embeddings": "distance_table_size"}
     # What concerns the activation is no prediction: Trainer must not gather it over an evaluation.
     keys_to_ignore_at_inference = ["past_key_values", "activation_rate", "active", "gate_probs", "auxiliary_loss"]
 
@@ -93,7 +93,7 @@ class SeqBoatConfig(HybridConfig):
     hidden_act: str = "silu"
     norm_type: Literal["layernorm", "scalenorm", "rmsnorm", "batchnorm", "syncbatchnorm"] = "layernorm"
     norm_eps: float = 1e-5
-    prenorm: bool = True
+    norm_first: bool = True
     final_norm_affine: bool = True
     embedding_norm: bool = False
     scale_embedding: bool = True
@@ -101,7 +101,7 @@ class SeqBoatConfig(HybridConfig):
     absolute_sinusoid: bool = False
     intermediate_size: int = 0
     hidden_dropout: float | int = 0.1
-    value_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     feature_dropout: bool = False
     router_init_temp_scale: float | int = 1.0
@@ -129,9 +129,17 @@ class SeqBoatConfig(HybridConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
 
+    @classmethod
+    def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a file; those with `max_position_embeddings` had a window that left the token itself out."""
+        if "max_position_embeddings" in fields:
+            fields["distance_table_size"] = fields.pop("max_position_embeddings")
+            window = fields.get("window_size", 128)
+            fields["window_size"] = None if window is None else window + 1
+        return fields
+
     def __post_init__(self, **kwargs: Any) -> None:
-        if "max_position_embeddings" in kwargs:  # its former name, which other programs take for the longest input
-            self.distance_table_size = kwargs.pop("max_position_embeddings")
+        kwargs = self.take_old_spellings(kwargs)
         if self.value_dim is None:
             self.value_dim = 2 * self.hidden_size
         super().__post_init__(**kwargs)
@@ -148,16 +156,12 @@ class SeqBoatConfig(HybridConfig):
 
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            least = "greater than 0" if name == "router_init_temp_scale" else "at least 1"
-            if value is not None and (value <= 0 if "0" in least else value < 1):
-                remedy = f"; {_SWITCHED_OFF[name]}" if name in _SWITCHED_OFF else ""
-                raise ValueError(f"`{name}` must be {least}{remedy}; got {value}.")
-        for name in _PROBABILITIES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {value}.")
+        check_at_least(self, 1, _POSITIVE, _SWITCHED_OFF)
+        check_at_least(
+            self, 2, ["window_size"], {"window_size": "an active token sees itself and others; None lets it see all"}
+        )
+        check_positive(self, ["router_init_temp_scale", "norm_eps"])
+        check_probabilities(self, _PROBABILITIES)
         self._check_unit()
         self._check_stack()
         self._check_heads()
@@ -176,8 +180,6 @@ class SeqBoatConfig(HybridConfig):
             raise ValueError(
                 f"`intermediate_size` must be a width, or 0 for no feed-forward layer; got {self.intermediate_size}."
             )
-        if self.norm_eps <= 0:
-            raise ValueError(f"`norm_eps` must be greater than 0; got {self.norm_eps}.")
         if self.dead_layer_loss_weight < 0 or not 0 < self.dead_layer_min_rate <= 1:
             raise ValueError(
                 "`dead_layer_loss_weight` must not be negative and `dead_layer_min_rate` must lie in (0, 1]; got "
@@ -185,9 +187,9 @@ class SeqBoatConfig(HybridConfig):
             )
 
     def _check_stack(self) -> None:
-        if self.embedding_norm and self.prenorm:
+        if self.embedding_norm and self.norm_first:
             raise ValueError(
-                "`embedding_norm=True` needs `prenorm=False`: with pre-norm every layer normalises its input."
+                "`embedding_norm=True` needs `norm_first=False`: with pre-norm every layer normalises its input."
             )
         if self.tie_word_embeddings and self.embedding_width != self.hidden_size:
             raise ValueError(
@@ -203,13 +205,7 @@ class SeqBoatConfig(HybridConfig):
                     "and `embedding_size` None."
                 )
             return
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            tokens = getattr(self, name)
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(
-                        f"`{name}` is {tokens}, outside the vocabulary of {self.vocab_size} tokens (0 to {self.vocab_size - 1})."
-                    )
+        check_special_tokens(self)
 
     def _check_heads(self) -> None:
         if self.classifier_layers < 0:

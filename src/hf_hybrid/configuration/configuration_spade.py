@@ -11,21 +11,35 @@ from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import (
+    check_at_least,
+    check_bands,
+    check_probabilities,
+    check_special_tokens,
+    check_step_sizes,
+)
 from .hybrid_config import HybridConfig
 
+_POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "window_size", "ssm_max_length")
+_FORMER_WINDOWS = {"attention_window": "window_size", "decoder_attention_window": "decoder_window_size"}
 FEED_FORWARD_TYPES = ("relu", "gelu", "gated-gelu", "gated-silu")
+
+
+def _read_former_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a file; windows were radii, which leave the token itself out, and norms were spelled with an underscore."""
+    has_windows = fields.get("local_attention_type", "window") == "window"
+    for former, name in _FORMER_WINDOWS.items():
+        if former in fields:
+            size = fields.pop(former)
+            fields[name] = size + 1 if has_windows and size is not None else size
+    if isinstance(norm := fields.get("norm_type"), str):
+        fields["norm_type"] = norm.replace("_", "")
+    return fields
 
 
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
-
-
-def _check_at_least(config: HybridConfig, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")
 
 
 def _check_layer_list(name: str, indices: list[int], num_layers: int, depth_name: str) -> None:
@@ -38,34 +52,29 @@ def _check_layer_list(name: str, indices: list[int], num_layers: int, depth_name
         raise ValueError(f"`{name}` names a layer twice: {indices}.")
 
 
-def _with_logits_scaling(fields: dict[str, Any], d_model: int) -> dict[str, Any]:
-    """Extra fields with `scale_logits` of earlier checkpoints (divide by sqrt(d_model), or not) written as `logits_scaling`."""
+def _with_logits_scaling(fields: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """Extra fields with `scale_logits` of earlier checkpoints (divide by sqrt(hidden_size), or not) written as `logits_scaling`."""
     if "scale_logits" not in fields:
         return fields
     others = {name: value for name, value in fields.items() if name != "scale_logits"}
-    return others | ({"logits_scaling": d_model**0.5} if fields["scale_logits"] else {})
+    return others | ({"logits_scaling": hidden_size**0.5} if fields["scale_logits"] else {})
 
 
 def _check_common(config: HybridConfig) -> None:
     """Rules that the encoder-decoder and the language model share."""
     if config.logits_scaling <= 0:
         raise ValueError(f"`logits_scaling` must be greater than 0; got {config.logits_scaling}.")
-    _check_at_least(config, 1, "vocab_size", "d_model", "d_ff", "num_heads", "attention_window", "ssm_max_length")
-    _check_at_least(config, 2, "relative_attention_num_buckets", "ssm_state_size")
-    for name in ("dropout_rate", "attention_dropout", "activation_dropout", "classifier_dropout", "adaptive_dropout"):
-        if not 0 <= getattr(config, name, 0) < 1:
-            raise ValueError(f"`{name}` is a probability and must lie in [0, 1); got {getattr(config, name)}.")
+    check_at_least(config, 1, _POSITIVE)
+    check_at_least(config, 2, ("relative_attention_num_buckets", "ssm_state_size"))
+    check_probabilities(config, ("hidden_dropout", "attention_dropout", "activation_dropout", "classifier_dropout"))
     if config.ssm_state_size % 2:
         raise ValueError(
             f"`ssm_state_size` counts real states and must be even (half of them are stored); got {config.ssm_state_size}."
         )
     copies = config.ssm_num_copies
-    if copies is not None and (copies < 1 or config.d_model % copies):
-        raise ValueError(f"`ssm_num_copies` must divide `d_model` ({config.d_model}); got {copies}.")
-    if not 0 < config.ssm_dt_min <= config.ssm_dt_max:
-        raise ValueError(
-            f"`ssm_dt_min` and `ssm_dt_max` must satisfy 0 < dt_min <= dt_max; got {config.ssm_dt_min} and {config.ssm_dt_max}."
-        )
+    if copies is not None and (copies < 1 or config.hidden_size % copies):
+        raise ValueError(f"`ssm_num_copies` must divide `hidden_size` ({config.hidden_size}); got {copies}.")
+    check_step_sizes(config)
     if config.ssm_stop_gradient and config.ssm_trainable:
         raise ValueError(
             "`ssm_stop_gradient=True` lets no gradient reach the SSM, so `ssm_trainable=True` would train nothing: "
@@ -77,14 +86,10 @@ def _check_common(config: HybridConfig) -> None:
         )
     if config.position_encoding == "rotary" and not config.rotary_base > 0:
         raise ValueError(f"`rotary_base` must be positive; got {config.rotary_base}.")
-    if config.layer_norm_eps < 0:
-        raise ValueError(f"`layer_norm_eps` must not be negative; got {config.layer_norm_eps}.")
+    if config.norm_eps < 0:
+        raise ValueError(f"`norm_eps` must not be negative; got {config.norm_eps}.")
     _check_choice("feed_forward_proj", config.feed_forward_proj, FEED_FORWARD_TYPES)
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
-        tokens = getattr(config, name, None)
-        for token in tokens if isinstance(tokens, list) else [tokens]:
-            if token is not None and not 0 <= token < config.vocab_size:
-                raise ValueError(f"`{name}` is {tokens}, outside the vocabulary of {config.vocab_size} tokens.")
+    check_special_tokens(config)
 
 
 def _check_buckets(config: HybridConfig, *, is_causal: bool) -> None:
@@ -113,13 +118,13 @@ class SpadeConfig(HybridConfig):
 
     Args:
         vocab_size: tokens in the vocabulary, sentinels included.
-        d_model: width of the residual stream.
-        d_kv: width of one attention head; `num_heads * d_kv` must equal `d_model`.
-        d_ff: inner width of the feed-forward layers.
-        encoder_layers, decoder_layers: depths.
+        hidden_size: width of the residual stream.
+        head_dim: width of one attention head; `num_heads * head_dim` must equal `hidden_size`.
+        intermediate_size: inner width of the feed-forward layers.
+        num_hidden_layers, decoder_layers: depths.
         num_heads: attention heads of every layer.
-        attention_window: tokens that a query sees on each side of itself (radius r, `local_attention_type="window"`), or the
-            tokens of a chunk ("chunk").
+        window_size: tokens w that a query sees, itself included: itself and the w - 1 on each side (`local_attention_type=
+            "window"`), or the tokens of its chunk ("chunk").
         local_attention_type: "window" or "chunk".
         position_encoding: inside the local attention: "bias" (T5 buckets), "rotary" or "none".
         relative_attention_num_buckets, relative_attention_max_distance: T5 bucket parameters.
@@ -138,42 +143,46 @@ class SpadeConfig(HybridConfig):
         ssm_trainable: False keeps the SSM as a fixed filter bank (its tensors are then buffers).
         ssm_stop_gradient: no gradient through the SSM to the layer input (published encoder-decoder).
         norm_first: normalise before each sublayer (pre-norm) instead of after it.
-        norm_type, layer_norm_eps: "rms_norm" or "layer_norm", and its epsilon.
+        norm_type, norm_eps: "rmsnorm" or "layernorm", and its epsilon.
         embedding_norm: normalise the embeddings.
         use_final_norm: normalise the output of encoder and decoder.
         feed_forward_proj: "relu", "gelu" (exact), "gated-gelu" (tanh form, as T5) or "gated-silu".
         feed_forward_bias: biases in the feed-forward layers. None: biases exactly where the published code has them.
         attention_bias: biases in the decoder attention (the encoder never has them).
-        dropout_rate, attention_dropout, activation_dropout, classifier_dropout: probabilities.
+        hidden_dropout, attention_dropout, activation_dropout, classifier_dropout: probabilities.
         max_position_embeddings: rows of a learned table of positions in the decoder, the longest target (the published form).
             None: no table and no limit; the full self-attention of the decoder has rotary positions instead, and local
-            attention (`decoder_attention_window`) those of `position_encoding`.
-        decoder_attention_window: None for full causal self-attention in the decoder; r for a window of r past tokens.
-        decoder_ssm_layers: decoder layers with a causal SSM (needs `decoder_attention_window`).
-        logits_scaling: divisor of the logits; T5 has sqrt(d_model) for tied embeddings.
+            attention (`decoder_window_size`) those of `position_encoding`.
+        decoder_window_size: None for full causal self-attention in the decoder, or the tokens that a query sees, itself included.
+        decoder_ssm_layers: decoder layers with a causal SSM (needs `decoder_window_size`).
+        logits_scaling: divisor of the logits; T5 has sqrt(hidden_size) for tied embeddings.
         initializer_scheme: "normal" (std `initializer_range`, residual projections scaled by depth) or "official" (the
             distributions of the published code, std-1 embeddings times `initializer_factor`).
-        classifier_pooling: "mean", "first" or "last" real token.
+        pooling: "mean", "first" or "last" real token.
     """
 
     model_type = "spade"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "num_heads",
-        "num_hidden_layers": "encoder_layers",
-        "head_dim": "d_kv",
-        "intermediate_size": "d_ff",
+        "d_model": "hidden_size",
+        "d_kv": "head_dim",
+        "d_ff": "intermediate_size",
+        "encoder_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "layer_norm_eps": "norm_eps",
+        "dropout_rate": "hidden_dropout",
+        "classifier_pooling": "pooling",
     }
+    former_fields = _FORMER_WINDOWS
 
     vocab_size: int = 32128
-    d_model: int = 768
-    d_kv: int = 64
-    d_ff: int = 3072
-    encoder_layers: int = 12
+    hidden_size: int = 768
+    head_dim: int = 64
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
     decoder_layers: int = 12
-    num_heads: int = 12
-    attention_window: int = 128
+    num_attention_heads: int = 12
+    window_size: int = 128
     local_attention_type: Literal["window", "chunk"] = "window"
     position_encoding: Literal["bias", "rotary", "none"] = "bias"
     rotary_base: float | int = 10000.0
@@ -193,20 +202,20 @@ class SpadeConfig(HybridConfig):
     ssm_trainable: bool = True
     ssm_stop_gradient: bool = False
     norm_first: bool = True
-    norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
-    layer_norm_eps: float | int = 1e-6
+    norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float | int = 1e-6
     embedding_norm: bool = True
     use_final_norm: bool = True
     feed_forward_proj: str = "gated-gelu"
     feed_forward_bias: bool | None = None
     attention_bias: bool = False
-    dropout_rate: float | int = 0.1
+    hidden_dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
-    classifier_pooling: Literal["mean", "first", "last"] = "mean"
+    pooling: Literal["mean", "first", "last"] = "mean"
     max_position_embeddings: int | None = None
-    decoder_attention_window: int | None = None
+    decoder_window_size: int | None = None
     decoder_ssm_layers: list[int] | None = None
     tie_word_embeddings: bool = True
     logits_scaling: float | int = 1.0
@@ -220,33 +229,40 @@ class SpadeConfig(HybridConfig):
     eos_token_id: int | list[int] | None = 1
     decoder_start_token_id: int | None = 0
 
+    @classmethod
+    def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file, those of earlier versions translated."""
+        return _read_former_fields(fields)
+
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = self.take_old_spellings(kwargs)
         if self.ssm_layers is None:
             self.ssm_layers = [0]
         if self.decoder_ssm_layers is None:
             self.decoder_ssm_layers = []
-        super().__post_init__(**_with_logits_scaling(kwargs, self.d_model))
+        super().__post_init__(**_with_logits_scaling(kwargs, self.hidden_size))
 
     @classmethod
     def official(cls, **overrides: Any) -> Self:
         """The settings of the published encoder-decoder code (post-norm, frozen S4 in encoder layer 0), with `overrides`."""
         settings: dict[str, Any] = {
-            "d_model": 512,
-            "d_ff": 2048,
-            "encoder_layers": 6,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 6,
             "decoder_layers": 6,
-            "num_heads": 8,
+            "num_attention_heads": 8,
             "ssm_type": "s4",
             "ssm_trainable": False,
             "ssm_stop_gradient": True,
             "ssm_max_length": 512,
+            "window_size": 129,
             "norm_first": False,
-            "norm_type": "layer_norm",
+            "norm_type": "layernorm",
             "use_final_norm": False,
             "feed_forward_proj": "relu",
             "attention_dropout": 0.1,
             "activation_dropout": 0.1,
-            "classifier_pooling": "first",
+            "pooling": "first",
             "max_position_embeddings": 512,
             "initializer_scheme": "official",
             "pad_token_id": 1,
@@ -259,7 +275,7 @@ class SpadeConfig(HybridConfig):
     @property
     def decoder_has_rotary_positions(self) -> bool:
         """Whether the full self-attention of the decoder turns queries and keys by their positions."""
-        return self.max_position_embeddings is None and self.decoder_attention_window is None
+        return self.max_position_embeddings is None and self.decoder_window_size is None
 
     def target_limits(self) -> dict[str, int]:
         """The learned table of positions, which limits the targets."""
@@ -270,39 +286,39 @@ class SpadeConfig(HybridConfig):
         """The configuration itself; for the decoder alone, a copy whose `num_hidden_layers` is the depth of the decoder.
 
         Generation builds caches from it. The general method renames every `decoder_*` field, which would write
-        `decoder_attention_window=None` into `attention_window`.
+        `decoder_window_size=None` into `window_size`.
         """
         if not decoder or encoder:
             return self
         config = copy.deepcopy(self)
-        config.encoder_layers, config.ssm_layers = self.decoder_layers, list(self.decoder_ssm_layers)
+        config.num_hidden_layers, config.ssm_layers = self.decoder_layers, list(self.decoder_ssm_layers)
         return config
 
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
         _check_common(self)
-        _check_at_least(
-            self, 1, "encoder_layers", "decoder_layers", "max_position_embeddings", "decoder_attention_window"
+        check_at_least(
+            self, 1, ("num_hidden_layers", "decoder_layers", "max_position_embeddings", "decoder_window_size")
         )
-        if self.num_heads * self.d_kv != self.d_model:
+        if self.num_heads * self.head_dim != self.hidden_size:
             raise ValueError(
-                f"`num_heads` * `d_kv` must equal `d_model`; got {self.num_heads} * {self.d_kv} != {self.d_model}."
+                f"`num_attention_heads` * `head_dim` must equal `hidden_size`; got {self.num_heads} * {self.head_dim} != {self.hidden_size}."
             )
         _check_buckets(self, is_causal=False)
-        if self.decoder_attention_window is not None:
+        if self.decoder_window_size is not None:
             _check_buckets(self, is_causal=True)
-        if self.position_encoding == "rotary" and self.d_kv % 2:
-            raise ValueError(f"`position_encoding='rotary'` needs an even `d_kv`; got {self.d_kv}.")
-        if self.decoder_has_rotary_positions and self.d_kv % 2:
+        if self.position_encoding == "rotary" and self.head_dim % 2:
+            raise ValueError(f"`position_encoding='rotary'` needs an even `head_dim`; got {self.head_dim}.")
+        if self.decoder_has_rotary_positions and self.head_dim % 2:
             raise ValueError(
-                f"The decoder's rotary positions need an even `d_kv`; got {self.d_kv}. Change it, or set "
+                f"The decoder's rotary positions need an even `head_dim`; got {self.head_dim}. Change it, or set "
                 "`max_position_embeddings` for a learned table of positions."
             )
-        _check_layer_list("ssm_layers", self.ssm_layers, self.encoder_layers, "encoder_layers")
+        _check_layer_list("ssm_layers", self.ssm_layers, self.num_hidden_layers, "num_hidden_layers")
         _check_layer_list("decoder_ssm_layers", self.decoder_ssm_layers, self.decoder_layers, "decoder_layers")
-        if self.decoder_ssm_layers and self.decoder_attention_window is None:
+        if self.decoder_ssm_layers and self.decoder_window_size is None:
             raise ValueError(
-                "`decoder_ssm_layers` needs `decoder_attention_window`: the SSM stands beside local attention."
+                "`decoder_ssm_layers` needs `decoder_window_size`: the SSM stands beside local attention."
             )
 
 
@@ -312,10 +328,10 @@ class SpadeLMConfig(HybridConfig):
 
     Args:
         num_layers: depth.
-        attention_window: past tokens that a query sees besides itself (radius r), or the tokens of a chunk.
+        window_size: tokens w that a query sees, itself and the w - 1 before it, or the tokens of a chunk.
         share_relative_bias: one table of relative biases, used by all layers (published form).
         ssm_max_length: reach of an "s4" kernel in the parallel form; generation continues the untruncated recurrence.
-        scale_embedding: multiply the embeddings by sqrt(d_model).
+        scale_embedding: multiply the embeddings by sqrt(hidden_size).
         adaptive_cutoffs: None for a plain tied head; otherwise the band limits of adaptive input and softmax
             (arXiv 1809.10853), each band `adaptive_factor` times narrower than the one before.
         adaptive_dropout: dropout inside the adaptive softmax.
@@ -326,18 +342,21 @@ class SpadeLMConfig(HybridConfig):
     model_type = "spade_lm"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "num_heads",
-        "num_hidden_layers": "num_layers",
-        "intermediate_size": "d_ff",
+        "d_model": "hidden_size",
+        "d_ff": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "layer_norm_eps": "norm_eps",
+        "dropout_rate": "hidden_dropout",
     }
+    former_fields = {"attention_window": "window_size"}
 
     vocab_size: int = 32128
-    d_model: int = 768
-    d_ff: int = 3072
-    num_layers: int = 12
-    num_heads: int = 12
-    attention_window: int = 511
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    window_size: int = 512
     local_attention_type: Literal["window", "chunk"] = "window"
     position_encoding: Literal["bias", "rotary", "none"] = "bias"
     rotary_base: float | int = 10000.0
@@ -356,8 +375,8 @@ class SpadeLMConfig(HybridConfig):
     ssm_max_length: int = 16384
     ssm_trainable: bool = True
     ssm_stop_gradient: bool = False
-    norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
-    layer_norm_eps: float | int = 1e-6
+    norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float | int = 1e-6
     use_final_norm: bool = True
     feed_forward_proj: str = "gated-gelu"
     feed_forward_bias: bool | None = None
@@ -370,7 +389,7 @@ class SpadeLMConfig(HybridConfig):
     scale_feed_forward: bool = False
     scale_residuals: bool = False
     scale_heads: bool = False
-    dropout_rate: float | int = 0.1
+    hidden_dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
@@ -384,35 +403,41 @@ class SpadeLMConfig(HybridConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
 
+    @classmethod
+    def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file, those of earlier versions translated."""
+        return _read_former_fields(fields)
+
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = self.take_old_spellings(kwargs)
         if self.ssm_layers is None:
             self.ssm_layers = [0]
-        super().__post_init__(**_with_logits_scaling(kwargs, self.d_model))
+        super().__post_init__(**_with_logits_scaling(kwargs, self.hidden_size))
 
     @property
-    def d_kv(self) -> int:
+    def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.d_model // self.num_heads
+        return self.hidden_size // self.num_heads
 
     @classmethod
     def official(cls, **overrides: Any) -> Self:
         """The settings of the published WikiText-103 language model, with `overrides`."""
         settings: dict[str, Any] = {
             "vocab_size": 267744,
-            "d_model": 1024,
-            "d_ff": 4096,
-            "num_layers": 16,
-            "num_heads": 8,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
             "ssm_type": "s4",
             "ssm_max_length": 3072,
-            "norm_type": "layer_norm",
-            "layer_norm_eps": 1e-5,
+            "norm_type": "layernorm",
+            "norm_eps": 1e-5,
             "use_final_norm": False,
             "feed_forward_proj": "relu",
             "scale_embedding": True,
             "adaptive_cutoffs": [20000, 60000],
             "adaptive_dropout": 0.2,
-            "dropout_rate": 0.3,
+            "hidden_dropout": 0.3,
             "attention_dropout": 0.1,
             "activation_dropout": 0.1,
             "initializer_scheme": "official",
@@ -425,15 +450,18 @@ class SpadeLMConfig(HybridConfig):
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
         _check_common(self)
-        _check_at_least(self, 1, "num_layers")
+        check_at_least(self, 1, ["num_hidden_layers"])
+        check_probabilities(self, ["adaptive_dropout"])
         _check_buckets(self, is_causal=True)
-        if self.d_model % self.num_heads:
-            raise ValueError(f"`num_heads` must divide `d_model` ({self.d_model}); got {self.num_heads}.")
-        if self.position_encoding == "rotary" and self.d_kv % 2:
+        if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"`position_encoding='rotary'` needs an even head width d_model / num_heads; got {self.d_kv}."
+                f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}); got {self.num_heads}."
             )
-        _check_layer_list("ssm_layers", self.ssm_layers, self.num_layers, "num_layers")
+        if self.position_encoding == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"`position_encoding='rotary'` needs an even head width hidden_size / num_heads; got {self.head_dim}."
+            )
+        _check_layer_list("ssm_layers", self.ssm_layers, self.num_layers, "num_hidden_layers")
         if self.scale_heads and self.ssm_layers:
             raise ValueError(
                 "`scale_heads` is not defined for layers with an SSM: set it to False, or `ssm_layers=[]`."
@@ -442,17 +470,7 @@ class SpadeLMConfig(HybridConfig):
             self._check_adaptive()
 
     def _check_adaptive(self) -> None:
-        limits = [0, *self.adaptive_cutoffs, self.vocab_size]
-        if len(limits) < 3 or any(low >= high for low, high in zip(limits, limits[1:])):
-            raise ValueError(
-                f"`adaptive_cutoffs` must be a rising list of token ids between 0 and `vocab_size` ({self.vocab_size}); got "
-                f"{self.adaptive_cutoffs}."
-            )
-        if self.adaptive_factor < 1 or self.d_model // self.adaptive_factor ** len(self.adaptive_cutoffs) < 1:
-            raise ValueError(
-                f"`adaptive_factor` ({self.adaptive_factor}) leaves no width for the last of {len(self.adaptive_cutoffs) + 1} "
-                f"bands at `d_model` {self.d_model}."
-            )
+        check_bands(self)
         if not self.tie_word_embeddings:
             raise ValueError(
                 "`adaptive_cutoffs` needs `tie_word_embeddings=True`: the adaptive softmax reuses the embeddings."

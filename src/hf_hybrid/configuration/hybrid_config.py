@@ -12,7 +12,39 @@ class HybridConfig(PreTrainedConfig):
 
     A model accepts inputs and targets of any length unless its configuration says otherwise by the methods below. A field
     named `max_position_embeddings` exists only where it is such a limit, because other programs take it for one.
+
+    One word means one thing in all of them. A window (`window_size`, w) counts the tokens that a query sees, itself included: it
+    sees itself and the w - 1 tokens before it, and where it sees the future also the w - 1 after it. Former spellings are read
+    through `attribute_map`; fields of stored files whose meaning has changed are translated by `read_former_fields`.
     """
+
+    # Former fields, which were something else than their successors: {former: successor}.
+    former_fields = {}  # type: ignore[var-annotated]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in self.former_fields.keys() & kwargs.keys():
+            raise ValueError(
+                f"`{name}` of {type(self).__name__} was replaced by `{self.former_fields[name]}`, which means something else "
+                "(see its docstring). Stored files that have it are translated by `from_pretrained`."
+            )
+        super().__post_init__(**kwargs)
+
+    def take_old_spellings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Sets fields that were given under an old spelling, before others are derived from them; returns the rest."""
+        for old, new in self.attribute_map.items():
+            if old in kwargs:
+                setattr(self, new, kwargs.pop(old))
+        return kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a configuration from the fields of a file, also one of an earlier version."""
+        return super().from_dict(cls.read_former_fields(dict(config_dict)), **kwargs)
+
+    @classmethod
+    def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file, those of earlier versions translated."""
+        return fields
 
     @classmethod
     def get_config_dict(

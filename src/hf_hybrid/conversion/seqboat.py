@@ -55,9 +55,9 @@ _LANGUAGE_MODEL = _SHARED | {
     "decoder_n_dim": ("ema_dim", 16),
     "decoder_layers": ("num_hidden_layers", 6),
     "max_target_positions": ("distance_table_size", 1024),
-    "hidden_dropout": ("value_dropout", 0.0),
+    "hidden_dropout": ("activation_dropout", 0.0),
     "normalization_type": ("norm_type", "layernorm"),
-    "normalize_before": ("prenorm", False),
+    "normalize_before": ("norm_first", False),
 }
 _CLASSIFIER = _SHARED | {
     "encoder_embed_dim": ("hidden_size", 512),
@@ -66,9 +66,9 @@ _CLASSIFIER = _SHARED | {
     "n_dim": ("ema_dim", 16),
     "encoder_layers": ("num_hidden_layers", 6),
     "max_positions": ("distance_table_size", 1024),
-    "act_dropout": ("value_dropout", 0.0),
+    "act_dropout": ("activation_dropout", 0.0),
     "norm_type": ("norm_type", "layernorm"),
-    "encoder_normalize_before": ("prenorm", False),
+    "encoder_normalize_before": ("norm_first", False),
     "act_bias": ("router_act_bias", 0.0),
     "always_act": ("always_active", False),
     "add_apos": ("absolute_sinusoid", False),
@@ -200,7 +200,7 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
     feed_forward = official.get(f"{side}_ffn_embed_dim", -1)
     fields |= {
         "ema_truncation": truncation if truncation and truncation > 0 else None,
-        "window_size": window if has_window else None,
+        "window_size": window + 1 if has_window else None,
         "position_bias": "rank" if uses_ranks else _BIAS[bias],
         "intermediate_size": max(feed_forward or 0, 0),
         "initializer_scheme": "official",
@@ -250,7 +250,9 @@ def _to_official(config: SeqBoatConfig) -> dict[str, Any]:
         "rel_pos_bias": names[config.position_bias],
         "local_pos": config.position_bias == "rank",
         f"{side}_ffn_embed_dim": config.intermediate_size or -1,
-        "decoder_chunk_size" if kind == "lm" else "chunk_size": config.window_size or -1,
+        "decoder_chunk_size" if kind == "lm" else "chunk_size": -1
+        if config.window_size is None
+        else config.window_size - 1,
     }
     if kind == "lm":
         return official | {
@@ -352,7 +354,7 @@ def _stack(root: str, unit: str, config: SeqBoatConfig) -> dict[str, str]:
             names |= _norm(f"{source}nffn.norm", f"{target}ffn.norm", config)
     if config.embedding_norm:
         names |= _norm(f"{root}embed_norm", "model.embed_norm", config)
-    if config.prenorm:
+    if config.norm_first:
         names |= _norm(f"{root}final_norm", "model.final_norm", config, affine=config.final_norm_affine)
     return names
 

@@ -39,13 +39,12 @@ OFFICIAL_MODEL_TYPE = "msrlongt5"
 # Official option: (our field, official default).
 _ENCODER_DECODER_OPTIONS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 32128),
-    "d_model": ("d_model", 512),
-    "d_kv": ("d_kv", 64),
-    "d_ff": ("d_ff", 2048),
-    "num_layers": ("encoder_layers", 6),
+    "d_model": ("hidden_size", 512),
+    "d_kv": ("head_dim", 64),
+    "d_ff": ("intermediate_size", 2048),
+    "num_layers": ("num_hidden_layers", 6),
     "num_decoder_layers": ("decoder_layers", None),
-    "num_heads": ("num_heads", 8),
-    "local_radius": ("attention_window", 128),
+    "num_heads": ("num_attention_heads", 8),
     "relative_attention_num_buckets": ("relative_attention_num_buckets", 32),
     "relative_attention_max_distance": ("relative_attention_max_distance", 128),
     "s4_state_dim": ("ssm_state_size", 64),
@@ -55,8 +54,8 @@ _ENCODER_DECODER_OPTIONS: dict[str, tuple[str, Any]] = {
     "normalize_before": ("norm_first", False),
     "have_bias": ("attention_bias", False),
     "feed_forward_proj": ("feed_forward_proj", "relu"),
-    "layer_norm_epsilon": ("layer_norm_eps", 1e-6),
-    "dropout_rate": ("dropout_rate", 0.1),
+    "layer_norm_epsilon": ("norm_eps", 1e-6),
+    "dropout_rate": ("hidden_dropout", 0.1),
     "initializer_factor": ("initializer_factor", 1.0),
     "max_position_embeddings": ("max_position_embeddings", 512),
     "tie_word_embeddings": ("tie_word_embeddings", True),
@@ -77,11 +76,10 @@ _ENCODER_DECODER_PERIOD = 1000  # the official constant `s4_every_n_layers`: an 
 # -------------------------------------------------------------------------------------- configuration, language model
 
 _LANGUAGE_MODEL_OPTIONS: dict[str, tuple[str, Any]] = {
-    "decoder_embed_dim": ("d_model", 512),
-    "decoder_ffn_embed_dim": ("d_ff", 2048),
-    "decoder_layers": ("num_layers", 6),
-    "decoder_attention_heads": ("num_heads", 8),
-    "local_radius": ("attention_window", 127),
+    "decoder_embed_dim": ("hidden_size", 512),
+    "decoder_ffn_embed_dim": ("intermediate_size", 2048),
+    "decoder_layers": ("num_hidden_layers", 6),
+    "decoder_attention_heads": ("num_attention_heads", 8),
     "relative_attention_num_buckets": ("relative_attention_num_buckets", 32),
     "relative_attention_max_distance": ("relative_attention_max_distance", 128),
     "s4_local_combine": ("ssm_combine", "add"),
@@ -91,7 +89,7 @@ _LANGUAGE_MODEL_OPTIONS: dict[str, tuple[str, Any]] = {
     "s4_dt_min": ("ssm_dt_min", 1e-3),
     "s4_dt_max": ("ssm_dt_max", 1e-1),
     "activation_fn": ("feed_forward_proj", "relu"),
-    "dropout": ("dropout_rate", 0.1),
+    "dropout": ("hidden_dropout", 0.1),
     "attention_dropout": ("attention_dropout", 0.0),
     "activation_dropout": ("activation_dropout", 0.0),
     "adaptive_softmax_dropout": ("adaptive_dropout", 0.0),
@@ -123,7 +121,7 @@ _NEUTRAL_FIELDS = {
     "initializer_scheme",
     "initializer_range",
     "classifier_dropout",
-    "classifier_pooling",
+    "pooling",
     "use_cache",
     "is_encoder_decoder",
     "ssm_init",
@@ -155,7 +153,7 @@ def _read_options(official: Mapping[str, Any], table: Mapping[str, tuple[str, An
         if value is not None and default is not None and not isinstance(value, accepted):
             raise ValueError(f"The official option `{name}` must be of type {type(default).__name__}; got {value!r}.")
         fields[field] = value
-    if fields["ssm_num_copies"] == fields["d_model"]:
+    if fields["ssm_num_copies"] == fields["hidden_size"]:
         fields["ssm_num_copies"] = None  # one per channel
     return fields
 
@@ -184,11 +182,12 @@ def _encoder_decoder_from_official(official: Mapping[str, Any]) -> SpadeConfig:
     _check_choice(official, "feed_forward_proj", FEED_FORWARD_TYPES, "relu")
     fields = _read_options(official, _ENCODER_DECODER_OPTIONS)
     if fields["decoder_layers"] is None:
-        fields["decoder_layers"] = fields["encoder_layers"]
+        fields["decoder_layers"] = fields["num_hidden_layers"]
+    fields["window_size"] = official.get("local_radius", 128) + 1
     fields["ssm_max_length"] = fields["max_position_embeddings"]
-    fields["attention_dropout"] = fields["activation_dropout"] = fields["dropout_rate"]
+    fields["attention_dropout"] = fields["activation_dropout"] = fields["hidden_dropout"]
     fields["ssm_layers"] = _ssm_layers(
-        official.get("s4_every_n_layers", _ENCODER_DECODER_PERIOD), fields["encoder_layers"]
+        official.get("s4_every_n_layers", _ENCODER_DECODER_PERIOD), fields["num_hidden_layers"]
     )
     # The official configuration has no default; its tokens follow fairseq, which starts with the end-of-sentence token.
     start = official.get("decoder_start_token_id")
@@ -203,12 +202,13 @@ def _encoder_decoder_to_official(config: SpadeConfig) -> dict[str, Any]:
         )
     options = {name: getattr(config, field) for name, (field, _) in _ENCODER_DECODER_OPTIONS.items()}
     if options["s4_n_ssm"] is None:
-        options["s4_n_ssm"] = config.d_model
+        options["s4_n_ssm"] = config.hidden_size
     return options | {
         "model_type": OFFICIAL_MODEL_TYPE,
+        "local_radius": config.window_size - 1,
         "is_encoder_decoder": True,
         "decoder_start_token_id": config.decoder_start_token_id,
-        "s4_every_n_layers": _period(config, config.encoder_layers, _ENCODER_DECODER_PERIOD),
+        "s4_every_n_layers": _period(config, config.num_hidden_layers, _ENCODER_DECODER_PERIOD),
         "s4_lr": {"A": 0.0, "B": 0.0, "dt": None},
         **_ENCODER_DECODER_FIXED,
     }
@@ -261,16 +261,17 @@ def _language_model_from_official(official: Mapping[str, Any], vocab_size: int |
             "`vocab_size` is needed: the options of a fairseq checkpoint do not contain it (see `vocabulary_size`)."
         )
     fields = _read_options(official, _LANGUAGE_MODEL_OPTIONS)
-    width = fields["d_model"]
+    width = fields["hidden_size"]
     for name in ("decoder_input_dim", "decoder_output_dim"):
         _check_fixed(official, name, width, width)
+    fields["window_size"] = official.get("local_radius", 127) + 1
     if not fields["activation_dropout"]:
         fields["activation_dropout"] = official.get("relu_dropout") or 0.0
     reach = official.get("max_target_positions")
     if reach is None:
         reach = official.get("tokens_per_sample")
     fields["ssm_max_length"] = _DEFAULT_MAX_TARGET_POSITIONS if reach is None else reach
-    fields["ssm_layers"] = _ssm_layers(official.get("s4_every_n_layers", 1), fields["num_layers"])
+    fields["ssm_layers"] = _ssm_layers(official.get("s4_every_n_layers", 1), fields["num_hidden_layers"])
     fields["position_encoding"] = "bias" if official.get("use_relative_attention", False) else "none"
     fields["use_final_norm"] = not official.get("no_decoder_final_norm", False)
     fields["scale_embedding"] = not official.get("no_scale_embedding", False)
@@ -286,18 +287,19 @@ def _language_model_to_official(config: SpadeLMConfig) -> dict[str, Any]:
             )
     options = {name: getattr(config, field) for name, (field, _) in _LANGUAGE_MODEL_OPTIONS.items()}
     if options["s4_n_ssm"] is None:
-        options["s4_n_ssm"] = config.d_model
+        options["s4_n_ssm"] = config.hidden_size
     options |= {name: supported for name, (supported, _) in _LANGUAGE_MODEL_FIXED.items()}
     adaptive = config.adaptive_cutoffs is not None
     cutoffs = ",".join(map(str, config.adaptive_cutoffs or [])) or None
     return options | {
         "arch": "spade_lm",
+        "local_radius": config.window_size - 1,
         "task": "spade_language_modeling",
-        "decoder_input_dim": config.d_model,
-        "decoder_output_dim": config.d_model,
+        "decoder_input_dim": config.hidden_size,
+        "decoder_output_dim": config.hidden_size,
         "max_target_positions": config.ssm_max_length,
         "tokens_per_sample": config.ssm_max_length,
-        "s4_every_n_layers": _period(config, config.num_layers, _LANGUAGE_MODEL_PERIOD),
+        "s4_every_n_layers": _period(config, config.num_hidden_layers, _LANGUAGE_MODEL_PERIOD),
         "s4_lr": None,
         "use_relative_attention": config.position_encoding == "bias",
         "no_decoder_final_norm": not config.use_final_norm,
@@ -373,7 +375,7 @@ def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
     """Fields that change the model, with equivalent spellings made equal."""
     own = {field.name for field in dataclasses.fields(config)} & set(vars(type(config)).get("__annotations__", {}))
     values = {name: getattr(config, name) for name in sorted(own - _NEUTRAL_FIELDS)}
-    values["ssm_num_copies"] = config.ssm_num_copies or config.d_model
+    values["ssm_num_copies"] = config.ssm_num_copies or config.hidden_size
     values["ssm_layers"] = sorted(config.ssm_layers or [])
     if values["feed_forward_bias"] and not config.feed_forward_proj.startswith("gated-"):
         values["feed_forward_bias"] = None

@@ -18,12 +18,12 @@ class RMSNorm(nn.RMSNorm):
 
 
 def build_norm(norm_type: str, hidden_size: int, eps: float) -> nn.Module:
-    """`"layer_norm"` (mean-subtracting, with bias) or `"rms_norm"` over the last dimension."""
-    if norm_type == "layer_norm":
+    """`"layernorm"` (mean-subtracting, with bias) or `"rmsnorm"` over the last dimension."""
+    if norm_type == "layernorm":
         return nn.LayerNorm(hidden_size, eps=eps)
-    if norm_type == "rms_norm":
+    if norm_type == "rmsnorm":
         return RMSNorm(hidden_size, eps=eps)
-    raise ValueError(f"`norm_type` must be 'layer_norm' or 'rms_norm'; got {norm_type!r}.")
+    raise ValueError(f"`norm_type` must be 'layernorm' or 'rmsnorm'; got {norm_type!r}.")
 
 
 class ScaleNorm(nn.Module):

@@ -90,8 +90,8 @@ FULL_PLAN = DemoPlan(
     data=DataPlan(),
     tokenizer={"vocab_size": 2000, "num_sentinels": 48, "max_sentences": 30_000},
     model={
-        "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 384, "encoder_layers": 3, "decoder_layers": 1,
-        "attention_window": 16, "ssm_state_size": 16, "dropout_rate": 0.0, "classifier_dropout": 0.3, "initializer_range": 0.08,
+        "hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "intermediate_size": 384, "num_hidden_layers": 3, "decoder_layers": 1,
+        "window_size": 17, "ssm_state_size": 16, "hidden_dropout": 0.0, "classifier_dropout": 0.3, "initializer_range": 0.08,
         "max_position_embeddings": 160,
     },
     pretraining={
@@ -117,8 +117,8 @@ QUICK_PLAN = DemoPlan(
     ),
     tokenizer={"vocab_size": 500, "num_sentinels": 32, "max_sentences": 1000},
     model={
-        "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "encoder_layers": 1, "decoder_layers": 1,
-        "attention_window": 8, "ssm_state_size": 4, "dropout_rate": 0.0, "max_position_embeddings": 64,
+        "hidden_size": 16, "head_dim": 8, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1, "decoder_layers": 1,
+        "window_size": 9, "ssm_state_size": 4, "hidden_dropout": 0.0, "max_position_embeddings": 64,
     },
     pretraining={
         "input_length": 64, "noise_density": 0.15, "max_steps": 4, "per_device_train_batch_size": 4,
@@ -228,7 +228,7 @@ class Demo:
         self.pretrained = job
         metrics.update(span_corruption_figures(job))
         metrics["noise_density"] = self.plan.pretraining["noise_density"]
-        metrics["attention_window"] = job.model.config.attention_window
+        metrics["window_size"] = job.model.config.window_size
         lines = {"unigram entropy of the targets": metrics["unigram_entropy"]}
         history = job.trainer.state.log_history
         plot_loss_curves(history, self._picture("pretraining"), reference_lines=lines, title="Span corruption")

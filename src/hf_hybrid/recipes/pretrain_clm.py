@@ -1,7 +1,7 @@
 """Pretrain a causal language model on raw text; reports perplexity and bits per byte.
 
     python -m hf_hybrid.recipes.pretrain_clm --data corpus.txt --tokenizer tokenizer/ \
-        --config_overrides "d_model=256,num_heads=4,d_ff=1024,num_hidden_layers=4,attention_window=127" \
+        --config_overrides "hidden_size=256,num_attention_heads=4,intermediate_size=1024,num_hidden_layers=4,window_size=128" \
         --block_length 1024 --max_steps 1000 --output_dir runs/lm
 
 With `--segment_length` every row of the batch reads whole documents in consecutive segments, and the state of the model goes on from

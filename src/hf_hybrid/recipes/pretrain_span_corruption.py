@@ -1,7 +1,7 @@
 """Pretrain an encoder-decoder by span corruption (T5 objective, arXiv 1910.10683 section 3.1.4) on raw text.
 
     python -m hf_hybrid.recipes.pretrain_span_corruption --data corpus.txt --tokenizer tokenizer/ \
-        --config_overrides "d_model=256,num_heads=4,d_ff=1024,encoder_layers=4,decoder_layers=4" \
+        --config_overrides "hidden_size=256,num_attention_heads=4,intermediate_size=1024,num_hidden_layers=4,decoder_layers=4" \
         --input_length 512 --max_steps 1000 --learning_rate 1e-3 --output_dir runs/pretrain
 """
 

@@ -202,7 +202,7 @@ class BstContext(_HeadScores):
         super().__init__(config)
         self.variant = config.context_variant
         norm_class = ProjectedRMSNorm if self.variant == "mh" else RMSNorm
-        self.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm_class(config.hidden_size, eps=config.norm_eps)
         if self.variant == "mf":
             self.ids = nn.Parameter(torch.empty(config.num_context_states, config.hidden_size))
             self.initial = nn.Parameter(torch.empty(config.num_context_states, config.hidden_size))
@@ -420,11 +420,11 @@ class BstLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         has_context = layer_idx in config.bst_layers
-        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = BstAttention(config, has_context=has_context)
         self.ssm = build_filters(config) if has_context else None
         self.context = BstContext(config) if has_context else None
-        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = BstFeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 

@@ -95,7 +95,7 @@ class BstModel(BstPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BstLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.final_dropout = nn.Dropout(final_dropout)
         self.gradient_checkpointing = False
         self.post_init()

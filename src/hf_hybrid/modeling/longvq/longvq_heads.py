@@ -87,7 +87,7 @@ class LongVQForCausalLM(GenericForCausalLM, LongVQHead, StateGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     output_class = LongVQCausalLMOutput
-    required_settings: ClassVar = {"input_type": "tokens", "is_causal": True}
+    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": True}
 
 
 class LongVQForMaskedLM(GenericForMaskedLM, LongVQHead):
@@ -95,7 +95,7 @@ class LongVQForMaskedLM(GenericForMaskedLM, LongVQHead):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     output_class = LongVQMaskedLMOutput
-    required_settings: ClassVar = {"input_type": "tokens", "is_causal": False}
+    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": False}
 
 
 class LongVQClassifier(GenericClassifier, LongVQHead):

@@ -35,8 +35,7 @@ LayerResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def build_norm(config: LongVQConfig) -> nn.Module:
     """Norm over the hidden size."""
-    kind = {"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[config.norm_type]
-    return norm_by_name(kind, config.hidden_size, config.norm_eps)
+    return norm_by_name(config.norm_type, config.hidden_size, config.norm_eps)
 
 
 def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
@@ -65,7 +64,7 @@ class LongVQMixer(nn.Module):
 
     def __init__(self, config: LongVQConfig) -> None:
         super().__init__()
-        self.is_causal = config.is_causal
+        self.is_causal = config.is_decoder
         self.num_heads = config.num_attention_heads
         self.window = config.window_size
         self.chunk_size, self.far_key_gradient = config.attention_chunk, config.far_key_gradient
@@ -75,13 +74,13 @@ class LongVQMixer(nn.Module):
         self.split_sizes = [width, keys, values, width]
         self.norm = build_norm(config)
         ssm_class = LongVQEma if config.ssm_type == "ema" else ActivatedS4D
-        self.ssm = ssm_class(width, config.ssm_state_size, bidirectional=not config.is_causal)
+        self.ssm = ssm_class(width, config.ssm_state_size, bidirectional=not config.is_decoder)
         self.v_proj = nn.Linear(width, values)
         self.mx_proj = nn.Linear(width, 2 * width + keys + values)
         self.h_proj = nn.Linear(values, width)
         self.qk_gamma = nn.Parameter(torch.empty(2, keys))
         self.qk_beta = nn.Parameter(torch.empty(2, keys))
-        distances = self.window if config.is_causal else 2 * self.window - 1
+        distances = self.window if config.is_decoder else 2 * self.window - 1
         self.window_bias = nn.Parameter(torch.empty(self.num_heads, distances))
         self.quantizer = VectorQuantizer(
             self.num_heads,
@@ -95,8 +94,8 @@ class LongVQMixer(nn.Module):
             frozen=config.freeze_codebook,
         )
         self.activation = activation_function(config.hidden_act)
-        self.dropout = SequenceDropout(config.dropout)
-        self.hidden_dropout = SequenceDropout(config.hidden_dropout)
+        self.dropout = SequenceDropout(config.hidden_dropout)
+        self.activation_dropout = SequenceDropout(config.activation_dropout)
 
     def _run_ssm(
         self, normed: torch.Tensor, mask: torch.Tensor | None, cache_layer: CodeMemoryLayer | None
@@ -180,7 +179,7 @@ class LongVQMixer(nn.Module):
         gate, shared, reset, candidate = self.mx_proj(memory_states).split(self.split_sizes, dim=-1)
         query, key = self.queries_and_keys(F.silu(shared))
         quantized = self.quantizer(key, mask, slot)
-        value = self._heads(self.hidden_dropout(value, function=self.activation))
+        value = self._heads(self.activation_dropout(value, function=self.activation))
         attended = self._attend(query, key, value, quantized, mask, cache_layer)
         attended = attended.transpose(1, 2).flatten(2)
         attended = self.h_proj(recomputed(_reset, attended, reset))
@@ -198,12 +197,12 @@ class LongVQFeedForward(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = activation_function(config.hidden_act)
-        self.dropout = SequenceDropout(config.dropout)
-        self.hidden_dropout = SequenceDropout(config.hidden_dropout)
+        self.dropout = SequenceDropout(config.hidden_dropout)
+        self.activation_dropout = SequenceDropout(config.activation_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to the same shape."""
-        inner = self.hidden_dropout(self.fc1(self.norm(hidden_states)), function=self.activation)
+        inner = self.activation_dropout(self.fc1(self.norm(hidden_states)), function=self.activation)
         return hidden_states + self.dropout(self.fc2(inner))
 
 

@@ -170,7 +170,7 @@ class LongVQModel(LongVQPreTrainedModel):
         slot: int = kwargs.pop("codebook_slot", 0)  # type: ignore[typeddict-item] # of a later text of the same step
         if slot == 0 and self.training and torch.is_grad_enabled() and not config.freeze_codebook:
             self.apply_codebook_updates()
-        past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_causal)
+        past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_decoder)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         read = read_inputs(
             config,

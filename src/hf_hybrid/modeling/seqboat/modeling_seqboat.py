@@ -1,6 +1,7 @@
 """The stack of SeqBoat layers: a bidirectional encoder, or a decoder (arXiv 2306.11197).
 
-Shapes: B batch, L new tokens, D hidden size, Z query and key width, E value width, N averages per channel, W window.
+Shapes: B batch, L new tokens, D hidden size, Z query and key width, E value width, N averages per channel, W active tokens
+that a query sees besides itself (`window_size` - 1).
 """
 
 import torch
@@ -102,7 +103,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         self.embed_norm = build_norm(config) if config.embedding_norm else None
         self.embedding_dropout = SequenceDropout(config.hidden_dropout, config.feature_dropout)
         self.layers = nn.ModuleList(SeqBoatLayer(config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = build_norm(config, affine=config.final_norm_affine) if config.prenorm else None
+        self.final_norm = build_norm(config, affine=config.final_norm_affine) if config.norm_first else None
         self.gradient_checkpointing = False
         self.post_init()
 

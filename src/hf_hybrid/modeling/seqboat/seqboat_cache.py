@@ -26,7 +26,8 @@ class WorkingMemoryLayer(StateLayer):
 
     @property
     def kept_tokens(self) -> int | None:
-        return self.layout["window_size"]
+        window = self.layout["window_size"]
+        return None if window is None else window - 1
 
     @property
     def memory(self) -> WorkingMemory | None:

@@ -101,7 +101,7 @@ class SeqBoatPositionBias(nn.Module):
             published table) or "t5" (32 buckets).
         causal: only keys before the query are seen.
         positions: M, for "distance".
-        window: w, for "rank".
+        window: active tokens that a query sees besides itself, for "rank".
     """
 
     def __init__(self, kind: str, *, causal: bool, positions: int, window: int | None) -> None:
@@ -134,10 +134,10 @@ class SeqBoatUnit(nn.Module):
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__()
         self.is_causal = config.is_decoder
-        self.window = config.window_size
+        self.window = None if config.window_size is None else config.window_size - 1  # active tokens besides itself
         self.attention_activation = config.attention_activation
         self.attention_dropout = config.attention_dropout
-        self.prenorm = config.prenorm
+        self.norm_first = config.norm_first
         self.min_rate = config.dead_layer_min_rate if config.dead_layer_loss_weight > 0 else None
         width, values, keys = config.hidden_size, config.value_dim, config.qk_dim
         self.split_sizes = [keys, values, values]
@@ -165,11 +165,11 @@ class SeqBoatUnit(nn.Module):
                 config.position_bias,
                 causal=self.is_causal,
                 positions=config.distance_table_size,
-                window=config.window_size,
+                window=self.window,
             )
         self.activation = activation_function(config.hidden_act)
         self.dropout = SequenceDropout(config.hidden_dropout, config.feature_dropout)
-        self.value_dropout = SequenceDropout(config.value_dropout, config.feature_dropout)
+        self.activation_dropout = SequenceDropout(config.activation_dropout, config.feature_dropout)
 
     def _average(
         self, normed: torch.Tensor, mask: torch.Tensor | None, cache_layer: WorkingMemoryLayer | None
@@ -191,7 +191,7 @@ class SeqBoatUnit(nn.Module):
 
     def _drop_values(self, value: torch.Tensor, tokens: ActiveTokens | None) -> torch.Tensor:
         """Dropout of values (C, E), or (B, L, E) without `tokens`."""
-        dropout = self.value_dropout
+        dropout = self.activation_dropout
         if tokens is None or not dropout.training or dropout.probability == 0:
             return dropout(value)
         if not dropout.by_feature:
@@ -310,7 +310,7 @@ class SeqBoatUnit(nn.Module):
             (B, L, D), the gates (B, L), which are 0 exactly where a token is inactive, and the dead layer penalty or None.
         """
         residual = hidden_states
-        normed = self.norm(hidden_states) if self.prenorm else hidden_states
+        normed = self.norm(hidden_states) if self.norm_first else hidden_states
         inner = self.dropout(self._average(normed, mask, cache_layer), function=self.activation)
         routing = self._route(inner, mask)
         penalty = None
@@ -327,7 +327,7 @@ class SeqBoatUnit(nn.Module):
         skip = self.skip_proj(inner)
         mixed = self.dropout(skip + branch) if self.is_causal else skip + self.dropout(branch)
         output = self.activation(mixed + residual)
-        return output if self.prenorm else self.norm(output), routing.gate, penalty
+        return output if self.norm_first else self.norm(output), routing.gate, penalty
 
 
 class SeqBoatFeedForward(nn.Module):
@@ -335,20 +335,20 @@ class SeqBoatFeedForward(nn.Module):
 
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__()
-        self.prenorm = config.prenorm
+        self.norm_first = config.norm_first
         self.norm = build_norm(config)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = activation_function(config.hidden_act)
         self.dropout = SequenceDropout(config.hidden_dropout, config.feature_dropout)
-        self.inner_dropout = SequenceDropout(config.value_dropout, config.feature_dropout)
+        self.inner_dropout = SequenceDropout(config.activation_dropout, config.feature_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to the same shape."""
-        normed = self.norm(hidden_states) if self.prenorm else hidden_states
+        normed = self.norm(hidden_states) if self.norm_first else hidden_states
         update = self.fc2(self.inner_dropout(self.fc1(normed), function=self.activation))
         output = hidden_states + self.dropout(update)
-        return output if self.prenorm else self.norm(output)
+        return output if self.norm_first else self.norm(output)
 
 
 class SeqBoatLayer(GradientCheckpointingLayer):

@@ -1,6 +1,6 @@
 """Multi-head self-attention within a window or a chunk, linear in the sequence length.
 
-Shapes: B batch, L tokens, D hidden size, n heads, d head width, r radius.
+Shapes: B batch, L tokens, D hidden size, n heads, d head width.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .spade_cache import SlidingRecurrentLayer
 
 
 class LocalSelfAttention(nn.Module):
-    """Attention of each token to its neighbours: `|i - j| <= window`, or the tokens of the same chunk of `window` tokens.
+    """Attention of each token to its neighbours: `|i - j| < window`, or the tokens of the same chunk of `window` tokens.
 
     Args:
         hidden_size: D.
         num_heads: n, divides D.
-        window: radius r ("window") or tokens per chunk ("chunk").
+        window: tokens that a query sees in one direction, itself included ("window"), or tokens per chunk ("chunk").
         attention_type: "window" or "chunk".
         is_causal: only the past and the token itself are visible.
         position_encoding: "bias" (T5 relative buckets, arXiv 1910.10683), "rotary" (arXiv 2104.09864) or "none".
@@ -72,7 +72,7 @@ class LocalSelfAttention(nn.Module):
     @property
     def reach(self) -> int:
         """Largest distance between a query and a key that it sees."""
-        return self.window if self.attention_type == "window" else self.window - 1
+        return self.window - 1
 
     def bias_vector(self, device: torch.device | None = None) -> torch.Tensor | None:
         """Bias per head and offset j - i from -reach to +reach, (n, 2 reach + 1); causal windows end at 0, (n, reach + 1)."""
@@ -114,8 +114,8 @@ class LocalSelfAttention(nn.Module):
         }
         if self.attention_type == "window":
             if keys > query.shape[2]:
-                return cached_local_attention(query, key, value, radius=self.window, **common)
-            return local_attention(query, key, value, radius=self.window, causal=self.is_causal, **common)
+                return cached_local_attention(query, key, value, radius=self.reach, **common)
+            return local_attention(query, key, value, radius=self.reach, causal=self.is_causal, **common)
         if positions is not None:
             common["positions"] = positions[:, -keys:].expand(batch, -1)
         if keys > query.shape[2]:

@@ -72,15 +72,15 @@ class SpadePreTrainedModel(FreezableModel, PreTrainedModel):
 
     def _scale_residual_projection(self, projection: nn.Linear) -> None:
         """Projections onto the residual stream start smaller, so that its variance does not grow with depth."""
-        depth = max(self.config.encoder_layers, self.config.decoder_layers)
+        depth = max(self.config.num_hidden_layers, self.config.decoder_layers)
         init.normal_(projection.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(2 * depth))
 
     def _init_official(self, module: nn.Module) -> None:
         """Distributions of the published encoder-decoder; query weights are scaled down twice there."""
         config, factor = self.config, self.config.initializer_factor
-        narrow = factor * config.d_model**-0.5
+        narrow = factor * config.hidden_size**-0.5
         if isinstance(module, LocalSelfAttention):
-            init.normal_(module.q_proj.weight, mean=0.0, std=factor * (config.d_model * config.d_kv) ** -0.5)
+            init.normal_(module.q_proj.weight, mean=0.0, std=factor * (config.hidden_size * config.head_dim) ** -0.5)
             for projection in (module.k_proj, module.v_proj, module.o_proj):
                 init.normal_(projection.weight, mean=0.0, std=narrow)
             if hasattr(module, "relative_attention_bias"):
@@ -89,12 +89,12 @@ class SpadePreTrainedModel(FreezableModel, PreTrainedModel):
             inner = [module.wi_0, module.wi_1] if module.is_gated else [module.wi]
             for projection in inner:
                 init.normal_(projection.weight, mean=0.0, std=narrow)
-            init.normal_(module.wo.weight, mean=0.0, std=factor * config.d_ff**-0.5)
+            init.normal_(module.wo.weight, mean=0.0, std=factor * config.intermediate_size**-0.5)
         elif isinstance(module, SpadeAttention):
             for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
-                init.uniform_(projection.weight, -(config.d_model**-0.5), config.d_model**-0.5)
+                init.uniform_(projection.weight, -(config.hidden_size**-0.5), config.hidden_size**-0.5)
         elif isinstance(module, SpadeMixer) and hasattr(module, "aggregate"):
-            limit = (2 * config.d_model) ** -0.5
+            limit = (2 * config.hidden_size) ** -0.5
             init.uniform_(module.aggregate.weight, -limit, limit)
         elif isinstance(module, SpadeEncoder):
             init.normal_(module.embed_tokens.weight, mean=0.0, std=factor)
@@ -112,12 +112,12 @@ class SpadeEncoder(SpadePreTrainedModel):
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        eps = config.layer_norm_eps
-        self.embedding_norm = build_norm(config.norm_type, config.d_model, eps) if config.embedding_norm else None
-        self.layers = nn.ModuleList(SpadeEncoderLayer(config, index) for index in range(config.encoder_layers))
-        self.final_norm = build_norm(config.norm_type, config.d_model, eps) if config.use_final_norm else None
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        eps = config.norm_eps
+        self.embedding_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.embedding_norm else None
+        self.layers = nn.ModuleList(SpadeEncoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.final_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.use_final_norm else None
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -141,7 +141,7 @@ class SpadeEncoder(SpadePreTrainedModel):
         """
         note_missing_attentions(self, kwargs)
         mask = check_inputs(
-            input_ids, inputs_embeds, attention_mask, self.config.vocab_size, hidden_size=self.config.d_model
+            input_ids, inputs_embeds, attention_mask, self.config.vocab_size, hidden_size=self.config.hidden_size
         )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -174,22 +174,22 @@ class SpadeDecoder(SpadePreTrainedModel):
         self.embed_positions = (
             None
             if rows is None
-            else nn.Embedding(rows + self._position_offset, config.d_model, padding_idx=self._position_offset - 1)
+            else nn.Embedding(rows + self._position_offset, config.hidden_size, padding_idx=self._position_offset - 1)
         )
-        eps = config.layer_norm_eps
-        self.embedding_norm = build_norm(config.norm_type, config.d_model, eps) if config.embedding_norm else None
+        eps = config.norm_eps
+        self.embedding_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.embedding_norm else None
         self.layers = nn.ModuleList(SpadeDecoderLayer(config, index) for index in range(config.decoder_layers))
-        self.final_norm = build_norm(config.norm_type, config.d_model, eps) if config.use_final_norm else None
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.final_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.use_final_norm else None
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
     def _cache_layout(self) -> dict[str, object] | None:
         config = self.config
-        if config.decoder_attention_window is None:
+        if config.decoder_window_size is None:
             return None
-        layout = {"attention_window": config.decoder_attention_window, "ssm_layers": config.decoder_ssm_layers}
-        names = ("d_model", "num_heads", "local_attention_type", "ssm_state_size")
+        layout = {"window_size": config.decoder_window_size, "ssm_layers": config.decoder_ssm_layers}
+        names = ("hidden_size", "num_attention_heads", "local_attention_type", "ssm_state_size")
         return layout | {name: getattr(config, name) for name in names}
 
     def build_cache(self) -> EncoderDecoderCache:
@@ -242,7 +242,7 @@ class SpadeDecoder(SpadePreTrainedModel):
             hidden_states = self.embedding_norm(hidden_states)
         hidden_states = self.dropout(hidden_states)
         positions = None
-        if self.config.decoder_attention_window is not None:
+        if self.config.decoder_window_size is not None:
             self_attention_mask = mask
             positions = logical_positions(mask, past + length, device=inputs_embeds.device)
         else:
@@ -370,7 +370,7 @@ class SpadeModel(SpadePreTrainedModel):
             decoder_inputs_embeds,
             None,
             self.config.vocab_size,
-            hidden_size=self.config.d_model,
+            hidden_size=self.config.hidden_size,
             prefix="decoder_",
         )
         if decoder_inputs_embeds is None:

@@ -1,6 +1,6 @@
 """Decoder-only SPADE language model (arXiv 2212.08136, section 4): causal local attention, and an SSM in some layers.
 
-Generation keeps, per layer, the keys and values of the last `attention_window` tokens, (B, n, r, d) each, and per SSM layer a
+Generation keeps, per layer, the keys and values of the last `window_size` - 1 tokens, (B, n, w - 1, d) each, and per SSM layer a
 state of (B, D, N/2, 2) float32 numbers. The size does not depend on the length of the text.
 
 Shapes: B batch, L tokens, D hidden size, N state size, n heads, d head width, V vocabulary.
@@ -44,18 +44,18 @@ class SpadeLMLayer(GradientCheckpointingLayer):
         self.shares_bias = config.share_relative_bias
         self.mixer = SpadeMixer(
             config,
-            window=config.attention_window,
+            window=config.window_size,
             has_ssm=layer_idx in config.ssm_layers,
             is_causal=True,
             has_bias_table=layer_idx == 0 or not config.share_relative_bias,
             output_norm=config.scale_attention,
             scale_heads=config.scale_heads,
         )
-        self.mixer_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.mixer_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
         self.feed_forward = build_feed_forward(config, default_bias=False, inner_norm=config.scale_feed_forward)
-        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.residual_scale = nn.Parameter(torch.ones(config.d_model)) if config.scale_residuals else None
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.feed_forward_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.residual_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.scale_residuals else None
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -105,7 +105,7 @@ class SpadeLMPreTrainedModel(FreezableModel, PreTrainedModel):
         if config.initializer_scheme == "official":
             self._init_official(module)
             return
-        residual_std = config.initializer_range / math.sqrt(2 * config.num_layers)
+        residual_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
         if isinstance(module, FeedForward):
             init.normal_(module.wo.weight, mean=0.0, std=residual_std)
         elif isinstance(module, LocalSelfAttention):
@@ -143,20 +143,20 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
     def __init__(self, config: SpadeLMConfig) -> None:
         super().__init__(config)
         if config.adaptive_cutoffs is None:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         else:
             self.embed_tokens = AdaptiveEmbedding(
                 config.vocab_size,
-                config.d_model,
+                config.hidden_size,
                 config.adaptive_cutoffs,
                 config.adaptive_factor,
                 padding_idx=config.pad_token_id,
             )
-        self.layers = nn.ModuleList(SpadeLMLayer(config, index) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(SpadeLMLayer(config, index) for index in range(config.num_hidden_layers))
         self.final_norm = (
-            build_norm(config.norm_type, config.d_model, config.layer_norm_eps) if config.use_final_norm else None
+            build_norm(config.norm_type, config.hidden_size, config.norm_eps) if config.use_final_norm else None
         )
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -169,7 +169,14 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
         return super().resize_token_embeddings(*args, **kwargs)
 
     def _cache_layout(self) -> dict[str, object]:
-        names = ("d_model", "num_heads", "attention_window", "local_attention_type", "ssm_layers", "ssm_state_size")
+        names = (
+            "hidden_size",
+            "num_attention_heads",
+            "window_size",
+            "local_attention_type",
+            "ssm_layers",
+            "ssm_state_size",
+        )
         return {name: getattr(self.config, name) for name in names}
 
     def build_cache(self) -> Cache:
@@ -188,7 +195,7 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
         config = self.config
         if config.position_encoding != "rotary" and config.local_attention_type != "chunk":
             return None
-        return logical_positions(mask, past + length, device=device)[:, -(config.attention_window + length) :]
+        return logical_positions(mask, past + length, device=device)[:, -(config.window_size + length) :]
 
     @separates_documents
     @capture_outputs
@@ -220,12 +227,12 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
             inputs_embeds,
             attention_mask,
             self.config.vocab_size,
-            hidden_size=self.config.d_model,
+            hidden_size=self.config.hidden_size,
             cache=past_key_values,
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.scale_embedding:
-            hidden_states = hidden_states * math.sqrt(self.config.d_model)
+            hidden_states = hidden_states * math.sqrt(self.config.hidden_size)
         hidden_states = self.dropout(hidden_states)
         positions = self._positions(mask, past, hidden_states.shape[1], hidden_states.device)
         bias = None

@@ -22,7 +22,7 @@ class SlidingRecurrentLayer(TokenLayer):
     Attributes:
         keys, values: (B, n, P, d) of the last tokens: as many as a query sees besides its own, at least one.
         state: (B, D, N / 2, 2), or None in layers without recurrence.
-        layout: with `attention_window` and `local_attention_type`.
+        layout: with `window_size`.
     """
 
     is_sliding = True
@@ -30,8 +30,7 @@ class SlidingRecurrentLayer(TokenLayer):
 
     @property
     def kept_tokens(self) -> int:
-        window: int = self.layout["attention_window"]
-        return window if self.layout["local_attention_type"] == "window" else max(window - 1, 1)
+        return max(self.layout["window_size"] - 1, 1)
 
 
 class FullAttentionLayer(TokenLayer):

@@ -33,8 +33,8 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
         self.model = SpadeModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._is_stateful = config.decoder_attention_window is not None  # windows and states cannot be rolled back
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = config.decoder_window_size is not None  # windows and states cannot be rolled back
         self.post_init()
 
     def get_encoder(self, *args: object, **kwargs: object) -> nn.Module:
@@ -62,7 +62,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
 
     def _check_cache_implementation(self, name: str) -> None:
         kinds = ("static", "offloaded", "offloaded_static")
-        if self.config.decoder_attention_window is not None or name not in kinds:
+        if self.config.decoder_window_size is not None or name not in kinds:
             self._refuse_cache(name)
         if "offloaded" in name and self.device.type == "cpu":
             raise ValueError(
@@ -137,7 +137,7 @@ class SpadeEncoderHead(GenericHead, SpadePreTrainedModel):
 
 
 class SpadeForSequenceClassification(GenericForTextClassification, SpadeEncoderHead):
-    """Classification or regression of the pooled encoder output (`config.classifier_pooling`)."""
+    """Classification or regression of the pooled encoder output (`config.pooling`)."""
 
     def build_head(self) -> None:
         self.classifier = SpadeClassificationHead(self.config)

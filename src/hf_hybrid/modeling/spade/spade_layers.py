@@ -44,14 +44,14 @@ class SpadeMixer(nn.Module):
         scale_heads: bool = False,
     ) -> None:
         super().__init__()
-        width = config.d_model
+        width = config.hidden_size
         self.combine = config.ssm_combine
         self.add_weight = config.ssm_add_weight
         self.stop_gradient = config.ssm_stop_gradient
         self.is_causal = is_causal
         self.attention = LocalSelfAttention(
             width,
-            config.num_heads,
+            config.num_attention_heads,
             window,
             attention_type=config.local_attention_type,
             is_causal=is_causal,
@@ -61,13 +61,13 @@ class SpadeMixer(nn.Module):
             max_distance=config.relative_attention_max_distance,
             rotary_base=config.rotary_base,
             dropout=config.attention_dropout,
-            output_norm=build_norm(config.norm_type, width, config.layer_norm_eps) if output_norm else None,
+            output_norm=build_norm(config.norm_type, width, config.norm_eps) if output_norm else None,
             scale_heads=scale_heads,
         )
         self.ssm = self._build_ssm(config, bidirectional=not is_causal) if has_ssm else None
         if has_ssm and self.combine != "stack":
-            self.norm_global = build_norm(config.norm_type, width, config.layer_norm_eps)
-            self.norm_local = build_norm(config.norm_type, width, config.layer_norm_eps)
+            self.norm_global = build_norm(config.norm_type, width, config.norm_eps)
+            self.norm_local = build_norm(config.norm_type, width, config.norm_eps)
         if has_ssm and self.combine in ("concat", "gated"):
             self.aggregate = nn.Linear(2 * width, width)
         if has_ssm and self.combine == "gated":
@@ -76,7 +76,7 @@ class SpadeMixer(nn.Module):
     @staticmethod
     def _build_ssm(config: SpadeConfig | SpadeLMConfig, bidirectional: bool) -> StateSpaceLayer:
         return StateSpaceLayer(
-            config.d_model,
+            config.hidden_size,
             config.ssm_state_size,
             ssm_type=config.ssm_type,
             init=config.ssm_init,
@@ -162,9 +162,9 @@ class SpadeAttention(nn.Module):
         self.is_cross_attention = is_cross_attention
         self.is_causal = not is_cross_attention
         self.has_rotary_positions = config.decoder_has_rotary_positions and not is_cross_attention
-        self.head_dim = config.d_kv
-        self.scaling = config.d_kv**-0.5
-        width, bias = config.d_model, config.attention_bias
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, width, bias=bias)
         self.k_proj = nn.Linear(width, width, bias=bias)
         self.v_proj = nn.Linear(width, width, bias=bias)
@@ -225,12 +225,12 @@ def build_feed_forward(
     if bias is None:
         bias = default_bias or not config.feed_forward_proj.startswith("gated-")
     return FeedForward(
-        config.d_model,
-        config.d_ff,
+        config.hidden_size,
+        config.intermediate_size,
         kind=config.feed_forward_proj,
         bias=bias,
         dropout=config.activation_dropout,
-        inner_norm=build_norm(config.norm_type, config.d_ff, config.layer_norm_eps) if inner_norm else None,
+        inner_norm=build_norm(config.norm_type, config.intermediate_size, config.norm_eps) if inner_norm else None,
     )
 
 
@@ -243,15 +243,15 @@ class SpadeEncoderLayer(GradientCheckpointingLayer):
         self.shares_bias = config.share_relative_bias
         self.mixer = SpadeMixer(
             config,
-            window=config.attention_window,
+            window=config.window_size,
             has_ssm=layer_idx in config.ssm_layers,
             is_causal=False,
             has_bias_table=layer_idx == 0 or not config.share_relative_bias,
         )
-        self.mixer_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
+        self.mixer_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
         self.feed_forward = build_feed_forward(config, default_bias=False)
-        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.feed_forward_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -283,11 +283,11 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.norm_first = config.norm_first
-        self.is_local = config.decoder_attention_window is not None
+        self.is_local = config.decoder_window_size is not None
         if self.is_local:
             self.self_attention = SpadeMixer(
                 config,
-                window=config.decoder_attention_window,
+                window=config.decoder_window_size,
                 has_ssm=layer_idx in config.decoder_ssm_layers,
                 is_causal=True,
                 has_bias_table=True,
@@ -296,10 +296,10 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
             self.self_attention = SpadeAttention(config, layer_idx, is_cross_attention=False)
         self.cross_attention = SpadeAttention(config, layer_idx, is_cross_attention=True)
         self.feed_forward = build_feed_forward(config, default_bias=config.attention_bias)
-        self.self_attention_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.cross_attention_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.feed_forward_norm = build_norm(config.norm_type, config.d_model, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.self_attention_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.cross_attention_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.feed_forward_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -349,9 +349,9 @@ class SpadeClassificationHead(nn.Module):
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """(B, D) to (B, num_labels)."""

@@ -193,7 +193,7 @@ def _state_space(folder: Path, metrics: Mapping[str, Any]) -> str:
     return (
         "<p>The bottom encoder layer holds a two-sided state space model beside its local attention. Left: how fast single states "
         "forget. Right: over how many tokens the kernel of each channel spreads; attention in this model looks "
-        f"{metrics['pretraining']['attention_window']} tokens to each side.</p>"
+        f"{metrics['pretraining']['window_size'] - 1} tokens to each side.</p>"
         + _picture(folder, "state_space", "Decay spectrum and effective memory of the state space channels")
     )
 
@@ -278,7 +278,7 @@ print(tokenizer.batch_decode(model.generate(**inputs, max_length=32, num_beams=4
 <p>Pretrain on your own text (every recipe explains itself with <code>--help</code>):</p>
 <pre>python -m hf_hybrid.recipes.train_tokenizer --data my_texts/ --vocab_size 16000 --output_dir tokenizer
 python -m hf_hybrid.recipes.pretrain_span_corruption --data my_texts/ --tokenizer tokenizer --input_length 1024 \\
-    --config_overrides "d_model=512,num_heads=8,d_ff=1408,encoder_layers=6,decoder_layers=6" --max_steps 20000 --output_dir pretrained
+    --config_overrides "hidden_size=512,num_attention_heads=8,intermediate_size=1408,num_hidden_layers=6,decoder_layers=6" --max_steps 20000 --output_dir pretrained
 python -m hf_hybrid.recipes.finetune_glue --model_name_or_path {name}/pretrained --data {name}/data/classification \\
     --from_scratch True --output_dir without-pretraining     # what is pretraining worth?</pre>
 """

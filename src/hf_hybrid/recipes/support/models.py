@@ -45,7 +45,7 @@ class NewModelArguments:
     config_overrides: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": 'Fields of the new configuration, e.g. "d_model=256,encoder_layers=4,ssm_layers=[0,1]"; in files a mapping.'
+            "help": 'Fields of the new configuration, e.g. "hidden_size=256,num_hidden_layers=4,ssm_layers=[0,1]"; in files a mapping.'
         },
     )
     tokenizer: str | None = field(
@@ -64,11 +64,11 @@ class NewModelArguments:
 _ROLES: dict[str, tuple[str, dict[str, bool]]] = {
     "AutoModelForCausalLM": (
         "causal language model",
-        {"is_decoder": True, "is_causal": True, "bidirectional": False},
+        {"is_decoder": True, "bidirectional": False},
     ),
     "AutoModelForMaskedLM": (
         "masked language model",
-        {"is_decoder": False, "is_causal": False, "bidirectional": True},
+        {"is_decoder": False, "bidirectional": True},
     ),
     "AutoModelForSeq2SeqLM": ("encoder-decoder", {"is_encoder_decoder": True}),
 }
