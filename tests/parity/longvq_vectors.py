@@ -149,7 +149,7 @@ def _run_layer(config: LongVQConfig, tensors: Tensors, dtype: torch.dtype) -> _R
     run.add("ssm", seen["ssm"], real)
     for name, value in (("q", "query"), ("k", "key"), ("v", "value"), ("attn", "attn")):
         run.add(name, seen[value], heads)
-    if config.is_causal:
+    if config.is_decoder:
         layer = CodeMemoryLayer({})
         with torch.no_grad():
             mixer(states, mask, cache_layer=layer)
@@ -186,7 +186,7 @@ def _train_layer(
 
 
 def _run_model(config: LongVQConfig, tensors: Tensors, dtype: torch.dtype) -> _Run:
-    model = (LongVQForCausalLM if config.is_causal else LongVQForMaskedLM)(config)
+    model = (LongVQForCausalLM if config.is_decoder else LongVQForMaskedLM)(config)
     parameters = _part(tensors, "param.")
     tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
     _load(model, parameters, config, tied - set(parameters))
