@@ -83,16 +83,16 @@ def _longt5(kind: str):
 
     config = LongT5Config(
         vocab_size=VOCABULARY,
-        hidden_size=512,
-        head_dim=64,
-        intermediate_size=2048,
+        d_model=512,
+        d_kv=64,
+        d_ff=2048,
         num_layers=4,
-        num_attention_heads=8,
+        num_heads=8,
         local_radius=127,
         global_block_size=16,
         encoder_attention_type=kind,
         feed_forward_proj="relu",
-        hidden_dropout=0.0,
+        dropout_rate=0.0,
     )
     return LongT5EncoderModel(config)
 
@@ -158,7 +158,7 @@ def _spade_lm():
         vocab_size=VOCABULARY,
         hidden_size=512,
         intermediate_size=2048,
-        num_layers=4,
+        num_hidden_layers=4,
         num_attention_heads=8,
         window_size=128,
         hidden_dropout=0.0,
