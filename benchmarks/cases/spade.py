@@ -110,8 +110,8 @@ def led(length: int) -> Callable[[], object]:
 
     config = LEDConfig(
         vocab_size=VOCABULARY,
-        hidden_size=512,
-        num_hidden_layers=4,
+        d_model=512,
+        encoder_layers=4,
         decoder_layers=1,
         encoder_attention_heads=8,
         decoder_attention_heads=8,
