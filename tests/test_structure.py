@@ -185,7 +185,6 @@ def test_layers_see_no_configuration() -> None:
             assert not (isinstance(node, ast.arg) and node.arg == "config"), f"{source}:{node.lineno}"
 
 
-@pytest.mark.xfail(strict=True, reason="tensors kept in full precision are so far only those of LongVQ")
 def test_layers_are_used_by_two_architectures() -> None:
     users = defaultdict(set)
     for source in SOURCES:

@@ -161,7 +161,11 @@ def _decode_stepwise(
     target_ids: torch.Tensor,
     target_mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits of teacher-forced decoding, one token per call."""
+    """Logits of teacher-forced decoding, one token per call.
+
+    Padding behind a text is fed like tokens, whose logits nobody reads; only padding in front of one has to be told.
+    """
+    is_left_padded = not bool(target_mask[:, 0].all())
     encoded = model.get_encoder()(ids, attention_mask=source_mask.long())
     cache, logits = None, []
     for step in range(target_ids.shape[1]):
@@ -169,7 +173,7 @@ def _decode_stepwise(
             attention_mask=source_mask.long(),
             encoder_outputs=encoded,
             decoder_input_ids=target_ids[:, step : step + 1],
-            decoder_attention_mask=target_mask[:, : step + 1].long(),
+            decoder_attention_mask=target_mask[:, : step + 1].long() if is_left_padded else None,
             past_key_values=cache,
             use_cache=True,
         )
