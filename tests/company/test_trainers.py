@@ -1,4 +1,4 @@
-"""Other trainers and searches: the preference trainer of TRL, a hyperparameter search with Optuna."""
+"""Other trainers and searches: preference and reward trainers of TRL, a hyperparameter search with Optuna."""
 
 from __future__ import annotations
 
@@ -52,6 +52,16 @@ def test_preferences_start_at_the_loss_of_equal_models(case: Case, tmp_path: Pat
     trainer.train()
     found = losses(trainer)
     assert found[0] == pytest.approx(0.6931, abs=2e-3) and torch.isfinite(found).all()
+
+
+@parametrize(working("TRL, `RewardTrainer`", CLASSIFIERS))
+def test_rewards_are_trained(case: Case, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    folder = save(case, tmp_path / "model", num_labels=1)
+    args = trl.RewardConfig(str(tmp_path / "run"), per_device_train_batch_size=2, bf16=False, max_length=24, **SMALL)
+    trainer = trl.RewardTrainer(model=folder, args=args, train_dataset=preferences())
+    trainer.train()
+    assert type(trainer.model) is case.model_class and torch.isfinite(losses(trainer)).all()
 
 
 @parametrize(working("Optuna", CLASSIFIERS))

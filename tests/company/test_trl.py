@@ -28,8 +28,8 @@ FIT: dict[str, dict[str, Any]] = {
 }
 UNFIT: list[tuple[str, dict[str, Any], str]] = [
     ("mega", {"add_lm_hidden_dense_layer": True}, "the dense layer before the head"),
-    ("longvq", {"commitment_loss_weight": 0.1}, "the commitment loss"),
-    ("seqboat", {"dead_layer_loss_weight": 0.1}, "the dead layer penalty"),
+    ("longvq", {"commitment_loss_weight": 0.1}, "`commitment_loss_weight` weighs"),
+    ("seqboat", {"dead_layer_loss_weight": 0.1}, "`dead_layer_loss_weight` weighs"),
     ("spade_lm", {"adaptive_cutoffs": [12, 25]}, "the adaptive softmax"),
 ]
 

@@ -55,6 +55,11 @@ CLIENTS = (
         impossible={"spade": "an encoder-decoder; these trainers are for decoders"},
     ),
     Client(
+        "TRL, `RewardTrainer`",
+        "trl",
+        works=dict.fromkeys(MODEL_TYPES, ""),
+    ),
+    Client(
         "`transformers serve`, `transformers chat`",
         "transformers",
         works=dict.fromkeys(MODEL_TYPES[1:], ""),
@@ -68,7 +73,7 @@ CLIENTS = (
     Client(
         "`Trainer` with label smoothing",
         "transformers",
-        works=dict.fromkeys(MODEL_TYPES, ""),
+        works=dict.fromkeys(MODEL_TYPES, "") | {"longvq": "with `commitment_loss_weight=0`"},
         refused={
             "seqboat": "`dead_layer_loss_weight` > 0 (`HybridTrainer` keeps the term)",
             "longvq": "`commitment_loss_weight` > 0 (`HybridTrainer` keeps the term)",
@@ -80,8 +85,23 @@ CLIENTS = (
         works=dict.fromkeys(MODEL_TYPES, ""),
     ),
     Client(
+        "accelerate, weights on disk or on the CPU (`device_map`, `cpu_offload`)",
+        "accelerate",
+        works=dict.fromkeys(MODEL_TYPES, ""),
+    ),
+    Client(
         "lm-evaluation-harness",
         "lm_eval",
+        works=dict.fromkeys(MODEL_TYPES, ""),
+    ),
+    Client(
+        "sentence-transformers, `SentenceTransformer`",
+        "sentence-transformers",
+        works={"spade": "as `SpadeEncoderModel`"} | dict.fromkeys(MODEL_TYPES[1:], ""),
+    ),
+    Client(
+        "sentence-transformers, `CrossEncoder`",
+        "sentence-transformers",
         works=dict.fromkeys(MODEL_TYPES, ""),
     ),
 )
@@ -142,6 +162,10 @@ NOTES = (
     '- **TRL**: `SFTTrainer(model="folder", ...)` after `import hf_hybrid`, or an export with',
     '  `SFTConfig(model_init_kwargs={"trust_remote_code": True})`; padded, padding-free and packed batches. Its trainers compute the loss from the',
     "  hidden states and the weights of the head, so what a loss holds besides is refused.",
+    '- **sentence-transformers**: `SentenceTransformer("folder")` and `CrossEncoder("folder")` after `import hf_hybrid`, or an export with',
+    "  `trust_remote_code=True`. `max_seq_length` is the tokenizer's `model_max_length`: no model is cut at a length of its configuration.",
+    "- **lm-eval**: `python -m hf_hybrid.recipes.lm_eval` passes the true `max_length` ([training.md](training.md)); `lm_eval` itself cuts at 2,048",
+    "  tokens unless `max_length` is named.",
     "- **`transformers serve`**: `python -c 'import hf_hybrid; from transformers.cli.transformers import app; app()' serve`, or of an export",
     "  `transformers serve --trust-remote-code`. Completions and streams; conversations where the tokenizer has a chat template, which",
     "  `pretrain_clm` does not add: it trains on plain text, and the server's log then says that the template is not set.",

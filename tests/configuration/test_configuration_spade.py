@@ -132,9 +132,9 @@ def test_rules_of_both(config_class: type[PreTrainedConfig], fields: dict[str, A
         ({"decoder_ssm_layers": [2], "decoder_window_size": 5}, "`decoder_ssm_layers` names layer 2"),
         (
             {"hidden_size": 6, "num_attention_heads": 2, "head_dim": 3},
-            "even `head_dim`; got 3.*`max_position_embeddings`",
+            "even `head_dim`; got 3.*`max_target_positions`",
         ),
-        ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1"),
+        ({"max_target_positions": 0}, "`max_target_positions` must be at least 1"),
         ({"decoder_layers": 0}, "`decoder_layers` must be at least 1"),
         ({"decoder_start_token_id": 99999}, "`decoder_start_token_id` is 99999"),
     ],

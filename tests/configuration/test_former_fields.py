@@ -66,7 +66,7 @@ def test_what_is_derived_from_a_field_follows_its_former_spelling() -> None:
         (SpadeConfig, {"decoder_attention_window": 3}, {"decoder_window_size": 4}),
         (SpadeConfig, {"decoder_attention_window": None}, {"decoder_window_size": None}),
         (SpadeConfig, {"norm_type": "layer_norm"}, {"norm_type": "layernorm"}),
-        (SpadeConfig, {"max_position_embeddings": 1024}, {"max_position_embeddings": 1024}),
+        (SpadeConfig, {"max_position_embeddings": 1024}, {"max_target_positions": 1024}),
         (
             SpadeLMConfig,
             {"attention_window": 511, "norm_type": "rms_norm"},

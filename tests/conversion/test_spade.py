@@ -200,7 +200,7 @@ def test_published_settings():
 def test_defaults_of_the_official_encoder_decoder():
     config = config_from_official({"model_type": "msrlongt5", "s4_n_ssm": 512})
     assert config.decoder_layers == config.encoder_layers == 6
-    assert (config.window_size, config.ssm_max_length, config.max_position_embeddings) == (129, 512, 512)
+    assert (config.window_size, config.ssm_max_length, config.max_target_positions) == (129, 512, 512)
     assert config.decoder_start_token_id == config.eos_token_id == 2
     assert not config.norm_first and config.ssm_stop_gradient and not config.ssm_trainable
     assert config.ssm_layers == [0] and config.ssm_type == "s4" and not config.use_final_norm

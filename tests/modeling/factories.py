@@ -174,7 +174,7 @@ VARIANTS: dict[str, dict[str, Callable[..., PreTrainedConfig]]] = {
         "chunk_gated": lambda **kwargs: SpadeConfig(
             **_SPADE
             | {"local_attention_type": "chunk", "ssm_combine": "gated", "logits_scaling": 4.0}
-            | {"max_position_embeddings": 96}
+            | {"max_target_positions": 96}
             | kwargs
         ),
         "rotary_add": lambda **kwargs: SpadeConfig(

@@ -77,11 +77,11 @@ class TestEncoderDecoder:
             model(**target, attention_mask=torch.ones(2, 6))
 
     def test_targets_longer_than_the_position_table(self) -> None:
-        model = SEQ2SEQ.model(max_position_embeddings=10)
+        model = SEQ2SEQ.model(max_target_positions=10)
         model(random_ids(1, 5), decoder_input_ids=random_ids(1, 10))
-        with pytest.raises(ValueError, match="11 tokens.*`max_position_embeddings` = 10"):
+        with pytest.raises(ValueError, match="11 tokens.*`max_target_positions` = 10"):
             model(random_ids(1, 5), decoder_input_ids=random_ids(1, 11))
-        with pytest.raises(ValueError, match="`max_position_embeddings`"):
+        with pytest.raises(ValueError, match="`max_target_positions`"):
             model(random_ids(1, 5), labels=random_ids(1, 11))
 
     def test_labels_without_special_tokens(self) -> None:

@@ -251,12 +251,12 @@ class TestEncoderDecoder:
     def test_targets_longer_than_the_position_table(self, case: Case) -> None:
         if case.model_type != "spade":
             pytest.skip("only SPADE has a table of positions")
-        has_table = case.config().max_position_embeddings is not None
-        model = case.model(max_position_embeddings=16 if has_table else None)
+        has_table = case.config().max_target_positions is not None
+        model = case.model(max_target_positions=16 if has_table else None)
         inputs = {"input_ids": random_ids(1, 5)}
         assert generate(model, inputs, 16, eos_token_id=None).shape[1] == 17
         if has_table:
-            with pytest.raises(ValueError, match="max_position_embeddings"):
+            with pytest.raises(ValueError, match="max_target_positions"):
                 generate(model, inputs, 17, eos_token_id=None)
 
 

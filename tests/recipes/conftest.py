@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     folder = tmp_path_factory.mktemp("checkpoint")
     config = SpadeConfig(
         vocab_size=512, hidden_size=16, head_dim=8, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, decoder_layers=1,
-        window_size=9, ssm_state_size=4, max_position_embeddings=64, hidden_dropout=0.0, classifier_dropout=0.0,
+        window_size=9, ssm_state_size=4, max_target_positions=64, hidden_dropout=0.0, classifier_dropout=0.0,
     )  # fmt: skip
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

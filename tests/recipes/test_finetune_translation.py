@@ -15,7 +15,7 @@ from hf_hybrid.recipes.finetune_translation import main, translation_scores
 PAIRS = [("the list is sorted now", "die list of keys is there"), ("a dictionary", "the value of a key is not none")]
 TINY = {
     "spade": "hidden_size=16,head_dim=8,intermediate_size=32,num_attention_heads=2,num_hidden_layers=1,decoder_layers=1,window_size=9,ssm_state_size=4,"
-    "max_position_embeddings=64",
+    "max_target_positions=64",
     "mega": "hidden_size=16,num_hidden_layers=1,intermediate_size=16,nffn_hidden_size=16,shared_representation_size=8",
 }
 

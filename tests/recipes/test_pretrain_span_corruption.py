@@ -16,7 +16,7 @@ from hf_hybrid.recipes.pretrain_span_corruption import main
 
 TINY_SPADE = (
     "hidden_size=16,head_dim=8,intermediate_size=32,num_attention_heads=2,num_hidden_layers=2,decoder_layers=1,window_size=9,ssm_state_size=4,"
-    "max_position_embeddings=64"
+    "max_target_positions=64"
 )
 
 
@@ -128,7 +128,7 @@ def test_a_separate_validation_file(pretraining, tmp_path, corpus):
         ({"tokenizer": None}, ValueError, "`tokenizer` is required"),
         ({"tokenizer": "/nowhere/tokenizer"}, ValueError, "cannot be loaded"),
         ({"input_length": 1024}, ValueError, "57 hidden spans.*only 32"),
-        ({"input_length": 400, "mean_span_length": 20.0}, ValueError, "max_position_embeddings"),
+        ({"input_length": 400, "mean_span_length": 20.0}, ValueError, "max_target_positions"),
         ({"data": ["/nowhere.txt"]}, ValueError, "No such file"),
         ({"config_overrides": "d_modle=4"}, ValueError, "d_modle"),
         ({"config_overrides": "hidden_size"}, ValueError, "name=value"),

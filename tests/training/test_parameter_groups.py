@@ -31,7 +31,7 @@ EVERY_MODEL = [
 def tiny_spade(**overrides):
     config = SpadeConfig(
         vocab_size=64, hidden_size=16, head_dim=8, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, decoder_layers=1,
-        window_size=5, ssm_state_size=4, max_position_embeddings=32, **overrides,
+        window_size=5, ssm_state_size=4, max_target_positions=32, **overrides,
     )  # fmt: skip
     return AutoModelForSeq2SeqLM.from_config(config)
 

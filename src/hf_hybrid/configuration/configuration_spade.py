@@ -21,6 +21,8 @@ from .checks import (
 from .hybrid_config import HybridConfig
 
 _POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "window_size", "ssm_max_length")
+# Programs take a field of that name for the longest input.
+_FORMER_TABLE = {"max_position_embeddings": "max_target_positions"}
 _FORMER_WINDOWS = {"attention_window": "window_size", "decoder_attention_window": "decoder_window_size"}
 FEED_FORWARD_TYPES = ("relu", "gelu", "gated-gelu", "gated-silu")
 
@@ -32,6 +34,9 @@ def _read_former_fields(fields: dict[str, Any]) -> dict[str, Any]:
         if former in fields:
             size = fields.pop(former)
             fields[name] = size + 1 if has_windows and size is not None else size
+    for former, name in _FORMER_TABLE.items():
+        if former in fields:
+            fields[name] = fields.pop(former)
     if isinstance(norm := fields.get("norm_type"), str):
         fields["norm_type"] = norm.replace("_", "")
     return fields
@@ -150,7 +155,7 @@ class SpadeConfig(HybridConfig):
         feed_forward_bias: biases in the feed-forward layers. None: biases exactly where the published code has them.
         attention_bias: biases in the decoder attention (the encoder never has them).
         hidden_dropout, attention_dropout, activation_dropout, classifier_dropout: probabilities.
-        max_position_embeddings: rows of a learned table of positions in the decoder, the longest target (the published form).
+        max_target_positions: rows of a learned table of positions in the decoder, the longest target (the published form).
             None: no table and no limit; the full self-attention of the decoder has rotary positions instead, and local
             attention (`decoder_window_size`) those of `position_encoding`.
         decoder_window_size: None for full causal self-attention in the decoder, or the tokens that a query sees, itself included.
@@ -173,7 +178,7 @@ class SpadeConfig(HybridConfig):
         "dropout_rate": "hidden_dropout",
         "classifier_pooling": "pooling",
     }
-    former_fields = _FORMER_WINDOWS
+    former_fields = _FORMER_WINDOWS | _FORMER_TABLE
 
     vocab_size: int = 32128
     hidden_size: int = 768
@@ -214,7 +219,7 @@ class SpadeConfig(HybridConfig):
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
     pooling: Literal["mean", "first", "last"] = "mean"
-    max_position_embeddings: int | None = None
+    max_target_positions: int | None = None
     decoder_window_size: int | None = None
     decoder_ssm_layers: list[int] | None = None
     tie_word_embeddings: bool = True
@@ -263,7 +268,7 @@ class SpadeConfig(HybridConfig):
             "attention_dropout": 0.1,
             "activation_dropout": 0.1,
             "pooling": "first",
-            "max_position_embeddings": 512,
+            "max_target_positions": 512,
             "initializer_scheme": "official",
             "pad_token_id": 1,
             "bos_token_id": 0,
@@ -275,12 +280,12 @@ class SpadeConfig(HybridConfig):
     @property
     def decoder_has_rotary_positions(self) -> bool:
         """Whether the full self-attention of the decoder turns queries and keys by their positions."""
-        return self.max_position_embeddings is None and self.decoder_window_size is None
+        return self.max_target_positions is None and self.decoder_window_size is None
 
     def target_limits(self) -> dict[str, int]:
         """The learned table of positions, which limits the targets."""
-        rows = self.max_position_embeddings
-        return {} if rows is None else {"max_position_embeddings": rows}
+        rows = self.max_target_positions
+        return {} if rows is None else {"max_target_positions": rows}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """The configuration itself; for the decoder alone, a copy whose `num_hidden_layers` is the depth of the decoder.
@@ -297,9 +302,7 @@ class SpadeConfig(HybridConfig):
     def validate_architecture(self) -> None:
         """Checks that fields fit together; called on construction and on saving."""
         _check_common(self)
-        check_at_least(
-            self, 1, ("num_hidden_layers", "decoder_layers", "max_position_embeddings", "decoder_window_size")
-        )
+        check_at_least(self, 1, ("num_hidden_layers", "decoder_layers", "max_target_positions", "decoder_window_size"))
         if self.num_heads * self.head_dim != self.hidden_size:
             raise ValueError(
                 f"`num_attention_heads` * `head_dim` must equal `hidden_size`; got {self.num_heads} * {self.head_dim} != {self.hidden_size}."
@@ -312,7 +315,7 @@ class SpadeConfig(HybridConfig):
         if self.decoder_has_rotary_positions and self.head_dim % 2:
             raise ValueError(
                 f"The decoder's rotary positions need an even `head_dim`; got {self.head_dim}. Change it, or set "
-                "`max_position_embeddings` for a learned table of positions."
+                "`max_target_positions` for a learned table of positions."
             )
         _check_layer_list("ssm_layers", self.ssm_layers, self.num_hidden_layers, "num_hidden_layers")
         _check_layer_list("decoder_ssm_layers", self.decoder_ssm_layers, self.decoder_layers, "decoder_layers")

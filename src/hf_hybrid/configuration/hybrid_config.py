@@ -10,8 +10,8 @@ from transformers.configuration_utils import PreTrainedConfig
 class HybridConfig(PreTrainedConfig):
     """Base of the configurations of this library.
 
-    A model accepts inputs and targets of any length unless its configuration says otherwise by the methods below. A field
-    named `max_position_embeddings` exists only where it is such a limit, because other programs take it for one.
+    A model accepts inputs and targets of any length unless its configuration says otherwise by the methods below. None
+    has a field named `max_position_embeddings`, because other programs take it for the longest input.
 
     One word means one thing in all of them. A window (`window_size`, w) counts the tokens that a query sees, itself included: it
     sees itself and the w - 1 tokens before it, and where it sees the future also the w - 1 after it. Former spellings are read

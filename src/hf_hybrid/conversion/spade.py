@@ -57,7 +57,7 @@ _ENCODER_DECODER_OPTIONS: dict[str, tuple[str, Any]] = {
     "layer_norm_epsilon": ("norm_eps", 1e-6),
     "dropout_rate": ("hidden_dropout", 0.1),
     "initializer_factor": ("initializer_factor", 1.0),
-    "max_position_embeddings": ("max_position_embeddings", 512),
+    "max_position_embeddings": ("max_target_positions", 512),
     "tie_word_embeddings": ("tie_word_embeddings", True),
     "use_cache": ("use_cache", True),
     "pad_token_id": ("pad_token_id", 1),
@@ -184,7 +184,7 @@ def _encoder_decoder_from_official(official: Mapping[str, Any]) -> SpadeConfig:
     if fields["decoder_layers"] is None:
         fields["decoder_layers"] = fields["num_hidden_layers"]
     fields["window_size"] = official.get("local_radius", 128) + 1
-    fields["ssm_max_length"] = fields["max_position_embeddings"]
+    fields["ssm_max_length"] = fields["max_target_positions"]
     fields["attention_dropout"] = fields["activation_dropout"] = fields["hidden_dropout"]
     fields["ssm_layers"] = _ssm_layers(
         official.get("s4_every_n_layers", _ENCODER_DECODER_PERIOD), fields["num_hidden_layers"]
@@ -196,9 +196,9 @@ def _encoder_decoder_from_official(official: Mapping[str, Any]) -> SpadeConfig:
 
 
 def _encoder_decoder_to_official(config: SpadeConfig) -> dict[str, Any]:
-    if config.max_position_embeddings is None:
+    if config.max_target_positions is None:
         raise ValueError(
-            "`max_position_embeddings=None` has no counterpart in the official SPADE, whose decoder has a learned table of positions."
+            "`max_target_positions=None` has no counterpart in the official SPADE, whose decoder has a learned table of positions."
         )
     options = {name: getattr(config, field) for name, (field, _) in _ENCODER_DECODER_OPTIONS.items()}
     if options["s4_n_ssm"] is None:

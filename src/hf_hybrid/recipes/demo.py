@@ -92,7 +92,7 @@ FULL_PLAN = DemoPlan(
     model={
         "hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "intermediate_size": 384, "num_hidden_layers": 3, "decoder_layers": 1,
         "window_size": 17, "ssm_state_size": 16, "hidden_dropout": 0.0, "classifier_dropout": 0.3, "initializer_range": 0.08,
-        "max_position_embeddings": 160,
+        "max_target_positions": 160,
     },
     pretraining={
         "input_length": 256, "noise_density": 0.3, "max_steps": 700, "per_device_train_batch_size": 8,
@@ -118,7 +118,7 @@ QUICK_PLAN = DemoPlan(
     tokenizer={"vocab_size": 500, "num_sentinels": 32, "max_sentences": 1000},
     model={
         "hidden_size": 16, "head_dim": 8, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1, "decoder_layers": 1,
-        "window_size": 9, "ssm_state_size": 4, "hidden_dropout": 0.0, "max_position_embeddings": 64,
+        "window_size": 9, "ssm_state_size": 4, "hidden_dropout": 0.0, "max_target_positions": 64,
     },
     pretraining={
         "input_length": 64, "noise_density": 0.15, "max_steps": 4, "per_device_train_batch_size": 4,

@@ -170,7 +170,7 @@ class SpadeDecoder(SpadePreTrainedModel):
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
-        rows = config.max_position_embeddings
+        rows = config.max_target_positions
         self.embed_positions = (
             None
             if rows is None
@@ -205,10 +205,10 @@ class SpadeDecoder(SpadePreTrainedModel):
     def _embed_positions(
         self, mask: torch.Tensor | None, past: int, length: int, device: torch.device
     ) -> torch.Tensor:
-        limit = self.config.max_position_embeddings
+        limit = self.config.max_target_positions
         if past + length > limit:
             raise ValueError(
-                f"The decoder input has {past + length} tokens, but its position table ends at `max_position_embeddings` = "
+                f"The decoder input has {past + length} tokens, but its position table ends at `max_target_positions` = "
                 f"{limit}: shorten the target (`max_length`), or train with a larger table."
             )
         positions = logical_positions(mask, past + length, device=device)[:, past:]
