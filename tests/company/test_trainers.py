@@ -54,6 +54,32 @@ def test_preferences_start_at_the_loss_of_equal_models(case: Case, tmp_path: Pat
     assert found[0] == pytest.approx(0.6931, abs=2e-3) and torch.isfinite(found).all()
 
 
+@parametrize(FIRST)
+def test_group_relative_policies_sample_and_train(case: Case, tmp_path: Path) -> None:
+    """The trainer generates with left-padded prompts and scores what it generated; on the policy itself the ratio is 1."""
+    trl = pytest.importorskip("trl")
+    folder = save(case, tmp_path / "model", **FIT.get(case.model_type, {}))
+    args = trl.GRPOConfig(
+        str(tmp_path / "run"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=5,
+        beta=0.1,
+        bf16=False,
+        **SMALL,
+    )
+    prompts = datasets.Dataset.from_list([{"prompt": text(row, 2 + row % 3)} for row in range(6)])
+    trainer = trl.GRPOTrainer(
+        model=folder,
+        reward_funcs=lambda completions, **kwargs: [float(len(set(one.split()))) for one in completions],
+        args=args,
+        train_dataset=prompts,
+    )
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert torch.isfinite(losses(trainer)).all() and first["kl"] == pytest.approx(0.0, abs=1e-3)
+
+
 @parametrize(working("TRL, `RewardTrainer`", CLASSIFIERS))
 def test_rewards_are_trained(case: Case, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from clean_process import run_without_package
 from factories import Case, all_variants, parametrize, random_ids
 from word_tokenizer import word_tokenizer
 from works_with import working
+
+from hf_hybrid.hub import export_remote_code
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -109,3 +112,33 @@ def test_supervised_fine_tuning_logs_the_loss_of_forward(case: Case, layout: str
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert type(trainer.model) is case.model_class and len(logged) == 3
     torch.testing.assert_close(torch.tensor(logged), torch.tensor(found), rtol=1e-3, atol=1e-3)
+
+
+WITHOUT_PACKAGE = """
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+answer = {}
+for name, folder in arguments["folders"].items():
+    args = SFTConfig(
+        f"{folder}-run", report_to=[], use_cpu=True, bf16=False, max_steps=1, logging_steps=1, save_strategy="no",
+        per_device_train_batch_size=2, model_init_kwargs={"trust_remote_code": True}, disable_tqdm=True,
+    )
+    trainer = SFTTrainer(model=folder, args=args, train_dataset=Dataset.from_list(arguments["rows"]))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    answer[name] = [type(trainer.model).__module__.split(".")[0], type(trainer.model).__name__, *losses]
+"""
+
+
+def test_exports_are_fine_tuned_without_the_package(tmp_path: Path) -> None:
+    folders = {}
+    for case in FIRST:
+        folders[case.model_type] = str(tmp_path / case.model_type)
+        export_remote_code(case.model(**fit(case)), folders[case.model_type], word_tokenizer(ends=True))
+    arguments = {"folders": folders, "rows": texts().to_list()}
+    (tmp_path / "modules").mkdir()
+    found = run_without_package(WITHOUT_PACKAGE, tmp_path / "modules", arguments)
+    for case in FIRST:
+        module, name, loss = found[case.model_type]
+        assert (module, name) == ("transformers_modules", case.model_class.__name__)
+        assert 0 < loss < 10

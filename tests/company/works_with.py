@@ -37,7 +37,7 @@ class Client:
 
 CLIENTS = (
     Client(
-        "TRL, `SFTTrainer`, `DPOTrainer` (fused heads)",
+        "TRL, `SFTTrainer`, `DPOTrainer`, `GRPOTrainer` (fused heads)",
         "trl",
         works={
             "spade_lm": "",
