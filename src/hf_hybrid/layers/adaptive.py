@@ -76,13 +76,13 @@ class AdaptiveEmbedding(nn.Module):
             return table(inputs)
         # Whatever wraps the table (adapters, quantised weights) can look ids up.
         rows = torch.arange(self.limits[band + 1] - self.limits[band], device=inputs.device)
-        return F.linear(inputs, table(rows).to(inputs.dtype))
+        return F.linear(inputs, table(rows).to(inputs))
 
     def _project_back(self, inputs: torch.Tensor, band: int) -> torch.Tensor:
         # The matrix is what the layer makes of the unit vectors, whatever wraps it.
         width = self.hidden_size // self.factor**band
         unit = torch.eye(width, dtype=inputs.dtype, device=inputs.device)
-        return F.linear(inputs, self.projections[band](unit).to(inputs.dtype))
+        return F.linear(inputs, self.projections[band](unit).to(inputs))
 
 
 class TiedBands:
@@ -155,7 +155,7 @@ class AdaptiveSoftmax(nn.Module):
         """
         if targets is None:
             return self._log_probabilities(hidden_states, bands)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or targets.is_meta:
             scores = self._log_probabilities(hidden_states, bands)
             return F.nll_loss(scores, targets, ignore_index=-100, reduction="sum")
         return self._negative_log_likelihood(hidden_states, targets, bands)

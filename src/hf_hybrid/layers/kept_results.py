@@ -36,6 +36,35 @@ class keeping:  # noqa: N801 - a context, as those of torch
             _GENERATION.reset(self.token)
 
 
+def kept_result(kept: KeptResults, owner: nn.Module, name: str, tensors: list[Any], compute: Callable[[], Any]) -> Any:
+    """Result of `compute`, or the one that is kept, while the tensors are the same objects of the same version.
+
+    Args:
+        kept: of a generation; not used in training, nor while gradients of the tensors are tracked.
+        owner, name: what the result is called.
+        tensors: what it depends on.
+        compute: makes it.
+    """
+    key, place = _key_of(tensors, owner.training), (id(owner), name)
+    if key is None:
+        kept.pop(place, None)
+        return compute()
+    found = kept.get(place)
+    if found is None or found[0] != key:
+        with torch.inference_mode(False), torch.no_grad():
+            found = kept[place] = (key, compute(), tensors)  # the tensors stay alive: no `id` is used again
+    return found[1]
+
+
+def _key_of(tensors: list[Any], is_training: bool) -> tuple[Any, ...] | None:
+    """Identity and version of every tensor, or None when results must not be kept."""
+    if any(tensor.requires_grad for tensor in tensors) and (is_training or torch.is_grad_enabled()):
+        return None
+    if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
+        return None
+    return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
+
+
 class KeepsResults(nn.Module):
     """Base of layers whose kernels or discretised systems depend on their tensors alone.
 
@@ -70,15 +99,6 @@ class KeepsResults(nn.Module):
     def _tracks_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._own_tensors())
 
-    def _cache_key(self) -> tuple[Any, ...] | None:
-        """Identity and version of every tensor, or None when results must not be kept."""
-        tensors = self._own_tensors()
-        if any(tensor.requires_grad for tensor in tensors) and (self.training or torch.is_grad_enabled()):
-            return None
-        if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
-            return None
-        return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
-
     def _constants(self) -> dict[str, Callable[[], Any]]:
         """What may be asked of `_cached` for any input, by name; the layers that have some add theirs."""
         return {}
@@ -96,18 +116,7 @@ class KeepsResults(nn.Module):
         if self._frozen is not None:
             return self._from_frozen(name, compute)
         kept = None if torch.compiler.is_compiling() else _GENERATION.get()
-        if kept is None:
-            return compute()
-        key, place = self._cache_key(), (id(self), name)
-        if key is None:
-            kept.pop(place, None)
-            return compute()
-        found = kept.get(place)
-        if found is None or found[0] != key:
-            tensors = self._own_tensors()  # kept alive: no `id` is used again
-            with torch.inference_mode(False), torch.no_grad():
-                found = kept[place] = (key, compute(), tensors)
-        return found[1]
+        return compute() if kept is None else kept_result(kept, self, name, self._own_tensors(), compute)
 
     def _from_frozen(self, name: str, compute: Callable[[], Any]) -> Any:
         assert self._frozen is not None

@@ -280,7 +280,7 @@ class GenericClassifier(GenericHead):
         return self.run_stack(has_labels, **inputs)
 
     def _pool(self, outputs: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        if input_ids is not None:
+        if input_ids is not None and not input_ids.is_meta:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
         return pool_tokens(outputs.last_hidden_state, attention_mask, getattr(self.config, self.pooling_field))
 
@@ -585,7 +585,10 @@ class GenericForQuestionAnswering(GenericHead):
             **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
-        loss = self.loss_function(start_logits, end_logits, start_positions, end_positions) if has_labels else None
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            targets = (positions.to(start_logits.device) for positions in (start_positions, end_positions))
+            loss = self.loss_function(start_logits, end_logits, *targets)
         return self.build_output(
             outputs,
             loss=self.add_auxiliary_loss(loss, outputs),

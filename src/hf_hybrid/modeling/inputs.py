@@ -304,6 +304,7 @@ def pool_tokens(hidden_states: torch.Tensor, mask: torch.Tensor | None, pooling:
     batch, length, _ = hidden_states.shape
     if mask is None:
         mask = hidden_states.new_ones(batch, length, dtype=torch.bool)
+    mask = mask.to(hidden_states.device)  # the last layer may lie on another device than the inputs
     if pooling == "mean":
         weights = mask.bool().to(hidden_states.dtype).unsqueeze(-1)
         return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)

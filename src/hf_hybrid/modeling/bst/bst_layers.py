@@ -19,6 +19,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ...configuration.configuration_bst import BstConfig
+from ...layers.kept_results import kept_result
 from ...layers.norms import RMSNorm
 from ...ops.block_state import (
     RingView,
@@ -220,7 +221,7 @@ class BstContext(_HeadScores):
         outputs, state = filters(
             states, None if cache_layer is None else cache_layer.state, cache_layer is not None, passage.counts
         )
-        new = self._keys_and_values(outputs.to(states.dtype))
+        new = self._keys_and_values(outputs.to(states.dtype), cache_layer)
         rings = None
         if cache_layer is not None and cache_layer.context_keys is not None:
             rings = (cache_layer.context_keys, cache_layer.context_values)
@@ -241,12 +242,18 @@ class BstContext(_HeadScores):
 
     # -------------------------------------------------------------------------------- one output per token (sh, mh)
 
-    def _keys_and_values(self, outputs: torch.Tensor) -> Rings:
+    def _keys_and_values(self, outputs: torch.Tensor, cache_layer: BlockStateLayer | None) -> Rings:
         """Outputs of the filters (B, F, D, T) -> keys and values (B, n, T, e)."""
         if self.variant == "sh":
             context = self.norm(outputs.squeeze(1).transpose(1, 2))
             return self.normalize_keys(self.split_heads(self.k_proj(context))), self.split_heads(self.v_proj(context))
-        key, value = self.norm(outputs, self._head_weights(outputs)).chunk(2, dim=-1)
+        if cache_layer is None or torch.compiler.is_compiling():
+            weight = self._head_weights(outputs)
+        else:  # for the steps of a generation
+            tensors = [*self.k_proj.parameters(), *self.v_proj.parameters()]
+            name = f"head weights {outputs.dtype}"
+            weight = kept_result(cache_layer.kept, self, name, tensors, lambda: self._head_weights(outputs))
+        key, value = self.norm(outputs, weight).chunk(2, dim=-1)
         return self.normalize_keys(key), value
 
     def _head_weights(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -265,7 +272,7 @@ class BstContext(_HeadScores):
     ) -> torch.Tensor:
         cache_layer.state = filters(states, cache_layer.state, token="advance", valid=step.valid)
         outputs = filters(states, cache_layer.state, token="read").unsqueeze(-1)  # (B, F, D, 1)
-        key, value = self._keys_and_values(outputs.to(states.dtype))
+        key, value = self._keys_and_values(outputs.to(states.dtype), cache_layer)
         cache_layer.context_keys = write_slots(cache_layer.context_keys, key, step.slot, step.valid)
         cache_layer.context_values = write_slots(cache_layer.context_values, value, step.slot, step.valid)
         return step_attention(

@@ -38,7 +38,6 @@ class LongVQPreTrainedModel(FreezableModel, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     # Patterns: state spaces and codebooks; the number of updates is an integer and stays one.
     _keep_in_fp32_modules_strict = [r"ssm\.\w+", r"quantizer\.(?!num_updates)\w+"]
-    _can_compile_fullgraph = True
     _is_stateful = True  # a state space cannot be rolled back
 
     @torch.no_grad()
@@ -184,13 +183,14 @@ class LongVQModel(LongVQPreTrainedModel):
         mask = None if read.mask is None else read.mask[:, past:]
 
         hidden_states = self.get_input_embeddings()(read.values) if inputs_embeds is None else inputs_embeds
+        inputs_device = hidden_states.device  # layers may lie on several
         commitments, perplexities = [], []
         for layer in self.layers:
             hidden_states, commitment, perplexity = layer(
                 hidden_states, mask, slot, past_key_values=past_key_values, **kwargs
             )
-            commitments.append(commitment)
-            perplexities.append(perplexity)
+            commitments.append(commitment.to(inputs_device))
+            perplexities.append(perplexity.to(inputs_device))
         count_tokens(past_key_values, read.length)
         output_quantization = self.training or bool(output_quantization)
         return LongVQModelOutput(

@@ -47,7 +47,6 @@ class MegaPreTrainedModel(FreezableModel, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     # A marker without meaning that Transformers 4.x saved beside the rotary bias, and poolers of other heads.
     _keys_to_ignore_on_load_unexpected = [r"_float_tensor$", r"(^|\.)pooler\."]
-    _can_compile_fullgraph = True
     _is_stateful = True  # a moving average cannot be rolled back
 
     @torch.no_grad()

@@ -38,7 +38,6 @@ class SeqBoatPreTrainedModel(FreezableModel, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SeqBoatLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _can_compile_fullgraph = True
     _is_stateful = True  # a moving average cannot be rolled back
 
     @torch.no_grad()
@@ -203,12 +202,12 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             hidden_states, gate, penalty = layer(
                 hidden_states, mask, rotary, past, past_key_values=past_key_values, **kwargs
             )
-            gates.append(gate)
-            penalties.append(penalty)
+            gates.append(gate.to(places.device))  # layers may lie on several devices
+            penalties.append(None if penalty is None else penalty.to(places.device))
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
         if token_mask is not None:
-            hidden_states = hidden_states.masked_fill(~token_mask, 0)
+            hidden_states = hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
         if output_activations is None:
             output_activations = config.output_activations
         active = [gate.detach() > 0 for gate in gates]

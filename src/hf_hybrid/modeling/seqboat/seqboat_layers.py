@@ -52,6 +52,11 @@ def build_norm(config: SeqBoatConfig, affine: bool = True) -> SequenceNorm:
     return sequence_norm(config.norm_type, config.hidden_size, affine, eps=config.norm_eps)
 
 
+def _has_fixed_shapes(states: torch.Tensor) -> bool:
+    """Whether no shape may depend on values: in compiled graphs, and where there are no values."""
+    return torch.compiler.is_compiling() or states.is_meta
+
+
 class SeqBoatEmbeddings(nn.Module):
     """Embeddings of tokens, scaled and projected, or of real numbers; optional absolute sinusoids."""
 
@@ -227,7 +232,7 @@ class SeqBoatUnit(nn.Module):
         """Gated output of the attention unit (B, L, D) by way of the packed stream."""
         shape = routing.active.shape
         # Compiled graphs have fixed shapes: the stream has room for every token, and attention skips what is not there.
-        capacity = shape[0] * shape[1] if torch.compiler.is_compiling() else None
+        capacity = shape[0] * shape[1] if _has_fixed_shapes(inner) else None
         tokens = active_tokens(routing.active, capacity)
         query, key, value, reset = self._project(gather_active(inner, tokens), rotary, tokens)
         dropout = self.attention_dropout if self.training else 0.0
@@ -264,7 +269,7 @@ class SeqBoatUnit(nn.Module):
         if active.shape[1] == 1:
             cache_layer.memory = write_token(memory, key, value, active, past)
         else:
-            tokens = active_tokens(active, active.numel() if torch.compiler.is_compiling() else None)
+            tokens = active_tokens(active, active.numel() if _has_fixed_shapes(active) else None)
             new = gather_active(key, tokens), gather_active(value, tokens)
             cache_layer.memory = write_memory(memory, *new, tokens, past)
         return self.out_proj(attended * reset) * routing.gate.unsqueeze(-1).to(inner.dtype)
@@ -280,7 +285,7 @@ class SeqBoatUnit(nn.Module):
         """A memory for the new active tokens: of constant size with a window, else of all of them."""
         if self.window is not None:
             return empty_memory(shape[0], self.window, key, value) if memory is None else memory
-        if torch.compiler.is_compiling():
+        if _has_fixed_shapes(key):
             slots = shape[1] + (0 if memory is None else memory.keys.shape[1])
         else:
             needed = int((new if memory is None else new + memory.counts).max())

@@ -54,7 +54,6 @@ class SpadePreTrainedModel(FreezableModel, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = [r"ssm\.(?!kernel_length)\w+"]  # a pattern; the length is an integer and stays one
     _supports_sdpa = True
-    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -237,7 +236,8 @@ class SpadeDecoder(SpadePreTrainedModel):
         mask = check_inputs(None, inputs_embeds, attention_mask, None, cache=own_cache, prefix="decoder_")
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
-            hidden_states = hidden_states + self._embed_positions(mask, past, length, inputs_embeds.device)
+            embedded = self._embed_positions(mask, past, length, inputs_embeds.device)
+            hidden_states = hidden_states + embedded.to(hidden_states.device)
         if self.embedding_norm is not None:
             hidden_states = self.embedding_norm(hidden_states)
         hidden_states = self.dropout(hidden_states)
