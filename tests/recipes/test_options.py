@@ -176,3 +176,16 @@ def test_wrong_values_of_the_trainer(changes, message):
 def test_an_empty_list_is_not_taken_for_the_default(kind, options, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments((kind,), options, None)
+
+
+@pytest.mark.parametrize("form", ["mapping", "words", "word=value"])
+def test_former_names_of_options_are_understood(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    given: Any = {
+        "mapping": {"config_name": "seqboat"},
+        "words": ["--config_name", "seqboat"],
+        "word=value": ["--config-name=seqboat"],
+    }[form]
+    with caplog.at_level("WARNING", logger="hf_hybrid"):
+        (options,) = parse_arguments((NewModelArguments,), given, None)
+    assert options.arch == "seqboat"
+    assert "The option `config_name` is now called `arch`." in caplog.text

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,16 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .option_values import option_value
+
+
+logger = logging.getLogger(__name__)
+
+# Former names of options, each with what replaced it in one recipe or another.
+_FORMER_NAMES = {
+    "config_name": ("arch", "dataset_config"),
+    "source": ("model_name_or_path",),
+    "adapter": ("model_name_or_path",),
+}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -58,7 +69,8 @@ def fill_dataclasses(dataclass_types: Sequence[type], options: Mapping[str, Any]
         ValueError: an unknown option, a value of the wrong type, or a required option that is missing.
         ImportError: training was asked for without what it needs.
     """
-    known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
+    known = _option_names(dataclass_types)
+    options = {_current_name(str(name), known): value for name, value in options.items()}
     for name in options:
         if name not in known:
             raise ValueError(f"Unknown option `{name}`{_did_you_mean(str(name), known)} `--help` lists all options.")
@@ -75,6 +87,21 @@ def fill_dataclasses(dataclass_types: Sequence[type], options: Mapping[str, Any]
             require("Training", "accelerate", extra="train")
         filled.append(kind(**values))
     return tuple(filled)
+
+
+def _option_names(dataclass_types: Sequence[type]) -> set[str]:
+    return {item.name for kind in dataclass_types for item in fields(kind) if item.init}
+
+
+def _current_name(name: str, known: set[str]) -> str:
+    """The name of an option that may be given by its former one; says so once."""
+    if name in known:
+        return name
+    current = next((successor for successor in _FORMER_NAMES.get(name, ()) if successor in known), None)
+    if current is None:
+        return name
+    logger.warning("The option `%s` is now called `%s`.", name, current)
+    return current
 
 
 def require(what: str, *modules: str, extra: str) -> None:
@@ -117,11 +144,21 @@ def _given_flags(
         complete: options without a default must be there.
     """
     parser = _Parser(list(dataclass_types), description=description, formatter_class=HelpFormatter)  # type: ignore[arg-type]
+    known = _option_names(dataclass_types)
+    words = [_current_flag(word, known) for word in words]
     unset = object()
     for action in parser._actions:
         action.required = action.required and complete
     found = vars(parser.parse_args(words, argparse.Namespace(**{action.dest: unset for action in parser._actions})))
     return {name: value for name, value in found.items() if value is not unset}
+
+
+def _current_flag(word: str, known: set[str]) -> str:
+    """`--name` or `--name=value` with the current name of the option; other words as they are."""
+    match = re.fullmatch(r"--([\w-]+)(=.*)?", word, flags=re.DOTALL)
+    former = match[1].replace("-", "_") if match else ""
+    current = _current_name(former, known)
+    return word if match is None or current == former else f"--{current}{match[2] or ''}"
 
 
 class _YamlLoader(yaml.SafeLoader):
