@@ -93,7 +93,33 @@ def test_stored_files_of_an_earlier_version(cls: type, stored: dict, expected: d
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
 
-@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls in CONFIGURATIONS for name in cls.former_fields])
-def test_a_field_that_meant_something_else_is_refused_by_name(cls: type, name: str) -> None:
-    with pytest.raises(ValueError, match=f"`{name}`.*`{cls.former_fields[name]}`"):
-        cls(**{name: 4})
+@pytest.mark.parametrize(
+    ("cls", "given", "expected"),
+    [
+        (SpadeConfig, {"attention_window": 4}, {"window_size": 5}),
+        (SpadeConfig, {"attention_window": 4, "local_attention_type": "chunk"}, {"window_size": 4}),
+        (SpadeConfig, {"decoder_attention_window": 3}, {"decoder_window_size": 4}),
+        (SpadeConfig, {"max_position_embeddings": 64}, {"max_target_positions": 64}),
+        (SpadeLMConfig, {"attention_window": 8, "d_model": 32, "num_heads": 2}, {"window_size": 9, "hidden_size": 32}),
+        (LongVQConfig, {"dropout": 0.3}, {"hidden_dropout": 0.3, "activation_dropout": 0.0}),
+        (
+            SeqBoatConfig,
+            {"max_position_embeddings": 17, "window_size": 8},
+            {"distance_table_size": 17, "window_size": 9},
+        ),
+    ],
+)
+def test_a_field_that_meant_something_else_is_translated(cls: type, given: dict, expected: dict) -> None:
+    config = cls(**given)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert not config.to_dict().keys() & cls.former_fields.keys()
+
+
+def test_published_settings_with_a_former_field() -> None:
+    assert SpadeConfig.official(attention_window=4).window_size == 5
+
+
+def test_every_former_field_is_translated() -> None:
+    for cls in CONFIGURATIONS:
+        for former, name in cls.former_fields.items():
+            assert name in cls.read_former_fields({former: 4}) and former not in cls.read_former_fields({former: 4})

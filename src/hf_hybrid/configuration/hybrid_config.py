@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
 import os
+from dataclasses import fields
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -15,25 +16,27 @@ class HybridConfig(PreTrainedConfig):
 
     One word means one thing in all of them. A window (`window_size`, w) counts the tokens that a query sees, itself included: it
     sees itself and the w - 1 tokens before it, and where it sees the future also the w - 1 after it. Former spellings are read
-    through `attribute_map`; fields of stored files whose meaning has changed are translated by `read_former_fields`.
+    through `attribute_map`; fields whose meaning has changed are translated by `read_former_fields`, in arguments and in files.
     """
 
-    # Former fields, which were something else than their successors: {former: successor}.
+    # Former fields that meant something else than their successors: {former: successor}.
     former_fields = {}  # type: ignore[var-annotated]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in self.former_fields.keys() & kwargs.keys():
-            raise ValueError(
-                f"`{name}` of {type(self).__name__} was replaced by `{self.former_fields[name]}`, which means something else "
-                "(see its docstring). Stored files that have it are translated by `from_pretrained`."
-            )
-        super().__post_init__(**kwargs)
+        super().__post_init__(**self.take_old_spellings(kwargs))
 
     def take_old_spellings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Sets fields that were given under an old spelling, before others are derived from them; returns the rest."""
+        """Sets fields that were given under a former name, before others are derived from them; returns the rest."""
         for old, new in self.attribute_map.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
+        former = {name: kwargs.pop(name) for name in self.former_fields if name in kwargs}
+        if former:
+            values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+            given = {item.name: values[item.name] for item in fields(self) if values[item.name] != item.default}  # type: ignore[arg-type]
+            for name, value in self.read_former_fields(given | former).items():
+                if value != values[name]:
+                    setattr(self, name, value)
         return kwargs
 
     @classmethod

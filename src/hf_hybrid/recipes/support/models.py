@@ -149,7 +149,8 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
         close = difflib.get_close_matches(name_or_path.lower(), own, n=1)
         hint = f" Did you mean the architecture {close[0]!r}?" if close else ""
         raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}{hint}") from error
-    unknown = sorted(name for name in overrides if not hasattr(base, name))
+    former = getattr(base, "former_fields", {})
+    unknown = sorted(name for name in overrides if not hasattr(base, name) and name not in former)
     if unknown:
         raise ValueError(
             f"`config_overrides` names {unknown}, which {type(base).__name__} does not have. Fields: "

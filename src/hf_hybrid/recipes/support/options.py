@@ -19,7 +19,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .option_values import option_value
 
-
 logger = logging.getLogger(__name__)
 
 # Former names of options, each with what replaced it in one recipe or another.
