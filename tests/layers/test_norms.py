@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel
 
+from hf_hybrid.configuration.configuration_mega import MegaConfig
+from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
 from hf_hybrid.layers.norms import sequence_norm
 
 B, L, D, EPS = 3, 7, 5, 1e-5
@@ -80,3 +83,20 @@ def test_half_precision_follows_float32(kind):
 def test_unknown_kind():
     with pytest.raises(ValueError, match="scalenorm"):
         sequence_norm("groupnorm", D)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("config_class", [MegaConfig, SeqBoatConfig])
+def test_models_are_built_with_any_norm(config_class, kind, affine, tmp_path):
+    """Also loaded, where every tensor that a file lacks is initialised."""
+    options = {"normalization_type": kind} if config_class is MegaConfig else {"norm_type": kind}
+    config = config_class(
+        vocab_size=11, hidden_size=8, num_hidden_layers=1, intermediate_size=8, final_norm_affine=affine, **options
+    )
+    model = AutoModel.from_config(config)
+    model.train()(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,6 +75,34 @@ class SequenceNorm(nn.Module):
         if not self.over_batch:
             return self.norm(hidden_states)
         return self.norm(hidden_states.flatten(0, -2)).view(hidden_states.shape)
+
+
+def initialize_norm(module: nn.Module, init: Any) -> bool:
+    """Initial values of a normalisation that the base class of Transformers does not know, where it has learned or running ones.
+
+    Args:
+        module: any module.
+        init: `transformers.initialization`, whose functions leave loaded tensors alone.
+
+    Returns:
+        Whether the module is such a normalisation.
+    """
+    if isinstance(module, ScaleNorm):
+        scale = module.scalar
+    elif isinstance(module, FeatureScale):
+        scale = module.weight
+    elif isinstance(module, nn.SyncBatchNorm):
+        scale = module.weight
+        init.zeros_(module.running_mean)
+        init.ones_(module.running_var)
+        init.zeros_(module.num_batches_tracked)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    else:
+        return False
+    if scale is not None:
+        init.ones_(scale)
+    return True
 
 
 _SEQUENCE_NORMS = ("layernorm", "scalenorm", "rmsnorm", "batchnorm", "syncbatchnorm")

@@ -20,7 +20,7 @@ from ...layers.classifier import LraClassificationHead
 from ...layers.dropout import SequenceDropout
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.kept_results import FreezableModel
-from ...layers.norms import FeatureScale, ScaleNorm
+from ...layers.norms import initialize_norm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.export_shapes import is_open
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens
@@ -52,6 +52,7 @@ class MegaPreTrainedModel(FreezableModel, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        initialize_norm(module, init)
         config = self.config
         std = config.initializer_range
         if isinstance(module, MultiDimensionalDampedEma):
@@ -67,17 +68,6 @@ class MegaPreTrainedModel(FreezableModel, PreTrainedModel):
         elif isinstance(module, MegaRelativeBias):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, ScaleNorm) and module.scalar is not None:
-            init.ones_(module.scalar)
-        elif isinstance(module, FeatureScale) and module.weight is not None:
-            init.ones_(module.weight)
-        elif isinstance(module, nn.SyncBatchNorm):
-            if module.affine:
-                init.ones_(module.weight)
-                init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
         elif isinstance(module, ValueEmbedding):
             init.normal_(module.weight, mean=0.0, std=1.0)
             init.normal_(module.bias, mean=0.0, std=0.1)

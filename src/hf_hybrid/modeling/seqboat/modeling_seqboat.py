@@ -18,7 +18,7 @@ from ...layers.classifier import LraClassificationHead
 from ...layers.dropout import SequenceDropout
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.kept_results import FreezableModel
-from ...layers.norms import ScaleNorm
+from ...layers.norms import initialize_norm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.compaction import rotary_table
 from ..cache import StateCache, cache_of_call, check_cache, count_tokens
@@ -43,6 +43,7 @@ class SeqBoatPreTrainedModel(FreezableModel, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        initialize_norm(module, init)
         std = self.config.initializer_range
         bounds = {"mean": 0.0, "std": std, "a": -2 * std, "b": 2 * std}
         if isinstance(module, MultiDimensionalDampedEma):
@@ -58,14 +59,6 @@ class SeqBoatPreTrainedModel(FreezableModel, PreTrainedModel):
             init.trunc_normal_(module.rel_pos_bias, **bounds)
         elif isinstance(module, SeqBoatEmbeddings) and module.position_scale is not None:
             init.constant_(module.position_scale, self.config.hidden_size**-0.5)
-        elif isinstance(module, ScaleNorm) and module.scalar is not None:
-            init.ones_(module.scalar)
-        elif isinstance(module, nn.SyncBatchNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
         elif isinstance(module, ValueEmbedding):
             init.normal_(module.weight, mean=0.0, std=1.0)
             init.normal_(module.bias, mean=0.0, std=0.1)
