@@ -167,8 +167,8 @@ NOTES = (
     "- **lm-eval**: `python -m hf_hybrid.recipes.lm_eval` passes the true `max_length` ([training.md](training.md)); `lm_eval` itself cuts at 2,048",
     "  tokens unless `max_length` is named.",
     "- **`transformers serve`**: `python -c 'import hf_hybrid; from transformers.cli.transformers import app; app()' serve`, or of an export",
-    "  `transformers serve --trust-remote-code`. Completions and streams; conversations where the tokenizer has a chat template, which",
-    "  `pretrain_clm` does not add: it trains on plain text, and the server's log then says that the template is not set.",
+    "  `transformers serve --trust-remote-code`. Completions and streams; conversations (and `transformers chat`) where the tokenizer has a chat",
+    "  template: `pretrain_clm --conversations true` trains with one and saves it. After plain text there is none, and the server's log says so.",
 )
 
 

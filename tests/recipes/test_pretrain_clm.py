@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_hybrid.data.conversations import documents_of, prepare_chat_template
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes.pretrain_clm import CausalDataArguments, build, main
 from hf_hybrid.recipes.support.models import NewModelArguments
@@ -108,3 +110,49 @@ def test_blocks_longer_than_the_position_table_are_refused(pretraining):
     overrides = "n_embd=16,n_head=2,n_layer=1,n_positions=16"
     with pytest.raises(ValueError, match="accepts 16.*Lower `block_length`"):
         main({**pretraining, "arch": "gpt2", "config_overrides": overrides})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_are_trained_by_the_template_that_is_saved(pretraining, tmp_path, streaming):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Tell me of the list number {number}."},
+                {"role": "assistant", "content": "It is a short list of words."},
+                {"role": "user", "content": "And of its end?"},
+                {"role": "assistant", "content": "It has none."},
+            ]
+        }
+        for number in range(60)
+    ]
+    data = tmp_path / "conversations.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        **pretraining,
+        "data": [str(data)],
+        "conversations": True,
+        "streaming": streaming,
+        "held_out_documents": 6,
+    }
+    assert math.isfinite(main(options)["eval_loss"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    prompt = tokenizer.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True, return_dict=True)
+    answered = tokenizer(documents_of(rows[0]["messages"][:2], tokenizer)[0], add_special_tokens=False)
+    assert answered["input_ids"][: len(prompt["input_ids"])] == prompt["input_ids"]
+    assert len(documents_of(rows[0]["messages"], tokenizer)) == 2
+
+
+def test_a_model_of_plain_text_has_no_chat_template(pretraining, tmp_path):
+    main(pretraining)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template is None
+
+
+def test_conversations_that_cannot_be_used(tokenizer):
+    with pytest.raises(ValueError, match="needs an answer"):
+        documents_of([{"role": "user", "content": "a"}], tokenizer)
+    with pytest.raises(ValueError, match="the strings `role` and `content`"):
+        documents_of([{"role": "user"}], tokenizer)
+    foreign = copy.deepcopy(tokenizer)
+    foreign.chat_template = "{% for message in messages %}{{ message.content }}</s>{% endfor %}"
+    with pytest.raises(ValueError, match="writes '</s>', a special token"):
+        prepare_chat_template(foreign)

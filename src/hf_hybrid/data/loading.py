@@ -7,7 +7,7 @@ Anything that is not an existing path is taken for a data set of the Hub.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,6 +168,7 @@ def load_text_source(
     text_column: str | None = None,
     config_name: str | None = None,
     streaming: bool = False,
+    documents_of: Callable[[list[dict[str, str]]], list[str]] | None = None,
 ) -> Dataset | IterableDataset:
     """Loads documents: a data set whose only column is `text`.
 
@@ -177,6 +178,7 @@ def load_text_source(
         text_column: column that holds the text; None = `text`, or the only column of strings.
         config_name: as in `load_table`.
         streaming: as in `load_table`.
+        documents_of: makes texts of a conversation, a list of messages; then `text_column` holds conversations, None = `messages`.
 
     Raises:
         ValueError: as in `load_table`; no such column, or no row.
@@ -186,10 +188,27 @@ def load_text_source(
     parts = []
     for item in sources:
         table = load_table(item, split, config_name=config_name, streaming=streaming)
-        parts.append(_only_text(table, text_column, str(item)))
+        if documents_of is not None:
+            parts.append(_only_conversations(table, text_column or "messages", str(item), documents_of))
+        else:
+            parts.append(_only_text(table, text_column, str(item)))
     if not parts:
         raise ValueError("`source` is an empty list; pass at least one file, folder or data set name.")
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _only_conversations(table, column: str, name: str, documents_of: Callable[[list[dict[str, str]]], list[str]]):
+    columns = table.column_names or list(next(iter(table), {}))
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r} of conversations; its columns are {', '.join(columns)}.")
+
+    def read(batch: dict[str, list]) -> dict[str, list[str]]:
+        return {"text": [text for messages in batch[column] for text in documents_of(messages)]}
+
+    datasets = _import_datasets()
+    return table.map(
+        read, batched=True, remove_columns=columns, features=datasets.Features({"text": datasets.Value("string")})
+    )
 
 
 def _only_text(table, text_column: str | None, name: str):

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
+from ..data.conversations import documents_of, prepare_chat_template
 from ..data.packing import CausalBlockDataset, SeparateDocumentsCollator
 from ..data.segments import DocumentSegments
 from ..data.streaming import CausalBlockStream
@@ -50,6 +52,13 @@ class CausalDataArguments(PretrainingDataArguments):
         metadata={
             "help": "Instead of shuffled blocks, read documents in order in segments of this many tokens, with the state of the "
             "model carried from one to the next."
+        },
+    )
+    conversations: bool = field(
+        default=False,
+        metadata={
+            "help": "Rows are conversations: the column `messages` (or `text_column`) lists messages with `role` and `content`. Every "
+            "answer ends a document; the tokenizer is saved with the chat template, a plain one if it has none."
         },
     )
     separate_documents: bool = field(
@@ -86,6 +95,8 @@ def build(
     tokenizer = load_tokenizer(
         model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
     )
+    if data_args.conversations:
+        prepare_chat_template(tokenizer)
     model = build_new_or_pretrained(AutoModelForCausalLM, model_args, tokenizer, default_arch="spade_lm")
     if data_args.segment_length is None:
         check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
@@ -146,11 +157,16 @@ def _report(data_args: CausalDataArguments, model: PreTrainedModel, text: Pretra
     )
 
 
+def _load(arguments: CausalDataArguments, tokenizer: PreTrainedTokenizerBase, evaluate_only: bool) -> PretrainingText:
+    read = partial(documents_of, tokenizer=tokenizer) if arguments.conversations else None
+    return load_text(arguments, tokenizer, evaluate_only=evaluate_only, documents_of=read)
+
+
 def build_datasets(
     arguments: CausalDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int, *, evaluate_only: bool = False
 ) -> tuple[Dataset | None, Dataset, PretrainingText]:
     """Blocks to train on, blocks to evaluate on, and the text they come from."""
-    text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
+    text = _load(arguments, tokenizer, evaluate_only)
     length = arguments.block_length
     train: Dataset | None = None
     if isinstance(text.train, TokenSplit):
@@ -170,7 +186,7 @@ def build_segments(
     evaluate_only: bool = False,
 ) -> tuple[Dataset | None, Dataset, PretrainingText]:
     """Documents in segments to train on and to evaluate on, and the text they come from."""
-    text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
+    text = _load(arguments, tokenizer, evaluate_only)
     options: dict[str, Any] = {"length": arguments.segment_length, "pad_token_id": tokenizer.pad_token_id or 0}
     eos = end_of_document(tokenizer)
     train: Dataset | None = None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DocumentsOf = Callable[[list[dict[str, str]]], list[str]]
+
 UNLIMITED_STEPS = 10_000_000  # of a run that only a time limit ends
 SHUFFLE_WINDOW = 512  # segments of a stream that are shuffled together
 HELD_OUT_CHARACTERS = 2_000_000  # at most, of a single long document
@@ -89,9 +91,15 @@ class PretrainingText:
 
 
 def load_text(
-    arguments: PretrainingDataArguments, tokenizer: PreTrainedTokenizerBase, *, evaluate_only: bool = False
+    arguments: PretrainingDataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    evaluate_only: bool = False,
+    documents_of: DocumentsOf | None = None,
 ) -> PretrainingText:
     """Read the training and the validation text; tokenize all of it, or (streaming) only the validation text.
+
+    With `documents_of` the sources hold conversations, of which it makes texts.
 
     With `evaluate_only` there is no training text.
 
@@ -99,9 +107,9 @@ def load_text(
         ValueError: a source cannot be read, or holds no text.
     """
     if arguments.streaming:
-        stream, first = _load_stream(arguments)
+        stream, first = _load_stream(arguments, documents_of)
         return PretrainingText(None if evaluate_only else stream, tokenize([first], tokenizer, "validation text"))
-    train, held_out = load_documents(arguments)
+    train, held_out = load_documents(arguments, documents_of)
     validation = tokenize(held_out, tokenizer, "validation text")
     return PretrainingText(None if evaluate_only else tokenize(train, tokenizer, "training text"), validation)
 
@@ -119,13 +127,20 @@ def check_length_of_run(arguments: PretrainingDataArguments, training_args: Hybr
     training_args.max_steps = UNLIMITED_STEPS
 
 
-def _loader(arguments: PretrainingDataArguments) -> Callable[..., Any]:
-    return partial(load_text_source, text_column=arguments.text_column, config_name=arguments.dataset_config)
+def _loader(arguments: PretrainingDataArguments, documents_of: DocumentsOf | None) -> Callable[..., Any]:
+    return partial(
+        load_text_source,
+        text_column=arguments.text_column,
+        config_name=arguments.dataset_config,
+        documents_of=documents_of,
+    )
 
 
-def load_documents(arguments: PretrainingDataArguments) -> tuple[list[Dataset], list[Dataset]]:
+def load_documents(
+    arguments: PretrainingDataArguments, documents_of: DocumentsOf | None = None
+) -> tuple[list[Dataset], list[Dataset]]:
     """The training and validation documents of every source, as data sets with the one column `text`."""
-    load = _loader(arguments)
+    load = _loader(arguments, documents_of)
     train = [load(name, "train") for name in arguments.data]
     if arguments.validation_data is not None:
         return train, [_validation_split(name, load) or load(name) for name in arguments.validation_data]
@@ -150,11 +165,13 @@ def _validation_split(name: str, load: Callable[..., Any], **options: Any) -> An
         return None
 
 
-def _load_stream(arguments: PretrainingDataArguments) -> tuple[IterableDataset, Dataset]:
+def _load_stream(
+    arguments: PretrainingDataArguments, documents_of: DocumentsOf | None
+) -> tuple[IterableDataset, Dataset]:
     """The training documents as a stream, and the first documents of the validation text in memory."""
     from datasets import concatenate_datasets
 
-    load = partial(_loader(arguments), streaming=True)
+    load = partial(_loader(arguments, documents_of), streaming=True)
     stream = load(arguments.data, "train")
     if arguments.validation_data is not None:
         held_out = [_validation_split(name, load) or load(name) for name in arguments.validation_data]
