@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, D hidden size, V vocabulary, K bands.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,14 @@ class AdaptiveEmbedding(nn.Module):
             for low, high, width in zip(self.limits, self.limits[1:], widths)
         )
         self.projections = nn.ModuleList(nn.Linear(width, hidden_size, bias=False) for width in widths)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "Adaptive embeddings have a table for each band of the vocabulary (`embeddings`) and no single `weight`. What needs "
+                "one, such as the trainable tokens of PEFT, works with plain embeddings (`adaptive_cutoffs=None`)."
+            )
+        return super().__getattr__(name)
 
     def forward(self, inputs: torch.Tensor, band: int | None = None, is_projected: bool = True) -> torch.Tensor:
         """(B, L) ids to (B, L, D); for the softmax that is tied to the tables, vectors and a band to the scores of the band.

@@ -37,6 +37,15 @@ class GenericForAdaptiveCausalLM(GenericForCausalLM):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head if self.config.adaptive_cutoffs is None else None
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in PyTorch; under "embeddings.word_embeddings" PEFT looks for what embeds the text behind a learned prompt.
+
+        It finds the embeddings of other models by their table of all tokens, which there is not.
+        """
+        if target == "embeddings.word_embeddings" and self.config.adaptive_cutoffs is not None:
+            return self.base_model.get_input_embeddings()
+        return super().get_submodule(target)  # type: ignore[misc]
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         if self.config.adaptive_cutoffs is not None:
             return self.base_model.resize_token_embeddings(*args, **kwargs)

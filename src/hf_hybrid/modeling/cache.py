@@ -324,7 +324,8 @@ def check_cache(cache: Any, kind: type[StateLayer], num_layers: int, layout: Map
     if len(layers) != num_layers or not all(isinstance(layer, kind) for layer in layers):
         raise ValueError(
             f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the state of this model, {num_layers} "
-            f"layers of {kind.description}: pass the cache of an earlier call, or leave `past_key_values` unset."
+            f"layers of {kind.description}: pass the cache of an earlier call, or leave `past_key_values` unset. (Prefix tuning of PEFT "
+            "passes a cache of learned keys and values, which has no such state: use LoRA, prompt tuning or P-tuning.)"
         )
     for name, value in layout.items():
         found = layers[0].layout.get(name)

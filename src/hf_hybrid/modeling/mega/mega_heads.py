@@ -56,6 +56,12 @@ class MegaHead(GenericHead, MegaPreTrainedModel):
 
     def before_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The layer between the stack and the head of a language model (`config.add_lm_hidden_dense_layer`)."""
+        head: Any = self.get_output_embeddings()
+        if type(head).__name__ == "TrainableTokensLayer" and head.base_layer.bias is not None:
+            raise ValueError(
+                "The trainable tokens of PEFT leave out the bias of an output layer that is tied to the embeddings. Use LoRA without "
+                "`trainable_token_indices`, or a model with `lm_head_bias=False`."
+            )
         return hidden_states if self.dense is None else torch.tanh(self.dense(hidden_states))
 
 
