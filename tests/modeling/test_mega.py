@@ -312,7 +312,9 @@ class TestChunks:
         model = CAUSAL.model(use_chunking=True, chunk_size=4, auto_pad_to_chunk=False)
         for length in (3, 4, 8):
             model(random_ids(1, length))
-        with pytest.raises(ValueError, match="10 tokens, no multiple of `chunk_size` = 4.*`auto_pad_to_chunk=True`"):
+        with pytest.raises(
+            ValueError, match="10 tokens, not a multiple of `chunk_size` = 4.*`auto_pad_to_chunk=True`"
+        ):
             model(random_ids(1, 10))
 
 

@@ -300,9 +300,7 @@ def test_checkpoint_of_another_architecture(architecture: Architecture, tmp_path
     """An error, not a warning and a model with random weights."""
     found = next(other for other in ARCHITECTURES if other is not architecture)
     Case(found.model_type, "AutoModel", next(iter(VARIANTS[found.model_type]))).model().save_pretrained(tmp_path)
-    message = (
-        f"holds a model of the type '{found.model_type}', .* reads '{architecture.model_type}'. Load it by an Auto"
-    )
+    message = f"holds a model of type '{found.model_type}', .* reads '{architecture.model_type}'. Load it with an Auto"
     for reader in (load_config_class(architecture), *(model_class for _, model_class in load_heads(architecture))):
         with pytest.raises(ValueError, match=message):
             reader.from_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 def check_at_least(
     config: PreTrainedConfig, least: int, names: Iterable[str], remedies: dict[str, str] | None = None
 ) -> None:
-    """Refuses smaller values of the fields `names`; None passes. `remedies` says more of some fields."""
+    """Refuses smaller values of the fields `names`; None passes. `remedies` maps a field to advice for its message."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
@@ -35,7 +35,7 @@ def check_probabilities(config: PreTrainedConfig, names: Iterable[str]) -> None:
 
 
 def check_step_sizes(config: PreTrainedConfig) -> None:
-    """The initial step sizes of a state space span a range of positive numbers."""
+    """Refuses initial step sizes that are not positive, or whose range is empty."""
     if not 0 < config.ssm_dt_min <= config.ssm_dt_max:
         raise ValueError(
             "`ssm_dt_min` and `ssm_dt_max` must satisfy 0 < ssm_dt_min <= ssm_dt_max; got "
@@ -44,7 +44,7 @@ def check_step_sizes(config: PreTrainedConfig) -> None:
 
 
 def check_special_tokens(config: PreTrainedConfig) -> None:
-    """Special tokens are in the vocabulary."""
+    """Refuses special tokens outside the vocabulary."""
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         tokens = getattr(config, name, None)
         for token in tokens if isinstance(tokens, list) else [tokens]:
@@ -55,7 +55,7 @@ def check_special_tokens(config: PreTrainedConfig) -> None:
 
 
 def check_bands(config: PreTrainedConfig) -> None:
-    """The bands of an adaptive softmax rise within the vocabulary, and the last of them has a width."""
+    """Refuses bands of an adaptive softmax that do not rise within the vocabulary, or whose last one has no width."""
     limits = [0, *config.adaptive_cutoffs, config.vocab_size]
     if len(limits) < 3 or any(low >= high for low, high in zip(limits, limits[1:])):
         raise ValueError(

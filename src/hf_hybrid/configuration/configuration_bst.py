@@ -38,30 +38,30 @@ class BstConfig(HybridConfig):
             Transformers model; the feed-forward layer has no gate and no bias.
         head_dim: width of a head; heads times width need not be `hidden_size`.
         block_size: tokens per block and per window, W.
-        bst_layers: layers with context states, counted from 0, negative ones from the end. None: the first, that in the
-            middle and that at two thirds, [0, 6, 8] of 12.
+        bst_layers: layers with context states, counted from 0, or from the end if negative. None: the first layer, the
+            middle one and the one at two thirds, [0, 6, 8] of 12.
         context_variant: "sh" (single head): a token attends to the outputs of one filter at the tokens of its block so far;
             "mh" (multi head): each head has its own filter; "mf" (multi filter): all tokens of a block attend to the
-            outputs of many filters at the end of the block before.
+            outputs of many filters at the end of the previous block.
         num_context_states: filters S of "mf".
         ssm_type: "s4d" (diagonal), "s4" (diagonal plus low rank) or "unstructured" (explicit filters).
         ssm_state_size: N, even; the filters of a channel span at most N dimensions, so "mf" wants N >= S.
         ssm_dt_min, ssm_dt_max: range of the initial step sizes.
         ssm_filter_length: reach of explicit filters in tokens, whatever the length of the text.
-        ssm_filter_emb_dim, ssm_filter_emb_base: sinusoids of the lag that explicit filters are made of: how many, and the base
-            of their frequencies.
+        ssm_filter_emb_dim, ssm_filter_emb_base: number of sinusoids of the lag that make up an explicit filter, and
+            base of their frequencies.
         local_attention: what a token of a layer with context states sees: its "block", or a "sliding_window" of
             `block_size` tokens. The other layers always have sliding windows.
         qk_norm, qk_norm_eps: normalise queries and keys, with a learned scale per head.
         relative_attention_num_buckets, relative_attention_max_distance: relative position bias as in T5, one table per layer.
-        norm_eps: of all other norms.
+        norm_eps: epsilon of all other norms.
         logits_scaling: divisor of the logits; None: sqrt(hidden_size).
         tie_word_embeddings: the language model head is the embedding matrix.
-        hidden_dropout: of the input of attention and filters, and of the output of the feed-forward layer.
-        attention_dropout: of attention weights, those of context states as well.
-        final_dropout: of the output of the last norm.
-        classifier_dropout: of the sequence classifier.
-        embedding_init_std: initial deviation of the embeddings.
+        hidden_dropout: dropout of the input of attention and filters, and of the output of the feed-forward layer.
+        attention_dropout: dropout of attention weights, also of those for context states.
+        final_dropout: dropout of the output of the last norm.
+        classifier_dropout: dropout of the classification heads.
+        embedding_init_std: standard deviation of the initial embeddings.
     """
 
     model_type = "bst"
@@ -113,7 +113,7 @@ class BstConfig(HybridConfig):
             self.bst_layers = sorted(layer % depth for layer in self.bst_layers)
         super().__post_init__(**kwargs)
         if self.logits_scaling is None:
-            # A number in the file too: programs that compute logits themselves read it from there.
+            # Stored as a number: programs that compute logits themselves read it from the file.
             self.logits_scaling = max(self.hidden_size, 1) ** 0.5
         is_short = self.ssm_type != "unstructured" and self.ssm_state_size < self.num_context_states
         if self.context_variant == "mf" and self.bst_layers and is_short:

@@ -36,36 +36,40 @@ class LongVQConfig(HybridConfig):
         num_attention_heads: heads, each with its own codebooks; a divisor of the two widths above.
         ssm_type: "ema", Mega's damped moving average, or "s4d", a diagonal state space.
         ssm_state_size: averages per feature, or twice the complex modes.
-        is_decoder: tokens see those before them only.
-        window_size: distances w that a learned bias tells apart, 0 to w - 1 (in both directions for an encoder).
-        chunk_size: tokens of a chunk, at least w - 1: keys of the same and the neighbouring chunk have gradients of their own, all
-            others share those of their codeword. The outputs do not depend on it. None: the largest of w, half the codebook and 64.
-        far_key_gradient: False stops the gradients of keys outside these chunks: for comparison only, as models then hardly
-            learn to find anything that is far.
+        is_decoder: a token sees itself and earlier tokens only.
+        window_size: number w of distances that a learned bias tells apart, 0 to w - 1 (in both directions for an
+            encoder).
+        chunk_size: tokens per chunk, at least w - 1. Keys in the same and the neighbouring chunks have gradients of
+            their own; all others share that of their codeword. The outputs do not depend on it. None: the largest of
+            w, S / 2 and 64.
+        far_key_gradient: False stops the gradients of keys outside these chunks; for comparison only, since models
+            then hardly learn to find anything far away.
         codebook_size: codewords per head and layer, S.
-        codebook_decay, codebook_decay_warmup: the codewords are moving averages of keys; at first, means over all batches.
-        codebook_init, codebook_init_iters: where they start: at keys of the first batch ("data"), clustered ("kmeans") in so many
-            iterations, or "random".
-        dead_code_threshold: codewords used less than this share of the average are put where keys are served badly; 0 for never.
+        codebook_decay, codebook_decay_warmup: decay rate of the averages of keys that form the codewords, and whether
+            they begin as means over all batches.
+        codebook_init, codebook_init_iters: initial codewords: keys of the first batch ("data"), centres of
+            `codebook_init_iters` iterations of k-means among them ("kmeans"), or "random".
+        dead_code_threshold: codewords used less often than this share of the average are moved to badly quantised
+            keys; 0: never.
         commitment_loss_weight: weight, in training, of the mean square distance of keys from their codewords.
-        freeze_codebook: no codeword ever changes.
-        qk_norm, qk_norm_eps: queries and keys have a root mean square of 1 in every head.
+        freeze_codebook: keep all codewords fixed.
+        qk_norm, qk_norm_eps: normalise queries and keys to a root mean square of 1 in every head.
         norm_type, norm_eps: "layernorm" or "rmsnorm".
-        hidden_dropout: of the outputs of the state space, of attention and of the feed-forward layer.
-        activation_dropout: of attention values and inside the feed-forward layer.
-        initializer_range: deviation of embeddings and linear maps at first.
+        hidden_dropout: dropout of the outputs of the state space, of attention and of the feed-forward layer.
+        activation_dropout: dropout of attention values and of the inner activations of the feed-forward layer.
+        initializer_range: standard deviation of the initial embeddings and linear maps.
         tie_word_embeddings: the language model head uses the embedding matrix.
         input_type: "tokens", or "values" for sequences of real numbers (pixels, samples of a waveform).
         image_size: height and width that image classification accepts; None accepts any.
         pooling: what classifiers read: the "mean" of all real tokens, or the "last"; None: the last if causal, else the mean.
-        classifier_dropout: of the heads; None means `hidden_dropout`.
-        dual_encoder: classify pairs of texts, from [second, first].
+        classifier_dropout: dropout of the classification heads; None means `hidden_dropout`.
+        dual_encoder: classify pairs of texts, from their pooled states [second, first].
     """
 
     model_type = "longvq"
     attribute_map = {"is_causal": "is_decoder"}
     former_fields = {"dropout": "hidden_dropout"}
-    # What concerns the codebooks is no prediction: Trainer must not gather it over an evaluation.
+    # Codebook statistics are not predictions: Trainer must not gather them during evaluation.
     keys_to_ignore_at_inference = ["past_key_values", "commitment_loss", "codebook_perplexity"]
 
     vocab_size: int = 50257
@@ -110,7 +114,7 @@ class LongVQConfig(HybridConfig):
 
     @classmethod
     def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Fields of a file; `hidden_dropout` was the name of another probability when there was a field `dropout`."""
+        """The fields of a file; in files with a field `dropout`, `hidden_dropout` names another probability."""
         if "dropout" in fields:
             fields["activation_dropout"] = fields.pop("hidden_dropout", 0.0)
             fields["hidden_dropout"] = fields.pop("dropout")
@@ -126,7 +130,7 @@ class LongVQConfig(HybridConfig):
 
     @property
     def attention_chunk(self) -> int:
-        """Tokens of a chunk."""
+        """Tokens per chunk."""
         if self.chunk_size is not None:
             return self.chunk_size
         return max(self.window_size, self.codebook_size // 2, 64)

@@ -1,8 +1,8 @@
 """Configuration of Mega, moving average equipped gated attention (arXiv 2209.10655).
 
 Every field of the `MegaConfig` of Transformers 4.x is here with its name, so that an old `config.json` loads unchanged. The
-defaults are the old ones but for one that keeps new language models from learning (`add_lm_hidden_dense_layer`). The other
-fields add what the published code has and Transformers 4.x had not; their defaults switch it off.
+defaults are the old ones, except for one that kept new language models from learning (`add_lm_hidden_dense_layer`).
+The other fields add what the published code has and Transformers 4.x lacked; by default it is off.
 """
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
@@ -63,18 +63,19 @@ class MegaConfig(HybridConfig):
         normalize_before_mega, normalize_before_ffn: normalise the input of the block instead of its output.
         normalization_type: "layernorm", "scalenorm", "rmsnorm", "batchnorm" or "syncbatchnorm", with or without learned
             parameters (`norm_affine`).
-        activation: of values, block output and feed-forward layer, by its Transformers name.
+        activation: activation of values, block output and feed-forward layer, by its Transformers name.
         attention_activation: "softmax", or elementwise "laplace" or "relu2".
-        dropout_prob: on moving average, block output, cross-attention output and feed-forward output.
-        hidden_dropout_prob, attention_probs_dropout_prob, nffn_activation_dropout_prob: on attention values, attention weights and
-            the inner activations of the feed-forward layer.
+        dropout_prob: dropout of moving average, block output, cross-attention output and feed-forward output.
+        hidden_dropout_prob, attention_probs_dropout_prob, nffn_activation_dropout_prob: dropout of attention values,
+            of attention weights and of the inner activations of the feed-forward layer.
         use_feature_dropout: drop whole features of a sample, at all its positions, instead of single entries.
         use_normalized_ffn, nffn_hidden_size: the feed-forward layer after each attention block; none with a width <= 0.
         max_positions: entries of the "simple" bias table; the rotary bias has no limit.
         relative_positional_bias: "rotary" or "simple" (a table).
         add_token_type_embeddings: add embeddings of `token_type_ids`.
-        ema_delta_alpha_range, ema_beta_range, ema_gamma_omega_range: initial deviations of the moving average.
-        classifier_dropout: of the heads; None means `hidden_dropout_prob`.
+        ema_delta_alpha_range, ema_beta_range, ema_gamma_omega_range: standard deviations of the initial moving
+            average.
+        classifier_dropout: dropout of the classification heads; None means `hidden_dropout_prob`.
         add_lm_hidden_dense_layer: a tanh layer before the language model head. None: true for the configurations that
             Transformers 4.x wrote, false for all others: with small initial weights the layer lets hardly any signal through,
             and a new model stays at the frequencies of the tokens for a long time.
@@ -94,7 +95,8 @@ class MegaConfig(HybridConfig):
         rel_bias_table_size: tokens M that the "simple" table covers, in 2M - 1 entries. None: the rule of Transformers 4.x, a table
             of 2 * max_positions - 1 entries whose centre is that of `chunk_size` tokens when `chunk_size` is not -1.
         cross_bias_table_size: the same for cross-attention; None: as `rel_bias_table_size`.
-        auto_pad_to_chunk: accept any length when chunking; False refuses lengths that are no multiple of `chunk_size`.
+        auto_pad_to_chunk: accept any length when chunking; False refuses lengths that are not a multiple of
+            `chunk_size`.
         input_type: "tokens", or "values" for sequences of real numbers (pixels, samples of a waveform).
         image_size: height and width that image classification accepts; None accepts any.
         pooling_type: what classifiers read: the "first" real token, or the "mean" of all.
@@ -224,7 +226,7 @@ class MegaConfig(HybridConfig):
 
     @property
     def relative_bias_entries(self) -> int:
-        """Entries of the "simple" table; those behind 2 * reach - 1 are not used."""
+        """Entries of the "simple" table, of which the first 2 * reach - 1 are used."""
         return 2 * (self.rel_bias_table_size or self.max_positions) - 1
 
     @property
@@ -271,7 +273,7 @@ class MegaConfig(HybridConfig):
         return {**decoder._own_limits(field), **decoder._cross_limits()}
 
     def _own_limits(self, field: str) -> dict[str, int]:
-        """That of self-attention: its table covers a whole text, or one chunk of a text of any length."""
+        """The limit of self-attention: its table covers a whole text, or one chunk of a text of any length."""
         return {field: self.relative_bias_reach} if self.attention_chunk is None else {}
 
     def _cross_limits(self) -> dict[str, int]:
@@ -307,7 +309,7 @@ class MegaConfig(HybridConfig):
         return config
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
-        """The configuration itself, or that of the decoder: generation builds on its `num_hidden_layers`."""
+        """The configuration itself, or that of the decoder: generation reads its `num_hidden_layers`."""
         return self.decoder_config() if decoder and not encoder and self.is_encoder_decoder else self
 
     # ---------------------------------------------------------------------------------------------------- validation
@@ -356,8 +358,8 @@ class MegaConfig(HybridConfig):
             )
         if self.is_decoder and self.is_encoder_decoder:
             raise ValueError(
-                "`is_decoder` describes a single stack; with `is_encoder_decoder=True` leave it False (the decoder is made "
-                "by itself)."
+                "`is_decoder` describes a single stack; with `is_encoder_decoder=True` leave it False (the decoder "
+                "has a configuration of its own)."
             )
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("`add_cross_attention=True` needs `is_decoder=True`.")

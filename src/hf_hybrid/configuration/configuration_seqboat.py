@@ -43,32 +43,34 @@ class SeqBoatConfig(HybridConfig):
         position_bias: what attention knows of positions: "rotary" (turned queries and keys), "distance" (table of
             distances in the text), "rank" (table of distances in active tokens; needs a window) or "t5" (buckets of distances).
         distance_table_size: distances that the "distance" table tells apart; larger ones take its ends.
-        hidden_act: of moving average, attention unit and layer output, by its Transformers name.
+        hidden_act: activation of moving average, attention unit and layer output, by its Transformers name.
         norm_type: "layernorm", "scalenorm", "rmsnorm", "batchnorm" or "syncbatchnorm", with `norm_eps`.
         norm_first: normalise the input of a layer (and the output of the stack) instead of the output of the layer.
         final_norm_affine: learned parameters in the norm of the output of the stack.
         embedding_norm: normalise the embeddings; only with `norm_first=False`.
         scale_embedding: multiply token embeddings by sqrt(hidden_size).
-        embedding_size: width of the embeddings where it is not `hidden_size`; a projection follows.
+        embedding_size: width of the embeddings if other than `hidden_size`; a projection follows.
         absolute_sinusoid: add scaled sinusoids of the positions to the embeddings.
         intermediate_size: width of a feed-forward layer after each unit; 0 for none, as published.
-        hidden_dropout: of embeddings, moving average and output of a unit (and of its feed-forward layer).
-        activation_dropout, attention_dropout: of attention values (and inside the feed-forward layer) and of attention weights.
+        hidden_dropout: dropout of embeddings, moving average and output of a unit (and of its feed-forward layer).
+        activation_dropout, attention_dropout: dropout of attention values (and inside the feed-forward layer), and of
+            attention weights.
         feature_dropout: drop whole features of a row, at all its positions, instead of single entries (weights excepted).
         router_init_temp_scale: c; the temperature of each router starts at c * sqrt(hidden_size).
-        router_act_bias: added to the logit of skipping; positive values reduce activation.
-        always_active: no router: every token runs the attention unit.
+        router_act_bias: bias added to the logit of skipping; positive values reduce activation.
+        always_active: run the attention unit on every token, without a router.
         dead_layer_loss_weight: weight of a term of the loss that revives layers in which fewer than `dead_layer_min_rate` of the
             tokens are active; 0 (as published) for none.
         output_activations: return per layer which tokens were active, and their gates.
-        is_decoder: averages and attention see the past only.
+        is_decoder: moving averages and attention see the past only.
         tie_word_embeddings: the language model head uses the embedding matrix.
         input_type: "tokens", or "values" for sequences of real numbers (pixels, samples of a waveform).
         image_size: height and width that image classification accepts; None accepts any.
         pooling: what classifiers read: the "mean" of all real tokens, or the "first".
         classifier_layers, classifier_dim, classifier_act: layers of linear and activation before the last projection of a classifier.
-        classifier_dropout: of the heads; None means `hidden_dropout`.
-        dual_encoder: classify pairs of texts, from [second, first], and with `pair_features` also their product and difference.
+        classifier_dropout: dropout of the classification heads; None means `hidden_dropout`.
+        dual_encoder: classify pairs of texts, from their pooled states [second, first], and with `pair_features` also
+            from their product and difference.
         initializer_scheme, initializer_range: "normal" (all matrices with deviation `initializer_range`) or "official" (embeddings and
             free language model heads with deviation width ** -0.5, Xavier classifiers).
     """
@@ -76,7 +78,7 @@ class SeqBoatConfig(HybridConfig):
     model_type = "seqboat"
     attribute_map = {"prenorm": "norm_first", "value_dropout": "activation_dropout"}
     former_fields = {"max_position_embeddings": "distance_table_size"}
-    # What concerns the activation is no prediction: Trainer must not gather it over an evaluation.
+    # Activation statistics are not predictions: Trainer must not gather them during evaluation.
     keys_to_ignore_at_inference = ["past_key_values", "activation_rate", "active", "gate_probs", "auxiliary_loss"]
 
     vocab_size: int = 32000
@@ -131,7 +133,7 @@ class SeqBoatConfig(HybridConfig):
 
     @classmethod
     def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Fields of a file; those with `max_position_embeddings` had a window that left the token itself out."""
+        """The fields of a file; with `max_position_embeddings`, the window does not count the token itself."""
         if "max_position_embeddings" in fields:
             fields["distance_table_size"] = fields.pop("max_position_embeddings")
             window = fields.get("window_size", 128)
@@ -211,7 +213,7 @@ class SeqBoatConfig(HybridConfig):
         if self.classifier_layers < 0:
             raise ValueError(f"`classifier_layers` must not be negative; got {self.classifier_layers}.")
         if self.pair_features and not self.dual_encoder:
-            raise ValueError("`pair_features=True` needs `dual_encoder=True`: one text has no product and difference.")
+            raise ValueError("`pair_features=True` needs `dual_encoder=True`: the features compare two texts.")
 
 
 __all__ = ["SeqBoatConfig"]

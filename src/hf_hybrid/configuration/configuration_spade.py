@@ -28,7 +28,8 @@ FEED_FORWARD_TYPES = ("relu", "gelu", "gated-gelu", "gated-silu")
 
 
 def _read_former_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a file; windows were radii, which leave the token itself out, and norms were spelled with an underscore."""
+    """The fields of a file; windows were radii, which do not count the token itself, and norm names had an
+    underscore."""
     has_windows = fields.get("local_attention_type", "window") == "window"
     for former, name in _FORMER_WINDOWS.items():
         if former in fields:
@@ -131,7 +132,7 @@ class SpadeConfig(HybridConfig):
         window_size: tokens w that a query sees, itself included: itself and the w - 1 on each side (`local_attention_type=
             "window"`), or the tokens of its chunk ("chunk").
         local_attention_type: "window" or "chunk".
-        position_encoding: inside the local attention: "bias" (T5 buckets), "rotary" or "none".
+        position_encoding: positions inside the local attention: "bias" (T5 buckets), "rotary" or "none".
         relative_attention_num_buckets, relative_attention_max_distance: T5 bucket parameters.
         share_relative_bias: one table for all encoder layers instead of one per layer.
         ssm_layers: encoder layers that hold an SSM beside their attention.
@@ -236,7 +237,7 @@ class SpadeConfig(HybridConfig):
 
     @classmethod
     def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a file, those of earlier versions translated."""
+        """The fields of a file, with those of earlier versions translated."""
         return _read_former_fields(fields)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -408,7 +409,7 @@ class SpadeLMConfig(HybridConfig):
 
     @classmethod
     def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a file, those of earlier versions translated."""
+        """The fields of a file, with those of earlier versions translated."""
         return _read_former_fields(fields)
 
     def __post_init__(self, **kwargs: Any) -> None:

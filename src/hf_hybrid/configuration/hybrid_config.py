@@ -11,15 +11,15 @@ from transformers.configuration_utils import PreTrainedConfig
 class HybridConfig(PreTrainedConfig):
     """Base of the configurations of this library.
 
-    A model accepts inputs and targets of any length unless its configuration says otherwise by the methods below. None
-    has a field named `max_position_embeddings`, because other programs take it for the longest input.
+    A model accepts inputs and targets of any length unless its configuration says otherwise through the methods below.
+    None has a field named `max_position_embeddings`, because other programs take it for the longest input.
 
     One word means one thing in all of them. A window (`window_size`, w) counts the tokens that a query sees, itself included: it
     sees itself and the w - 1 tokens before it, and where it sees the future also the w - 1 after it. Former spellings are read
     through `attribute_map`; fields whose meaning has changed are translated by `read_former_fields`, in arguments and in files.
     """
 
-    # Former fields that meant something else than their successors: {former: successor}.
+    # Former fields with another meaning than their successors: {former: successor}.
     former_fields = {}  # type: ignore[var-annotated]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -41,12 +41,12 @@ class HybridConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Makes a configuration from the fields of a file, also one of an earlier version."""
+        """Builds a configuration from the fields of a file, which may be of an earlier version."""
         return super().from_dict(cls.read_former_fields(dict(config_dict)), **kwargs)
 
     @classmethod
     def read_former_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a file, those of earlier versions translated."""
+        """The fields of a file, with those of earlier versions translated."""
         return fields
 
     @classmethod
@@ -55,8 +55,8 @@ class HybridConfig(PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads the fields of a configuration.
 
-        Transformers only warns of a file that names another `model_type`, and the model then has random weights wherever the
-        two architectures name things differently.
+        Transformers only warns about a file that names another `model_type`, and the model then has random weights
+        wherever the two architectures name things differently.
 
         Raises:
             ValueError: the file describes a model of another type.
@@ -65,13 +65,13 @@ class HybridConfig(PreTrainedConfig):
         found = fields.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a model of the type {found!r}, but {cls.__name__} reads "
-                f"{cls.model_type!r}. Load it by an Auto class, which finds the classes of every type."
+                f"{pretrained_model_name_or_path} holds a model of type {found!r}, but {cls.__name__} reads "
+                f"{cls.model_type!r}. Load it with an Auto class, which finds the class for every type."
             )
         return fields, unused
 
     def source_limits(self) -> dict[str, int]:
-        """The fields that limit an input, each with the most tokens that it allows; empty without a limit."""
+        """The fields that limit an input, each with the number of tokens that it allows; empty without a limit."""
         return {}
 
     def target_limits(self) -> dict[str, int]:
@@ -79,9 +79,9 @@ class HybridConfig(PreTrainedConfig):
         return {} if self.is_encoder_decoder else self.source_limits()
 
     def max_source_length(self) -> int | None:
-        """Most tokens of an input; None: no limit."""
+        """Largest number of tokens in an input; None: no limit."""
         return min(self.source_limits().values(), default=None)
 
     def max_target_length(self) -> int | None:
-        """Most tokens of the text that a decoder writes, a prompt included; None: no limit."""
+        """Largest number of tokens that a decoder writes, a prompt included; None: no limit."""
         return min(self.target_limits().values(), default=None)

@@ -1,4 +1,4 @@
-"""The lengths that a model accepts, asked of any configuration: those of this library, and others of Transformers."""
+"""The lengths that a model accepts, read from any configuration: of this library or of Transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 
 def source_limits(config: PreTrainedConfig) -> dict[str, int]:
-    """The fields that limit an input, each with the most tokens that it allows; empty without a (known) limit."""
+    """The fields that limit an input, each with the number of tokens that it allows; empty without a (known) limit."""
     own = getattr(config, "source_limits", None)
     return _positions(config) if own is None else own()
 
@@ -18,12 +18,12 @@ def target_limits(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def max_source_length(config: PreTrainedConfig) -> int | None:
-    """Most tokens of an input; None: no (known) limit."""
+    """Largest number of tokens in an input; None: no (known) limit."""
     return min(source_limits(config).values(), default=None)
 
 
 def max_target_length(config: PreTrainedConfig) -> int | None:
-    """Most tokens of the text that a decoder writes, a prompt included; None: no (known) limit."""
+    """Largest number of tokens that a decoder writes, a prompt included; None: no (known) limit."""
     return min(target_limits(config).values(), default=None)
 
 
@@ -31,7 +31,7 @@ def check_source_length(config: PreTrainedConfig, length: int, what: str, remedy
     """Refuses inputs that the model cannot read.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         length: tokens of the longest input.
         what: the inputs, as the subject of a sentence.
         remedy: option that shortens them.

@@ -1,8 +1,9 @@
 """Enters model classes where tools look classes up by name.
 
-Transformers keeps, beside the Auto classes, tables of class names, and decides by them: `Trainer` shifts labels for label smoothing
-only for names among the causal language models, lm-eval chooses its backend by the model type. `transformers serve` and trainers of
-TRL load `transformers.<architectures[0]>`. Registration with the Auto classes reaches none of these.
+Besides the Auto classes, Transformers keeps tables of class names and bases decisions on them: for label smoothing
+`Trainer` shifts labels only if the name is among the causal language models, and lm-eval chooses its backend by the
+model type. `transformers serve` and trainers of TRL load `transformers.<architectures[0]>`. Registration with the Auto
+classes reaches none of these.
 """
 
 import sys
@@ -12,8 +13,8 @@ from types import ModuleType
 
 
 def _library_modules() -> list[ModuleType]:
-    """Every module object of Transformers in use: `processing_utils` executes the package again and puts the new object in the place
-    of the old one, which earlier imports keep."""
+    """Every module object of Transformers in use: `processing_utils` executes the package again and replaces the
+    module object, but earlier imports keep the old one."""
     import_module("transformers.processing_utils")
     found = {id(sys.modules["transformers"]): sys.modules["transformers"]}
     for importer in list(sys.modules.values()):
@@ -29,14 +30,14 @@ def enter_names(model_type: str, heads: Mapping[str, str], classes: Mapping[str,
     Args:
         model_type: the name in `config.json`.
         heads: name of the Auto class -> name of the model class.
-        classes: name of a model class -> the class. Others stand for themselves by their Auto class, which finds them
-            by the `auto_map` of a checkpoint; they replace nothing that is there.
+        classes: name of a model class -> the class. Other names are bound to their Auto class, which finds the model
+            class by the `auto_map` of a checkpoint; existing names are not replaced.
     """
     modeling_auto = import_module("transformers.models.auto.modeling_auto")
     modules = _library_modules()
     for auto_name, class_name in heads.items():
         auto_class = getattr(modeling_auto, auto_name)
-        # Of a type with both heads lm-eval would take every checkpoint for an encoder-decoder.
+        # lm-eval would take every checkpoint of a type with both heads for an encoder-decoder.
         if auto_name != "AutoModelForSeq2SeqLM" or "AutoModelForCausalLM" not in heads:
             auto_class._model_mapping._model_mapping[model_type] = class_name
         for module in modules:

@@ -64,7 +64,7 @@ class AdaptiveEmbedding(nn.Module):
             inputs: (B, L) ids, or with `band` vectors (..., W of the band).
             band: the band whose tokens are scored; None embeds ids.
             is_projected: False for vectors (..., D): they are mapped by the transpose of the projection of the band, and
-                that is what is returned.
+                the result is returned.
 
         Returns:
             (B, L, D); or (..., tokens of the band), or (..., W).
@@ -88,14 +88,15 @@ class AdaptiveEmbedding(nn.Module):
         return F.linear(inputs, table(rows).to(inputs))
 
     def _project_back(self, inputs: torch.Tensor, band: int) -> torch.Tensor:
-        # The matrix is what the layer makes of the unit vectors, whatever wraps it.
+        # The matrix is the output of the layer for unit vectors, whatever wraps it.
         width = self.hidden_size // self.factor**band
         unit = torch.eye(width, dtype=inputs.dtype, device=inputs.device)
         return F.linear(inputs, self.projections[band](unit).to(inputs))
 
 
 class TiedBands:
-    """The tables of an `AdaptiveEmbedding`, as an argument of another module: offload hooks move modules that are one."""
+    """The tables of an `AdaptiveEmbedding`, to be passed to another module: not a module, as offload hooks would move
+    it."""
 
     def __init__(self, embedding: nn.Module) -> None:
         self.limits: list[int] = embedding.limits  # type: ignore[assignment]
@@ -114,7 +115,7 @@ class AdaptiveSoftmax(nn.Module):
     """Log-probabilities whose band tables are those of an `AdaptiveEmbedding`.
 
     The head scores band 0 (with the embedding table itself, without its projection) and one class per further band; tail i
-    scores `(x P_i) E_i^T`, with P_i the input projection of band i, or an own one.
+    scores `(x P_i) E_i^T`, with P_i the input projection of band i, or one of its own.
 
     Args:
         hidden_size: D.

@@ -29,7 +29,7 @@ class SequenceDropout(nn.Module):
     def forward(self, *tensors: torch.Tensor, function: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
         """Dropout of `function(*tensors)`, or of one tensor: (B, L, D) to the same shape.
 
-        The result of the pointwise `function` is not kept for the backward pass beside that of the dropout.
+        The result of the pointwise `function` is not kept for the backward pass in addition to that of the dropout.
         """
         if not self.training or self.probability == 0:
             return tensors[0] if function is None else function(*tensors)

@@ -1,12 +1,13 @@
-"""Multi-dimensional damped exponential moving average, the part of Mega that sees along the sequence.
+"""Multi-dimensional damped exponential moving average, the part of Mega that mixes tokens along the sequence.
 
 Every feature is expanded to N components, each averaged with its own decay, and projected back (arXiv 2209.10655, Eq. 4-6):
 
     h_t = q h_{t-1} + p beta u_t,   y_t = gamma / sqrt(N) . h_t,   p = sigmoid(delta),  q = 1 - p sigmoid(alpha)
     outputs_t = silu(y_t + omega x_t)
 
-with u = x zeroed at padding, while the residual takes x as it is. A bidirectional layer has a second set of components for
-the reversed sequence, and the current token enters through both. With truncation tau, only the last tau tokens count.
+with u = x zeroed at padding, while the residual uses x unchanged. A bidirectional layer has a second set of components
+for the reversed sequence, and the current token enters through both. With truncation tau, only the last tau tokens
+count.
 
 Shape letters: B batch, L tokens, D features, N components, K = D rows of parameters, or 2D: forward, then backward.
 """
@@ -104,8 +105,8 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
     ) -> None:
         """Write initial values through `init.normal_` and `init.copy_`; the ranges are standard deviations.
 
-        The expansion alternates between 1 and -1 over the components, plus noise. Give `transformers.initialization` to
-        leave tensors alone that came from a checkpoint.
+        The expansion alternates between 1 and -1 over the components, plus noise. With `transformers.initialization`,
+        tensors loaded from a checkpoint stay as they are.
         """
         init.normal_(self.damping_factor, mean=0.0, std=delta_alpha_range)
         init.normal_(self.decay_factor, mean=0.0, std=delta_alpha_range)
@@ -169,7 +170,7 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
             mask: (B, L), nonzero at tokens, zero at padding; None = no padding.
             initial_state: state after the previous piece, or None at the start.
             return_state: also return the state after the last token. Every split of a sequence gives the same result.
-            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
+            kept: results kept from earlier calls of the same generation, reused and extended; None keeps nothing.
 
         Returns:
             Outputs (B, L, D), activation included, in the dtype of the input; and the state, or None.
@@ -219,7 +220,7 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
         return inputs.shape[-1] >= (_SCAN_LENGTH_BIDIRECTIONAL if self.bidirectional else _SCAN_LENGTH)
 
     def _average(self, inputs: torch.Tensor, system: DiagonalSystem, feedthrough: torch.Tensor) -> torch.Tensor:
-        """As `_averages`, of a whole sequence and without state."""
+        """As `_averages`, for a whole sequence without state."""
         length, features = inputs.shape[-1], self.hidden_size
         if self._uses_scan(inputs) and self._reach(length) == length:
             if not self.bidirectional:
@@ -242,7 +243,7 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
         state: torch.Tensor | None,
         return_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `_averages`, of the next piece of a sequence."""
+        """As `_averages`, for the next piece of a sequence."""
         if self._uses_scan(inputs):
             return diagonal_scan(inputs, system, state, feedthrough=feedthrough, group_size=_GROUP_SIZE)
         averages = self._average(inputs, system, feedthrough)
@@ -286,12 +287,12 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
         return outputs.unsqueeze(1), (ema, torch.cat([recent[..., 1:], signal], dim=-1))
 
     def _step_constants(self) -> tuple[tuple[torch.Tensor, None], torch.Tensor | None]:
-        """Decay of a step; with truncation also the weight that the token about to leave has in the state, (D, N)."""
+        """Decay per step; with truncation also the weight (D, N) in the state of the token about to leave it."""
         system = self.system()
         decay = step_decay(system)
         if self.truncation is None:
             return decay, None
-        # It has decayed tau - 1 times, by the very factor of the steps, rounding included.
+        # It has decayed tau - 1 times, by the same factor as in the steps, rounding included.
         passed = decay[0].to(system.log_decay_real.dtype) ** (self.truncation - 1)
         return decay, system.input_real * passed.to(system.input_real.dtype)
 
@@ -333,7 +334,7 @@ def _add_to_first(kernel: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
 
 
 class _PlainInit:
-    """The two initialisers `initialize` needs, without any regard to loaded values."""
+    """The two initialisers that `initialize` needs; loaded values are overwritten."""
 
     normal_ = staticmethod(nn.init.normal_)
 

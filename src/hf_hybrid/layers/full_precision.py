@@ -18,9 +18,9 @@ def is_low_precision(dtype: torch.dtype) -> bool:
 class GathersFullPrecision(nn.Module):
     """Base of layers whose parameters FSDP2 gathers in the precision in which they are stored.
 
-    A `param_dtype` of half precision (`MixedPrecisionPolicy`, accelerate, `DistributedConfig`) says how their gradients are
-    reduced, not what they compute with. (FSDP2 wants gradients of one type in a group. So the gathered parameter is in half
-    precision, for the gradient, and the layer reads the numbers that it came from.)
+    A `param_dtype` of half precision (`MixedPrecisionPolicy`, accelerate, `DistributedConfig`) determines how their
+    gradients are reduced, not the precision they compute in. (FSDP2 needs gradients of one type per group, so the
+    gathered parameter is in half precision, for the gradient, and the layer reads the values it was cast from.)
     """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GathersFullPrecision:
@@ -54,9 +54,10 @@ class KeepsFullPrecision(GathersFullPrecision):
             return
         if isinstance(value, torch.Tensor) and is_low_precision(value.dtype) and name not in self._buffers:
             raise RuntimeError(
-                f"`{name}` of {type(self).__name__} was cast to {value.dtype}, in which state spaces are wrong. "
-                "`FullyShardedDataParallel` (FSDP1) casts all parameters that it flattens: use FSDP2 (`fsdp_version: 2`, "
-                "`torch.distributed.fsdp.fully_shard`), which keeps these in float32, or no mixed precision of parameters."
+                f"`{name}` of {type(self).__name__} was cast to {value.dtype}, in which state spaces give wrong "
+                "results. `FullyShardedDataParallel` (FSDP1) casts all parameters that it flattens: use FSDP2 "
+                "(`fsdp_version: 2`, `torch.distributed.fsdp.fully_shard`), which keeps these in float32, or no "
+                "mixed precision of parameters."
             )
 
     def widen(self) -> None:
@@ -72,7 +73,7 @@ class KeepsFullPrecision(GathersFullPrecision):
 class _FullPrecisionShard(torch.Tensor):
     """Local part of a sharded parameter that FSDP2 gathers in its own type, by the methods that FSDP2 offers for this.
 
-    The layer finds the gathered numbers in its `_gathered`, by the storage of the parameter in half precision.
+    The layer finds the gathered values in its `_gathered`, by the storage of the parameter in half precision.
     """
 
     @classmethod
@@ -127,7 +128,7 @@ def _extend_shard(parameter: Any) -> bool:
 
 
 class _Widened(torch.autograd.Function):
-    """The number that a parameter in half precision came from."""
+    """The values that a parameter in half precision was cast from."""
 
     @staticmethod
     def forward(ctx: Any, low: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
@@ -140,7 +141,7 @@ class _Widened(torch.autograd.Function):
 
 
 class _ReadsGathered:
-    """Put before the class of a layer with shards: parameters read as the numbers that were gathered."""
+    """Put before the class of a layer with shards: its parameters read as the gathered values."""
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
@@ -151,8 +152,9 @@ class _ReadsGathered:
             if low.untyped_storage().data_ptr() == place:
                 return _Widened.apply(value, full.as_strided(value.size(), value.stride()))
         raise RuntimeError(
-            f"`{name}` of {type(self).__name__} was gathered in {value.dtype}, in which state spaces are wrong: shard it along "
-            "its first dimension, or call `fully_shard` on the layer itself first, with `MixedPrecisionPolicy()`."
+            f"`{name}` of {type(self).__name__} was gathered in {value.dtype}, in which state spaces give wrong "
+            "results: shard it along its first dimension, or call `fully_shard` on the layer itself first, with "
+            "`MixedPrecisionPolicy()`."
         )
 
 

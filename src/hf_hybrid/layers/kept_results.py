@@ -1,8 +1,8 @@
-"""Results that a layer computes from its own tensors alone, and where they are kept: during one generation, or while a model is frozen.
+"""Results that a layer computes from its own tensors alone, kept during one generation or while a model is frozen.
 
-No key tells every change of a weight (`.data`, arrays that share its memory). So nothing is kept from call to call by the layer
-itself: the cache of a generation holds what its steps need again and again, and `frozen_results` is the user's word that no weight
-changes.
+No key detects every change of a weight (`.data`, arrays that share its memory). So the layer itself keeps nothing from
+call to call: the cache of a generation holds what its steps need repeatedly, and with `frozen_results` the user
+promises that no weight changes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of one generation: by layer and name, the tensors it came from and the result.
+# Results of one generation, by layer and name, with the tensors they were computed from.
 KeptResults = dict[Any, tuple[Any, Any, list[torch.Tensor]]]
 
 _GENERATION: ContextVar[KeptResults | None] = ContextVar("generation", default=None)
 
 
-class keeping:  # noqa: N801 - a context, as those of torch
-    """Context in which layers keep results in `kept`, that of a generation; None, or a compiled graph, keeps nothing."""
+class keeping:  # noqa: N801 - a context manager, named like those of torch
+    """Context in which layers keep results in `kept`, those of one generation; None, or a compiled graph, keeps
+    nothing."""
 
     def __init__(self, kept: KeptResults | None) -> None:
         self.kept = kept
@@ -68,8 +69,9 @@ def _key_of(tensors: list[Any], is_training: bool) -> tuple[Any, ...] | None:
 class KeepsResults(nn.Module):
     """Base of layers whose kernels or discretised systems depend on their tensors alone.
 
-    Results are kept in two places only. The cache of a generation: a layer that is called with `kept`, outside training and
-    without gradients, takes a result from there while its tensors are the same objects of the same version. And `frozen_results`.
+    Results are kept in two places only: in the cache of a generation (a layer that is called with `kept`, outside
+    training and without gradients, reuses a result while its tensors are the same objects of the same version), and by
+    `frozen_results`.
     """
 
     def __init__(self) -> None:
@@ -88,19 +90,19 @@ class KeepsResults(nn.Module):
         return {**self.__dict__, "_frozen": None}
 
     def _thaw(self) -> None:
-        """Forgets frozen results: the tensors have been replaced by the module's own means."""
+        """Forgets frozen results, because the module has replaced its tensors."""
         if self._frozen is not None:
             self._frozen.clear()
 
     def _own_tensors(self) -> list[Any]:
-        """What results depend on."""
+        """The tensors that results depend on."""
         return [*self._parameters.values(), *self._buffers.values()]
 
     def _tracks_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._own_tensors())
 
     def _constants(self) -> dict[str, Callable[[], Any]]:
-        """What may be asked of `_cached` for any input, by name; the layers that have some add theirs."""
+        """The results of `_cached` that no input changes, by name; layers that have some add theirs."""
         return {}
 
     @property
@@ -112,7 +114,7 @@ class KeepsResults(nn.Module):
         return self._is_frozen or (not torch.compiler.is_compiling() and _GENERATION.get() is not None)
 
     def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Result of `compute`, taken from the frozen results or those of the generation where it is there."""
+        """Result of `compute`, or the one kept by `frozen_results` or for this generation."""
         if self._frozen is not None:
             return self._from_frozen(name, compute)
         kept = None if torch.compiler.is_compiling() else _GENERATION.get()
@@ -135,11 +137,11 @@ class KeepsResults(nn.Module):
 
 @contextmanager
 def frozen_results(model: nn.Module, *, ahead: bool = False) -> Iterator[None]:
-    """Takes what the layers of a model compute from their tensors alone for constants, as long as the context lasts.
+    """Treats what the layers of a model compute from their tensors alone as constant while the context lasts.
 
     Args:
-        model: whose weights do not change inside.
-        ahead: compute them now, so that a graph which is exported inside holds the results and not their computation.
+        model: model whose weights do not change inside the context.
+        ahead: compute the results now, so that a graph exported inside holds them instead of their computation.
     """
     layers = [module for module in model.modules() if isinstance(module, KeepsResults) and not module._is_frozen]
     try:
@@ -159,7 +161,7 @@ class FreezableModel:
         """Context in which no weight of the model changes, so that kernels and discretised systems are computed once.
 
         For many forward passes without a cache, as in evaluation. (Generation keeps what it needs in its cache by itself.)
-        Inside, weights must not be written, by whatever means: results would be those of the weights before.
+        Inside, weights must not be changed by any means: the results would still be those of the old weights.
 
             with model.frozen(), torch.no_grad():
                 for batch in batches:

@@ -156,7 +156,7 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
     def initialize(self, init: ModuleType | type) -> None:
         """Write initial values through `init.normal_`, `init.uniform_` and `init.copy_`.
 
-        Give `transformers.initialization` to leave tensors alone that came from a checkpoint.
+        With `transformers.initialization`, tensors loaded from a checkpoint stay as they are.
         """
         if self.log_dt.is_meta:
             return
@@ -287,14 +287,15 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
         return_state: bool = False,
         kept: KeptResults | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply the layer to a sequence, or to the next chunk of one. A token after others takes a step of the recurrence.
+        """Apply the layer to a sequence, or to the next chunk of one. A single token that continues a text takes one
+        step of the recurrence.
 
         Args:
             hidden_states: (B, L, H), padded positions zeroed.
             initial_state: (B, H, M, 2), state after the previous chunk, or None at the start.
             return_state: also return the state after the last token. With a state in or out, "s4" computes the
                 untruncated recurrence, so that every split of a sequence gives the same result.
-            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
+            kept: results kept from earlier calls of the same generation, reused and extended; None keeps nothing.
 
         Returns:
             Outputs (B, L, c H), channel-major, in the dtype of the input; and the state, or None.
@@ -412,13 +413,13 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
 def _read_length(layer: StateSpaceLayer, loads: int) -> int:
     """`kernel_length` as a number.
 
-    The compiler runs this once and takes the result for a constant; `loads` makes it look again after a load.
+    The compiler runs this once and treats the result as a constant; a change of `loads` makes it read again.
     """
     return layer._initial_kernel_length if layer.kernel_length.is_meta else int(layer.kernel_length)
 
 
 class _PlainInit:
-    """The three initialisers `StateSpaceLayer.initialize` needs, without any regard to loaded values."""
+    """The three initialisers that `StateSpaceLayer.initialize` needs; loaded values are overwritten."""
 
     normal_ = staticmethod(nn.init.normal_)
     uniform_ = staticmethod(nn.init.uniform_)

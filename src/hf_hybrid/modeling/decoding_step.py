@@ -1,7 +1,7 @@
 """Generation as a function: tokens and a state of plain tensors in, logits and the next state out.
 
-The cache objects of Transformers suit Python. Programs that are exported, and runtimes that execute them, know tensors alone:
-`DecodingStep` runs a model with its cache built from, and taken apart into, a dictionary of tensors.
+The cache objects of Transformers suit Python. Programs that are exported, and runtimes that execute them, know only
+tensors: `DecodingStep` runs a model with its cache built from, and taken apart into, a dictionary of tensors.
 
 Shapes: B batch, T new tokens, P earlier tokens (with their padding), S source tokens, V vocabulary, W tokens whose keys are kept.
 """
@@ -22,14 +22,15 @@ State = dict[str, torch.Tensor]
 
 
 def _with_slots(tensor: torch.Tensor, axis: int, slots: int) -> torch.Tensor:
-    """A tensor of a state that grows, with a place for each token: a working memory has more in eager mode, or fewer."""
+    """A tensor of a state that grows, with a place for each token: in eager mode a working memory has more places, or
+    fewer."""
     return F.pad(tensor, (*(0, 0) * (-axis - 1), 0, slots - tensor.shape[axis]))
 
 
 class DecodingStep(nn.Module):
-    """A causal or encoder-decoder model that reads its state from tensors and returns the next.
+    """A causal or encoder-decoder model that reads its state from tensors and returns the next state.
 
-    A state of constant size (window or chunk attention) always holds W keys; zeros stand for tokens that were not read yet, and
+    A state of constant size (window or chunk attention) always holds W keys; zeros stand for tokens not read yet, and
     the mask hides them. Where attention sees everything, keys and values grow along their axis of tokens, and start with
     `growing` zeros that the mask must hide. Leading padding never changes a result.
 
@@ -109,7 +110,7 @@ class DecodingStep(nn.Module):
         Args:
             input_ids: (B, T) new tokens, of the target in an encoder-decoder.
             attention_mask: (B, P + T), 1 at real tokens, 0 at padding, which may only lead. A state that grows has P keys.
-            state: of the earlier call, or `start()`.
+            state: state returned by the previous call, or by `start()`.
             source: keys and values that `encode` returned, for encoder-decoders.
             source_mask: (B, S), 1 at real source tokens.
 
@@ -122,7 +123,7 @@ class DecodingStep(nn.Module):
         cache.fill({**state, **(source or {})}, past)
         arguments: dict[str, Any] = {}
         if self.has_encoder:
-            # The encoder has run: only the shape of its output is looked at, as keys and values are in the cache.
+            # The encoder has run: keys and values are in the cache, and only the shape of its output is read.
             length = next(iter(source.values())).shape[-2]
             width = self.model.config.hidden_size
             hidden_states = torch.zeros(

@@ -1,4 +1,4 @@
-"""`generate` for models with a state of their own: the cache that it starts with, and what it refuses before it computes."""
+"""`generate` for models with a state of their own: the cache that it starts with, and checks before it computes."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ class StateGenerationMixin(GenerationMixin):
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Reads the prompt; of a target that is continued only what the cache does not hold, as without an encoder.
+        """Reads the prompt; if a target is continued, only what the cache does not hold, as in models without an
+        encoder.
 
         Raises:
-            ValueError: the target is no longer than what the cache holds.
+            ValueError: the target is not longer than what the cache holds.
         """
         model: Any = self
         cache = model_kwargs.get("past_key_values")
@@ -80,7 +81,7 @@ class StateGenerationMixin(GenerationMixin):
 
 
 def _check_prompt(mask: torch.Tensor | None, name: str) -> None:
-    """Raises ValueError for rows that end with padding. Once per text the values are worth a synchronisation."""
+    """Raises ValueError for rows that end with padding. Called once per text, so a synchronisation is affordable."""
     if mask is None or mask.dim() != 2 or mask.device.type == "meta":
         return
     if bool(((mask[:, -1] == 0) & (mask != 0).any(-1)).any()):

@@ -1,8 +1,10 @@
-"""The heads that architectures share. A head of an architecture is a class of this file before its own base classes, with what is
-really its own: the stack, the output class, further arguments of the forward pass, an auxiliary loss, a published classifier.
+"""The heads that architectures share. A head of an architecture inherits from a class of this file, then from its own
+base classes, and adds only what is its own: the stack, the output class, further arguments of the forward pass, an
+auxiliary loss, a published classifier.
 
-A forward pass names every column of a data set that it reads, because `Trainer` drops the others. `shift_labels` alone stands among
-the keywords (`CausalLMKwargs`): `Trainer` computes a loss in evaluation only with values for every argument that is named like a label.
+A forward pass names every column of a data set that it reads, because `Trainer` drops the others. Only `shift_labels`
+stands among the keywords (`CausalLMKwargs`): `Trainer` computes a loss in evaluation only with values for every
+argument that is named like a label.
 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
@@ -53,7 +55,7 @@ class GenericHead:
     Attributes:
         stack_class: class of the stack.
         output_class: class of what `forward` returns. Fields of the same name are taken over from the output of the stack.
-        required_settings: what the configuration must say.
+        required_settings: fields of the configuration and the values that they must have.
         dropout_field, pooling_field: fields of the configuration for the dropout of the heads, and for what classifiers of whole
             inputs read.
         auxiliary_field: field of the output of the stack with an auxiliary loss, or None.
@@ -123,8 +125,8 @@ class GenericHead:
         return self.output_class(**own, **kept)
 
     def read_whole(self, has_labels: bool, use_cache: bool | None, **inputs: Any) -> Any:
-        """Output of the stack without a cache: heads that read whole inputs take `use_cache`, which trainers pass to every
-        model, and return none."""
+        """Output of the stack without a cache: heads that read whole inputs accept `use_cache`, which trainers pass to
+        every model, but return no cache."""
         if use_cache:
             logger.warning_once(f"{type(self).__name__} returns no cache: `use_cache=True` has no effect.")
         return self.run_stack(has_labels, use_cache=False, **inputs)
@@ -144,7 +146,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=bias)
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None: the mask and the cache say where tokens stand, and made up positions would restart at padding."""
+        """Makes no positions: mask and cache say where tokens stand; made up ones would restart at padding."""
 
     def predict(
         self,
@@ -158,7 +160,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         return logits, None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
 
     def scale_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the matrix of the head multiplies."""
+        """The states as the matrix of the head multiplies them."""
         scaling = getattr(self.config, "logits_scaling", 1)
         return hidden_states if scaling == 1 else hidden_states / scaling
 
@@ -272,7 +274,7 @@ class GenericClassifier(GenericHead):
         return self.classifier(pooled)
 
     def join_pair(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """What is classified of a pair, in the published order of Mega: second text first."""
+        """Input of the classifier for a pair, in the published order of Mega: second text first."""
         return torch.cat([second, first], dim=-1)
 
     def run_second_text(self, has_labels: bool, **inputs: Any) -> Any:
@@ -384,7 +386,8 @@ class GenericForSequenceClassification(GenericClassifier):
             input_values: (B, L) real numbers for models with `input_type="values"`.
 
         Returns:
-            `logits` (B, num_labels). Of a pair, other fields are those of the first text, but an auxiliary loss is of both.
+            `logits` (B, num_labels). For a pair, other fields are those of the first text, but an auxiliary loss
+            covers both.
 
         Raises:
             ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.

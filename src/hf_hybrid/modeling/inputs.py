@@ -32,7 +32,7 @@ def check_inputs(
         attention_mask: (B, past + L), nonzero at real tokens, or None.
         vocab_size: ids must be smaller; checked on the CPU only, where it costs no synchronisation. None: not checked.
         hidden_size: width that `inputs_embeds` must have. None: not checked.
-        cache: what the call continues, of P tokens (`past`).
+        cache: cache that the call continues, of `past` tokens.
         allows_gaps: whether padding may stand behind real tokens in what the cache holds: it counts for nothing there.
         prefix: prepended to the argument names in messages ("decoder_").
 
@@ -95,8 +95,8 @@ def check_values(
     """Checks a sequence of real numbers (B, L), or its embeddings, and returns the padding mask as booleans.
 
     Raises:
-        ValueError: both or neither input, another number of dimensions, an empty one, numbers that are no floats, a mask of
-            the wrong shape.
+        ValueError: both or neither input, another number of dimensions, an empty one, numbers that are not floats, a
+            mask of the wrong shape.
     """
     if (input_values is None) == (inputs_embeds is None):
         raise ValueError(
@@ -146,11 +146,11 @@ def read_inputs(
     """Checks the inputs of a stack that reads token ids, or real numbers with `config.input_type` "values".
 
     Args:
-        config: with `input_type` and `vocab_size`.
+        config: configuration with `input_type` and `vocab_size`.
         input_ids, input_values: (B, L); or `inputs_embeds` (B, L, width).
         attention_mask: (B, past + L), nonzero at real tokens, or None.
-        width: of embeddings.
-        cache: what the call continues.
+        width: width of embeddings.
+        cache: cache that the call continues.
 
     Raises:
         ValueError: see `check_inputs` and `check_values`.
@@ -178,7 +178,7 @@ def check_pair(has_pair: bool, dual_encoder: bool) -> None:
 
 
 def check_pair_rows(first: torch.Tensor, second: torch.Tensor) -> None:
-    """Raises ValueError unless the texts of pairs have as many rows."""
+    """Raises ValueError unless both texts of the pairs have the same number of rows."""
     if second.shape[0] != first.shape[0]:
         raise ValueError(
             f"`pair_input_ids` has {second.shape[0]} rows but `input_ids` has {first.shape[0]}; both must share the "
@@ -208,10 +208,10 @@ def flatten_pixels(pixel_values: torch.Tensor, size: int | None) -> torch.Tensor
 
 
 def note_missing_attentions(stack: Any, options: Any) -> None:
-    """Warns once where `output_attentions` is asked for, by the call or the configuration, and a stack has none to return.
+    """Warns once if the call or the configuration requests `output_attentions` and the stack has none to return.
 
     Args:
-        stack: the model; with weights among its `_can_record_outputs` it returns those of eager attention.
+        stack: the model; if `_can_record_outputs` names attentions, it returns those of eager attention.
         options: keywords of the call.
     """
     wanted = options.get("output_attentions")
@@ -270,9 +270,10 @@ def leading_padding(mask: torch.Tensor) -> torch.Tensor:
 
 
 def simplify_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A padding mask and the leading padding of its rows, each None where it says nothing.
+    """A padding mask and the leading padding of its rows, each None where there is no such padding.
 
-    Outside of compiled graphs the mask is looked at: without padding it becomes None, without leading padding the second is.
+    Outside compiled graphs the values of the mask are read: without padding it becomes None, and without leading
+    padding the second result does.
 
     Args:
         mask: (B, L) bool, True at real tokens, or None.

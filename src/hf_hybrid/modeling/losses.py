@@ -1,4 +1,4 @@
-"""Losses that Transformers' own table has no right form for."""
+"""Losses for which Transformers has no suitable form."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def align_labels(
 
     Args:
         labels: (B, L) ids of the input itself, which are shifted; -100 is ignored.
-        aligned: (B, L) targets that are shifted already; they replace `labels`. Whoever cuts a text into shards has to shift
-            it before, since the target of the last token of a shard is the first token of the next.
+        aligned: (B, L) targets that are shifted already; they replace `labels`. A text cut into shards must be
+            shifted beforehand, since the target of the last token of a shard is the first token of the next.
         shape: (B, L) of the hidden states.
         position_ids: (B, L) or (1, L); nothing predicts the first token of a document, where they restart.
 

@@ -1,7 +1,7 @@
 """Losses that a program computes by itself, from the outputs or the weights of a model.
 
 A trainer that smooths labels takes the logits; one that fuses the head with the loss (TRL) takes the states of the stack and the
-weights of the head. What the model's own loss holds besides is lost on that way, so it is refused where it can be seen.
+weights of the head. Any other term of the model's own loss is then lost, so this is refused where it can be detected.
 """
 
 import inspect
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 class FusedHeadGuard:
     """Mixin of causal language models whose loss is not that of `last_hidden_state @ lm_head.weight` alone.
 
-    TRL replaces `forward` by a function with the argument `fused_lm_head`; the guard looks at what is assigned.
+    TRL replaces `forward` by a function with the argument `fused_lm_head`; the guard checks what is assigned.
     """
 
     def reason_against_fused_head(self) -> str | None:
@@ -39,7 +39,8 @@ def _is_fused(forward: Callable) -> bool:
 
 
 def check_loss_elsewhere(model: nn.Module, weight: str, num_items_in_batch: torch.Tensor | int | None) -> None:
-    """For a training pass without labels through a model whose loss has an auxiliary term: whoever computes the loss leaves it out.
+    """Checks a training pass without labels if the loss of the model has an auxiliary term: a loss computed elsewhere
+    lacks it.
 
     Args:
         model: the head; nothing is checked outside of training, or where the weight is 0.

@@ -1,8 +1,8 @@
 """Several documents in one row, computed as if each had a row of its own.
 
 `position_ids` that restart mark the documents, as `DataCollatorWithFlattening` of Transformers writes them. Recurrent states,
-filters and windows would all have to be cut there; instead the documents are given rows for the pass, whose equality with
-anything else that the models do is tested anyway. The cost is that of a batch padded to the longest document.
+filters and windows would all have to be cut there; instead each document gets a row of its own for the pass, a form
+that the other tests cover already. The cost is that of a batch padded to the longest document.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 ForwardMethod = TypeVar("ForwardMethod", bound=Callable[..., Any])
 
-# Outputs of Transformers with no value per token, whatever their sizes are.
+# Outputs of Transformers without a value per token, whatever their sizes.
 _PER_DOCUMENT = ("attentions", "cross_attentions")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "input_values", "token_type_ids")
 
@@ -96,7 +96,7 @@ class PackedDocuments:
         return cls(source.view(rows, longest), mask.view(rows, longest), target.view(shape), ~kept.view(shape))
 
     def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, L, ...) to (N, M, ...), with some token of the batch beyond the end of a document."""
+        """(B, L, ...) to (N, M, ...), with an arbitrary token of the batch beyond the end of a document."""
         return tensor.flatten(0, 1)[self.source]
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
 
     The documents are computed in rows of their own, and what has a value for each token is put back in place; other outputs
     (pooled states, rates, attention weights) have a row for each document. `position_ids` that do not restart change nothing.
-    The signature names them; heads that generate see to it that `generate` does not make any up. A stack with outputs of its own
+    The signature names them; heads that generate keep `generate` from making any. A stack with outputs of its own
     that have no value per token names them in a class attribute, `_per_document_outputs`.
 
     Raises:

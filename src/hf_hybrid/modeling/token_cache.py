@@ -1,4 +1,4 @@
-"""Keys and values of attention, token by token: what the cache layers of several architectures have in common."""
+"""Keys and values of attention, token by token: the common part of the cache layers of several architectures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from .cache import StateLayer
 
-SPARE_TOKENS = 128  # least space for coming tokens behind keys and values that grow with the text
+SPARE_TOKENS = 128  # least spare space behind keys and values that grow with the text
 
 
 class TokenLayer(StateLayer):
@@ -19,13 +19,13 @@ class TokenLayer(StateLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        # Tensors with space behind `keys` and `values`, which are views of their fronts.
+        # Tensors with spare space at the end; `keys` and `values` are views of their fronts.
         self._rooms: dict[str, torch.Tensor] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends (..., L, d) and (..., L, e); returns the kept tokens of before and the new ones."""
+        """Appends (..., L, d) and (..., L, e); returns the tokens kept before, followed by the new ones."""
         keys, values = self._appended("keys", key_states), self._appended("values", value_states)
         self.keys, self.values = keys, values
         kept = self.kept_tokens
@@ -36,7 +36,7 @@ class TokenLayer(StateLayer):
         return keys, values
 
     def _appended(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """The kept (..., P, d) tokens and the (..., L, d) new ones behind them, (..., P + L, d).
+        """The kept (..., P, d) tokens followed by the (..., L, d) new ones, (..., P + L, d).
 
         A text that grows by a token is not copied at every step: tokens are written into spare space, a quarter more than
         was needed when it last ran out.

@@ -1,4 +1,4 @@
-"""Autocast, switched off."""
+"""Computation outside autocast."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Context in which operations keep the types of their operands; the meta device knows no autocast."""
+    """Context in which operations keep the types of their operands; the meta device has no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

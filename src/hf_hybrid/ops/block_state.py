@@ -128,7 +128,8 @@ def write_slots(
 
 
 def writable(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """A kept tensor itself when it may be changed in place, else a copy: under autograd, in graphs, out of inference mode."""
+    """The kept tensor itself if it may be changed in place, else a copy: under autograd, in graphs, outside inference
+    mode."""
     needs_graph = torch.is_grad_enabled() and (kept.requires_grad or new.requires_grad)
     return kept if is_changeable(kept) and not needs_graph else kept.clone()
 
@@ -228,7 +229,7 @@ def segment_attention_reference(
     bias: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`segment_attention` of a whole text, token by token through the rings of the definition."""
+    """`segment_attention` of a whole text by its definition, token by token through the rings."""
     batch, heads, length, width = query.shape
     rings = [query.new_zeros(batch, heads, block_size, width) for _ in range(2)]
     outputs = []
@@ -294,8 +295,8 @@ def context_attention(
 
     Args:
         query: (B, n, T, e).
-        key, value: (B, n, K, S, e), contexts of consecutive blocks: first that in which the call starts, and at least as many
-            as the call touches.
+        key, value: (B, n, K, S, e), contexts of consecutive blocks, beginning with the block in which the call starts;
+            at least as many as the call touches.
         block_size: W.
         scale, dropout_p, start: as in `segment_attention`.
 

@@ -1,7 +1,7 @@
 """What causal attention over vector-quantised keys remembers of a text: constant in size (section 2 of arXiv 2309.16354).
 
-The last w - 1 tokens are kept with their codes, because a bias tells their distances apart. All earlier ones are known by the
-codes of their keys alone: how many there were of each, and the mean of their values.
+The last w - 1 tokens are kept with their codes, because a bias depends on their distances. Of all earlier ones, only
+the number of keys of each code and the mean of their values are kept.
 
 Shapes: B batch, H heads, L new tokens, S codewords, d width of keys, e width of values, w window.
 """
@@ -21,7 +21,7 @@ class CodeMemory(NamedTuple):
     Attributes:
         window_codes: (B, H, w - 1) int64, codes of the last tokens, oldest first.
         window_values: (B, H, w - 1, e).
-        window_mask: (B, w - 1) bool, True at real tokens; False at padding and where there was no token yet.
+        window_mask: (B, w - 1) bool, True at real tokens; False at padding and in places not filled yet.
         code_count: (B, H, S), earlier real tokens of each code; float32 or better, like `code_value_mean`.
         code_value_mean: (B, H, S, e), mean of their values.
     """
@@ -50,7 +50,7 @@ def remember(memory: CodeMemory, codes: torch.Tensor, values: torch.Tensor, mask
     """The memory after new tokens: those that leave the window enter the counts and means.
 
     Args:
-        memory: what is known of the earlier tokens.
+        memory: memory of the earlier tokens.
         codes: (B, H, L).
         values: (B, H, L, e).
         mask: (B, L) bool, True at real tokens, or None.
@@ -89,7 +89,7 @@ def _add_tokens(
 def _add_token(
     count: torch.Tensor, mean: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_add_tokens`, of one token: in place, where nothing else can depend on the old tensors."""
+    """As `_add_tokens`, for one token; in place where nothing else can depend on the old tensors."""
     real = mask.unsqueeze(1).to(count.dtype)
     number = count.gather(-1, codes) + real
     index = codes.unsqueeze(-1).expand(*codes.shape, values.shape[-1])

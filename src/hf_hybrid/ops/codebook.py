@@ -1,7 +1,8 @@
 """Codebooks of vector quantisation that follow the keys by moving averages (arXiv 1711.00937, appendix A.1).
 
-The codewords are not parameters: each is the mean of the keys that were assigned to it lately. What keeps them alive: they start
-at keys of the first batch, the average is short at first, and codewords that nobody uses are put where keys are badly served.
+The codewords are not parameters: each is the mean of the keys that were assigned to it lately. Three rules keep them
+in use: they start at keys of the first batch, the first averages are short, and unused codewords are moved to badly
+quantised keys.
 
 Shapes: B batch, H heads (each with its codebook), L tokens, S codewords, d width of keys, R candidates.
 """
@@ -20,7 +21,7 @@ REVIVED_SHARE = 0.1  # count of a revived codeword, in uniform shares
 
 
 class Codebook(NamedTuple):
-    """Codewords and what their averages are made from.
+    """Codewords and the averages they are computed from.
 
     Attributes:
         words: (H, S, d).
@@ -36,12 +37,12 @@ class Codebook(NamedTuple):
 
 
 class CodeStatistics(NamedTuple):
-    """What a batch tells about the codewords; sums over batches and processes are statistics again.
+    """Statistics of the keys of a batch by codeword; sums of them over batches and processes are statistics too.
 
     Attributes:
         count: (H, S) keys of each codeword.
         sums: (H, S, d) their sums.
-        candidates: (H, R, d) keys at which codewords may be put.
+        candidates: (H, R, d) keys to which codewords may be moved.
         is_key: (R,), 1 where a candidate is a key, 0 where the batch had none.
     """
 
@@ -58,7 +59,7 @@ def nearest_codes(keys: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     words = words.to(dtype)
     offset = words.square().sum(-1).mul(-0.5).unsqueeze(-2)  # (H, 1, S)
     size = max(1, PAIRS_AT_A_TIME // (words.shape[0] * words.shape[1]))
-    # Autocast would round the products, and keys go to other codewords.
+    # Autocast would round the products and so assign keys to other codewords.
     with without_autocast(keys.device):
         return _nearest_codes(keys.to(dtype), words, offset, size)
 
@@ -87,7 +88,7 @@ def code_counts(codes: torch.Tensor, mask: torch.Tensor | None, size: int, dtype
 
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:
-    """exp of the entropy of the codes of each head: 1 when one is used, S when all are used alike; (H, S) to (H,)."""
+    """exp of the entropy of the codes of each head: 1 for a single code, S for equal use; (H, S) to (H,)."""
     shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.special.entr(shares).sum(-1).exp()
 
@@ -122,7 +123,7 @@ def gather_statistics(
     real = torch.ones(number, device=keys.device) if mask is None else mask.flatten().to(rows.dtype)
     index = codes.transpose(0, 1).flatten(1).unsqueeze(-1).expand(-1, -1, width)
     sums = rows.new_zeros(*counts.shape, width).scatter_add(1, index, rows * real.unsqueeze(-1))
-    # The largest of log weight + Gumbel noise are a draw without replacement.
+    # The largest values of log weight + Gumbel noise are a draw without replacement.
     weight = torch.where(uniform, 1.0, error.transpose(0, 1).flatten(1) + 1e-6)
     noise = -torch.log(-torch.log(torch.rand_like(weight).clamp(1e-20, 1 - 1e-7)))
     scores = torch.where(real > 0, weight.log() + noise, -torch.inf)
@@ -156,13 +157,13 @@ def average_codebook(
     """One update: moving averages of counts and sums, then codewords that are hardly used move to candidates.
 
     Args:
-        codebook: before.
+        codebook: codebook before the update.
         statistics: counts and sums of a batch, added up over processes.
         decay, decay_warmup: see `averaging_decay`.
         dead_code_threshold: share of the uniform count below which a codeword is revived; 0 for never.
 
     Returns:
-        The codebook after it, and the number of revived codewords of each head, (H,) int64.
+        The codebook after the update, and the number of revived codewords of each head, (H,) int64.
     """
     dtype = codebook.words.dtype
     keep = averaging_decay(codebook.num_updates, decay, decay_warmup).to(dtype)

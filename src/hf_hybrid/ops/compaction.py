@@ -1,6 +1,6 @@
 """Compaction: the active tokens of a whole batch as one stream, attention among them, and the way back.
 
-Of a batch of L tokens in B rows, those with `active` set are packed one behind the other, row after row, without padding to
+In a batch of B rows of L tokens, those with `active` set are packed one after another, row by row, without padding to
 the fullest row. Within a row the difference of two places in the stream is the difference of their ranks (the number of
 active tokens before them), so that attention with a window counted in active tokens is window attention over the stream
 (arXiv 2306.11197, section 3):
@@ -114,7 +114,7 @@ def compacted_attention(
         rank_bias: (2 w + 1,) added to the scores, entry w + rank_j - rank_i; needs a window.
         position_bias: (2 R + 1,) added to the scores, entry R + l_j - l_i; distances beyond R take the ends.
         dropout_p: probability of dropping a weight.
-        static: the form of ordinary operations, whose memory holds all weights at once.
+        static: use the form made of ordinary operations, which holds all weights in memory at once.
 
     Returns:
         (C, E) in the dtype of `value`; zeros for entries that stand for no token. Weights in float32 or better.

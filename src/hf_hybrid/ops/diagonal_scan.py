@@ -130,7 +130,7 @@ def _diagonal_sums(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _group_responses(system: DiagonalSystem, size: int) -> tuple[Pair, torch.Tensor, Pair]:
-    """What a group needs to know of a system.
+    """The quantities of a system that a group needs.
 
     Returns:
         Powers q^t, t = 0..C, (D, N, C + 1); the packed q^C (D, N[, 2]); and Re and -Im of c b q^t, the output after t steps
@@ -179,7 +179,7 @@ def diagonal_scan(
 
     Args:
         inputs: (B, D, L), any floating dtype.
-        system: as `DiagonalSystem`.
+        system: see `DiagonalSystem`.
         initial_state: (B, D, N[, 2]) or None for zeros.
         backward: system of a second kernel, over the future, with as many outputs; it starts at the next token, and sees
             this sequence only.
@@ -254,9 +254,9 @@ def diagonal_block_states(
 
     Args:
         inputs: (B, D, K * W), K >= 1 blocks of W tokens.
-        system: as `DiagonalSystem`.
+        system: see `DiagonalSystem`.
         block_size: W.
-        entering: (B, D, N[, 2]) what a state from before adds to that after the first block, or None for nothing.
+        entering: (B, D, N[, 2]), contribution of the earlier state to that after the first block, or None.
         group_size: tokens per group, a divisor of W; default: the largest up to 64 (W itself if all are small).
 
     Returns:

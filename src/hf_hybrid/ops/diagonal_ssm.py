@@ -308,7 +308,7 @@ def diagonal_final_state(
 
     Args:
         inputs: (B, D, L).
-        system: as `DiagonalSystem`.
+        system: see `DiagonalSystem`.
         initial_state: (B, D, N[, 2]) or None for zeros.
 
     Returns:
@@ -339,7 +339,7 @@ def diagonal_final_state(
 
 
 def step_decay(system: DiagonalSystem) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q as a pair of (D, N), in the precision of the coefficients: what one step multiplies the state with."""
+    """q, the factor of the state in one step, as a pair of (D, N) in the precision of the coefficients."""
     powers = decay_powers(
         system.log_decay_real, system.log_decay_imag, count=1, offset=1, dtype=system.input_real.dtype
     )
@@ -356,7 +356,7 @@ def diagonal_step(
 
     Args:
         inputs: (B, D).
-        system: as `DiagonalSystem`.
+        system: see `DiagonalSystem`.
         state: (B, D, N[, 2]) or None for zeros.
         decay: `step_decay` of the system, when it is at hand.
 

@@ -197,7 +197,7 @@ def cached_gated_attention(
 
 
 def _cached_rows(query, key, value, activation, bias, chunk_size, visible, positions, dropout_p) -> torch.Tensor:
-    """Several new tokens of rows that stand at different places of their chunks: moved so that chunks coincide."""
+    """Several new tokens in rows at different places of their chunks, moved so that the chunks coincide."""
     new, total = query.shape[1], key.shape[1]
     first = positions.masked_fill(~visible, torch.iinfo(positions.dtype).max).amin(-1, keepdim=True)
     start = torch.div(first, chunk_size, rounding_mode="floor") * chunk_size
@@ -360,7 +360,8 @@ def _chunk_scores(
 
 
 def _scaled(query: torch.Tensor, activation: str, divisor: torch.Tensor | int | None) -> torch.Tensor:
-    """Queries times the scale of their scores, in float32 or better; `divisor` is a number or (G or 1, R or 1), free for softmax."""
+    """Queries times the scale of their scores, in float32 or better; `divisor` is a number or (G or 1, R or 1);
+    softmax ignores it."""
     states = query.to(torch.promote_types(query.dtype, torch.float32))
     if activation == "softmax":
         return states * query.shape[-1] ** -0.5
@@ -454,7 +455,7 @@ def _check_self(query, key, value, activation, bias, chunk_size, key_mask, posit
     _check(query, key, value, activation, key_mask)
     if query.shape[1] > key.shape[1] or (not cached and query.shape[1] != key.shape[1]):
         raise ValueError(
-            f"`key` has {key.shape[1]} tokens for {query.shape[1]} of `query`: they must be as many"
+            f"`key` has {key.shape[1]} tokens but `query` has {query.shape[1]}; `key` must have as many"
             + (
                 ", or more (the cached ones)."
                 if cached

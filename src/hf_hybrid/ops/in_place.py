@@ -6,9 +6,10 @@ import torch
 
 
 def is_changeable(tensor: torch.Tensor) -> bool:
-    """Whether an operation may write into a tensor: not while a graph is traced, nor into an inference tensor outside inference mode.
+    """Whether an operation may write into a tensor: not while tracing, nor into inference tensors outside inference
+    mode.
 
-    Whether autograd still needs the old values is for the caller to know.
+    The caller must know whether autograd still needs the old values.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: a compiler cannot ask for inference mode
         return False

@@ -14,13 +14,15 @@ TOKENS_AHEAD = 256  # how far the effect of the past is computed at once while d
 
 
 class InputHistory:
-    """State of explicit filters: the last L inputs before an anchor, those since then, and what the former still cause.
+    """State of explicit filters: the last L inputs before an anchor, the inputs since then, and the outputs that the
+    former still cause.
 
     Attributes:
         inputs: (B, D, L + P), the first L + `filled` of them written, oldest first.
         length: L.
         filled: inputs since the anchor, at most P.
-        ahead: (B, F, D, P) outputs at the P tokens behind the anchor from the inputs before it, or None if not computed yet.
+        ahead: (B, F, D, P) outputs at the P tokens after the anchor due to the inputs before it; None: not computed
+            yet.
     """
 
     def __init__(self, inputs: torch.Tensor, length: int, filled: int = 0, ahead: torch.Tensor | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 
 
 class _Transposed(torch.autograd.Function):
-    """Contiguous transpose of a matrix, with a gradient that is one too."""
+    """Contiguous transpose of a matrix; its gradient is contiguous too."""
 
     @staticmethod
     def forward(matrix: torch.Tensor) -> torch.Tensor:

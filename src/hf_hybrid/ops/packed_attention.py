@@ -1,4 +1,5 @@
-"""Window attention over one stream that holds the tokens of many rows, one row behind the other: the engine of compaction.
+"""Window attention over one stream that holds the tokens of many rows, one row after the other: the engine of
+compaction.
 
 Query i of the stream sees the keys j of its own row with |i - j| <= window (causal: 0 <= i - j). Scores, weights and their
 derivatives exist for some blocks of queries at a time, each with the keys it can reach; they are computed again for the
@@ -114,7 +115,7 @@ def packed_attention_static(stream: Stream, dropout_p: float = 0.0) -> torch.Ten
 # operator
 # ---------------------------------------------------------------------------------------------------------------------
 
-# One opaque operator for torch.compile: it may look at the rows, so that it costs what the tokens cost that are there. Its
+# One opaque operator for torch.compile: it may read the rows, so that only tokens that are present cost time. Its
 # namespace is that of the module, so that a second copy of this file (remote code beside the installed package) does not clash.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -183,7 +184,7 @@ class _Blocks:
             self.places = query_positions.unsqueeze(-1), self._slots(self.positions).unsqueeze(-2)
 
     def _borders(self) -> list[bool]:
-        """Blocks with keys of several rows, or outside the stream: those that a start or the end of a row lies inside of."""
+        """Blocks with keys of several rows, or outside the stream: those inside which a row starts or ends."""
         flags = [False] * self.num_blocks
         for start in self.starts:
             first = max(0, (start - self.size - self.right) // self.size + 1)

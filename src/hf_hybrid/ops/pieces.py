@@ -1,4 +1,4 @@
-"""How much work a blocked operation takes on at a time."""
+"""How much work a blocked operation does at a time."""
 
 from __future__ import annotations
 

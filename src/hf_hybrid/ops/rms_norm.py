@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-ELEMENTS_AT_A_TIME = 1 << 18  # of the inputs; what is computed from them meanwhile stays in cache
+ELEMENTS_AT_A_TIME = 1 << 18  # of the inputs; intermediate results stay in cache
 
-# Of inputs without gradient; a decoding step has fewer, which torch has done before our form begins.
+# Of inputs without gradient; a decoding step has fewer, and torch is faster there.
 FEWEST_ELEMENTS = 1 << 14
 
 

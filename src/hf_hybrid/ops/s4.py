@@ -345,7 +345,7 @@ class DplrStep(NamedTuple):
 
 
 def dplr_step_constants(system: DplrSystem) -> DplrStep:
-    """What `dplr_step` needs, from the continuous system; cheap, but worth keeping between tokens."""
+    """The constants of `dplr_step`, from the continuous system; cheap, but worth keeping between tokens."""
     rate = (2 / system.dt).unsqueeze(-1)
     shifted_real, shifted_imag = rate - system.rates[..., 0], system.rates[..., 1]
     square = shifted_real.square() + shifted_imag.square()
@@ -486,7 +486,7 @@ def dplr_block_states(
         inputs: u, (B, H, K * W), K >= 1 blocks of W tokens, in the working precision.
         dense: `DenseSystem`; float64 keeps its powers exact.
         block_size: W.
-        entering: (B, H, M, 2), what a state from before adds to that after the first block, or None for nothing.
+        entering: (B, H, M, 2), contribution of the earlier state to that after the first block, or None.
         group_size: tokens per group, a divisor of W.
 
     Returns:

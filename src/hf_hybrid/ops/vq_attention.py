@@ -50,9 +50,9 @@ def vq_attention(
         codebook: (H, S, d); without gradient.
         window_bias: (H, w), entry i - j, if causal; else (H, 2 w - 1), entry i - j + w - 1.
         chunk_size: C >= w - 1 tokens.
-        causal: tokens see those before them only.
+        causal: a token sees itself and earlier tokens only.
         key_mask: (B, L) bool, True at real tokens, or None.
-        memory: what is known of the text before these tokens (causal only); it gets no gradient.
+        memory: memory of the text before these tokens (causal only); it gets no gradient.
         far_key_gradient: False stops the gradient of far keys, as arXiv 2309.16354 does; the outputs are the same.
 
     Returns:
@@ -100,7 +100,7 @@ def vq_attention_reference(
     key_mask: torch.Tensor | None = None,
     far_key_gradient: bool = True,
 ) -> torch.Tensor:
-    """`vq_attention` by the definition, with all L x L scores (and as many keys for the gradient rule)."""
+    """`vq_attention` by its definition, with all L x L scores (and L x L keys for the gradient rule)."""
     length = query.shape[2]
     window = window_bias.shape[-1] if causal else (window_bias.shape[-1] + 1) // 2
     places = torch.arange(length, device=query.device)
@@ -193,7 +193,7 @@ def _composed_attention(
 
 
 def _put_window_in_front(mask, codes, values, memory: CodeMemory, chunk_size: int):
-    """The last tokens of the text before take the end of the empty chunk in front."""
+    """Puts the last tokens of the earlier text at the end of the empty chunk in front."""
     kept = memory.window_codes.shape[-1]
     gap = chunk_size - kept
     mask = torch.cat([mask[:, :gap], memory.window_mask, mask[:, chunk_size:]], dim=1)
@@ -204,7 +204,7 @@ def _put_window_in_front(mask, codes, values, memory: CodeMemory, chunk_size: in
 
 
 def _step(query, value, codes, codebook, window_bias, key_mask, memory: CodeMemory) -> torch.Tensor:
-    """One token after others: its scores with all codewords give those of the window and its own by their codes."""
+    """One token that continues a text: its scores with all codewords contain those of the window and its own."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(dtype) @ codebook.to(dtype).mT  # (B, H, 1, S)
     hiding = torch.finfo(dtype).min / 2

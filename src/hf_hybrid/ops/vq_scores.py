@@ -1,7 +1,7 @@
 """Attention over quantised keys on CPU: the engine of `vq_attention`.
 
-All scores of a few chunks at a time are made, used and dropped while they are in cache: those of the codewords, which stand for
-the far keys, beside those of the near keys. The backward pass computes them again.
+The scores of a few chunks at a time are computed, used and dropped while they are in cache: scores of the codewords,
+which stand for the far keys, beside those of the near keys. The backward pass computes them again.
 
 Shapes: R rows (batch and heads), T chunks of C queries, K chunks of keys: an empty one (or the window of a memory) in front, and
 an empty one behind when attention is bidirectional; S codewords, d width of keys, e width of values, span: near keys of a chunk.
@@ -72,7 +72,7 @@ class _Part(NamedTuple):
 
 
 class _Far(NamedTuple):
-    """What the far tokens of every chunk amount to, for some rows: counts (R, T, S), and means of values (R, T, S, e)."""
+    """Summary of the far tokens of every chunk, for some rows: counts (R, T, S), and means of values (R, T, S, e)."""
 
     counts: torch.Tensor
     means: torch.Tensor
@@ -336,6 +336,6 @@ _attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def vq_scores_attention(query, key, value, codes, codebook, window_bias, key_mask, memory, *settings):
-    """As `vq_attention`, with one more way to write the same arguments."""
+    """As `vq_attention`; `settings` are `chunk_size`, `causal` and `far_key_gradient`."""
     parts = (None,) * 5 if memory is None else tuple(memory)
     return _attention(query, key, value, window_bias, codes, codebook, key_mask, *parts, *settings)

@@ -52,7 +52,7 @@ def filtered_block_ends(
     features: torch.Tensor,
     ends: range,
 ) -> torch.Tensor:
-    """Outputs of all filters at a few places only, without the filters.
+    """Outputs of all filters at a few places, without computing the filters.
 
     The windows that end there are multiplied by their decay and projected onto the features, one product for all channels and
     filters; so (F, D, L) tensors and transforms are never made.

@@ -1,7 +1,7 @@
 """Working memory: the last active tokens of every row in a ring of constant size, and attention that continues from it.
 
-A text read in pieces gives what it gives in one pass (`compaction.compacted_attention`, causal). Shape letters: B rows, T new tokens,
-C active ones among them, W slots, Z width of queries and keys, E width of values.
+A text read in pieces gives the same outputs as in one pass (`compaction.compacted_attention`, causal). Shape letters:
+B rows, T new tokens, C active ones among them, W slots, Z width of queries and keys, E width of values.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def empty_memory(batch: int, slots: int, key: torch.Tensor, value: torch.Tensor)
 
 
 def enlarge_memory(memory: WorkingMemory, slots: int) -> WorkingMemory:
-    """A memory that was never full, with more slots."""
+    """A memory that has never been full, with more slots."""
     more = slots - memory.keys.shape[1]
     keys, values = (F.pad(states, (0, 0, 0, more)) for states in (memory.keys, memory.values))
     return WorkingMemory(keys, values, F.pad(memory.positions, (0, more)), memory.counts)
@@ -61,7 +61,7 @@ def write_memory(
     """The memory after some new tokens, of which only the active ones are written.
 
     Args:
-        memory: what the rows remembered before.
+        memory: memory of the rows before.
         keys, values: (C, Z) and (C, E) of the active tokens.
         tokens: what they stand for; their ranks and positions count from the first new token.
         first_position: position of the first new token.
@@ -86,7 +86,7 @@ def write_memory(
 def write_token(
     memory: WorkingMemory, key: torch.Tensor, value: torch.Tensor, active: torch.Tensor, position: int
 ) -> WorkingMemory:
-    """`write_memory` of one new token of every row: (B, 1, Z), (B, 1, E), `active` (B, 1); in place where nothing forbids it."""
+    """`write_memory` of one new token of every row: (B, 1, Z), (B, 1, E), `active` (B, 1); in place if possible."""
     place = torch.remainder(memory.counts, memory.keys.shape[1]).unsqueeze(-1)
     in_place = not torch.is_grad_enabled() and is_changeable(memory.keys)
 
@@ -119,7 +119,7 @@ def memory_attention(
     Args:
         query, key, value: (B, T, Z), (B, T, Z) and (B, T, E) of the new tokens, active or not.
         active: (B, T) bool.
-        memory: what the rows remember; with W >= `window` slots, or all active tokens without one.
+        memory: memory of the rows, with W >= `window` slots, or all active tokens without one.
         first_position: position of the first new token.
         activation, window, rank_bias, position_bias: as in `compacted_attention`.
 
@@ -208,7 +208,7 @@ def continued_attention(
         is_static=tokens.is_static,
     )
     outputs = compacted_attention(
-        join(torch.zeros_like(memory.keys), query),  # of the memory only keys and values are of interest
+        join(torch.zeros_like(memory.keys), query),  # the memory has no queries: only its keys and values matter
         join(memory.keys, key),
         join(memory.values, value),
         stream,

@@ -12,16 +12,17 @@ from ..cache import StateLayer, zeroed
 
 
 class BlockStateLayer(StateLayer):
-    """State of one layer of block-state attention, of constant size: rings of the last tokens, and what their context needs.
+    """State of one layer of block-state attention, of constant size: rings of the last tokens, and the state of their
+    context.
 
     Attributes:
-        keys, values: (B, n, W, e) rings, that of position p in slot p mod W; None before the first call.
-        context_keys, context_values: (B, n, W, e) rings of context states, or (B, n, S, e) those of the current block; None in
-            layers without context.
+        keys, values: (B, n, W, e) rings, position p in slot p mod W; None before the first call.
+        context_keys, context_values: (B, n, W, e) rings of context states, or (B, n, S, e) states of the current
+            block; None in layers without context.
         state: state of the filters, a tensor or an `InputHistory`; None in layers without context.
         positions: (B,) real tokens of each row so far; None while all rows have had `cumulative_length`.
         was_reset: some rows have begun a new text since the last call.
-        layout: with `block_size` and `ssm_type`.
+        layout: settings, with `block_size` and `ssm_type`.
     """
 
     description = "block-state attention"

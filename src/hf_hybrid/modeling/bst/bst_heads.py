@@ -16,18 +16,18 @@ from .modeling_bst import BstModel, BstPreTrainedModel
 
 
 class BstHead(GenericHead, BstPreTrainedModel):
-    """What the heads of BST have in common."""
+    """Common part of the heads of BST."""
 
     stack_class = BstModel
 
 
 class BstForCausalLM(GenericForCausalLM, BstHead, StateGenerationMixin):
-    """Language model; the head is the embedding matrix, or one of its own (`tie_word_embeddings=False`)."""
+    """Language model; the head is the embedding matrix, or a matrix of its own (`tie_word_embeddings=False`)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def build_stack(self) -> nn.Module:
-        # The dropout is the stack's, so that whoever computes the logits from its output has it too.
+        # The dropout belongs to the stack, so that logits computed from its output elsewhere have it too.
         return BstModel(self.config, final_dropout=self.config.final_dropout)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 Rings = tuple[torch.Tensor, torch.Tensor]
 Filters = Callable[
     ..., Any
-]  # calls the filters of a layer; the module itself is no argument, as offload hooks would move it
+]  # calls the filters of a layer; the module itself is not an argument: offload hooks would move it
 
 
 class Step(NamedTuple):
@@ -90,7 +90,7 @@ class _HeadScores(nn.Module):
 
     @property
     def scale(self) -> float | None:
-        """Factor of the scores; with normalised queries it is in them already."""
+        """Factor of the scores; normalised queries contain it already."""
         return None if self.qk_scale is None else 1.0
 
     @property
@@ -117,7 +117,8 @@ class _HeadScores(nn.Module):
 class BstAttention(_HeadScores):
     """Attention to the tokens of the window or block, with the relative position bias of T5 inside the scale.
 
-    The output projection `o_proj` reads this attention, and in layers with context states that to them behind it.
+    The output projection `o_proj` reads this attention, followed in layers with context states by the attention to
+    them.
     """
 
     def __init__(self, config: BstConfig, *, has_context: bool) -> None:
@@ -181,8 +182,8 @@ def _rings_after(rings: Rings | None, new: Rings, size: int, passage: Passage) -
 class ProjectedRMSNorm(RMSNorm):
     """RMS norm, followed by a projection of each head's own vectors.
 
-    The weight of the norm goes into the projection, and what the norm divides by behind the product, so that no second tensor
-    of the size of the input is made.
+    The weight of the norm is folded into the projection and its divisor is applied to the product, so that no second
+    tensor of the size of the input is made.
     """
 
     def forward(self, outputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -193,10 +194,17 @@ class ProjectedRMSNorm(RMSNorm):
 
 
 class BstContext(_HeadScores):
-    """Attention to context states, the outputs of the filters of the layer.
+    """Attention to context states, the outputs of the filters of the layer (arXiv 2306.09539).
 
-    "sh", "mh": to the outputs at the tokens of the own block so far, of one filter or of one filter per head.
-    "mf": to the outputs of S filters at the end of the block before, or to learned states in the first block.
+    With u the normed input, t a token, b its block, f a filter and K_f its kernel:
+
+        (1) q_t = Q u_t, normalised with `qk_norm`
+        (2) Y_t,f = sum_k K_f,k u_{t-k} + D_f u_t
+        (3) "sh", "mh": context state j is norm(Y_j,f) at token j, with one filter f, or with one for each head
+            "mf": context state s is norm(Y_{b W - 1, s}) + ids_s, at the end of the previous block; in the first
+            block, norm(initial_s) + ids_s
+        (4) k = K c and v = V c for each context state c, k normalised with `qk_norm`
+        (5) o_t = attention(q_t, k, v): "sh", "mh": to the states j <= t of block b; "mf": to all S states
     """
 
     def __init__(self, config: BstConfig) -> None:
@@ -212,20 +220,20 @@ class BstContext(_HeadScores):
         self, states: torch.Tensor, filters: Filters, passage: Passage, cache_layer: BlockStateLayer | None
     ) -> torch.Tensor:
         """(B, T, D) -> (B, n, T, e), before the output projection; `filters` calls those of the layer."""
-        query = self.queries(states)
+        query = self.queries(states)  # (1)
         if passage.step is not None:
             read = self._step_multi_filter if self.variant == "mf" else self._step
             return read(query, states, filters, passage.step, cache_layer)
         if self.variant == "mf":
             return self._read_multi_filter(query, states, filters, passage, cache_layer)
-        outputs, state = filters(
+        outputs, state = filters(  # (2)
             states, None if cache_layer is None else cache_layer.state, cache_layer is not None, passage.counts
         )
-        new = self._keys_and_values(outputs.to(states.dtype), cache_layer)
+        new = self._keys_and_values(outputs.to(states.dtype), cache_layer)  # (3), (4)
         rings = None
         if cache_layer is not None and cache_layer.context_keys is not None:
             rings = (cache_layer.context_keys, cache_layer.context_values)
-        read = segment_attention(
+        read = segment_attention(  # (5)
             query,
             *new,
             block_size=self.block_size,
@@ -257,7 +265,7 @@ class BstContext(_HeadScores):
         return self.normalize_keys(key), value
 
     def _head_weights(self, outputs: torch.Tensor) -> torch.Tensor:
-        """(n, 2 e, D): what every head projects its own vectors with; the matrices are what the layers make of the unit vectors."""
+        """(n, 2 e, D) key and value matrices of every head, read as the outputs of the layers for unit vectors."""
         unit = torch.eye(outputs.shape[2], dtype=outputs.dtype, device=outputs.device)
         heads = (linear(unit).T.unflatten(0, (self.num_heads, -1)) for linear in (self.k_proj, self.v_proj))
         return torch.cat(list(heads), dim=1)
@@ -271,8 +279,8 @@ class BstContext(_HeadScores):
         cache_layer: BlockStateLayer,
     ) -> torch.Tensor:
         cache_layer.state = filters(states, cache_layer.state, token="advance", valid=step.valid)
-        outputs = filters(states, cache_layer.state, token="read").unsqueeze(-1)  # (B, F, D, 1)
-        key, value = self._keys_and_values(outputs.to(states.dtype), cache_layer)
+        outputs = filters(states, cache_layer.state, token="read").unsqueeze(-1)  # (2), (B, F, D, 1)
+        key, value = self._keys_and_values(outputs.to(states.dtype), cache_layer)  # (3), (4)
         cache_layer.context_keys = write_slots(cache_layer.context_keys, key, step.slot, step.valid)
         cache_layer.context_values = write_slots(cache_layer.context_values, value, step.slot, step.valid)
         return step_attention(
@@ -283,7 +291,7 @@ class BstContext(_HeadScores):
 
     def _contexts(self, outputs: torch.Tensor) -> Rings:
         """Outputs of the filters (B, K, S, D) -> keys and values (B, n, K, S, e)."""
-        context = self.norm(outputs) + self.ids.to(outputs.dtype)
+        context = self.norm(outputs) + self.ids.to(outputs.dtype)  # (3), then (4)
         heads = (self.num_heads, self.head_dim)
         key, value = (linear(context).unflatten(-1, heads).movedim(3, 1) for linear in (self.k_proj, self.v_proj))
         return self.normalize_keys(key), value
@@ -318,7 +326,7 @@ class BstContext(_HeadScores):
     ) -> torch.Tensor:
         size, length = self.block_size, states.shape[1]
         contexts = self._first_context(states, passage, cache_layer)
-        outputs, state = filters(
+        outputs, state = filters(  # (2), at the ends of blocks
             states,
             None if cache_layer is None else cache_layer.state,
             cache_layer is not None,
@@ -327,11 +335,11 @@ class BstContext(_HeadScores):
             passage.start,
         )
         if outputs.shape[1]:
-            later = self._contexts(outputs.to(states.dtype))
+            later = self._contexts(outputs.to(states.dtype))  # (3), (4)
             contexts = [torch.cat(pair, dim=2) for pair in zip(contexts, later)]
         if self.training and torch.is_grad_enabled():
             contexts = [part + (0 * outputs.sum()).to(part.dtype) for part in contexts]
-        read = context_attention(
+        read = context_attention(  # (5)
             query,
             *contexts,
             block_size=size,
@@ -361,7 +369,7 @@ class BstContext(_HeadScores):
             cache_layer.context_keys, cache_layer.context_values = (
                 torch.where(begins, first.squeeze(2), kept) for first, kept in pairs
             )
-        read = F.scaled_dot_product_attention(
+        read = F.scaled_dot_product_attention(  # (5)
             query, cache_layer.context_keys, cache_layer.context_values, scale=self.scale
         )
         is_end = step.is_block_end
@@ -369,7 +377,7 @@ class BstContext(_HeadScores):
             is_end = is_end if bool(is_end.any()) else False
         if is_end is False:
             return read
-        outputs = filters(states, cache_layer.state, token="read", is_block_end=True).unsqueeze(1)  # (B, 1, S, D)
+        outputs = filters(states, cache_layer.state, token="read", is_block_end=True).unsqueeze(1)  # (2), (B, 1, S, D)
         new = [part.squeeze(2) for part in self._contexts(outputs.to(states.dtype))]
         if isinstance(is_end, torch.Tensor):
             ends = is_end.view(-1, 1, 1, 1)

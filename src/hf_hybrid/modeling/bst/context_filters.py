@@ -41,7 +41,7 @@ from ...ops.input_history import InputHistory
 from ...ops.s4 import DenseSystem, dplr_advance, dplr_block_states, dplr_dense, dplr_step
 from ...ops.windowed_filter import filtered_block_ends, lag_features, windowed_filters
 
-_GROUP = 32  # tokens per group where a final state is all that is wanted
+_GROUP = 32  # tokens per group where only a final state is wanted
 
 
 def _shifted(inputs: torch.Tensor, shift: torch.Tensor, columns: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _block_aligned(inputs: torch.Tensor, start: Start, block_size: int) -> tuple
 
 
 class ContextFilters(nn.Module):
-    """What the three kinds have in common: everything that reads their tensors runs inside a call.
+    """Common part of the three kinds; everything that reads their tensors runs inside a call of the module.
 
     A kind defines `_run`, `_advance` and `_read_token`.
     """
@@ -88,10 +88,11 @@ class ContextFilters(nn.Module):
             initial_state: state after the tokens of earlier calls, or None at the start.
             return_state: also return the state after the last real token.
             counts: (B,) real tokens of each row; None: all.
-            block_size: W, for outputs at the ends of blocks only: those of all blocks that may end in this call.
+            block_size: W, for outputs at the ends of blocks only, namely of all blocks that may end in this call.
             start: tokens of earlier calls, of all rows or (B,); needed with `block_size` only.
-            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
-            token: "advance" or "read", for a single token: see the methods of that name, and there `valid` and `is_block_end`.
+            kept: results kept from earlier calls of the same generation, reused and extended; None keeps nothing.
+            token: "advance" or "read", for a single token: see the methods of these names, also for `valid` and
+                `is_block_end`.
 
         Returns:
             (B, F, D, T) or (B, K, F, D), in float32 or better; and the state, or None.
@@ -360,7 +361,8 @@ class DplrFilters(ContextFilters, StateSpaceLayer):
 
 
 class _FilterProjection(KeepsFullPrecision):
-    """Holds `weight` (F D, E) and `bias` (F D,), row f D + j: no linear map of activations, so no `nn.Linear`."""
+    """Holds `weight` (F D, E) and `bias` (F D,), row f D + j: not a linear map of activations, so not an
+    `nn.Linear`."""
 
     def __init__(self, rows: int, size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -383,7 +385,7 @@ class ExplicitFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
         num_filters: F.
         length: L, in tokens, at least 2.
         feature_size: E, even.
-        base: of the geometric frequencies.
+        base: base of the geometric frequencies.
     """
 
     alpha: torch.Tensor
@@ -495,7 +497,7 @@ class ExplicitFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
     def _advance(
         self, hidden_states: torch.Tensor, state: InputHistory | None, valid: torch.Tensor | None
     ) -> InputHistory:
-        """The given history is changed in place where nothing needs it."""
+        """The given history is changed in place where nothing else needs it."""
         inputs = hidden_states.transpose(1, 2).to(self.D.dtype)  # (B, D, 1)
         if state is None:
             state = InputHistory.of(inputs.new_zeros(*inputs.shape[:2], self.length))
@@ -511,8 +513,8 @@ class ExplicitFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
     def _read_token(self, hidden_states: torch.Tensor, state: InputHistory, is_block_end: bool) -> torch.Tensor:
         """Outputs at one token.
 
-        At the end of a block the filters are not made; else the effect of the inputs before the anchor is computed for P tokens
-        at once, by one FFT, and only the inputs since then are summed for each.
+        At the end of a block the filters are not computed; otherwise the effect of the inputs before the anchor is
+        computed for P tokens at once, by one FFT, and only the inputs since then are summed for each.
         """
         direct = self.D * hidden_states.to(self.D.dtype)  # (B, F, D)
         if is_block_end or state.filled == 0:

@@ -34,7 +34,7 @@ from .bst_cache import BlockStateLayer
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 
-# What must agree between the model that made a cache and the one that continues it.
+# Settings that must agree between the model that made a cache and the one that continues it.
 _LAYOUT = (
     "hidden_size",
     "num_attention_heads",
@@ -174,8 +174,8 @@ class BstModel(BstPreTrainedModel):
 
 
 def _new_padding(mask: torch.Tensor | None, length: int, *, is_kept: bool) -> torch.Tensor | None:
-    """The mask of the new tokens, or None where it changes nothing: without padding, or with padding at the end only whose
-    state is not kept."""
+    """The mask of the new tokens, or None where it changes nothing: without padding, or with trailing padding alone
+    and no state to keep."""
     if mask is None:
         return None
     mask = mask[:, -length:]

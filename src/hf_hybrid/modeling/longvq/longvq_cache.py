@@ -17,8 +17,8 @@ class CodeMemoryLayer(StateLayer):
     Attributes:
         state: state of the moving average or state space, batch first; None before the first call.
         memory: `CodeMemory`, whose fields are attributes of this layer too; None before the first call.
-        layout: with `window_size`.
-        codebook_version: of the codebook that the codes belong to; None for a state that was put together from tensors.
+        layout: settings, with `window_size`.
+        codebook_version: version of the codebook that the codes belong to; None for a state built from tensors.
     """
 
     description = "attention over quantised keys"
@@ -56,12 +56,12 @@ class CodeMemoryLayer(StateLayer):
 
 
 def check_codebooks(cache: Any, versions: Sequence[Any]) -> None:
-    """Raises ValueError for a cache of other codebooks than those of `versions`, one for each layer."""
+    """Raises ValueError for a cache made with other codebooks than those of `versions`, one for each layer."""
     for layer, version in zip(cache.layers, versions):
         if layer.get_seq_length() == 0:
             layer.codebook_version = version
         elif layer.codebook_version not in (None, version):
             raise ValueError(
-                "`past_key_values` was made with other codebooks than the model has now: its codes have lost their meaning. "
+                "`past_key_values` was made with other codebooks than the model has now: its codes are not valid. "
                 "Leave `past_key_values` unset and read the text again after training steps, loading or moving the model."
             )

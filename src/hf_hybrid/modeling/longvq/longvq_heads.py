@@ -2,9 +2,9 @@
 
 Every layer is gated attention whose queries, keys and gates are computed from a moving average (or state space) of its input. Its
 keys are replaced by the nearest of a few codewords, so that softmax attention over the whole text takes linear time, and
-decoding a memory of constant size. A learned bias tells the distances of the last tokens apart.
+decoding needs a memory of constant size. A learned bias tells the distances of the last tokens apart.
 
-The codebooks follow the keys by themselves: see `layers.quantizer`. How well they serve is part of every output: see
+The codebooks follow the keys by themselves: see `quantizer`. How well they fit the keys is part of every output: see
 `Quantization`. No code of the authors is public; this is an independent implementation.
 
 The stack is in `modeling_longvq`, its layers in `longvq_layers`, its outputs in `longvq_outputs`.
@@ -44,7 +44,7 @@ from .modeling_longvq import LongVQModel, LongVQPreTrainedModel
 
 
 class LongVQHead(GenericHead, LongVQPreTrainedModel):
-    """What the heads of LongVQ have in common: the stack, and the commitment loss."""
+    """Common part of the heads of LongVQ: the stack, and the commitment loss."""
 
     stack_class = LongVQModel
     dropout_field = "head_dropout"
@@ -52,7 +52,7 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
     auxiliary_weight_field = "commitment_loss_weight"
 
     def run_stack(self, has_labels: bool, **inputs: Any) -> LongVQModelOutput:
-        """Output of the stack; with labels, how well the codebooks serve is part of it."""
+        """Output of the stack; with labels it holds the statistics of the quantisation."""
         if has_labels:
             inputs.setdefault("output_quantization", True)
         return self.model(**inputs)
@@ -66,9 +66,10 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
     ) -> torch.Tensor | None:
         """The loss plus, in training, the weighted commitment loss.
 
-        A loss that is divided by the items of all micro-batches and processes is a part of the whole. So is then the commitment
-        loss, by the share of the labels that are in this micro-batch: its weight is the same however a batch is divided. (A
-        share of tokens would not do where few have labels, as in masked language modelling.)
+        A loss that is divided by the items of all micro-batches and processes is one part of the total. The commitment
+        loss is then multiplied by the share of the labels in this micro-batch, so that its weight does not depend on
+        how a batch is divided. (A share of tokens would be wrong where few have labels, as in masked language
+        modelling.)
         """
         weight = self.config.commitment_loss_weight
         if loss is None or not self.training or weight == 0:

@@ -57,9 +57,17 @@ class LongVQEma(KeepsFullPrecision, MultiDimensionalDampedEma):
 class LongVQMixer(nn.Module):
     """Gated attention over quantised keys, whose queries, keys and gates are computed from a state space.
 
-    With x the input, f the activation, n = norm(x), M = SSM(n) and v = f(V n): [u | z | r | c] = W M, q = silu(z) * gamma_0 + beta_0 and
-    k = silu(z) * gamma_1 + beta_1, both normalised in each head, h = f(c + H (attention(q, k^, v) * silu(r))), and the output
-    is x + sigmoid(u) * (h - x).
+    With x the input, n = norm(x), f the activation and d the width of a head:
+
+        (1) v = f(V n)
+        (2) M = SSM(n)
+        (3) [u | z | r | c] = W M
+        (4) q = silu(z) * gamma_0 + beta_0,   k = silu(z) * gamma_1 + beta_1,
+            both divided by their root mean square in each head (`qk_norm`), and q by sqrt(d)
+        (5) k^ = the codeword nearest to k (arXiv 2404.11163, Eqs. 5 and 6)
+        (6) o = attention(q, k^, v), with the bias of the window
+        (7) h = f(c + H (o * silu(r)))
+        (8) y = x + sigmoid(u) * (h - x)
     """
 
     def __init__(self, config: LongVQConfig) -> None:
@@ -174,17 +182,17 @@ class LongVQMixer(nn.Module):
         """
         residual = hidden_states
         normed = self.norm(hidden_states)
-        value = self.v_proj(normed)
-        memory_states = self.dropout(self._run_ssm(normed, mask, cache_layer))
-        gate, shared, reset, candidate = self.mx_proj(memory_states).split(self.split_sizes, dim=-1)
-        query, key = self.queries_and_keys(F.silu(shared))
-        quantized = self.quantizer(key, mask, slot)
-        value = self._heads(self.activation_dropout(value, function=self.activation))
-        attended = self._attend(query, key, value, quantized, mask, cache_layer)
+        value = self.v_proj(normed)  # (1), without f
+        memory_states = self.dropout(self._run_ssm(normed, mask, cache_layer))  # (2): M
+        gate, shared, reset, candidate = self.mx_proj(memory_states).split(self.split_sizes, dim=-1)  # (3): u, z, r, c
+        query, key = self.queries_and_keys(F.silu(shared))  # (4)
+        quantized = self.quantizer(key, mask, slot)  # (5)
+        value = self._heads(self.activation_dropout(value, function=self.activation))  # (1): f
+        attended = self._attend(query, key, value, quantized, mask, cache_layer)  # (6)
         attended = attended.transpose(1, 2).flatten(2)
-        attended = self.h_proj(recomputed(_reset, attended, reset))
+        attended = self.h_proj(recomputed(_reset, attended, reset))  # (7): H (o * silu(r)), then h
         candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
-        output = recomputed(_interpolate, residual, candidate, gate)
+        output = recomputed(_interpolate, residual, candidate, gate)  # (8)
         return output, quantized.commitment, quantized.perplexity
 
 

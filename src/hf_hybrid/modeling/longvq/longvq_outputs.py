@@ -1,4 +1,4 @@
-"""Outputs of LongVQ models: those of Transformers, and how well the codebooks serve."""
+"""Outputs of LongVQ models: those of Transformers, and how well the codebooks fit the keys."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from transformers.modeling_outputs import (
 
 @dataclass
 class Quantization:
-    """What every LongVQ output holds besides, in training, with labels, or when asked for by `output_quantization=True`.
+    """Further fields of every LongVQ output, set in training, with labels, or with `output_quantization=True`.
 
     Args:
-        commitment_loss: mean square distance of a coordinate of a key from its codeword, mean of the layers; without its
-            weight. Small is not healthy by itself: keys that have all become the same have none.
+        commitment_loss: mean square distance of a coordinate of a key from its codeword, averaged over the layers;
+            unweighted. A small value alone is not a sign of health: keys that have all become equal have none.
         codebook_perplexity: (num_hidden_layers, num_attention_heads) perplexity of the codes of this input: 1 when a single
-            codeword is used, `codebook_size` when all are used alike.
+            codeword is used, `codebook_size` when all are used equally.
     """
 
     commitment_loss: torch.FloatTensor | None = None

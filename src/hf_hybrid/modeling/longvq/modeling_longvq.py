@@ -59,22 +59,22 @@ class LongVQPreTrainedModel(FreezableModel, PreTrainedModel):
         return [layer.mixer.quantizer for layer in self.base_model.layers]
 
     def apply_codebook_updates(self) -> None:
-        """Changes the codebooks by what the last training step told; the next one does so by itself.
+        """Applies the pending codebook update of the last training step; the next training step does so by itself.
 
-        In a distributed run all processes have to call it.
+        In a distributed run all processes must call it.
         """
         update_quantizers(self._quantizers())
 
     def codebook_stats(self) -> list[dict[str, Any]]:
         """Health of the codebooks of each layer; see `VectorQuantizer.report`.
 
-        Watch the perplexity. A small commitment loss or relative error is no sign of health: keys that have all become the
-        same are quantised without error.
+        Watch the perplexity. A small commitment loss or relative error is not a sign of health: keys that have all
+        become equal are quantised without error.
         """
         return [quantizer.report() for quantizer in self._quantizers()]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; what the last training step told enters the codebooks first, in a run of one process."""
+        """As in Transformers; in a run of one process, the pending codebook update is applied first."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             self.apply_codebook_updates()
         return super().save_pretrained(*args, **kwargs)
@@ -84,8 +84,9 @@ class LongVQModel(LongVQPreTrainedModel):
     """The bare stack.
 
     A causal one keeps a cache of constant size: per layer the state of the moving average, (B, D, N) (or of the state space,
-    (B, D, N / 2, 2)); codes (B, H, w - 1), values (B, H, w - 1, E / H) and mask (B, w - 1) of the last tokens; numbers (B, H, S)
-    and mean values (B, H, S, E / H) of all earlier ones by code. It belongs to the codebooks it was made with.
+    (B, D, N / 2, 2)); codes (B, H, w - 1), values (B, H, w - 1, E / H) and mask (B, w - 1) of the last tokens; counts
+    (B, H, S) and mean values (B, H, S, E / H) of all earlier ones by code. It belongs to the codebooks it was made
+    with.
     """
 
     _can_record_outputs = {"hidden_states": OutputRecorder(LongVQLayer, index=0)}
@@ -149,7 +150,7 @@ class LongVQModel(LongVQPreTrainedModel):
         output_quantization: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongVQModelOutput:
-        """Runs over a text, or over its next tokens. In training it first applies what the last step told of the codebooks.
+        """Runs over a text, or over its next tokens. In training it first applies the pending codebook update.
 
         Args:
             input_ids: (B, L), L >= 1, with or without a cache; or `inputs_embeds` (B, L, D).
@@ -166,7 +167,7 @@ class LongVQModel(LongVQPreTrainedModel):
         """
         config = self.config
         note_missing_attentions(self, kwargs)
-        slot: int = kwargs.pop("codebook_slot", 0)  # type: ignore[typeddict-item] # of a later text of the same step
+        slot: int = kwargs.pop("codebook_slot", 0)  # type: ignore[typeddict-item] # number of the text in the step
         if slot == 0 and self.training and torch.is_grad_enabled() and not config.freeze_codebook:
             self.apply_codebook_updates()
         past_key_values = cache_of_call(self, past_key_values, use_cache, is_causal=config.is_decoder)

@@ -1,9 +1,9 @@
 """Vector quantisation of keys with codebooks that follow them (arXiv 2404.11163, Eqs. 5 and 6; arXiv 1711.00937).
 
-The forward pass never changes a codebook: it stores what the batch tells, and `update_quantizers` applies it before the next
-training step. Recomputation under gradient checkpointing stores the same once more, and several graphs may await their backward
-pass. Between processes one sum makes all codebooks alike; what is stored is no buffer, as DistributedDataParallel overwrites
-buffers with those of the first process.
+The forward pass never changes a codebook: it stores the statistics of the batch, and `update_quantizers` applies them
+before the next training step. Recomputation under gradient checkpointing stores the same statistics again, and several
+graphs may await their backward pass. One sum over processes keeps all codebooks equal; the statistics are not buffers,
+because DistributedDataParallel overwrites buffers with those of the first process.
 
 Shapes: B batch, H heads, L tokens, S codewords, d width of keys, R candidates.
 """
@@ -63,11 +63,13 @@ class VectorQuantizer(KeepsFullPrecision):
         num_heads: H.
         codebook_size: S.
         width: d.
-        decay: of the moving averages.
-        decay_warmup: average over all batches at first.
-        init: "data": codewords start at keys of the first batch; "kmeans": and are clustered; "random".
-        init_iterations: of "kmeans".
-        dead_code_threshold: share of the uniform count below which a codeword is put where keys are served badly; 0 for never.
+        decay: decay rate of the moving averages.
+        decay_warmup: start as means over all batches.
+        init: "data" (codewords start at keys of the first batch), "kmeans" (at centres of clusters of them) or
+            "random".
+        init_iterations: iterations of "kmeans".
+        dead_code_threshold: share of the uniform count below which a codeword is moved to a badly quantised key; 0:
+            never.
         frozen: the codebook never changes.
 
     Raises:
@@ -116,7 +118,8 @@ class VectorQuantizer(KeepsFullPrecision):
     def initialize(self, init: ModuleType | type) -> None:
         """Writes initial values through `init.copy_`: codewords with a mean square of 1, each with a count of 1.
 
-        The codewords are random but always the same, like any buffer: processes begin alike whatever their seeds.
+        The codewords are random but always the same, like any buffer: all processes begin with the same whatever their
+        seeds.
         """
         generator = torch.Generator(device="cpu").manual_seed(0)
         words = torch.randn(self.codebook.shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -137,12 +140,12 @@ class VectorQuantizer(KeepsFullPrecision):
     # ------------------------------------------------------------------------------------------------------ forward
 
     def forward(self, keys: torch.Tensor, mask: torch.Tensor | None = None, slot: int = 0) -> Quantized:
-        """Quantises keys; in training with gradients it also stores what the batch tells, for the next update.
+        """Quantises keys; in training with gradients it also stores the statistics of the batch, for the next update.
 
         Args:
             keys: (B, H, L, d).
             mask: (B, L) bool, True at real tokens, or None.
-            slot: number of the call within a step. What is stored replaces what the slot held.
+            slot: number of the call within a step. The statistics replace those that the slot held.
         """
         words = self.codebook.to(torch.promote_types(keys.dtype, self.codebook.dtype))
         if torch.is_grad_enabled() and words is self.codebook:
@@ -172,7 +175,7 @@ class VectorQuantizer(KeepsFullPrecision):
         counts: torch.Tensor,
         slot: int,
     ) -> None:
-        """Keeps the statistics of a batch. They are drawn without gradients too: recomputation must draw alike."""
+        """Keeps the statistics of a batch. They are drawn without gradients too: recomputation must draw the same."""
         number = min(self.codebook_size, MOST_CANDIDATES)
         if not self.has_started():
             number = self.codebook_size * (_KMEANS_POOL if self.init == "kmeans" else 1)
@@ -194,7 +197,7 @@ class VectorQuantizer(KeepsFullPrecision):
             self._pending[slot] = statistics
 
     def has_started(self) -> bool:
-        """Whether the codebook was updated before; compiled graphs may say no where it is so."""
+        """Whether the codebook was updated before; compiled graphs may answer no although it was."""
         if not self._has_started and not torch.compiler.is_compiling():
             self._has_started = not self.num_updates.is_meta and bool(self.num_updates > 0)
         return bool(self._has_started)
@@ -202,14 +205,14 @@ class VectorQuantizer(KeepsFullPrecision):
     # ------------------------------------------------------------------------------------------------------- updates
 
     def take_pending(self) -> CodeStatistics | None:
-        """What the last step told, all its slots together; the layer forgets it."""
+        """Removes and returns the statistics of the last step, all slots together."""
         parts = [self._pending[slot] for slot in sorted(self._pending)]
         self._pending = {}
         if not parts:
             return None
         if len(parts) == 1:
             return parts[0]
-        candidates = torch.stack([part.candidates for part in parts], dim=2).flatten(1, 2)  # by turns
+        candidates = torch.stack([part.candidates for part in parts], dim=2).flatten(1, 2)  # interleaved
         is_key = torch.stack([part.is_key for part in parts], dim=1).flatten()
         kept = parts[0].candidates.shape[1]
         counts, sums = sum(part.count for part in parts), sum(part.sums for part in parts)
@@ -217,7 +220,8 @@ class VectorQuantizer(KeepsFullPrecision):
 
     @torch.no_grad()
     def update(self, statistics: CodeStatistics) -> None:
-        """Changes the codebook by the statistics of a step, summed over processes. Without a single key nothing changes."""
+        """Updates the codebook with the statistics of a step, summed over processes. Without any key nothing
+        changes."""
         old = Codebook(self.codebook, self.ema_count, self.ema_sum, self.num_updates)
         statistics = CodeStatistics(*(part.to(self.codebook) for part in statistics))
         new, revived = average_codebook(
@@ -245,7 +249,7 @@ class VectorQuantizer(KeepsFullPrecision):
 
         Returns:
             `perplexity` of each head and `relative_error` (mean square error of the keys over their mean square) of the last
-            forward pass, None before it; `active_fraction` of the codewords that are above the threshold of revival; and
+            forward pass, None before it; `active_fraction` of the codewords above the threshold of revival; and
             `revived` codewords since the last report.
         """
         share = self.ema_count.mean(-1, keepdim=True)
@@ -273,7 +277,7 @@ def _num_processes() -> int:
 
 @torch.no_grad()
 def update_quantizers(quantizers: Sequence[VectorQuantizer]) -> None:
-    """Applies what the last training step stored in some layers; in a distributed run all processes have to call it.
+    """Applies what the last training step stored in some layers; in a distributed run all processes must call it.
 
     All statistics of all layers travel in one sum over processes; each process has its own places among the candidates.
     """
@@ -305,7 +309,7 @@ def _sum_over_processes(statistics: list[CodeStatistics]) -> list[CodeStatistics
 
 
 class _PlainInit:
-    """The initialiser `initialize` needs, without any regard to loaded values."""
+    """The initialiser that `initialize` needs; loaded values are overwritten."""
 
     @staticmethod
     def copy_(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Diagonal state space model with its residual and activation, in the place of a moving average (arXiv 2206.11893).
+"""Diagonal state space model with its residual and activation, in place of a moving average (arXiv 2206.11893).
 
 Every feature drives N / 2 complex modes with rates w = -exp(log_A_real) + i A_imag, discretised by zero-order hold:
 
@@ -71,7 +71,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
 
     @torch.no_grad()
     def initialize(self, init: ModuleType | type) -> None:
-        """Writes initial values; give `transformers.initialization` to leave tensors alone that came from a checkpoint."""
+        """Writes initial values; with `transformers.initialization`, loaded tensors stay as they are."""
         init.uniform_(self.log_dt, math.log(1e-3), math.log(1e-1))
         init.copy_(self.log_A_real, torch.full_like(self.log_A_real, math.log(0.5)))
         frequencies = math.pi * torch.arange(self.state_size // 2)
@@ -116,7 +116,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
             mask: (B, L), nonzero at tokens, zero at padding; None = no padding.
             initial_state: state after the previous piece, or None at the start.
             return_state: also return the state after the last token. Every split of a sequence gives the same result.
-            kept: results of earlier calls of the same generation, to be used and added to; None keeps nothing.
+            kept: results kept from earlier calls of the same generation, reused and extended; None keeps nothing.
 
         Returns:
             Outputs (B, L, D) in the dtype of the input; and the state, or None.
@@ -161,7 +161,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
 
 
 class _PlainInit:
-    """The initialisers `initialize` needs, without any regard to loaded values."""
+    """The initialisers that `initialize` needs; loaded values are overwritten."""
 
     normal_ = staticmethod(nn.init.normal_)
     uniform_ = staticmethod(nn.init.uniform_)

@@ -11,11 +11,11 @@ class GatedAttentionLayer(TokenLayer):
     """State of one layer of gated attention over a moving average.
 
     Attributes:
-        keys: (B, P, Z) of the last P tokens; all of them, or with chunks the C - 1 last ones.
+        keys: (B, P, Z) of the last P tokens; all of them, or with chunks the last C - 1.
         values: (B, P, E) of the same tokens.
         state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
         cross_keys, cross_values: (B, S, Z) and (B, S, D) of the encoder states, or None.
-        layout: with `chunk_size`.
+        layout: settings, with `chunk_size`.
     """
 
     description = "gated attention"

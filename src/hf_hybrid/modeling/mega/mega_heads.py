@@ -46,7 +46,7 @@ from .modeling_mega import MegaModel, MegaPreTrainedModel
 
 
 class MegaHead(GenericHead, MegaPreTrainedModel):
-    """What the heads on one stack have in common. Those that read text name `token_type_ids` besides."""
+    """Common part of the heads on one stack. Those that read text also take `token_type_ids`."""
 
     dropout_field = "head_dropout"
     pooling_field = "pooling_type"
@@ -79,12 +79,12 @@ class MegaEncoderHead(MegaHead):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers. Of an encoder-decoder the encoder is loaded."""
+        """As in Transformers; from a checkpoint of an encoder-decoder, the encoder is loaded."""
         if kwargs.get("key_mapping") is not None:
             return super().from_pretrained(*args, **kwargs)
         loaded = super().from_pretrained(*args, key_mapping={r"^encoder\.": "mega."}, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._weight_conversions = None  # else the model would be saved under the names of the encoder-decoder
+        model._weight_conversions = None  # otherwise the model would be saved under the names of the encoder-decoder
         return loaded
 
 

@@ -141,8 +141,8 @@ class MegaRelativeBias(KeepsResults):
     ) -> torch.Tensor:
         """Biases of all offsets inside a piece of at least `length` tokens: (2 m - 1,), entry m - 1 + (j - i), m >= length.
 
-        With `offsets` j - i, of any shape, those of these offsets; outside the table they take its ends. `kept` has what earlier
-        calls of the same generation computed.
+        With `offsets` j - i, of any shape, the biases of these offsets; offsets outside the table take its ends.
+        `kept` holds what earlier calls of the same generation computed.
         """
         self.check_length(length)
         if offsets is not None:
@@ -158,9 +158,17 @@ class MegaRelativeBias(KeepsResults):
 class MegaAttention(nn.Module):
     """Single-head attention whose queries, keys and gates are computed from a moving average of the input.
 
-    With x the input, n = norm(x) (pre-norm) and e = silu(EMA(n) + omega * n): [u | z, r | c] = W e,
-    q = z * gamma_0 + beta_0, k = z * gamma_1 + beta_1, v = f(V n), h = f(c + H (attention(q, k, v) * r)), and the output is
-    x + sigmoid(u) * (h - x), with silu on z and r (Eqs. 5 to 16 of arXiv 2209.10655).
+    With x the input, n = norm(x) (pre-norm; else n = x) and f the activation (arXiv 2209.10655, section 3.2):
+
+        (1) v = f(V n)
+        (2) e = silu(EMA(n) + omega * n)
+        (3) [u | z | r | c] = W e
+        (4) q = silu(z) * gamma_0 + beta_0,   k = silu(z) * gamma_1 + beta_1
+        (5) o = attention(q, k, v), inside chunks if there are any
+        (6) h = f(c + H (o * silu(r)))
+        (7) y = x + sigmoid(u) * (h - x)   (post-norm: norm(y))
+
+    In the symbols of the paper, e is X', silu(z) is Z, silu(r) the reset gate gamma, sigmoid(u) the update gate phi.
     """
 
     def __init__(self, config: MegaConfig) -> None:
@@ -240,7 +248,7 @@ class MegaAttention(nn.Module):
             return output, gated_attention_weights(query, key, causal=self.is_causal, **settings)
         wide = torch.promote_types(query.dtype, torch.float32)
         units = torch.eye(visible, dtype=wide, device=query.device).expand(len(query), -1, -1)
-        # What the new tokens read of unit vectors: (B, 1, L, keys).
+        # Attention to unit vectors as values gives the weights: (B, 1, L, keys).
         return output, cached_gated_attention(query.to(wide), key.to(wide), units, **settings).unsqueeze(1)
 
     def forward(
@@ -262,17 +270,17 @@ class MegaAttention(nn.Module):
         """
         residual = hidden_states
         normed = self.norm(hidden_states) if self.norm_first else hidden_states
-        value = self.hidden_dropout(self.v_proj(normed), function=self.activation)
+        value = self.hidden_dropout(self.v_proj(normed), function=self.activation)  # (1)
         token_mask = None if mask is None else mask[:, -hidden_states.shape[1] :]
-        average = self.dropout(self._average(normed, token_mask, cache_layer))
-        gate, shared, reset, candidate = self.mx_proj(average).split(self.split_sizes, dim=-1)
-        shared = F.silu(shared)
+        average = self.dropout(self._average(normed, token_mask, cache_layer))  # (2): e
+        gate, shared, reset, candidate = self.mx_proj(average).split(self.split_sizes, dim=-1)  # (3): u, z, r, c
+        shared = F.silu(shared)  # (4), to the key
         query = (shared * self.qk_weight[0] + self.qk_bias[0]).to(value.dtype)
         key = (shared * self.qk_weight[1] + self.qk_bias[1]).to(value.dtype)
-        attended, weights = self._attend(query, key, value, mask, positions, cache_layer, output_attentions)
-        attended = self.h_proj(recomputed(_reset, attended, reset))
+        attended, weights = self._attend(query, key, value, mask, positions, cache_layer, output_attentions)  # (5)
+        attended = self.h_proj(recomputed(_reset, attended, reset))  # (6): H (o * silu(r)), then h
         candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
-        output = recomputed(_interpolate, residual, candidate, gate)
+        output = recomputed(_interpolate, residual, candidate, gate)  # (7)
         return output if self.norm_first else self.norm(output), weights
 
 

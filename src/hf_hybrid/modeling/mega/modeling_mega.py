@@ -307,8 +307,8 @@ class MegaModel(MegaPreTrainedModel):
             return
         if length > chunk and length % chunk:
             raise ValueError(
-                f"The input has {length} tokens, no multiple of `chunk_size` = {chunk}: pad it, or set `auto_pad_to_chunk=True`, "
-                "which lets the last chunk be shorter."
+                f"The input has {length} tokens, not a multiple of `chunk_size` = {chunk}: pad it, or set "
+                "`auto_pad_to_chunk=True`, which lets the last chunk be shorter."
             )
 
 

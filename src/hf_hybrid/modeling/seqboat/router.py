@@ -31,8 +31,9 @@ class ActivationRouter(nn.Module):
     """Two logits per token, u = W h + b; a token is active where u_1 > u_0 + act_bias.
 
     The gate of an active token is its probability sigmoid((u_1 - u_0 - act_bias) / tau), with a learned temperature tau. There is no
-    noise and no straight-through estimator: training and inference decide alike, and the gradient reaches the logits of
-    active tokens only. A layer in which nothing is active therefore cannot wake up by its router; see `dead_layer_penalty`.
+    noise and no straight-through estimator: training and inference decide the same, and the gradient reaches the
+    logits of active tokens only. A layer in which nothing is active therefore cannot wake up by its router; see
+    `dead_layer_penalty`.
 
     The decision compares the logits, in float32 or better whatever the precision of the model: rounded probabilities are
     equal near 1/2, where every new router is.
@@ -40,7 +41,7 @@ class ActivationRouter(nn.Module):
     Args:
         hidden_size: D.
         init_temp_scale: c; the temperature starts at c * sqrt(D).
-        act_bias: added to the skip logit; positive values reduce activation.
+        act_bias: bias added to the skip logit; positive values reduce activation.
     """
 
     def __init__(self, hidden_size: int, *, init_temp_scale: float = 1.0, act_bias: float = 0.0) -> None:
@@ -53,7 +54,7 @@ class ActivationRouter(nn.Module):
 
     @torch.no_grad()
     def initialize(self, init: ModuleType, std: float = 0.02) -> None:
-        """Writes initial values; give `transformers.initialization` to leave tensors alone that came from a checkpoint."""
+        """Writes initial values; with `transformers.initialization`, loaded tensors stay as they are."""
         init.trunc_normal_(self.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
         init.zeros_(self.bias)
         init.constant_(self.log_temperature, math.log(self.init_temp_scale * math.sqrt(self.hidden_size)))
@@ -81,7 +82,7 @@ class ActivationRouter(nn.Module):
     def dead_layer_penalty(
         self, routing: Routing, mask: torch.Tensor | None = None, minimum_rate: float = 0.02
     ) -> torch.Tensor:
-        """Pulls tokens over the threshold while fewer than `minimum_rate` of them are active, and vanishes then.
+        """Pulls tokens over the threshold while fewer than `minimum_rate` of them are active, and vanishes otherwise.
 
             max(0, 1 - rate / minimum_rate) * mean softplus(u_0 + act_bias - u_1)
 

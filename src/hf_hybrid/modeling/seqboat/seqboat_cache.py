@@ -15,7 +15,7 @@ class WorkingMemoryLayer(StateLayer):
         state: state of the moving average, a tensor or a tuple of tensors, batch first; None before the first call.
         memory: the last active tokens of every row (`WorkingMemory`), or None before the first call; its fields are attributes
             of this layer too.
-        layout: with `window_size`.
+        layout: settings, with `window_size`.
     """
 
     description = "sparsely activated attention"

@@ -46,7 +46,7 @@ from .seqboat_outputs import (
 
 
 class SeqBoatHead(GenericHead, SeqBoatPreTrainedModel):
-    """What the heads of SeqBoat have in common: the stack, and the dead layer penalty. Each takes `output_activations`."""
+    """Common part of the heads of SeqBoat: the stack, and the dead layer penalty. Each takes `output_activations`."""
 
     stack_class = SeqBoatModel
     dropout_field = "head_dropout"
@@ -93,7 +93,7 @@ class SeqBoatForCausalLM(GenericForCausalLM, SeqBoatLanguageModel, StateGenerati
         Args:
             output_activations: with `return_dict_in_generate=True`, return `active` and `gate_probs` too: for each forward pass a
                 tuple of one tensor (rows, new tokens) per layer, the first pass being the prompt. The rows are those that the
-                pass computed: with beams, those of the beams of that time. Default `config.output_activations`.
+                pass computed: with beams, those of the beams at that time. Default `config.output_activations`.
 
         Raises:
             ValueError: `output_activations=True` without `return_dict_in_generate=True`.
@@ -132,7 +132,7 @@ class SeqBoatForCausalLM(GenericForCausalLM, SeqBoatLanguageModel, StateGenerati
         output_activations: bool | None = None,
         **kwargs: Unpack[CausalLMKwargs],
     ) -> SeqBoatCausalLMOutput:
-        """Scores or continues a text; see `GenericForCausalLM.forward`. `generate` takes arguments that are named here."""
+        """Scores or continues a text; see `GenericForCausalLM.forward`. `generate` takes what is named here."""
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         inputs |= {"logits_to_keep": logits_to_keep, "num_items_in_batch": num_items_in_batch}

@@ -104,8 +104,8 @@ class SeqBoatPositionBias(nn.Module):
     Args:
         kind: "distance" (2 M - 1 entries, distance 0 in the middle), "rank" (6 w - 1 entries, of which 2 w + 1 are used: the
             published table) or "t5" (32 buckets).
-        causal: only keys before the query are seen.
-        positions: M, for "distance".
+        causal: keys after the query are hidden.
+        positions: number M of distances, for "distance".
         window: active tokens that a query sees besides itself, for "rank".
     """
 
@@ -130,10 +130,14 @@ class SeqBoatPositionBias(nn.Module):
 class SeqBoatUnit(nn.Module):
     """Moving average, router, and a gated attention unit that only active tokens run.
 
-    With x the input, n = norm(x) (pre-norm), f the activation: h = f(EMA(n)), a router decides from h which tokens are active
-    and with what gate g, and the output is f(x + S h + g * o), where o is zero for inactive tokens and for active ones
-    [s, r, v] = f(W h), q = s * gamma_0 + beta_0, k = s * gamma_1 + beta_1, o = H (attention(q, k, v) * r): attention among
-    the active tokens of the row, inside a window of w of them.
+    With x the input, n = norm(x) (pre-norm; else n = x) and f the activation (arXiv 2306.11197, section 3):
+
+        (1) h = f(EMA(n) + omega * n)
+        (2) active tokens and their gates g = router(h); g = 0 for all others
+        (3) [s | r | v] = f(W h), for active tokens only, as (4) and (5)
+        (4) q = s * gamma_0 + beta_0,   k = s * gamma_1 + beta_1
+        (5) o = H (attention(q, k, v) * r), among the active tokens of the row, inside a window of w of them
+        (6) y = f(x + S h + g * o)   (post-norm: norm(y))
     """
 
     def __init__(self, config: SeqBoatConfig) -> None:
@@ -208,8 +212,8 @@ class SeqBoatUnit(nn.Module):
         self, inner: torch.Tensor, rotary: torch.Tensor | None, tokens: ActiveTokens | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Query, key, value and output gate of (C, D), or of (B, L, D) without `tokens`."""
-        shared, reset, value = self.activation(self.in_proj(inner)).split(self.split_sizes, dim=-1)
-        query = shared * self.qk_weight[0] + self.qk_bias[0]
+        shared, reset, value = self.activation(self.in_proj(inner)).split(self.split_sizes, dim=-1)  # (3): s, r, v
+        query = shared * self.qk_weight[0] + self.qk_bias[0]  # (4)
         key = shared * self.qk_weight[1] + self.qk_bias[1]
         if rotary is not None:
             rotary = rotary if tokens is None else rotary[tokens.positions]
@@ -249,6 +253,7 @@ class SeqBoatUnit(nn.Module):
             memory = self._room(memory, shape, tokens.counts, key, value)
             cache_layer.memory = write_memory(memory, key, value, tokens, past)
         gate = routing.gate.flatten()[tokens.index].unsqueeze(-1)
+        # (5) times g
         return scatter_active(self.out_proj(attended * reset) * gate.to(value.dtype), tokens, shape)
 
     def _attend_few(
@@ -259,7 +264,7 @@ class SeqBoatUnit(nn.Module):
         past: int,
         cache_layer: WorkingMemoryLayer,
     ) -> torch.Tensor:
-        """As `_attend`, for a few tokens after others: shapes do not depend on what is active."""
+        """As `_attend`, for a few tokens that continue a text: shapes do not depend on which of them are active."""
         active = routing.active
         if inner.device.type == "cpu" and not torch.compiler.is_compiling() and not active.any():
             return torch.zeros_like(inner)  # the unit need not run at all
@@ -272,7 +277,7 @@ class SeqBoatUnit(nn.Module):
             tokens = active_tokens(active, active.numel() if _has_fixed_shapes(active) else None)
             new = gather_active(key, tokens), gather_active(value, tokens)
             cache_layer.memory = write_memory(memory, *new, tokens, past)
-        return self.out_proj(attended * reset) * routing.gate.unsqueeze(-1).to(inner.dtype)
+        return self.out_proj(attended * reset) * routing.gate.unsqueeze(-1).to(inner.dtype)  # (5) times g
 
     def _room(
         self,
@@ -308,7 +313,7 @@ class SeqBoatUnit(nn.Module):
             hidden_states: (B, L, D).
             mask: (B, L) bool, True at real tokens, or None.
             rotary: (L, Z / 2, 2) cosines and sines of the positions, or None.
-            past: tokens before these.
+            past: number of tokens before these.
             cache_layer: state to continue and to extend.
 
         Returns:
@@ -316,8 +321,8 @@ class SeqBoatUnit(nn.Module):
         """
         residual = hidden_states
         normed = self.norm(hidden_states) if self.norm_first else hidden_states
-        inner = self.dropout(self._average(normed, mask, cache_layer), function=self.activation)
-        routing = self._route(inner, mask)
+        inner = self.dropout(self._average(normed, mask, cache_layer), function=self.activation)  # (1): h
+        routing = self._route(inner, mask)  # (2)
         penalty = None
         if self.min_rate is not None and self.router is not None:
             penalty = self.router.dead_layer_penalty(routing, mask, self.min_rate)
@@ -328,8 +333,9 @@ class SeqBoatUnit(nn.Module):
             and inner.shape[1] <= FEW_TOKENS
             and not self.training
         )
+        # (3) to (5): g * o
         branch = (self._attend_few if is_few else self._attend)(inner, routing, rotary, past, cache_layer)
-        skip = self.skip_proj(inner)
+        skip = self.skip_proj(inner)  # (6), to the output
         mixed = self.dropout(skip + branch) if self.is_causal else skip + self.dropout(branch)
         output = self.activation(mixed + residual)
         return output if self.norm_first else self.norm(output), routing.gate, penalty

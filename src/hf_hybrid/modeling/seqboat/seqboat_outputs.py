@@ -19,13 +19,13 @@ from transformers.modeling_outputs import (
 
 @dataclass
 class Activations:
-    """What every SeqBoat output holds besides.
+    """Further fields of every SeqBoat output.
 
     Args:
         activation_rate: (B, num_hidden_layers) share of the real tokens of each row that were active in each layer.
         active: with `output_activations=True`, per layer (B, L) bool.
         gate_probs: with `output_activations=True`, per layer (B, L) factors of the attention unit, 0 where inactive.
-        auxiliary_loss: mean dead layer penalty of the layers, with `dead_layer_loss_weight`; without its weight.
+        auxiliary_loss: dead layer penalty, averaged over the layers and unweighted; set with `dead_layer_loss_weight`.
     """
 
     activation_rate: torch.FloatTensor | None = None

@@ -24,7 +24,8 @@ class LocalSelfAttention(nn.Module):
         attention_type: "window" or "chunk".
         is_causal: only the past and the token itself are visible.
         position_encoding: "bias" (T5 relative buckets, arXiv 1910.10683), "rotary" (arXiv 2104.09864) or "none".
-        has_bias_table: own table of relative biases; without one, `forward` takes the vector of another layer.
+        has_bias_table: the layer has a table of relative biases; without one, `forward` takes the vector of another
+            layer.
         num_buckets, max_distance: bucket parameters.
         rotary_base: base of the rotary frequencies.
         dropout: probability on the attention weights.
@@ -135,10 +136,10 @@ class LocalSelfAttention(nn.Module):
         Args:
             hidden_states: (B, L, D).
             key_mask: (B, keys) bool, True at real tokens, or None. `keys` is L, or with a cache at least the kept tokens plus L.
-            bias: relative bias vector that layers share; None for that of the own table.
+            bias: relative bias vector that layers share; None: the vector of its own table.
             positions: (1 or B, keys) int64 logical positions (real tokens counted from 0); needed for rotary positions, for
                 chunks with a cache, and for chunks of rows that are padded on the left.
-            cache_layer: to continue and to extend.
+            cache_layer: state to continue and to extend.
 
         Returns:
             (B, L, D).

@@ -319,8 +319,8 @@ class SpadeModel(SpadePreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """As in Transformers. With a configuration that says `architectures=["SpadeEncoderModel"]`, as `AutoModel` hands over
-        that of a checkpoint of the encoder alone, the encoder is opened."""
+        """As in Transformers. If the configuration has `architectures=["SpadeEncoderModel"]`, as `AutoModel` finds it
+        in a checkpoint of the encoder alone, the encoder is loaded."""
         if cls is SpadeModel and "SpadeEncoderModel" in (getattr(config, "architectures", None) or ()):
             return SpadeEncoderModel.from_pretrained(*args, config=config, **kwargs)
         return super().from_pretrained(*args, config=config, **kwargs)

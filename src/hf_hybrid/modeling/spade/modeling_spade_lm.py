@@ -66,7 +66,7 @@ class SpadeLMLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, L, D) to (B, L, D), and the bias that the next layer shares, as in T5: the first layer makes it of its table.
+        """(B, L, D) to (B, L, D), and the bias that the next layer shares, as in T5: the first layer computes it.
 
         The mask, bias, positions and cache are those of `SpadeMixer.forward`.
         """

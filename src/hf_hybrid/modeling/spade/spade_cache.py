@@ -22,7 +22,7 @@ class SlidingRecurrentLayer(TokenLayer):
     Attributes:
         keys, values: (B, n, P, d) of the last tokens: as many as a query sees besides its own, at least one.
         state: (B, D, N / 2, 2), or None in layers without recurrence.
-        layout: with `window_size`.
+        layout: settings, with `window_size`.
     """
 
     is_sliding = True

@@ -130,7 +130,8 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
 
 
 class SpadeEncoderHead(GenericHead, SpadePreTrainedModel):
-    """What the heads on the encoder have in common: the encoder under the name that checkpoints of all SPADE models share."""
+    """Common part of the heads on the encoder, which is held under the name that checkpoints of all SPADE models
+    share."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
     stack_class = SpadeEncoderModel

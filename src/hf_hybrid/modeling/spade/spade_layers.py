@@ -261,7 +261,7 @@ class SpadeEncoderLayer(GradientCheckpointingLayer):
         positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, L, D) to (B, L, D), and the bias that the next layer shares, as in T5: the first layer makes it of its table.
+        """(B, L, D) to (B, L, D), and the bias that the next layer shares, as in T5: the first layer computes it.
 
         The masks, bias and positions are those of `SpadeMixer.forward`.
         """

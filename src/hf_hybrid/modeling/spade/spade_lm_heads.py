@@ -12,7 +12,7 @@ from .modeling_spade_lm import SpadeLMModel, SpadeLMPreTrainedModel
 
 
 class SpadeLMHead(GenericHead, SpadeLMPreTrainedModel):
-    """What the heads of SPADE-LM have in common."""
+    """Common part of the heads of SPADE-LM."""
 
     stack_class = SpadeLMModel
 
