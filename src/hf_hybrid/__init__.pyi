@@ -31,8 +31,8 @@ from .modeling.bst.bst_heads import BstForQuestionAnswering as BstForQuestionAns
 from .modeling.bst.bst_heads import BstForSequenceClassification as BstForSequenceClassification
 from .modeling.bst.bst_heads import BstForTokenClassification as BstForTokenClassification
 from .modeling.bst.bst_heads import BstModel as BstModel
-from .modeling.cache import detach_cache as detach_cache
-from .modeling.cache import reset_rows as reset_rows
+from .modeling.call_cache import detach_cache as detach_cache
+from .modeling.call_cache import reset_rows as reset_rows
 from .modeling.decoding_step import DecodingStep as DecodingStep
 from .modeling.longvq.longvq_heads import LongVQForAudioClassification as LongVQForAudioClassification
 from .modeling.longvq.longvq_heads import LongVQForCausalLM as LongVQForCausalLM

@@ -19,7 +19,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "hub": ("push", "push_folder"),
     "metrics": ("bits_per_byte", "perplexity"),
     "model_card": ("ModelCard", "card_of_model", "write_model_card"),
-    "modeling.cache": ("detach_cache", "reset_rows"),
+    "modeling.call_cache": ("detach_cache", "reset_rows"),
     "modeling.decoding_step": ("DecodingStep",),
     "remote_code": ("export_remote_code", "verify_export"),
     "tokenization.byte_tokenizer": ("byte_tokenizer",),

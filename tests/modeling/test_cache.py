@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_hybrid.modeling.cache import StateCache, check_cache
+from hf_hybrid.modeling.cache import StateCache
+from hf_hybrid.modeling.call_cache import check_cache
 from hf_hybrid.modeling.mega.mega_cache import GatedAttentionLayer
 from hf_hybrid.modeling.spade.spade_cache import SlidingRecurrentLayer
 

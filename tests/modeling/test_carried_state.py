@@ -8,7 +8,8 @@ from factories import Case, all_variants, parametrize, random_ids
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_hybrid.modeling import cache as caches
-from hf_hybrid.modeling.cache import StateCache, detach_cache, reset_rows
+from hf_hybrid.modeling.cache import StateCache
+from hf_hybrid.modeling.call_cache import detach_cache, reset_rows
 
 CAUSAL = all_variants("AutoModelForCausalLM")
 SEQ2SEQ = all_variants("AutoModelForSeq2SeqLM")

@@ -1,8 +1,8 @@
-"""What a model keeps of a text between calls: the base of its cache layers, their container, and the functions of a stack.
+"""What a model keeps of a text between calls: the base of its cache layers, and their container.
 
-Each architecture has its own layer class, in a file beside its model. A stack takes the cache of a call from `cache_of_call`
-and counts the tokens at the end by `count_tokens`. A block takes the layer object of its own by `layer_state` and hands it to
-its modules, which read and set its attributes. Nothing else touches the cache classes of Transformers.
+Each architecture has its own layer class, in a file beside its model. Stacks use caches through `call_cache` alone; the
+modules of a block read and set the attributes of their layer object. Nothing else touches the cache classes of
+Transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..layers.kept_results import KeptResults
 
-SURPLUS_TOKENS = 4096  # past tokens that no row sees any more are dropped once there are so many
+SURPLUS_TOKENS = 4096  # past tokens that no row sees any more are dropped once there are this many
 
 
 class StateLayer(CacheLayerMixin):
@@ -24,7 +24,7 @@ class StateLayer(CacheLayerMixin):
     Attributes:
         state: state of the recurrence, a tensor or a tuple of tensors, batch first; None before the first call.
         begins: (B,) place at which the text of each row begins; None while it is 0.
-        kept: what the layer computed from its weights alone, for the steps of this generation.
+        kept: results computed from the weights alone, for the steps of this generation.
         layout: settings of the model that made the cache, which the model that continues it must share.
         cumulative_length: tokens so far, padding included.
     """
@@ -38,10 +38,10 @@ class StateLayer(CacheLayerMixin):
         "values",
         "begins",
     )  # attributes that hold tensors, or None, beside the state
-    token_axes: Mapping[str, int] = {}  # of those with a place for each kept token: the axis
-    source_axes: Mapping[str, int] = {}  # of those with a place for each token of an encoder: the axis
+    token_axes: Mapping[str, int] = {}  # token axis of those with a place for each kept token
+    source_axes: Mapping[str, int] = {}  # token axis of those with a place for each token of the encoder
     begins: torch.Tensor | None = None
-    masks_past = False  # whether what stood before `begins` has to be masked: it is still there
+    masks_past = False  # whether tokens before `begins` are still there and have to be masked
     training_obstacle: str | None = None  # why the state cannot be carried from one training step to the next
 
     def __init__(self, layout: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class StateLayer(CacheLayerMixin):
 
     @property
     def kept_tokens(self) -> int | None:
-        """Tokens that the state has a place for at most; None when it keeps all."""
+        """Largest number of tokens that the state keeps; None when it keeps all."""
         return None
 
     @property
@@ -71,7 +71,7 @@ class StateLayer(CacheLayerMixin):
         return next((tensor.shape[0] for tensor in held if tensor is not None), None)
 
     def check_rows(self, batch: int) -> None:
-        """Raises ValueError unless the call has the rows that made the state."""
+        """Raises ValueError unless the call has as many rows as the state."""
         if self.num_rows not in (None, batch):
             raise ValueError(
                 f"The input has {batch} rows but `past_key_values` holds {self.num_rows}: continue the batch that made the "
@@ -111,7 +111,7 @@ class StateLayer(CacheLayerMixin):
         self._map(torch.Tensor.detach)
 
     def reset_rows(self, rows: torch.Tensor) -> None:
-        """Begins a new text in the rows (B,) bool, as if all before had been padding; the others go on."""
+        """Begins a new text in the rows (B,) bool, as if everything before were padding; the others go on."""
         if self.num_rows is None:
             return
         source = {name: getattr(self, name) for name in self.source_axes}
@@ -122,13 +122,13 @@ class StateLayer(CacheLayerMixin):
             setattr(self, name, tensor)
 
     def drop_past(self, tokens: int) -> None:
-        """Forgets the first tokens, which no row sees any more, where they would pile up."""
+        """Drops the first tokens, which no row sees any more, if the layer keeps them."""
 
     def reset(self) -> None:
         self._clear()
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation on the batch to every tensor."""
+        """Applies an operation along the batch to every tensor."""
         for name in self.batch_tensors:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else change(tensor))
@@ -175,7 +175,9 @@ class StateLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            self._refuse("cropped", "a recurrent state has no way back; keep a copy (`copy.deepcopy`) to return to")
+            self._refuse(
+                "cropped", "a recurrent state cannot be rolled back; keep a copy (`copy.deepcopy`) to return to"
+            )
 
 
 def zeroed(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -250,14 +252,14 @@ class StateCache(Cache):
         return {name: tensor for name, tensor in named if tensor is not None}
 
     def fill(self, tensors: Mapping[str, torch.Tensor], past: int) -> None:
-        """Takes over what `tensors` of another cache gave, as if `past` tokens had been read."""
+        """Takes over the `tensors` of another cache, as if `past` tokens had been read."""
         for index, layer in enumerate(self.layers):
             prefix = f"{index}."
             layer.fill({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, past)
 
     @property
     def token_axes(self) -> dict[str, int]:
-        """Of the tensors with a place for each kept token, by the names of `tensors`: the axis."""
+        """Token axis of the tensors with a place for each kept token, by the names of `tensors`."""
         return {
             f"{index}.{name}": axis
             for index, layer in enumerate(self.layers)
@@ -266,7 +268,7 @@ class StateCache(Cache):
 
     @property
     def source_axes(self) -> dict[str, int]:
-        """Of the tensors of the source, which the first call makes and no later one changes: the axis of its tokens."""
+        """Token axis of the tensors of the source, which the first call makes and no later one changes."""
         return {
             f"{index}.{name}": axis
             for index, layer in enumerate(self.layers)
@@ -274,7 +276,7 @@ class StateCache(Cache):
         }
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """Every tensor and counter by name, in memory of its own, to be written to a file between two segments."""
+        """Every tensor and counter by name, copied, to be written to a file between two segments."""
         numbers = {
             f"{index}.{name}": torch.tensor(number)
             for index, layer in enumerate(self.layers)
@@ -284,86 +286,7 @@ class StateCache(Cache):
         return numbers | {name: tensor.detach().clone(memory_format=form) for name, tensor in self.tensors().items()}
 
     def load_saved(self, saved: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        """Takes over what `saved` gave, before the next segment."""
+        """Takes over the result of `saved`, before the next segment."""
         self.fill({name: tensor.to(device) for name, tensor in saved.items()}, 0)
         for index, layer in enumerate(self.layers):
             layer.restore({name: int(saved[f"{index}.{name}"]) for name in layer.counters()})
-
-
-# ------------------------------------------------------------------------------------------------- what a stack asks
-
-
-def cache_of_call(stack: Any, cache: Cache | None, use_cache: bool | None, *, is_causal: bool = True) -> Any:
-    """The cache that a call of a stack continues: the given one, or a new one where one is wanted.
-
-    Args:
-        stack: a model with `config`, `build_cache()` and `check_cache(cache)`.
-        cache: what the caller passed.
-        use_cache: what the caller passed; None for `config.use_cache` outside training.
-        is_causal: whether the stack sees the past only.
-
-    Raises:
-        ValueError: the stack sees the future, or the cache is not one of its own.
-    """
-    if cache is not None and not is_causal:
-        raise ValueError(
-            "`past_key_values` need a decoder: this model sees the future, so its states cannot be continued."
-        )
-    if use_cache is None:
-        use_cache = stack.config.use_cache and not stack.training
-    if cache is None and use_cache and is_causal:
-        cache = stack.build_cache()
-    if cache is not None:
-        stack.check_cache(cache)
-    return cache
-
-
-def check_cache(cache: Any, kind: type[StateLayer], num_layers: int, layout: Mapping[str, Any]) -> None:
-    """Raises ValueError for a cache of other layers than `kind`, or of a model with other settings than `layout`."""
-    layers = getattr(cache, "layers", [])
-    if len(layers) != num_layers or not all(isinstance(layer, kind) for layer in layers):
-        raise ValueError(
-            f"`past_key_values` ({type(cache).__name__} of {len(layers)} layers) cannot hold the state of this model, {num_layers} "
-            f"layers of {kind.description}: pass the cache of an earlier call, or leave `past_key_values` unset. (Prefix tuning of PEFT "
-            "passes a cache of learned keys and values, which has no such state: use LoRA, prompt tuning or P-tuning.)"
-        )
-    for name, value in layout.items():
-        found = layers[0].layout.get(name)
-        if found != value:
-            raise ValueError(
-                f"`past_key_values` was made by a model with `{name}` = {found}, but this one has {value}: pass the cache of an "
-                "earlier call of the same model, or leave `past_key_values` unset."
-            )
-
-
-def layer_state(cache: Cache | None, layer_idx: int) -> Any:
-    """The layer object of a block, or None without a cache."""
-    return None if cache is None else cache.layers[layer_idx]
-
-
-def count_tokens(cache: Cache | None, length: int, mask: torch.Tensor | None = None) -> None:
-    """Counts the tokens of a call, once they have passed all layers. Caches of Transformers count for themselves."""
-    if isinstance(cache, StateCache):
-        cache.count(length, mask)
-
-
-# ------------------------------------------------------------------------------------------- segments of a document
-
-
-def _own(cache: Any) -> Any:
-    if not hasattr(cache, "reset_rows"):
-        raise ValueError(
-            f"{type(cache).__name__} cannot be carried from segment to segment: pass a cache that `build_cache()` of the model "
-            "made."
-        )
-    return cache
-
-
-def detach_cache(cache: Cache) -> None:
-    """Cuts every state off the graph that made it, between two segments of a text in training."""
-    _own(cache).detach()
-
-
-def reset_rows(cache: Cache, rows: torch.Tensor) -> None:
-    """Begins a new text in the rows (B,) bool of a cache, between two segments; the encoder states of a decoder stay."""
-    _own(cache).reset_rows(rows)

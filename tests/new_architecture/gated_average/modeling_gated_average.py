@@ -13,7 +13,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_hybrid.layers.ema import MultiDimensionalDampedEma
-from hf_hybrid.modeling.cache import StateCache, StateLayer, cache_of_call, check_cache, count_tokens, layer_state
+from hf_hybrid.modeling.cache import StateCache, StateLayer
+from hf_hybrid.modeling.call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from hf_hybrid.modeling.inputs import check_inputs
 from hf_hybrid.modeling.packed_documents import separates_documents
 

@@ -34,7 +34,7 @@ from ...ops.block_state import (
     write_slots,
 )
 from ...ops.relative_position import window_buckets
-from ..cache import layer_state
+from ..call_cache import layer_state
 from ..inputs import can_read_values
 from .bst_cache import BlockStateLayer
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters

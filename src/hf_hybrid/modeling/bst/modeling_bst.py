@@ -27,7 +27,8 @@ from ...configuration.configuration_bst import BstConfig
 from ...layers.kept_results import FreezableModel
 from ...layers.norms import RMSNorm
 from ...ops.block_state import Start, ring_view, row_order
-from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
+from ..cache import StateCache
+from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, note_missing_attentions
 from ..packed_documents import separates_documents
 from .bst_cache import BlockStateLayer

@@ -24,7 +24,7 @@ from ...ops.autocast import without_autocast
 from ...ops.code_memory import empty_memory, remember
 from ...ops.recompute import recomputed
 from ...ops.vq_attention import vq_attention
-from ..cache import layer_state
+from ..call_cache import layer_state
 from .longvq_cache import CodeMemoryLayer
 from .quantizer import Quantized, VectorQuantizer
 from .s4d import ActivatedS4D

@@ -18,7 +18,8 @@ from ...configuration.configuration_longvq import LongVQConfig
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.kept_results import FreezableModel
 from ...layers.value_embedding import ValueEmbedding
-from ..cache import StateCache, cache_of_call, check_cache, count_tokens
+from ..cache import StateCache
+from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
 from .longvq_cache import CodeMemoryLayer, check_codebooks

@@ -36,7 +36,7 @@ from ...ops.gated_attention import (
 )
 from ...ops.recompute import recomputed
 from ...ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
-from ..cache import layer_state
+from ..call_cache import layer_state
 from .mega_cache import GatedAttentionLayer
 
 

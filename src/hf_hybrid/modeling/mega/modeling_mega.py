@@ -23,7 +23,8 @@ from ...layers.kept_results import FreezableModel
 from ...layers.norms import initialize_norm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.export_shapes import is_open
-from ..cache import StateCache, cache_of_call, check_cache, count_tokens
+from ..cache import StateCache
+from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import check_inputs, pool_tokens, read_inputs, simplify_mask
 from ..packed_documents import separates_documents
 from .mega_cache import GatedAttentionLayer

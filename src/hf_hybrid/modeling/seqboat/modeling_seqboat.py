@@ -21,7 +21,8 @@ from ...layers.kept_results import FreezableModel
 from ...layers.norms import initialize_norm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.compaction import rotary_table
-from ..cache import StateCache, cache_of_call, check_cache, count_tokens
+from ..cache import StateCache
+from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
 from .router import ActivationRouter

@@ -39,7 +39,7 @@ from ...ops.working_memory import (
     write_memory,
     write_token,
 )
-from ..cache import layer_state
+from ..call_cache import layer_state
 from .router import ActivationRouter, Routing
 from .seqboat_cache import WorkingMemoryLayer
 

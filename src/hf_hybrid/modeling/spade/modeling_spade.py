@@ -30,7 +30,8 @@ from ...configuration.configuration_spade import SpadeConfig
 from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
-from ..cache import StateCache, cache_of_call, count_tokens
+from ..cache import StateCache
+from ..call_cache import cache_of_call, count_tokens
 from ..inputs import check_inputs, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
 from .feed_forward import FeedForward

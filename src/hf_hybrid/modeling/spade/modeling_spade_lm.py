@@ -26,7 +26,8 @@ from ...layers.adaptive import AdaptiveEmbedding
 from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
-from ..cache import StateCache, cache_of_call, check_cache, count_tokens, layer_state
+from ..cache import StateCache
+from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
 from .feed_forward import FeedForward

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ..cache import StateCache, check_cache
+from ..cache import StateCache
+from ..call_cache import check_cache
 from ..token_cache import TokenLayer
 
 

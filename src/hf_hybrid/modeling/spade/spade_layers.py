@@ -18,7 +18,7 @@ from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ...ops.relative_position import apply_rotary, rotary_cos_sin
-from ..cache import layer_state
+from ..call_cache import layer_state
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
 from .spade_cache import SlidingRecurrentLayer, keep_source, kept_source
