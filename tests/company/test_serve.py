@@ -107,3 +107,23 @@ def test_chat_needs_a_template(server: tuple[Any, Path], folders: dict[str, Path
     while "tokenizer.chat_template is not set" not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.2)
+
+
+def test_the_command_that_chats(server: tuple[Any, Path], folders: dict[str, Path], tmp_path: Path) -> None:
+    client, _ = server
+    url = str(client.base_url).removesuffix("/v1/")
+    words = ["chat", str(folders[CAUSAL[0].model_type]), url, "max_new_tokens=4", "do_sample=False"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words],
+        input="w3 w4 w5\nn\n!exit\n",  # no, it is not to go on at its limit
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "0"},  # its client refuses every address when offline, the local one too
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = [{"role": "user", "content": "w3 w4 w5"}]
+    settings = {"model": words[1], "messages": messages, "max_tokens": 4, "temperature": 0}
+    expected = client.chat.completions.create(**settings).choices[0].message.content
+    assert expected.split() and all(word in done.stdout for word in expected.split())
