@@ -41,10 +41,10 @@ def kept_result(kept: KeptResults, owner: nn.Module, name: str, tensors: list[An
     """Result of `compute`, or the one that is kept, while the tensors are the same objects of the same version.
 
     Args:
-        kept: of a generation; not used in training, nor while gradients of the tensors are tracked.
-        owner, name: what the result is called.
-        tensors: what it depends on.
-        compute: makes it.
+        kept: results of a generation; not used in training, nor while gradients of the tensors are tracked.
+        owner, name: layer and name of the result.
+        tensors: tensors that the result depends on.
+        compute: function that computes the result.
     """
     key, place = _key_of(tensors, owner.training), (id(owner), name)
     if key is None:
@@ -160,7 +160,7 @@ class FreezableModel:
     def frozen(self) -> Any:
         """Context in which no weight of the model changes, so that kernels and discretised systems are computed once.
 
-        For many forward passes without a cache, as in evaluation. (Generation keeps what it needs in its cache by itself.)
+        For many forward passes without a cache, as in evaluation. (Generation keeps what it needs in its own cache.)
         Inside, weights must not be changed by any means: the results would still be those of the old weights.
 
             with model.frozen(), torch.no_grad():

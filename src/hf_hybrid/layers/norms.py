@@ -116,7 +116,7 @@ def sequence_norm(
     Args:
         kind: "layernorm", "scalenorm", "rmsnorm", "batchnorm" or "syncbatchnorm".
         size: D.
-        affine: with learned scale (and shift).
+        affine: whether there is a learned scale (and shift).
         eps: added to the variance or mean square.
         rms_norm_legacy: "rmsnorm" as in Transformers 4.x, which scales without normalising.
 

@@ -38,9 +38,10 @@ class GenericForAdaptiveCausalLM(GenericForCausalLM):
         return self.lm_head if self.config.adaptive_cutoffs is None else None
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As in PyTorch; under "embeddings.word_embeddings" PEFT looks for what embeds the text behind a learned prompt.
+        """As in PyTorch; under "embeddings.word_embeddings" PEFT looks for the embeddings of the text after a learned
+        prompt.
 
-        It finds the embeddings of other models by their table of all tokens, which there is not.
+        In other models it finds them by their table of all tokens, which adaptive embeddings lack.
         """
         if target == "embeddings.word_embeddings" and self.config.adaptive_cutoffs is not None:
             return self.base_model.get_input_embeddings()

@@ -32,7 +32,7 @@ class StateLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     supports_early_init = False
-    description = "a recurrent state"  # what the layers of the model compute, for messages
+    description = "a recurrent state"  # what the layers of the model hold, for messages
     batch_tensors: tuple[str, ...] = (
         "keys",
         "values",
@@ -149,7 +149,7 @@ class StateLayer(CacheLayerMixin):
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier versions of Transformers."""
+        """`get_max_length` under its name in earlier versions of Transformers."""
         return -1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -146,7 +146,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=bias)
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Makes no positions: mask and cache say where tokens stand; made up ones would restart at padding."""
+        """Makes no positions: mask and cache give those of the tokens; generated ones would restart at padding."""
 
     def predict(
         self,
@@ -155,7 +155,8 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits (B, kept, V) and the loss of (B, L, D) states; `labels` (B, L) stand at the position that predicts them."""
+        """Logits (B, kept, V) and the loss of (B, L, D) states; `labels` (B, L) are at the positions that predict
+        them."""
         logits = self.lm_head(self.scale_states(hidden_states[:, kept]))
         return logits, None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
 

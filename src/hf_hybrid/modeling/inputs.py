@@ -33,7 +33,7 @@ def check_inputs(
         vocab_size: ids must be smaller; checked on the CPU only, where it costs no synchronisation. None: not checked.
         hidden_size: width that `inputs_embeds` must have. None: not checked.
         cache: cache that the call continues, of `past` tokens.
-        allows_gaps: whether padding may stand behind real tokens in what the cache holds: it counts for nothing there.
+        allows_gaps: whether cached padding may follow real tokens, because it changes nothing there.
         prefix: prepended to the argument names in messages ("decoder_").
 
     Returns:
@@ -229,12 +229,12 @@ def note_missing_attentions(stack: Any, options: Any) -> None:
 
 
 def can_read_values(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor may be looked at: eagerly on the CPU, where it costs no synchronisation."""
+    """Whether the values of a tensor may be read: eagerly on the CPU, where it costs no synchronisation."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def _check_gaps(mask: torch.Tensor, past: int, name: str) -> None:
-    """Raises ValueError for padding behind a real token among the first `past` ones; nothing is looked at on accelerators."""
+    """Raises ValueError for padding after a real token among the first `past` ones; not checked on accelerators."""
     if can_read_values(mask) and past > 1 and bool((mask[:, : past - 1] & ~mask[:, 1:past]).any()):
         raise ValueError(
             f"`{name}` has padding behind real tokens of earlier calls: the state went on through it, so the cache of a text that was "

@@ -1,4 +1,4 @@
-"""Losses that a program computes by itself, from the outputs or the weights of a model.
+"""Losses that other programs compute from the outputs or the weights of a model.
 
 A trainer that smooths labels takes the logits; one that fuses the head with the loss (TRL) takes the states of the stack and the
 weights of the head. Any other term of the model's own loss is then lost, so this is refused where it can be detected.

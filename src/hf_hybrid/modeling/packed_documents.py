@@ -48,7 +48,7 @@ class PackedDocuments:
         source: (N, M) index into the B * L tokens, 0 beyond the end of a document.
         mask: (N, M) bool, real tokens of each document.
         target: (B, L) index into the N * M places; 0 where `dropped`.
-        dropped: (B, L) bool, tokens of documents that are padding altogether.
+        dropped: (B, L) bool, tokens of documents that consist of padding alone.
     """
 
     source: torch.Tensor

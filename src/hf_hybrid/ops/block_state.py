@@ -1,7 +1,7 @@
 """Attention inside the blocks of a text that arrives in pieces: rings of keys and values, and context states.
 
 A text is cut into blocks of W tokens. A token sees the tokens of its own block up to itself ("block"), or the last W
-tokens ("sliding window"); besides, it may see S context states that all tokens of its block share. Between two calls the
+tokens ("sliding window"); it may also see S context states that all tokens of its block share. Between two calls the
 keys and values of the last W tokens are kept in a ring: that of position p lies in slot p mod W.
 
 Positions count the real tokens of a row. In a call the real tokens of a row are its first ones (`compact_rows`), and
@@ -46,7 +46,7 @@ def row_order(mask: torch.Tensor) -> RowOrder:
 
 
 def compact_rows(states: torch.Tensor, order: RowOrder) -> torch.Tensor:
-    """(B, T, D) with the real tokens of every row in front, in their order, and zeros behind them."""
+    """(B, T, D) with the real tokens of every row first, in order, then zeros."""
     batch, length, width = states.shape
     moved = states.new_zeros(batch * (length + 1), width).index_copy(0, order.places, states.flatten(0, 1))
     return moved.view(batch, length + 1, width)[:, :length]

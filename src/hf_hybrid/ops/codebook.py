@@ -1,6 +1,6 @@
 """Codebooks of vector quantisation that follow the keys by moving averages (arXiv 1711.00937, appendix A.1).
 
-The codewords are not parameters: each is the mean of the keys that were assigned to it lately. Three rules keep them
+The codewords are not parameters: each is the mean of the keys that were recently assigned to it. Three rules keep them
 in use: they start at keys of the first batch, the first averages are short, and unused codewords are moved to badly
 quantised keys.
 

@@ -32,7 +32,7 @@ class ActiveTokens(NamedTuple):
 
     Attributes:
         index: (C,) place in the flattened batch, b * L + l.
-        rows: (C,) row b, rising; -1 for entries at the end that stand for no active token (static shapes only).
+        rows: (C,) row b, rising; -1 for entries at the end without an active token (static shapes only).
         ranks: (C,) active tokens before it in its row.
         positions: (C,) place l in its row.
         counts: (B,) active tokens of each row.
@@ -107,7 +107,7 @@ def compacted_attention(
         query: (C, Z), unscaled.
         key: (C, Z).
         value: (C, E).
-        tokens: what the entries stand for.
+        tokens: tokens of the entries.
         activation: "softmax", "laplace" or "relu2".
         window: w, in active tokens to each side; None for all active tokens of the row, in time C times their number.
         causal: keys after the query are hidden.
@@ -117,7 +117,7 @@ def compacted_attention(
         static: use the form made of ordinary operations, which holds all weights in memory at once.
 
     Returns:
-        (C, E) in the dtype of `value`; zeros for entries that stand for no token. Weights in float32 or better.
+        (C, E) in the dtype of `value`; zeros for entries without a token. Weights in float32 or better.
 
     Raises:
         ValueError: unknown activation, a window below 1, or shapes that do not fit together.

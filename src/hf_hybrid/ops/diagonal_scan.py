@@ -181,9 +181,9 @@ def diagonal_scan(
         inputs: (B, D, L), any floating dtype.
         system: see `DiagonalSystem`.
         initial_state: (B, D, N[, 2]) or None for zeros.
-        backward: system of a second kernel, over the future, with as many outputs; it starts at the next token, and sees
-            this sequence only.
-        feedthrough: (D,) or (S, D), weight of the current token in each output, besides that of the kernel.
+        backward: system of a second kernel, over the future, with the same number of outputs; it starts at the next
+            token, and sees this sequence only.
+        feedthrough: (D,) or (S, D), weight of the current token in each output, in addition to that of the kernel.
         group_size: C, default by length.
 
     Returns:

@@ -5,8 +5,8 @@ One system per channel d, with N independent modes:
     x_t = q * x_{t-1} + b * u_t,      y_t = sum_n Re(c_n x_{t,n}),      q = exp(log_decay)
 
 so the current token acts in the same step and the convolution kernel is K_t = Re sum_n c_n b_n q_n^t. A complex
-quantity is a pair of real tensors (no complex dtype: every form compiles, exports and stores as it is); an imaginary
-part of None means a real system. For complex-conjugate pairs store one member and put the factor 2 into c.
+quantity is a pair of real tensors (no complex dtype: every form compiles, exports and is stored unchanged); an
+imaginary part of None means a real system. For complex-conjugate pairs store one member and put the factor 2 into c.
 
 Shape letters: B batch, D channels, N modes, L tokens, G groups of C tokens (the two levels t = gC + j), S output
 channels that share one state. A state is (B, D, N), or (B, D, N, 2) for a complex system.
@@ -282,7 +282,7 @@ def system_kernel(system: DiagonalSystem, length: int) -> torch.Tensor:
 
 
 def pack_state(real: torch.Tensor, imag: torch.Tensor | None) -> torch.Tensor:
-    """Pair -> (..., 2); a real state stays as it is."""
+    """Pair -> (..., 2); a real state is returned unchanged."""
     return real if imag is None else torch.stack([real, imag], dim=-1)
 
 

@@ -45,7 +45,7 @@ def fast_fft_length(n: int) -> int:
 
 
 def _circular_convolution(inputs: torch.Tensor, kernel: torch.Tensor, n_fft: int) -> torch.Tensor:
-    """First outputs, as many as inputs, of the circular convolution of size `n_fft` of two zero-padded real signals."""
+    """Circular convolution of size `n_fft` of two zero-padded real signals, cut to the length of `inputs`."""
     if not torch.compiler.is_exporting():
         return _CircularConvolution.apply(inputs, kernel, n_fft)
     # For graph formats, which know the transform of real numbers, but not all of complex products and of inverse transforms.

@@ -455,7 +455,7 @@ def _check_self(query, key, value, activation, bias, chunk_size, key_mask, posit
     _check(query, key, value, activation, key_mask)
     if query.shape[1] > key.shape[1] or (not cached and query.shape[1] != key.shape[1]):
         raise ValueError(
-            f"`key` has {key.shape[1]} tokens but `query` has {query.shape[1]}; `key` must have as many"
+            f"`key` has {key.shape[1]} tokens but `query` has {query.shape[1]}; `key` must have as many tokens"
             + (
                 ", or more (the cached ones)."
                 if cached

@@ -40,7 +40,7 @@ class Stream(NamedTuple):
         value: (C, E).
         rank_bias: (2 window + 1,): entry window + j - i; or None.
         position_bias: (2R + 1,): entry R + p_j - p_i, the ends beyond; or None.
-        rows: (C,) row of each token, rising; entries of -1 at the end stand for no token.
+        rows: (C,) row of each token, rising; -1 for entries at the end without a token.
         positions: (C,) p; needed for `position_bias`.
         activation: "softmax", "laplace" or "relu2".
         window: reach in tokens of the row, to each side; None for the whole row.

@@ -74,9 +74,9 @@ def _gradients(
 def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
     """`function(*tensors)`, keeping only the inputs for the backward pass.
 
-    Worth it for cheap functions of tensors that are kept anyway: what lies between them takes no memory. On CPU the function is
-    called on some rows at a time. A compiler decides for itself what to keep and to fuse, so in compiled graphs the
-    function is called as it is.
+    Useful for cheap functions of tensors that are kept anyway: intermediate results take no memory. On CPU the
+    function is called on some rows at a time. A compiler decides for itself what to keep and to fuse, so in compiled
+    graphs the function is called unchanged.
 
     Args:
         function: pointwise and deterministic, of tensors alone; tensors it closes over get no gradient.

@@ -58,7 +58,7 @@ def relative_position_bucket(
     else:
         base = torch.zeros_like(relative_position)
         distance = (-relative_position).clamp(min=0)
-    # clamp: log(0) would be -inf and its conversion to an integer undefined; those entries take the exact branch
+    # log(0) would be -inf, with an undefined conversion to an integer; the clamped entries take the exact branch
     ratio = torch.log(distance.clamp(min=1).float() / num_exact) / math.log(max_distance / num_exact)
     logarithmic = num_exact + (ratio * (buckets_per_side - num_exact)).long()
     logarithmic = logarithmic.clamp(max=buckets_per_side - 1)
@@ -99,7 +99,7 @@ def window_buckets(
         radius: largest distance r inside the window, in tokens; 0 or more.
         causal: only offsets -r..0 (causal buckets) instead of -r..r (bidirectional buckets).
         num_buckets, max_distance: see `relative_position_bucket`.
-        device: of the result.
+        device: device of the result.
 
     Returns:
         (2r + 1,) int64, or (r + 1,) when causal.

@@ -371,7 +371,7 @@ def dplr_step(
     Args:
         inputs: u, (B, H).
         output: raw C, (S, H, M, 2).
-        constants: from `dplr_step_constants`.
+        constants: result of `dplr_step_constants`.
         state: (B, H, M, 2) or None for zeros.
 
     Returns:
@@ -446,7 +446,7 @@ def dplr_scan(
 
     Args:
         inputs: u, (B, H, L), in the precision of `blocks`.
-        blocks: from `dplr_blocks`.
+        blocks: result of `dplr_blocks`.
         initial_state: (B, H, M, 2) or None for zeros.
 
     Returns:

@@ -177,7 +177,7 @@ def _composed_attention(
     hiding = torch.finfo(dtype).min / 2
     band = near_bias(window_bias.to(dtype), chunk_size, causal)
     bias = toeplitz_bias(band, chunk_size, span, shift=chunk_size - 1).unsqueeze(1)  # (H, 1, C, span)
-    # a copy: graphs that compare the strides of overlapping views fix which lengths they take
+    # a copy: graphs that compare the strides of overlapping views fix the lengths they accept
     visible = mask.unfold(1, span, chunk_size).contiguous()[:, None, :, None, :]
     if causal:
         places = torch.arange(span, device=query.device)

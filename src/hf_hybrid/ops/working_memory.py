@@ -63,7 +63,7 @@ def write_memory(
     Args:
         memory: memory of the rows before.
         keys, values: (C, Z) and (C, E) of the active tokens.
-        tokens: what they stand for; their ranks and positions count from the first new token.
+        tokens: the active tokens; their ranks and positions count from the first new token.
         first_position: position of the first new token.
     """
     batch, slots = memory.positions.shape
@@ -173,7 +173,7 @@ def continued_attention(
 
     Args:
         query, key, value: (C, Z), (C, Z) and (C, E) of the new active tokens.
-        tokens: what they stand for; their ranks and positions count from the first new token.
+        tokens: the active tokens; their ranks and positions count from the first new token.
         memory, first_position, activation, window, rank_bias, position_bias: as in `memory_attention`.
         dropout_p: probability of dropping a weight.
 

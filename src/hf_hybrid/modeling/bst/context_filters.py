@@ -84,7 +84,7 @@ class ContextFilters(nn.Module):
         """Outputs at every token, or at the ends of blocks.
 
         Args:
-            hidden_states: (B, T, D); zeros behind the real tokens of a row.
+            hidden_states: (B, T, D); zeros after the real tokens of a row.
             initial_state: state after the tokens of earlier calls, or None at the start.
             return_state: also return the state after the last real token.
             counts: (B,) real tokens of each row; None: all.

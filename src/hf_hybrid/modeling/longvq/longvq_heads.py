@@ -2,7 +2,7 @@
 
 Every layer is gated attention whose queries, keys and gates are computed from a moving average (or state space) of its input. Its
 keys are replaced by the nearest of a few codewords, so that softmax attention over the whole text takes linear time, and
-decoding needs a memory of constant size. A learned bias tells the distances of the last tokens apart.
+decoding needs a memory of constant size. A learned bias depends on the distance of the last tokens.
 
 The codebooks follow the keys by themselves: see `quantizer`. How well they fit the keys is part of every output: see
 `Quantization`. No code of the authors is public; this is an independent implementation.

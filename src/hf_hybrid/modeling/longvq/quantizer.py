@@ -118,8 +118,7 @@ class VectorQuantizer(KeepsFullPrecision):
     def initialize(self, init: ModuleType | type) -> None:
         """Writes initial values through `init.copy_`: codewords with a mean square of 1, each with a count of 1.
 
-        The codewords are random but always the same, like any buffer: all processes begin with the same whatever their
-        seeds.
+        The codewords are random but always the same, like any buffer: all processes begin with the same ones.
         """
         generator = torch.Generator(device="cpu").manual_seed(0)
         words = torch.randn(self.codebook.shape, generator=generator, dtype=torch.float32, device="cpu")

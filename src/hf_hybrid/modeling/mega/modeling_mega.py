@@ -198,7 +198,7 @@ class MegaModel(MegaPreTrainedModel):
         return mask
 
     def _positions(self, mask: torch.Tensor | None, leading: torch.Tensor | None) -> torch.Tensor | None:
-        """Positions of cached and new tokens from the first real one, where a layer has to know them."""
+        """Positions of cached and new tokens from the first real one, where a layer needs them."""
         config = self.config
         if leading is None:
             return None
@@ -248,7 +248,7 @@ class MegaModel(MegaPreTrainedModel):
 
         Returns:
             The states; with `output_attentions` the weights of each layer, (B, chunks, C, C), and of its cross-attention,
-            (B, 1, L, S). A call that continues a cache returns the rows of its own tokens, (B, 1, L, keys in sight).
+            (B, 1, L, S). A call that continues a cache returns the rows of its own tokens, (B, 1, L, visible keys).
 
         Raises:
             ValueError: empty input, ids outside the vocabulary, a mask of another shape, a text longer than the table of the

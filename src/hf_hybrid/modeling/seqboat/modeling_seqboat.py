@@ -1,7 +1,7 @@
 """The stack of SeqBoat layers: a bidirectional encoder, or a decoder (arXiv 2306.11197).
 
 Shapes: B batch, L new tokens, D hidden size, Z query and key width, E value width, N averages per channel, W active tokens
-that a query sees besides itself (`window_size` - 1).
+that a query sees apart from itself (`window_size` - 1).
 """
 
 import torch

@@ -106,7 +106,7 @@ class SeqBoatPositionBias(nn.Module):
             published table) or "t5" (32 buckets).
         causal: keys after the query are hidden.
         positions: number M of distances, for "distance".
-        window: active tokens that a query sees besides itself, for "rank".
+        window: number of active tokens that a query sees apart from itself, for "rank".
     """
 
     def __init__(self, kind: str, *, causal: bool, positions: int, window: int | None) -> None:
@@ -143,7 +143,7 @@ class SeqBoatUnit(nn.Module):
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__()
         self.is_causal = config.is_decoder
-        self.window = None if config.window_size is None else config.window_size - 1  # active tokens besides itself
+        self.window = None if config.window_size is None else config.window_size - 1  # active tokens apart from itself
         self.attention_activation = config.attention_activation
         self.attention_dropout = config.attention_dropout
         self.norm_first = config.norm_first

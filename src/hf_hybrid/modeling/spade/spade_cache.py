@@ -21,7 +21,7 @@ class SlidingRecurrentLayer(TokenLayer):
     """State of one layer of local attention, of constant size, with the state of a recurrence where there is one beside it.
 
     Attributes:
-        keys, values: (B, n, P, d) of the last tokens: as many as a query sees besides its own, at least one.
+        keys, values: (B, n, P, d) of the last tokens: as many as a query sees apart from its own, at least one.
         state: (B, D, N / 2, 2), or None in layers without recurrence.
         layout: settings, with `window_size`.
     """
