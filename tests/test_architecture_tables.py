@@ -57,7 +57,7 @@ def architectures() -> str:
             found.decoding_state,
         ]
 
-    header = "| | paper | `model_type` | what joins what | heads | state kept while generating |"
+    header = "| | paper | `model_type` | what it combines | heads | state kept while generating |"
     return table(header, map(row, OWN))
 
 

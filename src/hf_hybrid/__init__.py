@@ -1,7 +1,7 @@
 """Hybrid state-space/attention architectures as Hugging Face Transformers models.
 
 `import hf_hybrid` registers every architecture with the Auto classes of Transformers; the public names (see `public_names`) are
-imported when they are first used.
+imported on first use.
 """
 
 from __future__ import annotations

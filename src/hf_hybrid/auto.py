@@ -1,8 +1,8 @@
-"""The one record of each architecture: configuration, heads, what adapters, optimizers, cards, converters and documents need.
+"""One record per architecture: its configuration and heads, and what adapters, optimizers, cards and converters need.
 
 A new architecture is one `Architecture` here or, in a package of its own, one call of `register_architecture`. Nothing else knows
-the architectures by name: what differs between them is read from the record, and every test that runs over all of them finds
-them through `ARCHITECTURES`.
+the architectures by name: whatever differs between them is read from the record, and tests over all architectures
+iterate over `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Paper:
     Args:
         title: as on arXiv.
         authors: "Family, Given and Family, Given", as BibTeX separates them.
-        year: of the first version.
+        year: year of the first version.
         arxiv: identifier, e.g. "2212.08136".
     """
 
@@ -37,11 +37,11 @@ class Paper:
 
     @property
     def url(self) -> str:
-        """Address of the abstract."""
+        """URL of the abstract."""
         return f"https://arxiv.org/abs/{self.arxiv}"
 
     def bibtex(self) -> str:
-        """Entry for a bibliography."""
+        """BibTeX entry."""
         key = f"{self.authors.split(',')[0]}{self.year}{self.title.split()[0].strip(':')}".lower()
         fields = {
             "title": self.title,
@@ -58,30 +58,33 @@ class Architecture:
     """One model type.
 
     Every trainable tensor of every head is of exactly one kind: state (below a module of `state_modules`), without weight decay (norms,
-    biases, `undecayed`), or with it (the weights of `lora_targets`, of heads, and `decayed`). A test holds that.
+    biases, `undecayed`), or with it (the weights of `lora_targets`, of heads, and `decayed`). A test checks this.
 
     Args:
         model_type: the name in `config.json`.
-        title: name in tables and texts.
-        summary: what joins what, a phrase.
+        title: name in tables and text.
+        summary: the parts that the architecture combines, a phrase.
         decoding_state: what is kept while generating, a phrase; empty for a model that does not generate.
-        paper: where it was published, or None.
+        paper: the paper that introduced it, or None.
         docs: page on its options, relative to the repository, or None.
         package: package that the modules below are relative to.
         config: "module:class".
         modeling: module that defines or imports the model classes.
         heads: name of the Auto class -> name of the model class.
-        image_processor, feature_extractor: "module:class", with the full name of the module, of what prepares images and
-            recordings; or None.
+        image_processor, feature_extractor: "module:class", with the full name of the module, of the class that
+            prepares images or recordings; or None.
         converter: module that reads and writes official checkpoints, see `conversion.common.Converter`; or None.
         lora_targets: names of the linear maps of the blocks, which low-rank adapters change.
-        state_modules: names of the recurrent parts: a learning rate of their own, no weight decay, trained in full beside an adapter.
-        statistics_modules: names of the parts that training changes without gradients; an adapter carries them.
-        undecayed: patterns of further tensors without weight decay, each of whole parts of a name ("embed_tokens", "rel_bias").
-        decayed: the same of further tensors with weight decay.
-        per_document_outputs: fields of outputs that have a row per document, not a value per token; the stack declares the same.
-        published_classifier: fields of a new classifier as the published code sets them where that is not the default. A value that
-            follows from others is a function of all fields.
+        state_modules: names of the recurrent parts, which have their own learning rate and no weight decay, and are
+            trained in full alongside an adapter.
+        statistics_modules: names of the parts that training changes without gradients; saved with an adapter.
+        undecayed: patterns of further tensors without weight decay; each matches whole parts of a name
+            ("embed_tokens", "rel_bias").
+        decayed: patterns of further tensors with weight decay.
+        per_document_outputs: output fields with a row per document instead of a value per token; the stack declares
+            the same.
+        published_classifier: configuration fields that the published code sets for classifiers and that differ from
+            the defaults. A value that depends on other fields is a function of all fields.
     """
 
     model_type: str
@@ -106,10 +109,10 @@ class Architecture:
     published_classifier: Mapping[str, Any] = field(default_factory=dict)
 
     def kinds_of(self, name: str) -> list[str]:
-        """Kinds of a trainable tensor: "state", "no_decay", "decay". The rules are complete where there is exactly one.
+        """Kinds of a trainable tensor: "state", "no_decay", "decay". A complete record gives every tensor exactly one.
 
         Args:
-            name: of the parameter in a model.
+            name: name of the parameter in the model.
         """
         if _has_part(name, self.state_modules):
             return ["state"]
@@ -123,12 +126,12 @@ class Architecture:
 # Tensors without weight decay in every architecture.
 _NORM_OR_BIAS = re.compile(r"(^|\.)\w*norm\w*\.|(^|\.|_)bias$")
 
-# What heads add to a stack, in every architecture.
+# Modules that heads add to a stack, in every architecture.
 _HEAD_MATRICES = ("lm_head", "mlm_head", "classifier", "score", "qa_outputs", "pooler")
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor belongs to what a head adds to a stack."""
+    """Whether a tensor belongs to a module that a head adds to a stack."""
     return _has_part(name, _HEAD_MATRICES)
 
 
@@ -168,12 +171,12 @@ def _twice_the_width(fields: Mapping[str, Any]) -> int:
     return 2 * fields["hidden_size"]
 
 
-# Filled by `register_architecture` as well, so always this one list.
+# `register_architecture` appends to this list, so it is never replaced by another one.
 ARCHITECTURES: list[Architecture] = [
     Architecture(
         model_type="spade",
         title="SPADE encoder-decoder",
-        summary="S4 in the bottom layer, beside local attention",
+        summary="S4 in the bottom layer, next to local attention",
         decoding_state="keys and values of the target (a window of them with `decoder_window_size`)",
         config="configuration.configuration_spade:SpadeConfig",
         modeling="modeling.spade.spade_heads",
@@ -192,7 +195,7 @@ ARCHITECTURES: list[Architecture] = [
     Architecture(
         model_type="spade_lm",
         title="SPADE language model",
-        summary="the same, as a decoder alone",
+        summary="the same, decoder-only",
         decoding_state="keys and values of the last `window_size` - 1 tokens per layer, one SSM state per SSM layer: constant",
         config="configuration.configuration_spade:SpadeLMConfig",
         modeling="modeling.spade.spade_lm_heads",
@@ -349,24 +352,25 @@ ARCHITECTURES: list[Architecture] = [
 
 
 def find_architecture(model_type: str | None) -> Architecture | None:
-    """The record of a model type; None for those of other libraries."""
+    """The record of a model type; None for a model type of another library."""
     return next((found for found in ARCHITECTURES if found.model_type == model_type), None)
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Adds an architecture of another package, which then has everything that those of this library have.
+    """Adds an architecture of another package, which then works everywhere that the architectures of this library do.
 
-    Call it where the package is imported. Its modules are imported when somebody first asks for an Auto class.
+    Call it when the package is imported. The modules of the architecture are imported when an Auto class is first
+    used.
 
     Raises:
-        ValueError: its model type or one of its classes is taken.
+        ValueError: its model type or one of its class names is taken.
     """
     known = find_architecture(architecture.model_type)
     if known is not None and known.package == architecture.package:
-        ARCHITECTURES[ARCHITECTURES.index(known)] = architecture  # registered again, as on a reload
+        ARCHITECTURES[ARCHITECTURES.index(known)] = architecture  # registered again, e.g. by `importlib.reload`
     elif known is not None:
         raise ValueError(
-            f"`model_type` {architecture.model_type!r} belongs to {known.package} already; taken are "
+            f"`model_type` {architecture.model_type!r} already belongs to {known.package}; taken are "
             f"{', '.join(found.model_type for found in ARCHITECTURES)}. Choose another name."
         )
     else:
@@ -380,7 +384,7 @@ def register_architecture(architecture: Architecture) -> None:
     register()
 
 
-# Task -> (class in `pipelines`, Auto class of its models). Transformers 5 bars the names of the pipelines that it removed.
+# Task -> (class in `pipelines`, Auto class of its models). Transformers 5 rejects the names of its removed pipelines.
 PIPELINES: dict[str, tuple[str, str]] = {
     "seq2seq-summarization": ("Seq2SeqSummarizationPipeline", "AutoModelForSeq2SeqLM"),
     "seq2seq-text2text": ("Seq2SeqText2TextPipeline", "AutoModelForSeq2SeqLM"),
@@ -478,8 +482,8 @@ def _register_pipelines() -> None:
         if task not in registry.supported_tasks:
             pipeline_class, model_class = _load("pipelines", class_name), getattr(modeling_auto, auto_name)
             registry.register_pipeline(task, pipeline_class=pipeline_class, pt_model=model_class, type="text")
-            # Without it `save_pretrained` would copy the source of the pipeline beside the model, and loading from there would
-            # run the copy, after asking for trust, although the class is here.
+            # Otherwise `save_pretrained` would copy the source of the pipeline next to the model, and loading the
+            # folder would ask for `trust_remote_code` and run the copy, although the class is here.
             del pipeline_class._registered_impl  # type: ignore[attr-defined]
 
 
@@ -491,18 +495,18 @@ def _watched_packages() -> set[str]:
 class _RegisterAfterImport(MetaPathFinder):
     """Runs registrations once the modules of Transformers that they need have been imported.
 
-    The Auto classes pull in torch and take seconds to import. Waiting until somebody asks for them keeps `import hf_hybrid`
-    as quick as `import transformers`. Modules of Transformers import each other in circles that our models would close,
-    so a registration waits for the end of the outermost import of Transformers or of a package with architectures, not just of the module it is
-    due after.
+    The Auto classes pull in torch and take seconds to import. Waiting until they are used keeps `import hf_hybrid` as
+    fast as `import transformers`. Modules of Transformers import each other in ways that become circular imports once
+    our models join in, so a registration waits until the outermost import of Transformers, or of a package with
+    architectures, has finished, and not just the module that triggers it.
 
     Args:
-        actions: name of a module of Transformers -> the registration that is due after it.
+        actions: name of a module of Transformers -> the registration that its import triggers.
     """
 
     def __init__(self, actions: dict[str, Callable[[], None]]) -> None:
         self.actions = actions
-        self.under_way = threading.local()  # .count: imports of these packages within one another, in this thread
+        self.under_way = threading.local()  # .count: nested imports of these packages in this thread
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -510,7 +514,7 @@ class _RegisterAfterImport(MetaPathFinder):
         if fullname.split(".", 1)[0] not in _watched_packages():
             return None
         finders = list(sys.meta_path)
-        if self not in finders:  # removed by another thread meanwhile
+        if self not in finders:  # another thread has removed it
             return None
         behind = finders[finders.index(self) + 1 :]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in behind)), None)
@@ -547,7 +551,7 @@ _REGISTRATIONS: dict[str, Callable[[], None]] = {
 
 
 def register() -> None:
-    """Registers every architecture with the Auto classes: now if they are imported already, else as soon as they are."""
+    """Registers every architecture with the Auto classes: now if those are imported, else as soon as they are."""
     waiting = {}
     for module, action in _REGISTRATIONS.items():
         if module in sys.modules:

@@ -1,12 +1,12 @@
-"""Exports models to run without Python's model code: programs of `torch.export`, decoding steps, ONNX, int8 checkpoints.
+"""Exports models to formats without model code: programs of `torch.export`, decoding steps, ONNX, int8 checkpoints.
 
     export_program(model, "exported")          model.pt2: the forward pass of any head, any batch size and length
     export_decoding_step(model, "exported")    model.pt2: one token of generation, its state as plain tensors
-    export_onnx(model, "exported")             model.onnx, for onnxruntime and others
+    export_onnx(model, "exported")             model.onnx, for onnxruntime and other runtimes
     export_int8(model, "exported")             a checkpoint with 8-bit weights of its linear layers
 
-Each writes a new folder, with the configuration and the tokenizer beside the model, that appears complete or not at all, and
-compares what it wrote with the model on inputs of other sizes before it returns.
+Each writes a new folder with the model, its configuration and its tokenizer, and compares the exported model with the
+original on inputs of other sizes. The folder appears complete or not at all.
 
 Shapes: B batch, L tokens, T target tokens, P earlier tokens.
 """
@@ -37,9 +37,9 @@ Inputs = dict[str, torch.Tensor]
 PROGRAM_FILE = "model.pt2"
 ONNX_FILE = "model.onnx"
 
-TOLERANCE = 1e-4  # of the outputs, where they are larger than 1 relative to the largest
-INT8_TOLERANCE = 0.2  # the same for 8-bit weights: what rounding them may change
-_EXAMPLE_LENGTH, _OTHER_LENGTH = 150, 70  # longer than the blocks of every operator, so that none has a special case
+TOLERANCE = 1e-4  # absolute error; relative to the largest output where that is above 1
+INT8_TOLERANCE = 0.2  # the same for 8-bit weights, whose rounding changes the outputs
+_EXAMPLE_LENGTH, _OTHER_LENGTH = 150, 70  # longer than the blocks of every operator, so that no special case is traced
 
 
 class Export(NamedTuple):
@@ -67,9 +67,9 @@ def export_program(
 
     Args:
         model: any head, in evaluation mode.
-        folder: what to create.
-        tokenizer: saved beside the program.
-        example: inputs to trace with, two rows or more; default: what the head reads. Images have a fixed size.
+        folder: folder to create.
+        tokenizer: tokenizer saved with the program.
+        example: inputs to trace with, two rows or more; default: random inputs for the head. Images have a fixed size.
 
     Raises:
         ValueError: a model of another library, or in training mode.
@@ -92,13 +92,13 @@ def export_decoding_step(
 ) -> Export:
     """Writes one step of generation as a program of `torch.export`: token, mask and state in, logits and next state out.
 
-    Inputs and outputs are those of `DecodingStep.forward` with one token; `DecodingStep(model).start(batch_size)` is the state
-    to begin with. For an encoder-decoder, `DecodingStep(model).encode` gives the keys and values of the source.
+    Inputs and outputs are those of `DecodingStep.forward` with one token; `DecodingStep(model).start(batch_size)` is
+    the initial state. For an encoder-decoder, `DecodingStep(model).encode` gives the keys and values of the source.
 
     Args:
         model: a head that generates, in evaluation mode.
-        folder: what to create.
-        tokenizer: saved beside the program.
+        folder: folder to create.
+        tokenizer: tokenizer saved with the program.
 
     Raises:
         ValueError: a model that does not generate, of another library, or in training mode.
@@ -124,12 +124,12 @@ def export_onnx(
 ) -> Export:
     """Writes the forward pass as an ONNX model, for any batch size and length, and runs it in onnxruntime.
 
-    Inputs and outputs have the names that they have in Transformers.
+    Inputs and outputs have the same names as in Transformers.
 
     Args:
         model: an encoder or classifier, in evaluation mode and float32.
-        folder: what to create.
-        tokenizer: saved beside the model.
+        folder: folder to create.
+        tokenizer: tokenizer saved with the model.
         example: as in `export_program`.
 
     Raises:
@@ -158,20 +158,20 @@ def export_onnx(
 def export_int8(
     model: PreTrainedModel, folder: str | os.PathLike, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Export:
-    """Writes a checkpoint whose linear layers have 8-bit weights, by torchao; `from_pretrained` loads it.
+    """Writes a checkpoint whose linear layers have 8-bit weights (by torchao); `from_pretrained` loads it.
 
     Embeddings, norms and the tensors of state space models and moving averages keep their precision.
 
     Args:
         model: any head, in evaluation mode.
-        folder: what to create.
-        tokenizer: saved beside the weights.
+        folder: folder to create.
+        tokenizer: tokenizer saved with the weights.
 
     Raises:
         ImportError: torchao is missing.
         ValueError: a model of another library, or in training mode.
         FileExistsError: `folder` is not empty.
-        RuntimeError: the quantised model is not near the model.
+        RuntimeError: the outputs of the quantised model are too far from those of the model.
     """
     _require("torchao", extra="quantize")
     _check_model(model)
@@ -223,7 +223,7 @@ def example_inputs(model: PreTrainedModel, batch: int = 3, length: int = _EXAMPL
 
 
 def _other_inputs(model: PreTrainedModel, example: Mapping[str, torch.Tensor] | None) -> list[Inputs]:
-    """Inputs of sizes that the example has not."""
+    """Inputs of other sizes than the example."""
     if example is not None:
         return [dict(example), {name: tensor[:1] for name, tensor in example.items()}]
     return [example_inputs(model, 2, _OTHER_LENGTH, padded=3), example_inputs(model, 1, 3)]
@@ -266,7 +266,7 @@ class _Forward(nn.Module):
             outputs = model(**inputs, **options)
             return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
-        # What a program is called with follows the signature.
+        # `torch.export` takes the arguments of the program from the signature.
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
         forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -278,7 +278,7 @@ def _open_sizes(tensor: torch.Tensor, *axes: int) -> dict[int, Any]:
 
 
 def _trace(forward: _Forward, inputs: Inputs) -> ExportedProgram:
-    """A program with open batch size and length; images have their size."""
+    """A program with dynamic batch size and length; images keep their size."""
     shapes = {
         name: _open_sizes(tensor, 0) if name == "pixel_values" else _open_sizes(tensor, 0, -1)
         for name, tensor in inputs.items()
@@ -287,7 +287,7 @@ def _trace(forward: _Forward, inputs: Inputs) -> ExportedProgram:
 
 
 def trace_decoding_step(step: DecodingStep) -> ExportedProgram:
-    """The program of one token, with open batch size and, where the state or the source has them, open lengths."""
+    """The program of one token, with dynamic batch size and dynamic lengths of state and source, where they vary."""
     (inputs,) = _step_inputs(step, batch=3, past=6, source=10)
 
     def state_shapes(tensors: State, axes: Mapping[str, int]) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def trace_decoding_step(step: DecodingStep) -> ExportedProgram:
 
 @contextmanager
 def _exporting(model: nn.Module) -> Iterator[None]:
-    """Without gradients, with what depends on the weights alone taken for constants."""
+    """Disables gradients and treats everything that depends on the weights alone as constants."""
     with torch.no_grad(), frozen_results(model, ahead=True):
         yield
 
@@ -367,7 +367,7 @@ def _compare(exported: Any, reference: Any, cases: list[Any], tolerance: float) 
                 difference = (_flat(actual)[name].float() - tensor.float()).abs()
                 if mask is not None and difference.shape[:2] == mask.shape and "decoder_input_ids" not in inputs:
                     difference = difference * mask.view(*mask.shape, *(1,) * (difference.dim() - 2))
-                if tensor.numel() > 0:  # a window of one token keeps none
+                if tensor.numel() > 0:  # a window of one token keeps no earlier tokens
                     worst = max(worst, difference.max().item() / max(1.0, tensor.float().abs().max().item()))
     if not worst <= tolerance:
         raise RuntimeError(

@@ -1,6 +1,6 @@
-"""Sharing models: write them with their code, push them to the Hub, describe them.
+"""Sharing models: writes them with their code and pushes them to the Hub.
 
-What users need is here; the flat source files are made in `remote_code`, the cards in `model_card`.
+The public functions are here; `remote_code` generates the flat source files, `model_card` the cards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .remote_code import (
 
 logger = logging.getLogger(__name__)
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")  # states of training, and files that run code when they are read
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")  # training states, and files that can run code when loaded
 
 __all__ = [
     "CARD_FILE",
@@ -80,26 +80,26 @@ def push(
 ) -> str:
     """Pushes a model to the Hub: weights, configurations, tokenizer, processor, card, and the code to load it.
 
-    All files arrive in one commit, so that nobody ever sees a part of them.
+    All files are uploaded in one commit, so that nobody ever sees a partial upload.
 
     Args:
         model: any model of this package.
-        repo_id: "name" or "owner/name"; it is created when it does not exist.
-        tokenizer, processor: saved with the model.
-        card: the README.md, or what it says; None drafts one from the model.
+        repo_id: "name" or "owner/name"; the repository is created when it does not exist.
+        tokenizer, processor: tokenizer and processor saved with the model.
+        card: text of the README.md, or a `ModelCard`; None drafts one from the model.
         remote_code: include the source files, so that the model loads without this package.
         private: visibility of a repository that is created; None leaves it to the Hub.
-        overwrite: replace what the repository holds, in the same commit.
-        token: access token of the Hub; None takes the one of `hf auth login` or `HF_TOKEN`.
-        commit_message: None says what is uploaded.
+        overwrite: replace the files in the repository, in the same commit.
+        token: access token of the Hub; None uses the one stored by `hf auth login` or in `HF_TOKEN`.
+        commit_message: message of the commit; None generates one.
         max_shard_size: largest size of a weight file.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        ValueError: no token, no valid name, no valid card, or no model of this package.
-        PermissionError: the Hub refuses the token.
+        ValueError: there is no token, the name or the card is not valid, or the model is not one of this package.
+        PermissionError: the Hub rejects the token.
         FileExistsError: the repository holds other files and `overwrite` is False.
     """
     architecture_of(model)
@@ -127,7 +127,7 @@ def push_folder(
     """Pushes a folder that `export_remote_code` or `save_checkpoint` wrote; options and errors as in `push`.
 
     Raises:
-        ValueError: also when the folder differs from its manifest, or is none that these functions wrote.
+        ValueError: also when the folder differs from its manifest, or was not written by these functions.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -136,8 +136,8 @@ def push_folder(
     foreign = sorted(path.name for path in entries if path.is_dir() or path.suffix in _PICKLES)
     if foreign:
         raise ValueError(
-            f"{folder} holds {', '.join(foreign)}, which do not belong to a shared model. The recipe push_to_hub takes the "
-            "model out of the folder of a run."
+            f"{folder} holds {', '.join(foreign)}, which do not belong to a shared model. The recipe push_to_hub "
+            "shares only the model of a run folder."
         )
     if (folder / MANIFEST_FILE).is_file():
         verify_export(folder)
@@ -150,14 +150,14 @@ def log_in(repo_id: str, token: str | None = None) -> tuple[HfApi, str]:
     """A client with a token, and the full name of the repository.
 
     Raises:
-        ValueError: there is no token, or no valid name.
-        PermissionError: the Hub refuses the token (asked only for a name without owner).
+        ValueError: there is no token, or the name is not valid.
+        PermissionError: the Hub rejects the token (checked only for a name without an owner).
     """
     token = token or get_token()
     if not token:
         raise ValueError(
-            "Pushing needs a token of the Hub and there is none: run `hf auth login`, set the environment variable "
-            "HF_TOKEN, or pass `token`."
+            "Pushing needs an access token of the Hub, and none was found: run `hf auth login`, set the environment "
+            "variable HF_TOKEN, or pass `token`."
         )
     try:
         validate_repo_id(repo_id)
@@ -170,7 +170,7 @@ def log_in(repo_id: str, token: str | None = None) -> tuple[HfApi, str]:
 
 
 def _checked(call: Any, doing: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls the Hub; a refused token becomes a PermissionError that says what to do."""
+    """Calls the Hub; turns a rejected token into a PermissionError that says what to do."""
     try:
         return call(*args, **kwargs)
     except HfHubHTTPError as error:
@@ -184,7 +184,7 @@ def _checked(call: Any, doing: str, *args: Any, **kwargs: Any) -> Any:
 
 def _upload(api: HfApi, folder: Path, repo_id: str, *, private: bool | None, overwrite: bool, message: str) -> str:
     url = str(_checked(api.create_repo, f"create {repo_id}", repo_id, private=private, exist_ok=True))
-    # What was looked at is named as the parent of the commit: a change in between is refused by the Hub.
+    # The revision just inspected is the parent of the commit, so the Hub rejects the commit if anything changed since.
     parent = api.model_info(repo_id).sha
     tree = api.list_repo_tree(repo_id, recursive=True, revision=parent)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
@@ -211,7 +211,7 @@ def _upload(api: HfApi, folder: Path, repo_id: str, *, private: bool | None, ove
 
 
 def _differing(folder: Path, there: Mapping[str, RepoFile]) -> list[str]:
-    """Names of files that a folder and a repository do not have alike, by the hashes that the Hub tells."""
+    """Names of files that differ between a folder and a repository, by the hashes that the Hub reports."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     differing = set(here) ^ set(there)
     for name in here.keys() & there.keys():

@@ -25,7 +25,7 @@ def metric_names() -> list[str]:
 
 
 def load(name: str, config_name: str | None = None) -> OfflineMetric:
-    """A metric by its name in `evaluate`, without the network and without files.
+    """A metric by its name in `evaluate`, without a network or downloaded files.
 
     Args:
         name: one of `metric_names()`.
@@ -48,11 +48,11 @@ def perplexity(loss: float) -> float:
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
-    """Code length of a text per byte.
+    """Code length of a text in bits per byte.
 
     Args:
         loss: mean negative log-likelihood of a token, in nats.
-        num_tokens, num_bytes: size of the same text.
+        num_tokens, num_bytes: size of the text.
     """
     return loss / math.log(2) * num_tokens / num_bytes
 

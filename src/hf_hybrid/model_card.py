@@ -1,6 +1,6 @@
-"""Model cards: written from what a run saw, and checked without a network.
+"""Model cards: written from what a run recorded, and checked without a network.
 
-A value the run did not determine reads "not measured"; nothing is copied from papers.
+A value that the run did not determine reads "not measured"; nothing is copied from papers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .auto import ARCHITECTURES, find_architecture
 UNKNOWN = "not measured"
 CARD_FILE = "README.md"
 
-# Licences the Hub accepts (https://huggingface.co/docs/hub/repositories-licenses), the common ones.
+# The common ones of the licences that the Hub accepts (https://huggingface.co/docs/hub/repositories-licenses).
 LICENSES = frozenset(
     "apache-2.0 mit openrail bigscience-openrail-m afl-3.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause cc cc0-1.0 "
     "cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-sa-3.0 "
@@ -46,7 +46,7 @@ PIPELINE_OF_HEAD = {
     "AutoModelForAudioClassification": "audio-classification",
 }
 
-# What turns the inputs of a head into tensors, other than a tokenizer.
+# Processors other than a tokenizer that turn the inputs of a head into tensors.
 _PREPARED_BY = {
     "AutoModelForImageClassification": ("image_processor", "AutoImageProcessor"),
     "AutoModelForAudioClassification": ("feature_extractor", "AutoFeatureExtractor"),
@@ -54,13 +54,13 @@ _PREPARED_BY = {
 
 _LANGUAGE = re.compile(r"^([a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual)$")
 _DATASET = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-# Names such as `TODO-list` or `data/TODO.txt` are none.
+# Names such as `TODO-list` or `data/TODO.txt` are not placeholders.
 _PLACEHOLDERS = re.compile(r"\[More Information Needed\]|\{\{|\}\}|(?<![\w./-])TODO(?![\w/-]|\.\w)")
 
 
 @dataclass
 class EvaluationResult:
-    """One measured number: `value` of `metric` on a split of a data set, beside what something simpler reaches there.
+    """One measured number: `value` of `metric` on a split of a data set, and what a simple baseline reaches there.
 
     Attributes:
         baseline: e.g. "0.519 (largest class)"; empty where none was run.
@@ -80,8 +80,8 @@ class ModelCard:
     Attributes:
         model_name: title of the card.
         description: what the model is and what it was trained to do, in full sentences.
-        model_type, architecture: names of the configuration and of the class.
-        num_parameters: counted, tied tensors once.
+        model_type, architecture: `model_type` of the configuration and name of the class.
+        num_parameters: number of parameters, tied tensors counted once.
         auto_class: Auto class that loads the checkpoint.
         task_type: Hub task of the evaluation results, e.g. "text-classification".
         pipeline_tag: Hub pipeline, where one fits.
@@ -91,13 +91,13 @@ class ModelCard:
         base_model: Hub name of the checkpoint that was fine-tuned.
         training: rows of the training table.
         environment: rows of the hardware and software table.
-        results: the evaluation table.
-        lengths: tokens of the inputs and targets that were trained or evaluated.
-        extra_tags: added to the tags of the header.
-        intended_use: what the model may be used for, and what not.
-        limits: known failures; what the figures do not say.
-        adapter_of: name of the checkpoint below a LoRA adapter; None for a whole model.
-        has_processor: a tokenizer, or what else prepares the inputs, is stored with the model.
+        results: rows of the evaluation table.
+        lengths: lengths of the inputs and targets in training or evaluation.
+        extra_tags: tags added to those of the header.
+        intended_use: what the model may and may not be used for.
+        limits: known failures; what the figures do not show.
+        adapter_of: name of the base checkpoint of a LoRA adapter; None for a whole model.
+        has_processor: whether a tokenizer or another processor is stored with the model.
     """
 
     model_name: str
@@ -173,7 +173,7 @@ class ModelCard:
         return data.to_yaml()
 
     def _registration(self) -> str:
-        """The line that makes the Auto classes know the model."""
+        """The line that registers the model with the Auto classes."""
         architecture = find_architecture(self.model_type)
         package = "hf_hybrid" if architecture is None else architecture.package.partition(".")[0]
         return f"import {package}  # registers the architectures\n"
@@ -181,7 +181,8 @@ class ModelCard:
     def _adapter_usage(self) -> str:
         name, loader = _PREPARED_BY.get(self.auto_class, ("tokenizer", "AutoTokenizer"))
         return (
-            f"This is a LoRA adapter of the checkpoint `{self.adapter_of}`, which must be there too; loading merges the two:\n\n"
+            f"This is a LoRA adapter of the checkpoint `{self.adapter_of}`, which must be available too; loading "
+            "merges the two:\n\n"
             f"```python\n{self._registration()}from transformers import {self.auto_class}, {loader}\n"
             "from hf_hybrid.training.adapters import load_adapted_model\n\n"
             'source = "."  # this folder, or the name of the repository\n'
@@ -206,7 +207,7 @@ class ModelCard:
         return (
             f"With the package:\n\n```python\n{self._registration()}"
             + load.format(trust="")
-            + "\n```\n\nWithout it, where the model comes with its code (files `modeling_*.py`), which this runs:\n\n```python\n"
+            + "\n```\n\nWithout it, if the model comes with its code (files `modeling_*.py`), which this runs:\n\n```python\n"
             + load.format(trust=", trust_remote_code=True")
             + "\n```"
         )
@@ -230,7 +231,7 @@ class ModelCard:
         )
 
 
-_INTENDED_USE = "Research on data like those named here. Nothing else was tried."
+_INTENDED_USE = "Research on data like the data named here. Nothing else was tried."
 _LIMITS = (
     "Known failures, bias and out-of-scope uses: not measured. The figures above are those of one run on the data named "
     "here; nothing is claimed beyond them."
@@ -249,7 +250,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def card_of_model(model: Any) -> ModelCard:
-    """A draft that says what can be read off a model, and that everything else was not measured."""
+    """A draft that says what the model itself shows, and that everything else was not measured."""
     name = type(model).__name__
     heads = next(found.heads for found in ARCHITECTURES if name in found.heads.values())
     auto_class = next(auto_name for auto_name, head in heads.items() if head == name)
@@ -265,11 +266,11 @@ def card_of_model(model: Any) -> ModelCard:
 
 
 def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
-    """A card whose header says something more, e.g. `{"license": "apache-2.0"}`.
+    """The card with fields of its header set or replaced, e.g. `{"license": "apache-2.0"}`.
 
     Args:
         text: the whole README.md.
-        changes: fields of the header -> values.
+        changes: field of the header -> value.
     """
     from huggingface_hub import ModelCard as HubCard
 
@@ -282,7 +283,7 @@ def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
 
 
 def write_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
-    """Write `README.md` into a folder, after checking it.
+    """Checks a card and writes it as `README.md` into a folder.
 
     Raises:
         ValueError: the card has problems; all are listed.
@@ -296,7 +297,7 @@ def write_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
 
 
 def check_model_card(text: str) -> None:
-    """Refuses a card with problems.
+    """Rejects a card with problems.
 
     Raises:
         ValueError: the card has problems; all are listed.
@@ -307,7 +308,7 @@ def check_model_card(text: str) -> None:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that reads like something left to fill in, before a run that ends with its card.
+    """Rejects a name that reads like a placeholder, before a run whose card would bear it.
 
     Raises:
         ValueError: the name is a placeholder.
@@ -317,7 +318,7 @@ def check_model_name(name: str) -> None:
 
 
 def model_card_problems(text: str) -> list[str]:
-    """What the Hub, or a reader, would object to in a model card; checked without a network.
+    """Problems that the Hub or a reader would find in a model card; needs no network.
 
     Args:
         text: the whole README.md.
@@ -347,7 +348,7 @@ def _header_problems(data: Mapping[str, Any]) -> list[str]:
     problems = []
     license_name = data.get("license")
     if license_name is not None and license_name not in LICENSES:
-        problems.append(f"license {license_name!r} is not an identifier of the Hub (see model_card.LICENSES)")
+        problems.append(f"license {license_name!r} is not a licence identifier of the Hub (see model_card.LICENSES)")
     for language in _as_list(data.get("language")):
         if not _LANGUAGE.match(str(language)):
             problems.append(f"language {language!r} is not an ISO 639 code")
@@ -367,7 +368,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _result_problems(result: Mapping[str, Any]) -> list[str]:
-    """What is wrong with one result of the model index."""
+    """Problems of one result of the model index."""
     metrics = result.get("metrics")
     if not metrics:
         return ["a result of the model index has no metric"]

@@ -12,13 +12,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, argument: str = "folder") -> Iterator[Path]:
-    """A scratch folder that takes the place of `path` when everything succeeded, and vanishes otherwise.
+    """A temporary folder that is renamed to `path` if everything succeeds, and removed otherwise.
 
-    It lies beside `path`, so that taking its place is one renaming.
+    It has the same parent as `path`, so that a single rename suffices.
 
     Args:
-        path: what to create; it must not exist, or be an empty folder.
-        argument: name of the option that `path` came from, for the error.
+        path: folder to create; it must not exist, or be empty.
+        argument: name of the option that gave `path`, for the error message.
 
     Raises:
         FileExistsError: `path` is a file, or a folder that is not empty.

@@ -38,7 +38,7 @@ def _text_features() -> list[Features]:
 
 
 class OfflineMetric(evaluate.Metric):
-    """Base: the information every `evaluate.Metric` must declare, from class attributes."""
+    """Base class: fills in what every `evaluate.Metric` must declare, from class attributes."""
 
     description = ""
     citation = ""
@@ -227,7 +227,7 @@ class Chrf(OfflineMetric):
 
 
 def _by_reference(references: Sequence[str] | Sequence[Sequence[str]]) -> list[Any]:
-    """Rows of references as sacrebleu wants them: one list per reference number, None where a row has fewer."""
+    """References as sacrebleu expects them: one list per reference number, None where a row has fewer."""
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
     if any(not row for row in rows):
         raise ValueError("Every prediction needs at least one reference; a row has none.")

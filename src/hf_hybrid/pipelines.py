@@ -1,14 +1,14 @@
-"""Pipelines for the tasks that Transformers 5 has no pipeline for: text from text, summaries, answers cut out of a document.
+"""Pipelines that Transformers 5 lacks: text-to-text generation, summarization, extractive question answering.
 
-`import hf_hybrid` registers them under names of their own, as the names `summarization`, `text2text-generation` and
-`question-answering` are barred there:
+`import hf_hybrid` registers them under new names, because Transformers rejects the names `summarization`,
+`text2text-generation` and `question-answering`:
 
     pipeline("seq2seq-summarization", model="runs/summaries")("A long article ...")
     pipeline("seq2seq-text2text", model="runs/en-de")(["one text", "another"], batch_size=2, num_beams=4)
     pipeline("extractive-question-answering", model="runs/qa")({"question": "Who?", "context": "A long document ..."})
 
-Nothing is cut without a word: texts beyond `max_input_length` are refused unless `truncation=True` is passed, and documents of
-any length are searched in overlapping windows.
+Nothing is truncated silently: texts beyond `max_input_length` are rejected unless `truncation=True` is passed, and
+documents of any length are searched in overlapping windows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .configuration.lengths import max_source_length
 
 logger = logging.getLogger(__name__)
 
-# `model_max_length` of a tokenizer that knows no limit is an integer beyond this.
+# `model_max_length` of a tokenizer without a limit is an integer above this.
 _NO_LIMIT = 10**9
 
 
@@ -39,17 +39,18 @@ def _require_text(value: Any, what: str) -> str:
 
 
 def _input_limit(model: Any, tokenizer: Any) -> int | None:
-    """Most tokens that the model and the tokenizer accept; None without a limit."""
+    """The largest number of tokens that the model and the tokenizer accept; None without a limit."""
     limits = (tokenizer.model_max_length, max_source_length(model.config))
     return min((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), default=None)
 
 
 class Seq2SeqText2TextPipeline(Pipeline):
-    """Text from text with an encoder-decoder: translation, rewriting, span corruption.
+    """Text-to-text generation with an encoder-decoder: translation, rewriting, span corruption.
 
     Call it with a text or a list of texts. Options of the constructor or of a call: `prefix` (text before every input),
-    `max_input_length` (tokens; default: the limit of the tokenizer, else none), `truncation` (cut longer inputs, with a
-    warning, instead of refusing them), `clean_up_tokenization_spaces`, `skip_special_tokens`, and those of `generate`.
+    `max_input_length` (tokens; default: the limit of the tokenizer, else none), `truncation` (truncate longer inputs,
+    with a warning, instead of rejecting them), `clean_up_tokenization_spaces`, `skip_special_tokens`, and those of
+    `generate`.
 
     A text gives a list of one mapping {"generated_text": ...} per returned sequence.
     """
@@ -106,7 +107,7 @@ class Seq2SeqText2TextPipeline(Pipeline):
         """Token ids of a text.
 
         Raises:
-            ValueError: the text is empty or no string, or longer than the limit.
+            ValueError: the text is empty, not a string, or longer than the limit.
         """
         text = prefix + _require_text(text, "The input")
         encoded = self.tokenizer(text, return_tensors="pt", return_token_type_ids=False, verbose=False)
@@ -156,19 +157,21 @@ class Seq2SeqSummarizationPipeline(Seq2SeqText2TextPipeline):
 
 
 class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
-    """The span of a document that answers a question.
+    """Extractive question answering: the span of a document that answers a question.
 
     Call it with {"question": ..., "context": ...}, a list of such mappings, or `question=..., context=...`. The document may have
     any length: it is read in windows of `max_seq_length` tokens (question included; default: the limit of the model, at most
     4,096) that overlap by `doc_stride` tokens (default: a quarter of a window, or less for a long question), and the best spans
     of all windows are compared.
 
-    Options: `top_k` (answers; default 1), `max_answer_length` (tokens; default 30), `max_question_length` (tokens; a longer
-    question is refused; default: half of a window).
+    Options: `top_k` (number of answers; default 1), `max_answer_length` (tokens; default 30), `max_question_length`
+        (tokens; a
+    longer question is rejected; default: half a window).
 
     The answer is {"answer", "score", "start", "end"}: `answer == context[start:end]`, and the score is the probability of the span
-    among all allowed spans of all windows, in proportion to exp(start logit + end logit). A token that lies in two windows counts
-    in that where it has more context on its shorter side, so no span counts twice. With `top_k` above 1 it is a list.
+    among all allowed spans of all windows, proportional to exp(start logit + end logit). A token that lies in two
+    windows counts in the one where its shorter context is longer, so no span counts twice. With `top_k` above 1 the
+    result is a list.
     """
 
     _load_tokenizer = True
@@ -338,7 +341,7 @@ class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
 
 
 def _shares(windows: Sequence[Sequence[tuple[int, int] | None]]) -> list[list[bool]]:
-    """For every window the tokens whose spans may *start* there, so that each token of the document starts in one window.
+    """For every window, the tokens at which spans may *start*; each token belongs to exactly one window.
 
     A token goes to the window in which the smaller of its contexts, left or right within the window, is largest.
     """

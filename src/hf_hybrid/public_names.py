@@ -1,7 +1,7 @@
 """Every name that `hf_hybrid` offers, and the module that defines it.
 
-The classes of the architectures come from their records in `auto`; all other names stand here. They are imported when they are
-first used. The stub `__init__.pyi`, which `write_stub` writes, shows the same names to type checkers and editors.
+The classes of the architectures come from their records in `auto`; all other names are listed here. They are imported
+on first use. `write_stub` writes the stub `__init__.pyi`, which shows the same names to type checkers and editors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def modules_by_name() -> dict[str, str]:
 
 def no_such_name(name: str, known: Iterable[str]) -> AttributeError:
     """The error for a name that does not exist, with the most similar one that does."""
-    hint = "`dir(hf_hybrid)` lists what there is."
+    hint = "`dir(hf_hybrid)` lists the public names."
     if not name.startswith("_"):
         import difflib
 
@@ -64,7 +64,7 @@ def stub() -> str:
 
 
 def write_stub() -> None:
-    """Write `__init__.pyi` anew, after a name was added or moved."""
+    """Rewrites `__init__.pyi` after a name was added or moved."""
     from pathlib import Path
 
     Path(__file__).with_name("__init__.pyi").write_text(stub(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Pictures of what a run did. Needs matplotlib (`pip install "hf_hybrid[viz]"`)."""
+"""Plots of training runs and of what models do. Needs matplotlib (`pip install "hf_hybrid[viz]"`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# A colour-blind safe pair, dark enough on white.
+# A pair that is safe for colour-blind readers and dark enough on white.
 TRAIN_COLOUR = "#0072B2"
 EVALUATION_COLOUR = "#D55E00"
 
 
 def new_figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    """A matplotlib figure with one axes, on the file backend whatever the global one is.
+    """A matplotlib figure with a single axes, on the file backend whatever the global backend is.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -44,10 +44,10 @@ def plot_loss_curves(
         log_history: `trainer.state.log_history`.
         path: the PNG to write.
         reference_lines: label -> loss in nats drawn as a horizontal line, e.g. an entropy.
-        title: above the picture.
+        title: title of the plot.
 
     Returns:
-        The path, or None when the history holds no loss at all (nothing is written).
+        The path, or None when the history holds no loss (nothing is written).
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -78,7 +78,7 @@ def plot_loss_curves(
 
 
 def effective_memory(kernel: Any, share: float = 0.95) -> Any:
-    """Smallest number of tokens that holds a share of the energy of each kernel.
+    """Smallest number of lags that holds a given share of the energy of each kernel.
 
     Args:
         kernel: (..., K) tensor, lag along the last axis.
@@ -101,7 +101,8 @@ def time_constants(layer: Any) -> Any:
     """Tokens after which each state of a layer has decayed to 1/e: -1 / log|eigenvalue of A-bar|.
 
     Args:
-        layer: a `StateSpaceLayer`, filters of the Block-State Transformer, or a layer whose `system()` is diagonal (moving averages).
+        layer: a `StateSpaceLayer`, the filters of a Block-State Transformer, or a layer whose `system()` is diagonal
+            (moving averages).
 
     Returns:
         (H, M) tensor for diagonal systems (one per state or conjugate pair), (H, N) for "s4".
@@ -112,7 +113,8 @@ def time_constants(layer: Any) -> Any:
     constants = _time_constants(layer)
     if constants is None:
         raise ValueError(
-            f"{type(layer).__name__} has no states that decay; `effective_memory(layer.kernel(length))` tells how far it reaches."
+            f"{type(layer).__name__} has no states that decay; `effective_memory(layer.kernel(length))` gives its "
+            "reach."
         )
     return constants
 
@@ -141,13 +143,15 @@ def plot_state_space_channels(
 ) -> Path:
     """Draw the decay spectrum and the effective memory of state space layers.
 
-    Left, the distribution of the time constants of all states: how fast single states forget. Right, how far the convolution
-    kernel of each channel reaches (95 % of its energy, both directions taken separately), channels sorted.
+    Left: the distribution of the time constants of all states, that is, how fast single states forget. Right: how far
+        the
+    convolution kernel of each channel reaches (95 % of its energy, both directions taken separately), channels sorted.
 
     Args:
-        layers: label -> layer as in `time_constants`, drawn over each other; at most four. Explicit filters show at the right only.
+        layers: label -> layer as in `time_constants`; at most four, drawn in one plot. Explicit filters appear on the
+            right only.
         path: the PNG to write.
-        length: lags of the kernel that are looked at, in tokens.
+        length: number of lags of the kernel to compute, in tokens.
         share: fraction of the energy that defines the reach.
 
     Raises:
@@ -203,10 +207,10 @@ def activation_map(
     Args:
         model: a SeqBoat model of any head that reads tokens.
         tokenizer: its tokenizer.
-        text: what to show.
+        text: text to show.
         path: a PNG to write; None writes nothing.
-        tokens_per_line: longer texts are continued below.
-        max_tokens: a longer text is cut.
+        tokens_per_line: number of tokens after which the map continues on the next line.
+        max_tokens: number of tokens after which the text is truncated.
 
     Returns:
         the matplotlib figure.
@@ -245,14 +249,14 @@ def draw_activation_map(
         gates: array (layers, tokens): 0 where inactive, else in (0.5, 1].
         labels: one per token.
         path: a PNG to write; None writes nothing.
-        tokens_per_line: more tokens are continued below.
+        tokens_per_line: number of tokens after which the map continues on the next line.
 
     Returns:
         the matplotlib figure.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: another number of labels than tokens.
+        ValueError: the numbers of labels and tokens differ.
     """
     depth, length = gates.shape
     if len(labels) != length or length == 0:
@@ -277,7 +281,7 @@ def draw_activation_map(
 
 
 def draw_image_activations(images: Any, gates: Any, path: str | os.PathLike | None = None) -> Any:
-    """Draw where the layers of a classifier of pixels are active: a row per image, behind it one map per layer.
+    """Draw where the layers of a pixel classifier are active: a row per image, followed by one map per layer.
 
     Args:
         images: array (N, H, W) of grey values.
@@ -289,7 +293,7 @@ def draw_image_activations(images: Any, gates: Any, path: str | os.PathLike | No
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no image, or gates of another shape.
+        ValueError: there is no image, or the shapes do not match.
     """
     number, depth = gates.shape[:2]
     if number == 0 or images.shape != (number, *gates.shape[2:]):
@@ -317,7 +321,7 @@ def draw_image_activations(images: Any, gates: Any, path: str | os.PathLike | No
 def draw_waveform_activations(
     samples: Any, gates: Any, path: str | os.PathLike | None = None, *, sampling_rate: int | None = None
 ) -> Any:
-    """Draw where the layers of a classifier of waveforms are active: the recording, and below it layers by time.
+    """Draw where the layers of a waveform classifier are active: the waveform, and below it layers by time.
 
     Args:
         samples: array (L,).
@@ -330,7 +334,7 @@ def draw_waveform_activations(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: another number of samples than gates.
+        ValueError: the numbers of samples and gates differ.
     """
     depth, length = gates.shape
     if length == 0 or samples.shape != (length,):
@@ -359,7 +363,7 @@ def _rates_of(gates: Any) -> str:
 
 
 def _saved(figure: Any, path: str | os.PathLike | None) -> Any:
-    """The figure, also written to a path that is not None."""
+    """Writes the figure to `path` unless that is None, and returns it."""
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -368,15 +372,15 @@ def _saved(figure: Any, path: str | os.PathLike | None) -> Any:
 
 
 def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.PathLike) -> Path:
-    """Draw how much, and how far, each layer attends: share of active tokens with its deviation, and span of the active ones.
+    """Draw how much and how far each layer attends: share of active tokens with its deviation, and their span.
 
     Args:
-        statistics: label (a task, a model) -> `LayerActivation` of its layers.
+        statistics: label (a task, a model) -> one `LayerActivation` per layer.
         path: the PNG to write.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: nothing to draw.
+        ValueError: there is nothing to draw.
     """
     if not statistics or not all(statistics.values()):
         raise ValueError("`statistics` must hold at least one layer for each label.")
@@ -417,12 +421,12 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
 def codebook_usage(
     model: Any, path: str | os.PathLike | None = None, *, history: Sequence[Mapping[str, Any]] | None = None
 ) -> Any:
-    """Draw how evenly the codewords of each layer are used, and how their perplexity went over the training.
+    """Draw how evenly the codewords of each layer are used, and their perplexity during training.
 
     Args:
         model: a LongVQ model of any head.
         path: a PNG to write; None writes nothing.
-        history: records of `training.codebooks.CodebookCallback`; with them a second picture shows the perplexity over the steps.
+        history: records of `training.codebooks.CodebookCallback`; adds a second plot, the perplexity over the steps.
 
     Returns:
         the matplotlib figure.
@@ -454,7 +458,7 @@ def codebook_usage(
             steps, values = [entry["step"] for entry in history], [entry["perplexity"][layer] for entry in history]
             perplexities.plot(steps, values, label=f"layer {layer}", **options)
     usage.axhline(1.0, color=EVALUATION_COLOUR, linewidth=0.9, linestyle="--")
-    usage.set(xlabel="codeword, by use", ylabel="use (1 = all alike)", yscale="symlog")
+    usage.set(xlabel="codeword, sorted by use", ylabel="use (1 = uniform)", yscale="symlog")
     usage.set_title("Use of the codewords", loc="left")
     if history:
         perplexities.set(xlabel="step", ylabel="perplexity of the codes", ylim=(0, size))

@@ -351,7 +351,7 @@ def test_the_digest_protects_the_manifest_and_the_card_may_change(tmp_path: Path
     with pytest.raises(ValueError, match="the manifest has the digest"):
         verify_export(folder, digest)
     (folder / MANIFEST_FILE).unlink()
-    with pytest.raises(ValueError, match="holds no manifest"):
+    with pytest.raises(ValueError, match="has no manifest"):
         verify_export(folder)
 
 

@@ -242,8 +242,8 @@ def test_damaged_adapters_are_refused(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rank": 0}, "`lora_rank` must be a positive"),
-        ({"rank": -3}, "`lora_rank` must be a positive"),
+        ({"rank": 0}, "`lora_rank` must be positive"),
+        ({"rank": -3}, "`lora_rank` must be positive"),
         ({"rank": 4, "alpha": 0.0}, "`lora_alpha` must be positive"),
         ({"rank": 4, "dropout": 1.0}, "`lora_dropout`"),
         ({"rank": 4, "target_modules": ["query"]}, "`target_modules` names 'query'"),

@@ -186,7 +186,7 @@ def test_gradient_checkpointing_and_the_flag_with_a_dash(lora: Any, tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("glue", {"lora_rank": 0}, "`lora_rank` must be a positive"),
+        ("glue", {"lora_rank": 0}, "`lora_rank` must be positive"),
         ("glue", {"lora_rank": None, "lora_alpha": 8}, "need `lora_rank`"),
         ("glue", {"from_scratch": True}, "adapts a pretrained checkpoint"),
         ("glue", {"lora_targets": ["query"]}, "names 'query'"),
@@ -221,7 +221,7 @@ def test_adapters_whose_checkpoint_is_another_model(adapter: tuple[Path, Path], 
     again = {**options, "data": lora("glue")["data"], "max_length": 24, "use_cpu": True}
     with pytest.raises(ValueError, match="`lora_rank` is for training"):
         evaluate.main({**again, "lora_rank": 2})
-    with pytest.raises(ValueError, match="is an adapter itself.*merge_adapter"):
+    with pytest.raises(ValueError, match="is itself an adapter.*merge_adapter"):
         finetune_glue.main(lora("glue", model_name_or_path=str(folder), output_dir=str(tmp_path / "twice")))
 
     small = {"vocab_size": 512, "num_attention_heads": 4, "num_hidden_layers": 1, "decoder_layers": 1}
@@ -236,7 +236,7 @@ def test_adapters_whose_checkpoint_is_another_model(adapter: tuple[Path, Path], 
     with pytest.raises(ValueError, match="for a spade, but .* holds a mega"):
         evaluate.main(again)
     shutil.rmtree(base)
-    with pytest.raises(ValueError, match="belongs to the checkpoint .* Put it back"):
+    with pytest.raises(ValueError, match="belongs to the checkpoint .* Restore it"):
         evaluate.main(again)
     with pytest.raises(ValueError, match="belongs to the checkpoint"):
         merge_adapter.main({"model_name_or_path": str(folder), "output_dir": str(tmp_path / "merged")})
@@ -246,5 +246,5 @@ def test_adapters_whose_checkpoint_is_another_model(adapter: tuple[Path, Path], 
 
 
 def test_only_adapters_can_be_merged(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no adapter_config.json"):
+    with pytest.raises(ValueError, match="has no adapter_config.json"):
         merge_adapter.main({"model_name_or_path": str(checkpoint), "output_dir": str(tmp_path / "merged")})

@@ -101,7 +101,7 @@ def test_scores_are_those_of_sacrebleu():
         ({"target_lang": "fr"}, "no column 'fr'"),
         ({"max_target_length": 65}, "accepts 64"),
         ({"data": None}, "`data` is required"),
-        ({"arch": "spade"}, "drop `model_name_or_path`"),
+        ({"arch": "spade"}, "drop either them or `model_name_or_path`"),
     ],
 )
 def test_bad_options_are_explained(translating, tmp_path, changes, message):

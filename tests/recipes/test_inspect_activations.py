@@ -52,7 +52,7 @@ def test_statistics_and_pictures_are_written(seqboat_checkpoint, tmp_path):
 
 def test_bad_options(seqboat_checkpoint, checkpoint, tmp_path):
     base = {"model_name_or_path": str(seqboat_checkpoint), "prompts": ["a"], "output_dir": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="only those of SeqBoat"):
+    with pytest.raises(ValueError, match="only SeqBoat models"):
         inspect_activations.main(base | {"model_name_or_path": str(checkpoint)})
     with pytest.raises(ValueError, match="either as `prompts`, as `input_file`, or as `data`"):
         inspect_activations.main(base | {"prompts": None})

@@ -170,7 +170,7 @@ def test_wrong_values_of_the_trainer(changes, message):
         (TableArguments, {"data": ["a"], "validation_data": []}, "`validation_data` names no file"),
         (PretrainingDataArguments, {"data": []}, "`data` names no file"),
         (PretrainingDataArguments, {"data": ["a"], "validation_data": []}, "`validation_data` names no file"),
-        (FinetuningArguments, {**TRAINING, "lora_rank": 4, "lora_targets": []}, "`lora_targets` names no linear map"),
+        (FinetuningArguments, {**TRAINING, "lora_rank": 4, "lora_targets": []}, "`lora_targets` is empty"),
     ],
 )
 def test_an_empty_list_is_not_taken_for_the_default(kind, options, message):

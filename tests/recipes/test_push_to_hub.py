@@ -70,9 +70,9 @@ def write_tampered_export(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "options", "message"),
     [
-        (lambda folder: None, {}, "no folder of a checkpoint"),
+        (lambda folder: None, {}, "not a checkpoint folder"),
         (write_other_model, {}, "model of the type 'bert'; accepted are spade"),
-        (write_adapters, {}, "holds an adapter without its model"),
+        (write_adapters, {}, "holds an adapter without its base checkpoint"),
         (write_tampered_export, {}, "config.json was changed"),
         (lambda folder: None, {"output_dir": None}, "Pass `repo_id` to push"),
     ],
@@ -90,7 +90,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path, write, options,
     [
         ({"license": "mine"}, "license 'mine'"),
         ({"language": ["English"]}, "language 'English'"),
-        ({"card": "absent.md"}, "`card` absent.md is no file"),
+        ({"card": "absent.md"}, "`card` absent.md is not a file"),
     ],
 )
 def test_bad_cards_are_refused(checkpoint: Path, tmp_path: Path, options, message) -> None:
@@ -103,7 +103,7 @@ def test_pushing_needs_a_token(checkpoint: Path, tmp_path: Path, monkeypatch: py
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match="needs a token of the Hub"):
+    with pytest.raises(ValueError, match="needs an access token of the Hub"):
         main(
             {"model_name_or_path": str(checkpoint), "repo_id": "somebody/name", "output_dir": str(tmp_path / "export")}
         )

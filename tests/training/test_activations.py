@@ -78,7 +78,9 @@ def test_training_logs_rates_and_warns_of_dead_layers(trainer_class, arguments, 
         assert 0 < entry["activation_rate/layer_0"] <= 1 and entry["activation_span/layer_0"] > 0
         assert entry["activation_rate/layer_1"] == 0 and entry["activation_span/layer_1"] == 0
         assert entry["activation_rate/mean"] == pytest.approx(entry["activation_rate/layer_0"] / 2, abs=1e-4)
-    warnings = [record.getMessage() for record in caplog.records if "activates no token" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "no longer activates any token" in record.getMessage()
+    ]
     assert len(warnings) == 1 and "Layer 1" in warnings[0] and "dead_layer_loss_weight" in warnings[0]
     assert not model.model.layers[0].unit.router._forward_hooks
 

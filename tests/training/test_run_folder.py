@@ -63,7 +63,7 @@ def test_the_newest_checkpoint_is_found(checkpoint, resume):
 def test_resuming_needs_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint-<step>"):
         RunFolder(tmp_path, "last")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         RunFolder(tmp_path, str(tmp_path / "elsewhere"))
 
 

@@ -1,6 +1,6 @@
 """Complete tasks, each a `main(args) -> dict` that is also a command: `python -m hf_hybrid.recipes.<task>`.
 
-Every module here is a command; what several of them share stands in `support`.
+Every module here is a command; shared code is in `support`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Listed:
-    """A recipe in the list of all.
+    """An entry of the list of recipes.
 
     Attributes:
-        name: of its module.
+        name: name of its module.
         summary: what it does, in one line.
         trains: whether it trains a model, which `evaluate` can then evaluate.
     """
@@ -40,7 +40,7 @@ class Listed:
 
 @cache
 def list_recipes() -> tuple[Listed, ...]:
-    """All recipes by name, read off their sources: nothing is imported, so that a list takes no time."""
+    """All recipes by name, read from their sources: nothing is imported, so listing them is fast."""
     found = []
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         if module.ispkg:
@@ -57,7 +57,7 @@ def training_recipe(name: str | None) -> Recipe:
     """The recipe of a training task by its name, or by its task alone: `finetune_glue` or `glue`.
 
     Raises:
-        ValueError: there is none; names those that exist.
+        ValueError: there is no such recipe; the message lists those that exist.
     """
     listed = [item for item in list_recipes() if item.trains]
     found = next((item for item in listed if name in (item.name, item.task)), None)

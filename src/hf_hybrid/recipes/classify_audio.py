@@ -1,10 +1,10 @@
-"""Train a classifier of raw waveforms.
+"""Train a classifier on raw waveforms.
 
     python -m hf_hybrid.recipes.classify_audio --data digits/ --arch mega \
         --config_overrides "hidden_size=60,num_hidden_layers=6,use_chunking=true,chunk_size=1000" --output_dir runs/digits
 
 Rows hold a column of samples (numbers, one channel) or of mappings with `array` and `sampling_rate`, and a column of labels. All
-recordings must have one sampling rate; lengths may differ. The feature extractor is saved with the model.
+recordings must have the same sampling rate; lengths may differ. The feature extractor is saved with the model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class AudioArguments(TableArguments):
     standardize: str = field(
         default="recording",
         metadata={
-            "help": "Scale to mean 0 and variance 1: each `recording` by its own, or all by those of the training `data`."
+            "help": "Scale to mean 0 and variance 1: each `recording` by its own statistics, or all by those of the "
+            "training `data`."
         },
     )
 
@@ -112,7 +113,7 @@ def build(
     train_set = None if train is None else read(train, "training data")
     validation_set = read(rows, "validation data")
     if rate is None:
-        raise ValueError("The data does not tell its sampling rate; pass `sampling_rate` in Hz.")
+        raise ValueError("The data does not state its sampling rate; pass `sampling_rate` in Hz.")
     if extractor is None:
         scale: dict[str, Any] = {}
         if train_set is not None and data_args.standardize == "data":

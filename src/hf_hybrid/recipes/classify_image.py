@@ -1,11 +1,11 @@
-"""Train a classifier of images read as sequences of grey values, row by row.
+"""Train a classifier on images read as sequences of grey values, row by row.
 
     python -m hf_hybrid.recipes.classify_image --data digits/ --arch mega \
         --config_overrides "hidden_size=96,num_hidden_layers=4,normalization_type=batchnorm" --output_dir runs/images
 
-Rows hold a column `pixels` (whole numbers from 0 to 255) or of pictures, which are turned grey, and a column of labels. All images
-must have one size. The model sees (pixel / 255 - `pixel_mean`) / `pixel_std`; the image processor that does this is saved with
-it, for square images.
+Rows hold a column `pixels` (integers from 0 to 255) or a column of images, which are converted to grey, and a column
+of labels. All images must have the same size. The model sees (pixel / 255 - `pixel_mean`) / `pixel_std`; for square
+images, the image processor that does this is saved with it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def build(
     length = validation_set.pixels.shape[1]
     if train_set is not None and train_set.pixels.shape[1] != length:
         raise ValueError(
-            f"Training images have {train_set.pixels.shape[1]} pixels, validation images {length}: all must have one size."
+            f"Training images have {train_set.pixels.shape[1]} pixels, validation images {length}: all must have the "
+            "same size."
         )
     if checkpoint is None:
         processor = new_image_processor(config, length, **scale)

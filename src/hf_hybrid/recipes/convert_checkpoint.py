@@ -4,9 +4,10 @@
     python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path checkpoint_best.pt --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path converted/ --output_dir official/ --direction to_official
 
-SPADE encoder-decoders are folders with `config.json` and `pytorch_model.bin` (or safetensors); its language models and all of Mega
-and SeqBoat are fairseq checkpoints. Nothing is lost either way.
-Nothing in foreign files is executed. What was written is read again, converted back and compared bit by bit with the source.
+SPADE encoder-decoders are folders with `config.json` and `pytorch_model.bin` (or safetensors); SPADE language models
+and all Mega and SeqBoat models are fairseq checkpoints. Both directions are lossless.
+No code in official files is executed. The result is read again, converted back and compared bit by bit with the
+source.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-OFFICIAL_CONFIG_FILE = "official_config.json"  # the official options, kept beside our configuration
+OFFICIAL_CONFIG_FILE = "official_config.json"  # the official options, kept next to our configuration
 FAIRSEQ_FILE = "checkpoint.pt"
 
 _DIRECTIONS = ("from_official", "to_official")
@@ -45,13 +46,13 @@ class ConvertCheckpointArguments:
     model_name_or_path: str = field(
         metadata={"help": "Folder of a checkpoint, or a single .pt, .bin or .safetensors file."}
     )
-    output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     direction: str = field(default="from_official", metadata={"help": "from_official or to_official."})
     config_file: str | None = field(
         default=None,
         metadata={
             "help": "JSON file with the official options, when the checkpoint does not contain them (from_official), or to start "
-            "from (to_official). Default: what lies in the source."
+            "from (to_official). Default: the options found in the source."
         },
     )
 
@@ -60,7 +61,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     """Run the recipe; see `--help` for the options.
 
     Args:
-        args: command line words, a mapping of options, or None for the words of this process.
+        args: command-line arguments, a mapping of options, or None for `sys.argv`.
 
     Returns:
         `model_type`, and the number of `tensors` and `parameters` written to `output_dir`.
@@ -133,11 +134,11 @@ def _read_official(source: Path, config_file: Path | None) -> tuple[dict[str, An
     if config_file is not None:
         options = read_json(config_file)
     if options is None:
-        raise ValueError(f"{source} holds no configuration: pass the official options as `config_file`.")
+        raise ValueError(f"{source} contains no configuration: pass the official options as `config_file`.")
     wrong = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
     if wrong or not state:
         raise ValueError(
-            f"{source} holds no state dict: " + (f"`{wrong[0]}` is no tensor." if wrong else "it is empty.")
+            f"{source} contains no state dict: " + (f"`{wrong[0]}` is not a tensor." if wrong else "it is empty.")
         )
     return options, dict(state)
 
@@ -173,14 +174,14 @@ def _converter_of(options: Mapping[str, Any]) -> Any:
     """The `conversion.common.Converter` of the architecture that official options belong to.
 
     Raises:
-        ValueError: they belong to none.
+        ValueError: they match none.
     """
     for architecture in _converted():
         converter = load_converter(architecture)
         if converter.recognises(options):
             return converter
     raise ValueError(
-        f"The official options belong to none of {', '.join(found.title for found in _converted())}; found "
+        f"The official options match none of {', '.join(found.title for found in _converted())}; found "
         f"{sorted(options)[:20]}. Pass those of the checkpoint as `config_file`."
     )
 
@@ -248,7 +249,7 @@ def _to_official(source: Path, config_file: Path | None, folder: Path) -> tuple[
 
 
 def _compare(written: StateDict, expected: StateDict) -> None:
-    """Raises OSError when what was read again differs from what was written."""
+    """Raises OSError when the written files, read again, differ from the converted tensors."""
     differing = written.keys() ^ expected.keys()
     differing |= {name for name in written.keys() & expected.keys() if not same_bytes(written[name], expected[name])}
     if differing:
@@ -259,7 +260,7 @@ def _compare(written: StateDict, expected: StateDict) -> None:
 
 
 def _compare_common(converted_back: StateDict, source: StateDict) -> None:
-    """Raises ValueError when a tensor of the source does not come back as it was (version marks aside)."""
+    """Raises ValueError when a tensor of the source is not restored exactly (version marks aside)."""
     for name, tensor in source.items():
         is_mark = name.endswith(("version", "_float_tensor"))
         if name in converted_back and not is_mark and not same_bytes(converted_back[name], tensor):

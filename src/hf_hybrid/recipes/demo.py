@@ -1,11 +1,12 @@
-"""The demonstration: from the text that every Python installation carries to a pretrained, fine-tuned and reloaded SPADE.
+"""Demonstration: from the text that every Python installation contains to a pretrained, fine-tuned and reloaded SPADE.
 
     python -m hf_hybrid.recipes.demo --output_dir demo-output
 
 In about five minutes on two processor cores, without a download: collect docstrings and the language reference, train a
-tokenizer, pretrain a small encoder-decoder by span corruption, fine-tune it to tell libraries apart and to write summary lines,
-each beside simple baselines, generate, and load the checkpoint in a clean process. The folder then holds the checkpoints
-with their model cards, `metrics.json` and `report.html`. All training goes through the same recipes as any other run.
+tokenizer, pretrain a small encoder-decoder by span corruption, fine-tune it to tell libraries apart and to write
+summary lines (each compared with simple baselines), generate, and load the checkpoint in a fresh process. The folder
+then holds the checkpoints with their model cards, `metrics.json` and `report.html`. All training uses the same recipes
+as any other run.
 """
 
 from __future__ import annotations
@@ -57,13 +58,11 @@ OWN_DOCUMENT = (
 class DemoArguments:
     """The demonstration."""
 
-    output_dir: str = field(
-        default="demo-output", metadata={"help": "Folder to write; it must not exist or be empty."}
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of everything random."})
+    output_dir: str = field(default="demo-output", metadata={"help": "Folder to write; it must be new or empty."})
+    seed: int = field(default=42, metadata={"help": "Random seed."})
     max_minutes: float = field(
         default=5.5,
-        metadata={"help": "Time for everything. On a slow machine training phases are cut short to keep it."},
+        metadata={"help": "Time limit in minutes. On a slow machine training phases are cut short to meet it."},
     )
     quick: bool = field(
         default=False, metadata={"help": "Seconds instead of minutes: shows that everything works, learns nothing."}
@@ -133,23 +132,23 @@ QUICK_PLAN = DemoPlan(
 
 
 class Clock:
-    """The time that is left, and how it is dealt to the phases."""
+    """The time that is left, and its division among the phases."""
 
     def __init__(self, minutes: float) -> None:
         self.minutes = minutes
         self.start = time.monotonic()
 
     def elapsed(self) -> float:
-        """Minutes since the beginning."""
+        """Minutes since the start."""
         return (time.monotonic() - self.start) / 60
 
     def limit(self, share: float) -> float:
-        """Minutes that a phase may take: a share of what is left, and never nothing."""
+        """Minutes that a phase may take: a share of the time left, and always more than zero."""
         return max(share * (self.minutes - self.elapsed()), 0.05)
 
 
 class Demo:
-    """One demonstration: its folder, its clock, what it measured.
+    """One demonstration: its folder, its clock and its measurements.
 
     Args:
         args: see `DemoArguments`.
@@ -183,7 +182,7 @@ class Demo:
             ("Fine-tune: which library is this docstring from?", self.classify),
             ("Fine-tune: write the summary line of a docstring", self.summarize),
             ("Generate", self.generate),
-            ("Load the checkpoint in a clean process", self.reload),
+            ("Load the checkpoint in a fresh process", self.reload),
             ("Write the report", self.report),
         ]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -202,12 +201,12 @@ class Demo:
     # ---------------------------------------------------------------------------------------------------- phases
 
     def collect(self) -> None:
-        """Files of all three tasks."""
+        """Writes the data files of all three tasks."""
         self.metrics["data"] = write_data(self.path / "data", self.plan.data)
         _say(_indented(self.metrics["data"]))
 
     def train_tokenizer(self) -> None:
-        """A SentencePiece tokenizer on the pretraining text."""
+        """Trains a SentencePiece tokenizer on the pretraining text."""
         options = {"data": self.path / "data" / CORPUS / "train.jsonl", "num_threads": torch.get_num_threads()}
         self.metrics["tokenizer"] = train_tokenizer.main(
             {**options, "output_dir": self.path / "tokenizer", **self.plan.tokenizer}
@@ -215,7 +214,7 @@ class Demo:
         _say(_indented(self.metrics["tokenizer"]))
 
     def pretrain(self) -> None:
-        """Span corruption, compared with the entropy of its targets."""
+        """Pretrains by span corruption; compares the loss with the entropy of the targets."""
         job, metrics = self._run_recipe(
             pretrain_span_corruption.RECIPE,
             "pretrained",
@@ -241,7 +240,7 @@ class Demo:
         _say(_indented({k: metrics[k] for k in ("eval_loss", "unigram_entropy", "text_loss", "text_entropy")}))
 
     def classify(self) -> None:
-        """Classification through the GLUE recipe, beside majority and Naive Bayes on the same text."""
+        """Classification with the GLUE recipe, compared with the majority class and Naive Bayes on the same text."""
         folder = self.path / "data" / CLASSIFICATION
         job, metrics = self._run_recipe(
             finetune_glue.RECIPE,
@@ -257,7 +256,7 @@ class Demo:
         _say(_indented({"accuracy": metrics["eval_accuracy"], **metrics["baselines"]}))
 
     def summarize(self) -> None:
-        """Summarization through its recipe, beside the first words of the document."""
+        """Summarization with its recipe, compared with the first words of the document."""
         folder = self.path / "data" / SUMMARIZATION
         job, metrics = self._run_recipe(
             finetune_summarization.RECIPE,
@@ -301,7 +300,7 @@ class Demo:
             _say(f"  [{sample['method']}] {sample['document'][:70]}... -> {sample['text']}")
 
     def reload(self) -> None:
-        """Save and load: logits and generated ids of a clean process against those of the model in memory."""
+        """Save and load: compares logits and generated ids of a fresh process with those of the model in memory."""
         assert self.summarizer is not None
         documents = [OWN_DOCUMENT, *(row["document"] for row in self.samples["summaries"][:3])]
         self.metrics["reload"] = reload_in_clean_process(self.summarizer, documents, self.path / "reload")
@@ -328,14 +327,14 @@ class Demo:
         return self.path / PICTURES / f"{name}.png"
 
     def _run_recipe(self, recipe: Recipe, folder: str, share: float, **options: Any) -> tuple[Job, dict[str, Any]]:
-        """Run a training recipe as its `main` does, and keep its job."""
+        """Runs a training recipe as its `main` does, and returns its job."""
         jobs: list[Job] = []
 
         def build(*groups: Any) -> Job:
             started = time.monotonic()
             jobs.append(recipe.build(*groups))
             for callback in jobs[0].trainer.callback_handler.callbacks:
-                if isinstance(callback, TimeLimitCallback):  # what reading and tokenizing took is off the phase's time
+                if isinstance(callback, TimeLimitCallback):  # reading and tokenizing count towards the phase
                     callback.seconds = max(3.0, callback.seconds - (time.monotonic() - started))
             return jobs[0]
 
@@ -365,7 +364,7 @@ class Demo:
 
 
 def _checks(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the demonstration claims, each with what was measured."""
+    """The claims of the demonstration, each with its measurement."""
     loss, entropy = metrics["pretraining"]["eval_loss"], metrics["pretraining"]["unigram_entropy"]
     accuracy, baselines = metrics["classification"]["eval_accuracy"], metrics["classification"]["baselines"]
     summaries = metrics["summarization"]
@@ -393,7 +392,7 @@ def _checks(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             "measured": f"{summaries['eval_rougeL']:.1f} against {lead:.1f}",
         },
         {
-            "claim": "A clean process loads the checkpoint and computes the same logits, bit for bit",
+            "claim": "A fresh process loads the checkpoint and computes the same logits, bit for bit",
             "passed": metrics["reload"]["logits_equal"] and metrics["reload"]["generated_equal"],
             "measured": metrics["reload"]["description"],
         },
@@ -429,7 +428,7 @@ def _indented(values: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _temporary_dataset_cache() -> Iterator[None]:
-    """Keep the tables that `datasets` prepares out of the user's cache."""
+    """Keeps the tables that `datasets` prepares out of the user's cache."""
     import datasets
 
     before = datasets.config.HF_DATASETS_CACHE
@@ -447,14 +446,14 @@ def main(args: DemoArguments | Sequence[str] | Mapping[str, Any] | None = None) 
     """Run the demonstration.
 
     Args:
-        args: the arguments; a command line; a mapping of options; None reads `sys.argv`.
+        args: command-line arguments, a mapping of options, a `DemoArguments`, or None for `sys.argv`.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
         FileExistsError: the output folder is not empty.
-        ValueError: an option is out of range, or the installation carries too little text.
+        ValueError: an option is out of range, or the installation contains too little text.
         ImportError: a package of the extra `train` is missing.
     """
     options = args if isinstance(args, DemoArguments) else parse_arguments((DemoArguments,), args, __doc__)[0]
@@ -465,7 +464,7 @@ def main(args: DemoArguments | Sequence[str] | Mapping[str, Any] | None = None) 
 
 
 def command_line() -> None:
-    """`main` for a shell: a folder in the way ends in a message, not in a traceback."""
+    """`main` for a shell: a folder that is not empty ends in a message instead of a traceback."""
     try:
         main()
     except FileExistsError as error:

@@ -22,7 +22,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     """Evaluate a checkpoint.
 
     Args:
-        args: command line words, the task first; a mapping of options with the key `kind` for the task; or None.
+        args: command-line arguments, the task first; a mapping of options with the key `kind` for the task; or None.
 
     Returns:
         The content of `metrics.json`.

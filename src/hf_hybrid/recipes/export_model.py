@@ -1,10 +1,10 @@
-"""Exports a checkpoint to run without its model code: a program of torch.export, a decoding step, ONNX, or 8-bit weights.
+"""Exports a checkpoint to a format without model code: program of torch.export, decoding step, ONNX, 8-bit weights.
 
     python -m hf_hybrid.recipes.export_model --model_name_or_path runs/classifier --format onnx --output_dir exported/
     python -m hf_hybrid.recipes.export_model --model_name_or_path runs/lm --format decoding_step --output_dir exported/
 
-The new folder holds the model, its configuration and its tokenizer. What was written is compared with the checkpoint first, at
-other batch sizes and lengths.
+The new folder holds the model, its configuration and its tokenizer. The exported model is first compared with the
+checkpoint, at other batch sizes and lengths.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class ExportModelArguments:
     """Arguments of the recipe."""
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint to export."})
-    output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     format: str = field(default="program", metadata={"help": f"One of {', '.join(FORMATS)}."})
     head: str | None = field(
         default=None,
         metadata={
-            "help": "Auto class to load it with, for example AutoModelForSequenceClassification. Default: as it was saved."
+            "help": "Auto class of the head, for example AutoModelForSequenceClassification. Default: the head it was "
+            "saved with."
         },
     )
 
@@ -52,10 +53,10 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     """Run the recipe; see `--help` for the options.
 
     Args:
-        args: command line words, a mapping of options, or None for the words of this process.
+        args: command-line arguments, a mapping of options, or None for `sys.argv`.
 
     Returns:
-        `path` of what was written and `max_error`, its largest difference from the checkpoint.
+        `path` of the exported model and `max_error`, its largest difference from the checkpoint.
 
     Raises:
         ValueError: an unknown format or head, or one that the checkpoint cannot be exported in.
@@ -75,7 +76,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
 
 
 def _load(name: str, head: str | None) -> PreTrainedModel:
-    """The checkpoint in evaluation mode, under the head it was saved with unless another is asked for."""
+    """The checkpoint in evaluation mode, with the head it was saved with unless another is requested."""
     known = {auto: cls for architecture in ARCHITECTURES for auto, cls in architecture.heads.items()}
     if head is not None and head not in known:
         raise ValueError(f"`head` must be one of {', '.join(known)}; got {head!r}.")

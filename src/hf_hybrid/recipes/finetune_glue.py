@@ -1,11 +1,11 @@
-"""Fine-tune a sequence classifier (or regressor) on a GLUE task or on own data with the same columns.
+"""Fine-tune a sequence classifier (or regressor) on a GLUE task or on your own data with the same columns.
 
     python -m hf_hybrid.recipes.finetune_glue --model_name_or_path runs/pretrain --task sst2 --output_dir runs/sst2
     python -m hf_hybrid.recipes.finetune_glue --model_name_or_path runs/pretrain --data reviews.csv \
         --validation_fraction 0.1 --output_dir runs/reviews
 
-Own data has one text column or two and a column `label`: integers, names or booleans for classes, decimal numbers for
-regression. The GLUE benchmark is described in arXiv 1804.07461.
+Your data needs one or two text columns and a column `label`: integers, names or booleans for classes, decimal numbers
+for regression. The GLUE benchmark is described in arXiv 1804.07461.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ class GlueArguments(TableArguments):
 
     task: str | None = field(
         default=None,
-        metadata={"help": f"GLUE task ({', '.join(GLUE_TASKS)}): decides data and metrics."},
+        metadata={"help": f"GLUE task ({', '.join(GLUE_TASKS)}): determines data and metrics."},
     )
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "One or two columns of text. Default: found by their GLUE names."}
+        default=None, metadata={"help": "One or two columns of text. Default: the usual GLUE column names."}
     )
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     metrics: list[str] | None = field(
         default=None,
         metadata={"help": "Metrics by name. Default: those of the task, else accuracy, or correlations."},
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens of an input; longer ones are cut."})
+    max_length: int = field(default=256, metadata={"help": "Tokens of an input; longer ones are truncated."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +107,7 @@ def find_text_columns(rows: Dataset, wanted: Sequence[str] | None) -> tuple[str,
 
 
 def metric_names(arguments: GlueArguments, labels: Labels) -> list[str]:
-    """The metrics asked for, else those of the task, else the usual ones of the kind of labels."""
+    """The requested metrics, else those of the task, else the usual ones for the kind of labels."""
     if arguments.metrics is not None:
         return arguments.metrics
     if arguments.task is not None:

@@ -57,7 +57,7 @@ class SummarizationArguments(GenerationArguments):
     targets_column: str | None = field(
         default=None, metadata={"help": "List column with all references. Default: `targets` where it exists."}
     )
-    query_column: str | None = field(default=None, metadata={"help": "Column of a query put before the document."})
+    query_column: str | None = field(default=None, metadata={"help": "Column of a query to put before the document."})
 
 
 @dataclass

@@ -50,15 +50,15 @@ class TranslationArguments(GenerationArguments):
     target_lang: str | None = field(
         default=None, metadata={"help": "Language (key in `translation`) or column to translate into."}
     )
-    max_source_length: int = field(default=256, metadata={"help": "Tokens of an input; longer ones are cut."})
-    max_target_length: int = field(default=256, metadata={"help": "Tokens of a target; longer ones are cut."})
+    max_source_length: int = field(default=256, metadata={"help": "Tokens of an input; longer ones are truncated."})
+    max_target_length: int = field(default=256, metadata={"help": "Tokens of a target; longer ones are truncated."})
 
 
 def text_pairs(rows: Dataset, arguments: TranslationArguments, what: str) -> Dataset:
     """The rows with the two columns `source` and `target`.
 
     Raises:
-        ValueError: a language is not named or not there, or a text is missing.
+        ValueError: a language is not given or not in the data, or a text is missing.
     """
     languages = (arguments.source_lang, arguments.target_lang)
     is_nested = TRANSLATION_COLUMN in rows.column_names

@@ -42,17 +42,19 @@ class GenerateArguments:
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint (folder or Hub name)."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer. Default: that of the checkpoint."})
-    prompts: list[str] | None = field(default=None, metadata={"help": "Inputs given as words of the command line."})
+    prompts: list[str] | None = field(default=None, metadata={"help": "Inputs given on the command line."})
     input_file: str | None = field(
         default=None, metadata={"help": "Inputs: .txt with one per line, or a table (jsonl, csv, parquet ...)."}
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the inputs in a table."})
     source_prefix: str = field(default="", metadata={"help": "Text before every input."})
     output_file: str | None = field(
-        default=None, metadata={"help": "JSON lines to write. Default: the standard output."}
+        default=None, metadata={"help": "JSON Lines file to write. Default: standard output."}
     )
     batch_size: int = field(default=8, metadata={"help": "Inputs generated together."})
-    max_input_length: int | None = field(default=None, metadata={"help": "Tokens of an input; longer ones are cut."})
+    max_input_length: int | None = field(
+        default=None, metadata={"help": "Tokens of an input; longer ones are truncated."}
+    )
     device: str | None = field(default=None, metadata={"help": "Default: an accelerator where there is one."})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
     seed: int = field(default=42, metadata={"help": "Seed of sampling."})
@@ -66,14 +68,16 @@ class DecodingArguments:
     max_new_tokens: int = field(default=128, metadata={"help": "Generate at most this many tokens."})
     min_new_tokens: int | None = field(default=None, metadata={"help": "Generate at least this many tokens."})
     num_beams: int | None = field(default=None, metadata={"help": "Beams; 1 is greedy."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the best token."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most likely token."})
     temperature: float | None = field(default=None, metadata={"help": "Temperature of sampling."})
-    top_k: int | None = field(default=None, metadata={"help": "Sample among this many best tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample among this many of the most likely tokens."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample among the top tokens of this total probability."}
+    )
     num_return_sequences: int | None = field(default=None, metadata={"help": "Outputs per input."})
     length_penalty: float | None = field(default=None, metadata={"help": "Length penalty of beam search."})
     no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "Never generate an n-gram twice."})
-    repetition_penalty: float | None = field(default=None, metadata={"help": "Penalty of repeated tokens."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Penalty for repeated tokens."})
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `generate`."""
@@ -84,7 +88,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     """Generate for every input.
 
     Args:
-        args: command line words, a mapping of options, or None for the words of this process.
+        args: command-line arguments, a mapping of options, or None for `sys.argv`.
 
     Returns:
         `generations`: a list of {"input", "outputs"}; `seconds` and `new_tokens_per_second`.
@@ -126,7 +130,7 @@ def read_inputs(arguments: GenerateArguments) -> list[str]:
     """All inputs, prefix included.
 
     Raises:
-        ValueError: none, or from two places, or a column is missing.
+        ValueError: there are no inputs, or two sources of them, or a column is missing.
     """
     if arguments.batch_size < 1:
         raise ValueError(f"`batch_size` must be positive; got {arguments.batch_size}.")

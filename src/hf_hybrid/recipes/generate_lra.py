@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GENERATED = ("listops", "pathfinder")
-_ALONE = 200  # rows that are generated sooner than another process starts
+_ALONE = 200  # this many rows are generated faster than another process starts
 
-SPLITS = ("validation", "test", "train")  # in the order in which they are cut from one sequence of rows
+SPLITS = ("validation", "test", "train")  # in the order in which they are taken from one sequence of rows
 
 
 @dataclass
@@ -44,22 +44,24 @@ class GeneratorArguments:
     num_train: int = field(default=10_000, metadata={"help": "Generated training rows (official: 96000, 160000)."})
     num_validation: int = field(default=1_000, metadata={"help": "Generated validation rows."})
     num_test: int = field(default=0, metadata={"help": "Generated test rows."})
-    generator_seed: int = field(default=0, metadata={"help": "Seed of the rows."})
-    num_processes: int | None = field(default=None, metadata={"help": "Processes that generate. Default: all cores."})
-    max_depth: int = field(default=10, metadata={"help": "ListOps: largest depth of a tree."})
-    max_args: int = field(default=10, metadata={"help": "ListOps: most arguments of an operator."})
-    longer_than: int = field(default=500, metadata={"help": "ListOps: trees have more tokens."})
-    shorter_than: int = field(default=2000, metadata={"help": "ListOps: trees have fewer tokens."})
+    generator_seed: int = field(default=0, metadata={"help": "Seed of the generated rows."})
+    num_processes: int | None = field(
+        default=None, metadata={"help": "Number of generating processes. Default: all cores."}
+    )
+    max_depth: int = field(default=10, metadata={"help": "ListOps: maximum depth of a tree."})
+    max_args: int = field(default=10, metadata={"help": "ListOps: maximum number of arguments of an operator."})
+    longer_than: int = field(default=500, metadata={"help": "ListOps: trees have more tokens than this."})
+    shorter_than: int = field(default=2000, metadata={"help": "ListOps: trees have fewer tokens than this."})
     resolution: int = field(default=32, metadata={"help": "Pathfinder: 32, 64 or 128 (Path-X) pixels per side."})
     difficulty: str = field(default="hard", metadata={"help": f"Pathfinder: {', '.join(DIFFICULTIES)}."})
 
 
 @dataclass
 class OutputArguments:
-    """What to generate, and where to write it."""
+    """Task to generate and folder to write."""
 
     task: str = field(metadata={"help": f"{' or '.join(GENERATED)}."})
-    output_dir: str = field(metadata={"help": "Folder to write; must be empty or new."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
 
 
 def generate_splits(task: LraTask, arguments: GeneratorArguments, *, with_train: bool = True) -> dict[str, Dataset]:

@@ -6,9 +6,10 @@
         --split_long True --output_dir …
     python -m hf_hybrid.recipes.inspect_activations --model_name_or_path runs/digits --data digits/ --output_dir …
 
-Language models and classifiers of texts read `--prompts`, an `--input_file` or a column of `--data`; classifiers of pairs, of images
-and of waveforms read `--data` as the recipes that train them do. Written are `activations.json` and `activations.csv` (one row per
-layer, padding left out), `activations.png`, and pictures of the first samples: `text_0.png` ..., `images.png` or `sound_0.png` ....
+Language models and text classifiers read `--prompts`, an `--input_file` or a column of `--data`; classifiers of pairs,
+of images and of waveforms read `--data` as the recipes that train them do. The recipe writes `activations.json` and
+`activations.csv` (one row per layer, padding excluded), `activations.png`, and pictures of the first samples:
+`text_0.png` ..., `images.png` or `sound_0.png` ....
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class InspectArguments:
     """Model, inputs and output."""
 
     model_name_or_path: str = field(metadata={"help": "SeqBoat checkpoint (folder or Hub name)."})
-    output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer. Default: that of the checkpoint."})
-    prompts: list[str] | None = field(default=None, metadata={"help": "Texts given as words of the command line."})
+    prompts: list[str] | None = field(default=None, metadata={"help": "Texts given on the command line."})
     input_file: str | None = field(
         default=None, metadata={"help": "Texts: .txt with one per line, or a table (jsonl, csv, parquet ...)."}
     )
@@ -66,22 +67,23 @@ class InspectArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
     split: str = field(default="validation", metadata={"help": "Split of `data`."})
     kind: str | None = field(
-        default=None, metadata={"help": f"What the model reads: {', '.join(KINDS)}. Default: as its head says."}
+        default=None, metadata={"help": f"What the model reads: {', '.join(KINDS)}. Default: determined by its head."}
     )
     text_column: str | None = field(
-        default=None, metadata={"help": "Column of the texts in a table; of pairs, both, with a comma between them."}
+        default=None,
+        metadata={"help": "Column of the texts in a table; for pairs, both columns separated by a comma."},
     )
     audio_column: str | None = field(
         default=None, metadata={"help": f"Column of the waveforms. Default: the first of {', '.join(AUDIO_COLUMNS)}."}
     )
     batch_size: int = field(default=4, metadata={"help": "Samples read together."})
     max_length: int = field(
-        default=4096, metadata={"help": "Tokens of a text, samples of a waveform; the rest is cut."}
+        default=4096, metadata={"help": "Tokens of a text or samples of a waveform to read; the rest is dropped."}
     )
-    split_long: bool = field(default=False, metadata={"help": "Read longer texts in several pieces instead."})
-    max_texts: int = field(default=100, metadata={"help": "Samples that the statistics are made of, the first ones."})
-    pictures: int = field(default=3, metadata={"help": "Samples drawn, the first ones."})
-    max_drawn_tokens: int = field(default=256, metadata={"help": "Tokens of a text that are drawn."})
+    split_long: bool = field(default=False, metadata={"help": "Split longer texts into several pieces instead."})
+    max_texts: int = field(default=100, metadata={"help": "Compute the statistics on this many first samples."})
+    pictures: int = field(default=3, metadata={"help": "Draw this many first samples."})
+    max_drawn_tokens: int = field(default=256, metadata={"help": "Draw this many tokens of a text."})
     device: str | None = field(default=None, metadata={"help": "Default: an accelerator where there is one."})
 
     def __post_init__(self) -> None:
@@ -99,11 +101,11 @@ class InspectArguments:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is looked at.
+    """The samples to inspect.
 
     Attributes:
-        batch: arguments of the stack for the samples of a range.
-        number: of samples.
+        batch: function from a range of samples to the arguments of the stack.
+        number: number of samples.
         draw: draws the first samples, given the gates (layers, L) of each, into a folder.
     """
 
@@ -116,7 +118,7 @@ def kind_of(config: PreTrainedConfig, options: InspectArguments) -> str:
     """Which of `KINDS` the model reads.
 
     Raises:
-        ValueError: its head does not say, or it needs `data`.
+        ValueError: its head does not determine it, or it needs `data`.
     """
     head = (config.architectures or [""])[0]
     reads_values = getattr(config, "input_type", "tokens") == "values"
@@ -170,7 +172,7 @@ def text_samples(options: InspectArguments, kind: str, tokenizer: PreTrainedToke
         pieces += [ids[start : start + limit] for start in range(0, len(ids), limit)]
     pieces = pieces[: options.max_texts]
     if not pieces:
-        raise ValueError("There is no text to look at: every one is empty.")
+        raise ValueError("There is no text to inspect: every text is empty.")
 
     def batch(part: slice) -> dict[str, torch.Tensor]:
         padded = tokenizer.pad({"input_ids": pieces[part]}, return_tensors="pt", return_attention_mask=True)
@@ -191,7 +193,7 @@ def image_samples(options: InspectArguments, config: PreTrainedConfig) -> Sample
     """Samples of pixels, scaled as in training, or as tokens.
 
     Raises:
-        ValueError: the data holds no images of one size, or not of the size of the model.
+        ValueError: the images differ in size from each other or from the model.
     """
     rows = load_lra_table(lra_task("image"), options.data or [], options.split, config_name=options.dataset_config)
     pixels = pixel_array(rows.select(range(min(options.max_texts, len(rows)))), "data")
@@ -225,7 +227,7 @@ def audio_samples(options: InspectArguments) -> Samples:
     """Samples of waveforms, scaled as in training.
 
     Raises:
-        ValueError: the checkpoint has no feature extractor, or the data no waveforms of its sampling rate.
+        ValueError: the checkpoint has no feature extractor, or the data has no waveforms with its sampling rate.
     """
     try:
         extractor = AutoFeatureExtractor.from_pretrained(options.model_name_or_path)
@@ -272,7 +274,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     """Run the recipe; see `--help` for the options.
 
     Args:
-        args: command line words, a mapping of options, or None for the words of this process.
+        args: command-line arguments, a mapping of options, or None for `sys.argv`.
 
     Returns:
         `layers`: the statistics of each layer; `mean_rate`; `pictures`: the files drawn.
@@ -282,7 +284,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         FileExistsError: the output folder is not empty.
     """
     (options,) = parse_arguments((InspectArguments,), args, __doc__)
-    require("Pictures", "matplotlib", extra="viz")  # better now than after the measurements
+    require("Pictures", "matplotlib", extra="viz")  # fail now rather than after the measurements
     set_up_logging()
     output = Path(options.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -294,14 +296,14 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     if not has_routers(model):
         raise ValueError(
-            f"{options.model_name_or_path} is a {model.config.model_type} model: only those of SeqBoat (without `always_active`) have "
-            "layers that activate some tokens and not others."
+            f"{options.model_name_or_path} is a {model.config.model_type} model: only SeqBoat models (without "
+            "`always_active`) have layers that activate some tokens and not others."
         )
     samples = load_samples(options, config, model)
     starts = range(0, samples.number, options.batch_size)
     bar = tqdm(starts, desc="activations", unit="batch", disable=len(starts) < 2)
     batches = (samples.batch(slice(start, start + options.batch_size)) for start in bar)
-    layers = activation_statistics(model, batches, max_sequences=samples.number + 1)  # all, and the bar ends full
+    layers = activation_statistics(model, batches, max_sequences=samples.number + 1)  # all; the bar completes
     output.mkdir(parents=True, exist_ok=True)
     for suffix in ("json", "csv"):
         write_activation_statistics(layers, output / f"activations.{suffix}")

@@ -1,13 +1,13 @@
-"""Run the lm-evaluation-harness on a checkpoint: its own command line, with the architectures of this library known.
+"""Run the lm-evaluation-harness, with its own command line, on checkpoints of this library.
 
     python -m hf_hybrid.recipes.lm_eval --model hf --model_args pretrained=runs/lm --blimp_data data/blimp --blimp_rows 50 \
         --batch_size 16 --device cpu --output_path runs/lm-blimp
 
-Everything but the options `--blimp_...` goes to the harness as it is (`lm_eval run --help` lists its options); it needs
-`pip install "hf_hybrid[eval]"`. For encoder-decoders `backend=seq2seq` is added to `--model_args`, as the harness knows those of
-Transformers alone. Minimal pairs in the format of BLiMP are made into the local task group `blimp_local`, which is chosen when
-`--tasks` is left out. With other tasks, whose questions precede the answers, pass `add_bos_token=False` in `--model_args`: the
-tokenizers of this library end a text with </s>, which must not stand between the two.
+All options except `--blimp_...` are passed on to the harness (`lm_eval run --help` lists them); it needs
+`pip install "hf_hybrid[eval]"`. For encoder-decoders `backend=seq2seq` is added to `--model_args`, because the harness
+recognises only those of Transformers. Minimal pairs in the format of BLiMP become the local task group `blimp_local`,
+which is the default of `--tasks`. For other tasks, whose questions precede the answers, pass `add_bos_token=False` in
+`--model_args`: the tokenizers of this library end a text with </s>, which must not appear between question and answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..data.blimp import GROUP, read_minimal_pairs, write_blimp_tasks
 from .support.models import check_export
 from .support.options import HelpFormatter
 
-# The harness needs a number of tokens; no text is longer.
+# The harness needs a maximum number of tokens; no text is longer than this.
 _UNLIMITED = 1 << 30
 
 
@@ -38,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Write the local tasks and run the harness.
 
     Args:
-        args: words of the command line; None = those of this process.
+        args: command-line arguments, or None for `sys.argv`.
 
     Returns:
         `results` of the harness by task; empty without `--output_path`.
@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--blimp_data", nargs="+", help="Minimal pairs: files, a folder, or a Hub data set.")
-    parser.add_argument("--blimp_rows", type=int, help="Use the first so many pairs of every paradigm.")
+    parser.add_argument("--blimp_rows", type=int, help="Use only this many first pairs of every paradigm.")
     parser.add_argument("--blimp_context", default="", help="Text that the sentences continue, e.g. <extra_id_0>.")
     options, words = parser.parse_known_args(sys.argv[1:] if args is None else list(args))
     if importlib.util.find_spec("lm_eval") is None:
@@ -66,13 +66,13 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def with_backend(words: Sequence[str]) -> list[str]:
-    """The same words, with what the harness cannot know of the checkpoint in `--model_args`, where it is not named there.
+    """Adds to `--model_args` what the harness cannot find out about the checkpoint, unless it is given there.
 
-    This is `backend=seq2seq` for an encoder-decoder, and `max_length` for every model of this library: the harness cuts texts
-    at 2,048 tokens where a configuration has no field that it knows.
+    This is `backend=seq2seq` for an encoder-decoder, and `max_length` for every model of this library: the harness
+    truncates texts to 2,048 tokens if a configuration has no length field that it knows.
 
     Raises:
-        ValueError: `--batch_size auto` of a model without a longest input, which it would try.
+        ValueError: `--batch_size auto` for a model without a maximum length, which it would try.
     """
     words = list(words)
     if "--model_args" not in words:
@@ -93,7 +93,7 @@ def with_backend(words: Sequence[str]) -> list[str]:
         if limit is None and _batch_size(words).startswith("auto"):
             raise ValueError(
                 "`--batch_size auto` tries batches of the longest input, and this model accepts any length: pass a number, or "
-                "the tokens to cut texts at, `max_length=...` in `--model_args`."
+                "the length to truncate texts to, `max_length=...` in `--model_args`."
             )
         words[end - 1] += f",max_length={_UNLIMITED if limit is None else limit}"
     return words

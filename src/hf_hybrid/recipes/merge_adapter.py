@@ -1,9 +1,9 @@
-"""Merge a LoRA adapter into the checkpoint that it was trained on, and save the result as an ordinary checkpoint.
+"""Merge a LoRA adapter into its base checkpoint, and save the result as an ordinary checkpoint.
 
     python -m hf_hybrid.recipes.merge_adapter --model_name_or_path runs/sst2-lora --output_dir runs/sst2-merged
 
-Tokenizer, image processor and feature extractor of the adapter's folder are copied. The weights of the merged checkpoint are the
-sums W + (alpha / r) B A, rounded to the data type of the checkpoint.
+The tokenizer, image processor and feature extractor in the adapter's folder are copied. The weights of the merged
+checkpoint are W + (alpha / r) B A, rounded to the data type of the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PROCESSING_FILES = ("token*.json", "*.model", "special_tokens_map.json", "chat_
 
 @dataclass
 class MergeArguments:
-    """The adapter and where its model goes."""
+    """The adapter and the output folder."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of the adapter, or its Hub name."})
-    output_dir: str = field(metadata={"help": "Folder to write; must be empty or new."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         `architecture`, `base_model` and `num_parameters` of the merged checkpoint.
 
     Raises:
-        ValueError: this is no adapter, or the checkpoint below it is missing or another model.
+        ValueError: this is not an adapter, or its base checkpoint is missing or a different model.
         FileExistsError: the output folder is not empty.
     """
     (arguments,) = parse_arguments((MergeArguments,), args, __doc__)
@@ -53,11 +53,12 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     source = adapter_folder(arguments.model_name_or_path)
     if source is None:
         raise ValueError(
-            f"`model_name_or_path` {arguments.model_name_or_path!r} holds no adapter_config.json: name a folder that a run with LoRA left."
+            f"`model_name_or_path` {arguments.model_name_or_path!r} has no adapter_config.json: pass the folder of a "
+            "run with LoRA."
         )
     if not (source / ADAPTED_CONFIG_FILE).is_file():
         raise ValueError(
-            f"{source} has no {ADAPTED_CONFIG_FILE}, which tells the class of its model: merge it in Python, with "
+            f"{source} has no {ADAPTED_CONFIG_FILE}, which names the class of its model: merge it in Python, with "
             "`PeftModel.from_pretrained(model, folder).merge_and_unload()`."
         )
     model = load_model(architecture_auto_class(adapted_config(source)), arguments.model_name_or_path)

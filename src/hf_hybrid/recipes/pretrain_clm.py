@@ -4,8 +4,8 @@
         --config_overrides "hidden_size=256,num_attention_heads=4,intermediate_size=1024,num_hidden_layers=4,window_size=128" \
         --block_length 1024 --max_steps 1000 --output_dir runs/lm
 
-With `--segment_length` every row of the batch reads whole documents in consecutive segments, and the state of the model goes on from
-one to the next; the evaluation then reads the held-out documents whole.
+With `--segment_length` every row of the batch reads whole documents in consecutive segments, and the state of the
+model is carried from one segment to the next; the evaluation then reads the held-out documents whole.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .support.runs import Job
 
 @dataclass
 class CausalDataArguments(PretrainingDataArguments):
-    """Text of the run."""
+    """Data of the run."""
 
     block_length: int = field(default=1024, metadata={"help": "Tokens of one training sequence."})
     segment_length: int | None = field(
@@ -64,8 +64,8 @@ class CausalDataArguments(PretrainingDataArguments):
     separate_documents: bool = field(
         default=False,
         metadata={
-            "help": "Documents that share a block do not see each other: the state is cut between them. Costs the padding of each "
-            "to the longest."
+            "help": "Documents that share a block do not see each other: the state is reset between them. Costs the "
+            "padding of each document to the longest."
         },
     )
 
@@ -104,7 +104,7 @@ def build(
             data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
         )
     else:
-        new_state(model, in_training=not evaluate_only)  # better an error now than after reading the data
+        new_state(model, in_training=not evaluate_only)  # fail now rather than after reading the data
         train_dataset, eval_dataset, text = build_segments(
             data_args, tokenizer, training_args, evaluate_only=evaluate_only
         )
@@ -124,7 +124,7 @@ def build(
 
     def derive(metrics: Mapping[str, Any]) -> dict[str, float]:
         loss = metrics["eval_loss"]
-        # Tokens per byte of the whole validation text convert the unit; the ends of documents are part of the cost.
+        # Converted by the tokens per byte of the whole validation text; end-of-document tokens are part of the cost.
         found = {"perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, num_tokens, num_bytes)}
         for name, value in metrics.items():
             if name.startswith("eval_loss_"):  # of a range of positions

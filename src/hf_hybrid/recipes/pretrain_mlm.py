@@ -3,8 +3,8 @@
     python -m hf_hybrid.recipes.pretrain_mlm --data corpus.txt --tokenizer tokenizer/ --arch mega \
         --config_overrides "hidden_size=256,num_hidden_layers=4" --block_length 512 --max_steps 1000 --output_dir runs/mlm
 
-Any architecture with a masked-language-model head trains: name its model type as `--arch`. A tokenizer without a mask
-token lends its first sentinel, `<extra_id_0>`. The loss and its exponential, the perplexity, are those of the hidden tokens.
+`--arch` is any model type with a masked-language-model head. If the tokenizer has no mask token, its first sentinel,
+`<extra_id_0>`, is used. The loss and its exponential, the perplexity, are those of the masked tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .support.runs import Job
 
 @dataclass
 class MaskedDataArguments(PretrainingDataArguments):
-    """Text of the run, and how much of it is hidden."""
+    """Data of the run, and the share of it that is masked."""
 
     block_length: int = field(default=512, metadata={"help": "Tokens of one training sequence."})
     mask_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to predict."})
@@ -104,7 +104,7 @@ def build_datasets(
     *,
     evaluate_only: bool = False,
 ) -> tuple[Dataset | None, Dataset, PretrainingText]:
-    """Training set (hidden anew in each epoch), evaluation set (always the same) and the text they come from."""
+    """Training set (masked anew in each epoch), evaluation set (fixed masks) and the text they come from."""
     text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
     length = arguments.block_length
     options: dict[str, Any] = {"vocabulary": vocabulary, "mask_probability": arguments.mask_probability, "seed": seed}

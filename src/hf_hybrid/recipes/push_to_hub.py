@@ -1,11 +1,11 @@
-"""Share a checkpoint: push it to the Hub, or write what would be pushed into a folder, with the code to load it.
+"""Share a checkpoint, with the code to load it: push it to the Hub, or write it to a folder.
 
     python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --repo_id me/summaries --license apache-2.0
     python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --output_dir export
     python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --repo_id me/summaries --remote_code False --private True
 
-With its code a checkpoint loads without this package, by `trust_remote_code=True`. Pushing needs a token of the Hub: run
-`hf auth login` once, or set HF_TOKEN. Writing a folder needs no network.
+With its code a checkpoint loads without this package, with `trust_remote_code=True`. Pushing needs an access token of
+the Hub: run `hf auth login` once, or set HF_TOKEN. Writing a folder needs no network.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class PushToHubArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder of a checkpoint, with its tokenizer or processor."})
     repo_id: str | None = field(
-        default=None, metadata={"help": "Repository to push to, name or owner/name; it is created if need be."}
+        default=None, metadata={"help": "Repository to push to, name or owner/name; it is created if needed."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Write what is shared to this folder; it must not exist or be empty."}
+        default=None, metadata={"help": "Write the files to this folder; it must be new or empty."}
     )
     remote_code: bool = field(default=True, metadata={"help": "Include the code, so that no package is needed."})
     card: str | None = field(
@@ -58,7 +58,7 @@ class PushToHubArguments:
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, e.g. apache-2.0."})
     language: list[str] | None = field(default=None, metadata={"help": "Languages of the training text, e.g. en."})
     private: bool | None = field(default=None, metadata={"help": "Create a private repository."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the repository holds."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the files in the repository."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of one weight file."})
 
@@ -67,23 +67,23 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     """Run the recipe; see `--help` for the options.
 
     Args:
-        args: command line words, a mapping of options, or None for the words of this process.
+        args: command-line arguments, a mapping of options, or None for `sys.argv`.
 
     Returns:
         `model_type`, `architecture`, the number of `files`, and, where they apply, the `url`, the `output_dir` and the
-        `digest` that stands for all files of an export.
+        `digest` that identifies all files of an export.
 
     Raises:
-        ValueError: the source is no checkpoint of this library, the card is not valid, or there is no token.
+        ValueError: the source is not a checkpoint of this library, the card is not valid, or there is no token.
         FileExistsError: the output folder is not empty, or the repository holds other files.
-        PermissionError: the Hub refuses the token.
+        PermissionError: the Hub rejects the token.
     """
     (options,) = parse_arguments((PushToHubArguments,), args, __doc__)
     set_up_logging()
     if options.repo_id is None and options.output_dir is None:
         raise ValueError("Pass `repo_id` to push the checkpoint, `output_dir` to write a folder, or both.")
     if options.repo_id is not None:
-        log_in(options.repo_id)  # before the work
+        log_in(options.repo_id)  # fail before the work
     with tempfile.TemporaryDirectory(prefix="hf_hybrid-push-") as temporary:
         folder = Path(options.output_dir or Path(temporary) / "model")
         model = _write(options, folder)
@@ -128,19 +128,17 @@ def load_own_model(source: Path) -> PreTrainedModel:
     """Loads a checkpoint as the class that its configuration names.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or one of a model that is not of this library.
+        ValueError: the folder has no checkpoint, or its model is not one of this library.
     """
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         raise ValueError(
-            f"`model_name_or_path` {source} holds an adapter without its model: merge it into a checkpoint first (python -m "
-            "hf_hybrid.recipes.merge_adapter)."
+            f"`model_name_or_path` {source} holds an adapter without its base checkpoint: merge it into a checkpoint "
+            "first (python -m hf_hybrid.recipes.merge_adapter)."
         )
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`model_name_or_path` {source} is no folder of a checkpoint: config.json: {error}."
-        ) from error
+        raise ValueError(f"`model_name_or_path` {source} is not a checkpoint folder: config.json: {error}.") from error
     model_type, named = config.get("model_type"), (config.get("architectures") or [None])[0]
     architecture = next((found for found in ARCHITECTURES if found.model_type == model_type), None)
     if architecture is None:
@@ -171,7 +169,7 @@ def _card(options: PushToHubArguments, source: Path, model: PreTrainedModel) -> 
     if path.is_file():
         text = path.read_text(encoding="utf-8")
     elif options.card:
-        raise ValueError(f"`card` {path} is no file.")
+        raise ValueError(f"`card` {path} is not a file.")
     else:
         text = card_of_model(model).render()
     changes = {"license": options.license, "language": split_names(options.language) or None}

@@ -1,12 +1,13 @@
-"""Train a classifier of long sequences on a task of the Long Range Arena (arXiv 2011.04006).
+"""Train a sequence classifier on a task of the Long Range Arena (arXiv 2011.04006).
 
     python -m hf_hybrid.recipes.train_lra --task listops --arch mega --config_overrides "hidden_size=80,num_hidden_layers=6" \
         --num_train 96000 --num_validation 2000 --per_device_train_batch_size 64 --learning_rate 1e-3 --output_dir runs/listops
     python -m hf_hybrid.recipes.train_lra --task image --arch spade --data cifar-10-batches-bin --output_dir runs/image
 
 Tasks: listops, text (bytes), retrieval (pairs of documents, bytes), image and pathfinder (pixels). Without `--data`, ListOps and
-Pathfinder are generated. `--data` takes the files in which the tasks are distributed, a folder of `generate_lra`, or any table with
-the usual columns. `--arch` is any model type with a sequence-classification head, of this library or of Transformers.
+Pathfinder are generated. `--data` takes the files in which the tasks are distributed, a folder written by
+`generate_lra`, or any table with the usual columns. `--arch` is any model type with a sequence-classification head, of
+this library or of Transformers.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class LraArguments(GeneratorArguments, TableArguments):
     task: str = field(default="listops", metadata={"help": f"{', '.join(TASKS)}."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a text; longer ones are cut. Default: 2000 (ListOps), 4000 (bytes)."},
+        metadata={"help": "Tokens of a text; longer ones are truncated. Default: 2000 (ListOps), 4000 (bytes)."},
     )
     pixel_values: bool = field(
         default=False,
@@ -133,7 +134,7 @@ def encode(
 
 
 def longest_sequence(data: Sequence[PixelSequences | Dataset | None]) -> int:
-    """Tokens of the longest sequence of some data sets."""
+    """Length in tokens of the longest sequence of the data sets."""
     longest = 0
     for dataset in data:
         if isinstance(dataset, PixelSequences):
@@ -193,7 +194,7 @@ def build(
 def _new_fields(
     task: LraTask, tokenizer: PreTrainedTokenizerBase | None, pixel_values: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of a new model: those that every configuration has, and those that are set where they exist."""
+    """Fields of a new model: those that every configuration has, and those that are set only where they exist."""
     if pixel_values:
         return {}, {"input_type": "values"}
     size = GREY_VALUES + 1 if tokenizer is None else len(tokenizer)

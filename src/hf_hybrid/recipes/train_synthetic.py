@@ -1,4 +1,4 @@
-"""Train a causal model on a synthetic task that shows what it can remember: associative recall, copying or induction.
+"""Train a causal model on a synthetic memory task: associative recall, copying or induction.
 
     python -m hf_hybrid.recipes.train_synthetic --task associative_recall --arch longvq --length 128 --distance 48 \
         --config_overrides "hidden_size=64,num_hidden_layers=2,shared_representation_size=32,codebook_size=64,window_size=16,chunk_size=16" \
@@ -6,9 +6,9 @@
     python -m hf_hybrid.recipes.train_synthetic --task copying --num_tokens 16 --arch mega \
         --config_overrides "hidden_size=64,num_hidden_layers=2" --output_dir runs/copying
 
-Every example is generated when it is needed. `--arch` is any model type with a causal language model head, of this library or of
-Transformers; a new one gets a vocabulary for the task. Reported are the shares of single tokens (`eval_accuracy`) and of whole examples
-(`eval_exact_match`) that were right, among those that could be known.
+Examples are generated on the fly. `--arch` is any model type with a causal language model head, of this library or of
+Transformers; a new model gets a vocabulary for the task. The recipe reports the shares of predictable tokens
+(`eval_accuracy`) and of whole examples (`eval_exact_match`) that are right.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ TASK_OPTIONS = ("length", "vocab_size", "num_pairs", "num_queries", "distance", 
 
 @dataclass
 class SyntheticArguments:
-    """The task. What is left unset has the default of the task; what a task does not know is refused."""
+    """The task. Unset options have the defaults of the task; options of other tasks are rejected."""
 
     task: str = field(default="associative_recall", metadata={"help": f"{', '.join(TASKS)}."})
     length: int | None = field(default=None, metadata={"help": "Tokens of an example (recall and induction: 128)."})
     vocab_size: int | None = field(
         default=None, metadata={"help": "Number of different tokens (64 for recall, or 32)."}
     )
-    num_pairs: int | None = field(default=None, metadata={"help": "Recall: pairs of key and value (8)."})
-    num_queries: int | None = field(default=None, metadata={"help": "Recall: keys asked for (all)."})
+    num_pairs: int | None = field(default=None, metadata={"help": "Recall: number of key-value pairs (8)."})
+    num_queries: int | None = field(default=None, metadata={"help": "Recall: number of queried keys (all)."})
     distance: int | None = field(
-        default=None, metadata={"help": "Recall: tokens between the pairs and the first query, at least (0)."}
+        default=None, metadata={"help": "Recall: minimum number of tokens between the pairs and the first query (0)."}
     )
-    num_tokens: int | None = field(default=None, metadata={"help": "Copying: tokens to copy (32)."})
-    gap: int | None = field(default=None, metadata={"help": "Copying: further tokens between text and copy (0)."})
-    num_train: int = field(default=100_000, metadata={"help": "Training examples, which are never stored."})
+    num_tokens: int | None = field(default=None, metadata={"help": "Copying: number of tokens to copy (32)."})
+    gap: int | None = field(default=None, metadata={"help": "Copying: additional tokens between text and copy (0)."})
+    num_train: int = field(default=100_000, metadata={"help": "Number of training examples; they are never stored."})
     num_validation: int = field(default=200, metadata={"help": "Validation examples."})
     task_seed: int = field(default=0, metadata={"help": "Seed of the examples."})
 
@@ -76,7 +76,7 @@ class SyntheticArguments:
             raise ValueError(f"`task_seed` must not be negative; got {self.task_seed}.")
 
     def examples(self, size: int, *, validation: bool) -> SyntheticDataset:
-        """So many examples; those of training and validation never come from the same seed."""
+        """The given number of examples; training and validation never share a seed."""
         options = {name: getattr(self, name) for name in TASK_OPTIONS if getattr(self, name) is not None}
         return TASKS[self.task](size, seed=2 * self.task_seed + validation, **options)
 
@@ -87,10 +87,10 @@ class SyntheticArguments:
 
 
 def build_model(arguments: ClassifierArguments, vocab_size: int, length: int) -> PreTrainedModel:
-    """The checkpoint, or a new causal model of the type.
+    """The checkpoint, or a new causal model.
 
     Raises:
-        ValueError: it cannot be loaded, has no causal head, or cannot read ids or lengths of the task.
+        ValueError: it cannot be loaded, has no causal head, or cannot read the ids or lengths of the task.
     """
     trust = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.model_name_or_path is not None:
@@ -113,7 +113,7 @@ def build_model(arguments: ClassifierArguments, vocab_size: int, length: int) ->
 
 
 def best_tokens(outputs: Any, labels: Any) -> Any:
-    """`preprocess_logits_for_metrics`: the most likely ids alone are gathered."""
+    """`preprocess_logits_for_metrics`: gathers only the most likely ids."""
     return (outputs[0] if isinstance(outputs, tuple) else outputs).argmax(-1)
 
 
@@ -155,7 +155,7 @@ def build(
         data_name=f"{data_args.task}, generated with seed {data_args.task_seed}",
         auto_class="AutoModelForCausalLM",
         training_data=f"{size:,} examples, generated",
-        lengths=f"{length} tokens, {counted} of them to be known",
+        lengths=f"{length} tokens, {counted} of them predictable",
         metrics={"task": data_args.task, "length": length, "train_samples": size, "eval_samples": len(validation)},
         result_names={"eval_accuracy": "accuracy", "eval_exact_match": "exact_match"},
     )

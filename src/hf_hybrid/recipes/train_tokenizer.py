@@ -38,11 +38,11 @@ class TrainTokenizerArguments:
 
     data: list[str] = field(
         metadata={
-            "help": "Text files, .json/.jsonl/.csv/.tsv/.parquet files, folders of them, or names of data sets of the Hub, "
+            "help": "Text files, .json/.jsonl/.csv/.tsv/.parquet files, folders of them, or names of Hub data sets, "
             "separated by spaces or commas."
         }
     )
-    output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     vocab_size: int = field(default=32000, metadata={"help": "Number of pieces, without the sentinels."})
     num_sentinels: int = field(
         default=1024, metadata={"help": "Number of sentinel tokens; an input of 16,384 tokens needs 910."}
@@ -56,10 +56,11 @@ class TrainTokenizerArguments:
     normalization: str = field(default="nfkc", metadata={"help": "nfkc, nfkc_cf (lower-cased) or identity."})
     character_coverage: float = field(
         default=0.9995,
-        metadata={"help": "Share of characters with a piece of their own; the rest is spelled in bytes."},
+        metadata={"help": "Share of the characters that get pieces; the others are encoded as bytes."},
     )
     max_sentences: int = field(
-        default=400_000, metadata={"help": "Random sample of lines used when there are more; 0 = all lines."}
+        default=400_000,
+        metadata={"help": "Train on a random sample of this many lines if there are more; 0 = all lines."},
     )
     max_documents: int | None = field(default=None, metadata={"help": "Read only this many documents."})
     split_digits: bool = field(default=False, metadata={"help": "Every digit is a token of its own."})
@@ -89,7 +90,7 @@ def main(args: TrainTokenizerArguments | Sequence[str] | Mapping[str, Any] | Non
     """Trains the tokenizer, writes the folder and returns a few figures about it.
 
     Args:
-        args: the arguments, a command line (flags, or a YAML or JSON file) or a mapping; None reads `sys.argv`.
+        args: the arguments, a command line (flags, or a YAML or JSON file), a mapping, or None for `sys.argv`.
 
     Raises:
         ValueError: the output folder is not empty, or the data cannot be used; nothing is written then.
@@ -132,7 +133,7 @@ def main(args: TrainTokenizerArguments | Sequence[str] | Mapping[str, Any] | Non
 
 
 def _write(output: Path, model: bytes, tokenizer, metrics: dict, args: TrainTokenizerArguments) -> None:
-    """Writes everything beside the folder first, so that a failure leaves no half-written tokenizer."""
+    """Writes to a temporary folder first, so that a failure leaves no half-written tokenizer."""
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:

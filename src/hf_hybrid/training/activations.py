@@ -1,6 +1,7 @@
-"""What the routers of sparsely activated layers learn: recording it, summing it up, following it in training (arXiv 2306.11197).
+"""Records, summarises and monitors the activations of layers with routers (arXiv 2306.11197).
 
-Everything here works through hooks on the units of a model, so that it sees every forward pass, those of `generate` included.
+Everything here works through hooks on the units of a model, so that it sees every forward pass, including those of
+`generate`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def attention_spans(active: torch.Tensor, window: int | None, causal: bool) -> t
 
     Args:
         active: (B, L) bool.
-        window: active tokens seen to each side; None: all.
-        causal: only those before it are seen.
+        window: number of active tokens seen on each side; None: all.
+        causal: whether a token sees only those before it.
 
     Returns:
         (C,) float64 in the order of the tokens; NaN for an active token that sees no other.
@@ -40,7 +41,7 @@ def attention_spans(active: torch.Tensor, window: int | None, causal: bool) -> t
     if rows.numel() == 0:
         return torch.zeros(0, dtype=torch.float64, device=active.device)
     counts = active.sum(-1)
-    first = (counts.cumsum(0) - counts)[rows]  # place of the row's first active token
+    first = (counts.cumsum(0) - counts)[rows]  # position of the row's first active token
     places = torch.arange(rows.numel(), device=active.device)
     reach = active.shape[1] if window is None else window
     before = (places - first).clamp(max=reach)
@@ -52,7 +53,7 @@ def attention_spans(active: torch.Tensor, window: int | None, causal: bool) -> t
 
 
 def sparse_units(model: nn.Module) -> list[Any]:
-    """The units of a model that a router drives, in the order of the layers.
+    """The units of a model that have a router, in the order of the layers.
 
     Raises:
         ValueError: the model has none.
@@ -71,11 +72,11 @@ def has_routers(model: nn.Module) -> bool:
 
 @contextmanager
 def watch_routers(model: nn.Module, notice: Any) -> Iterator[list[Any]]:
-    """Calls `notice(layer, routing, mask)` whenever a router has decided, until the end of the block.
+    """Calls `notice(layer, routing, mask)` after every decision of a router, until the end of the block.
 
     Args:
-        model: a SeqBoat model; a compiled one does not run hooks.
-        notice: called with the index of the layer, its `Routing`, and the mask (B, L) of real tokens or None.
+        model: a SeqBoat model; compiled models do not run hooks.
+        notice: function of the index of the layer, its `Routing`, and the mask (B, L) of real tokens or None.
     """
     units = sparse_units(model)
     handles = []
@@ -94,9 +95,9 @@ def watch_routers(model: nn.Module, notice: Any) -> Iterator[list[Any]]:
 
 @contextmanager
 def record_activations(model: nn.Module) -> Iterator[list[list[torch.Tensor]]]:
-    """The gates of all forward passes inside the block, per layer a list of (B, L) tensors; 0 = inactive.
+    """The gates of all forward passes inside the block: per layer a list of (B, L) tensors; 0 = inactive.
 
-    `generate` makes one pass over the prompt, and one for each token after it::
+    `generate` makes one pass over the prompt, and one for each generated token::
 
         with record_activations(model) as gates:
             model.generate(**inputs)
@@ -112,7 +113,7 @@ def sample_gates(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.
     """The gates of one sample, (layers, L) float32 on the CPU; 0 = inactive.
 
     Args:
-        model: a SeqBoat model; its stack runs, in evaluation mode for the time of the call.
+        model: a SeqBoat model; its stack is run in evaluation mode.
         inputs: arguments of the stack with one row each: `input_ids`, or `input_values`.
 
     Raises:
@@ -129,18 +130,18 @@ def sample_gates(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.
 
 @dataclass(frozen=True)
 class LayerActivation:
-    """Summary of one layer over a set of sequences; padding is left out everywhere.
+    """Summary of one layer over a set of sequences; padding is excluded everywhere.
 
     Attributes:
-        layer: its index.
-        sequences: how many were seen.
-        rate, rate_std: mean and deviation over the sequences of the share of tokens that are active.
-        span, max_span: mean and largest distance in tokens of what an active token sees; 0 where nothing was seen.
-        temperature: of the router.
-        gate: mean gate of the active tokens; 0 where there is none.
+        layer: index of the layer.
+        sequences: number of sequences.
+        rate, rate_std: mean and standard deviation over the sequences of the share of active tokens.
+        span, max_span: mean and largest distance, in tokens, of the keys that an active token sees; 0 if it sees none.
+        temperature: temperature of the router.
+        gate: mean gate of the active tokens; 0 if there are none.
         tokens_per_window: tokens of text that the working memory covers on average, window / rate; None without a window.
-        saving: share of the cost of the attention unit that was not spent, 1 - rate.
-        is_dead, is_always_on: fewer than 1 in 1,000 tokens are active, or inactive.
+        saving: share of the cost of the attention unit that is saved, 1 - rate.
+        is_dead, is_always_on: whether fewer than 1 in 1,000 tokens are active, or inactive.
     """
 
     layer: int
@@ -158,7 +159,7 @@ class LayerActivation:
 
 
 class ActivationCollector:
-    """Sums up decisions of routers; the sums stay on the device of the model until `summary`."""
+    """Accumulates decisions of routers; the sums stay on the device of the model until `summary`."""
 
     def __init__(self, units: list[Any]) -> None:
         self.units = units
@@ -167,7 +168,7 @@ class ActivationCollector:
 
     @torch.no_grad()
     def notice(self, layer: int, routing: Any, mask: torch.Tensor | None) -> None:
-        """Takes one decision over whole sequences into account."""
+        """Adds one decision over whole sequences."""
         active, unit = routing.active, self.units[layer]
         real = torch.full(active.shape[:1], active.shape[1], device=active.device) if mask is None else mask.sum(-1)
         self.rates[layer].append((active.sum(-1) / real)[real > 0])
@@ -211,12 +212,12 @@ class ActivationCollector:
 def activation_statistics(
     model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], *, max_sequences: int = 100
 ) -> list[LayerActivation]:
-    """Runs a model over batches of inputs and sums up which tokens were active.
+    """Runs a model over batches of inputs and summarises which tokens are active.
 
     Args:
-        model: a SeqBoat model; it is put in evaluation mode for the time of the call.
-        batches: keyword arguments of forward passes, without a cache; tensors go to the device of the model.
-        max_sequences: stop after so many.
+        model: a SeqBoat model; it is run in evaluation mode.
+        batches: keyword arguments of forward passes, without a cache; tensors are moved to the device of the model.
+        max_sequences: number of sequences after which to stop.
 
     Raises:
         ValueError: the model has no routers, or there is no batch.
@@ -242,10 +243,10 @@ def activation_statistics(
 
 
 def write_activation_statistics(layers: list[LayerActivation], path: str | os.PathLike) -> Path:
-    """Writes a summary as JSON or CSV, by the suffix of the path.
+    """Writes a summary as JSON or CSV, depending on the suffix of the path.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the path has another suffix.
     """
     path = Path(path)
     rows = [asdict(layer) for layer in layers]
@@ -263,14 +264,15 @@ def write_activation_statistics(layers: list[LayerActivation], path: str | os.Pa
 
 
 class ActivationCallback(TrainerCallback):
-    """Logs in training `activation_rate/layer_i`, `activation_span/layer_i` and the mean rate, and warns of dead layers.
+    """Logs `activation_rate/layer_i`, `activation_span/layer_i` and the mean rate, and warns of dead layers.
 
-    Every `every` steps the first forward pass is looked at; what was seen since the last log is averaged. A router learns from
-    active tokens only, so that a layer without any may stay silent for good: see `dead_layer_loss_weight`.
+    Every `every` steps the first forward pass is observed; the observations since the last log are averaged. A router
+    learns from
+    active tokens only, so a layer without any may stay inactive for good: see `dead_layer_loss_weight`.
 
     Args:
-        every: steps between two looks.
-        patience: looks in a row without active tokens after which a layer is reported, once.
+        every: steps between two observations.
+        patience: consecutive observations without active tokens after which a layer is reported, once.
 
     Raises:
         ValueError: `every` or `patience` is not positive.
@@ -305,7 +307,7 @@ class ActivationCallback(TrainerCallback):
             self.looking = set(range(len(self.collector.units)))
 
     def entries(self, step: int) -> dict[str, float]:
-        """What was seen since the last call, by name of the log entry; empty if nothing was. Warns of dead layers."""
+        """Log entries of the observations since the last call; empty if there were none. Warns of dead layers."""
         layers = [] if self.collector is None else self.collector.summary()
         if self.collector is None or not layers:
             return {}
@@ -318,7 +320,7 @@ class ActivationCallback(TrainerCallback):
             if self.silent[index] >= self.patience and index not in self.warned:
                 self.warned.add(index)
                 logger.warning(
-                    "Layer %d activates no token any more (step %d), so that its router gets no gradient. Train with "
+                    "Layer %d no longer activates any token (step %d), so its router gets no gradient. Train with "
                     "`dead_layer_loss_weight` > 0 to revive it.",
                     index,
                     step,

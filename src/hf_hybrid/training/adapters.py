@@ -1,7 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by the library `peft`: what to adapt in which architecture, saving and loading.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) with the library `peft`: modules to adapt, saving and loading.
 
-An adapter folder holds what PEFT writes (`adapter_config.json`, `adapter_model.safetensors`) and two files more: the
-configuration of the adapted model, whose labels may differ from those of the checkpoint below it, and its generation settings.
+An adapter folder holds what PEFT writes (`adapter_config.json`, `adapter_model.safetensors`) and two more files: the
+configuration of the adapted model, whose labels may differ from those of the base checkpoint, and its generation
+settings.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 ADAPTED_CONFIG_FILE = "adapted_config.json"
 
-# Auto class -> task type of PEFT; heads that PEFT has no type for get its general model.
+# Auto class -> task type of PEFT; heads without a task type in PEFT get its general model.
 TASK_TYPES = {
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -35,7 +36,7 @@ TASK_TYPES = {
 
 
 def require_peft() -> None:
-    """Say which extra is missing.
+    """Checks that PEFT is installed.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -50,7 +51,7 @@ def lora_target_modules(model: PreTrainedModel | PreTrainedConfig) -> list[str] 
     """Names of the linear maps that LoRA adapts.
 
     Args:
-        model: a model (names that occur in it) or a configuration (all names of the architecture).
+        model: model (gives the names that occur in it) or configuration (gives all names of the architecture).
 
     Returns:
         A list for `LoraConfig(target_modules=...)`; "all-linear" for architectures of other libraries.
@@ -68,7 +69,7 @@ def lora_target_modules(model: PreTrainedModel | PreTrainedConfig) -> list[str] 
 def state_modules(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
     """Names of the recurrent parts (state space layers, moving averages), for `modules_to_save`.
 
-    Low-rank updates cannot reach them: they are no linear maps.
+    Low-rank updates cannot train them: they are not linear maps.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     architecture = find_architecture(config.model_type)
@@ -76,9 +77,9 @@ def state_modules(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of what a task adds to the backbone, trained in full; nothing for language models and bare models.
+    """Names of the modules that a task adds to the backbone, trained in full; none for language and bare models.
 
-    A pooler inside the backbone belongs to them: it is not part of pretraining.
+    A pooler inside the backbone is one of them: it is not part of pretraining.
     """
     prefix = model.base_model_prefix
     if model.can_generate() or model.get_output_embeddings() is not None or not hasattr(model, prefix):
@@ -89,7 +90,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def _modules_with_statistics(model: PreTrainedModel) -> list[str]:
-    """Batch normalisations and codebooks: they change in training without gradients, so the adapter has to carry them."""
+    """Batch normalisations and codebooks, which training changes without gradients; saved with the adapter."""
     architecture = find_architecture(model.config.model_type)
     named = () if architecture is None else architecture.statistics_modules
     return [
@@ -101,7 +102,7 @@ def _modules_with_statistics(model: PreTrainedModel) -> list[str]:
 
 
 def lora_task_type(model: PreTrainedModel) -> str | None:
-    """Task type of PEFT for the head of a model; None where it has none."""
+    """Task type of PEFT for the head of a model; None if there is none."""
     from transformers.models.auto import modeling_auto
 
     for auto_name, task_type in TASK_TYPES.items():
@@ -121,16 +122,16 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     untrained: Iterable[str] = (),
 ) -> PeftModel:
-    """A model whose weights are frozen, with trainable low-rank updates of its linear maps; it computes the same at first.
+    """Freezes a model and adds trainable low-rank updates to its linear maps; the outputs are unchanged at first.
 
     Args:
         model: a pretrained model, which is changed in place. Its head is trained in full.
-        rank: r of the updates.
-        alpha: the updates are scaled by alpha / r; default 2 r.
-        dropout: of the inputs of the updates.
+        rank: rank r of the updates.
+        alpha: scale of the updates, which are multiplied by alpha / r; default 2 r.
+        dropout: dropout probability of the inputs of the updates.
         target_modules: names of linear maps; default `lora_target_modules`.
         modules_to_save: names of further modules that are trained in full, e.g. `state_modules(model)`.
-        untrained: names of parameters that the checkpoint did not hold.
+        untrained: names of parameters that the checkpoint does not contain.
 
     Raises:
         ValueError: a value is out of range, a name does not occur, or untrained parameters would stay frozen.
@@ -154,8 +155,8 @@ def add_lora(
     if frozen:
         raise ValueError(
             f"The checkpoint has no weights for {len(frozen)} tensors of {type(model).__name__} ({', '.join(frozen[:3])} ...); "
-            "LoRA would freeze them at random values. Start from a checkpoint that holds them, or fine-tune in full "
-            "(without `lora_rank`)."
+            "LoRA would freeze them at random values. Start from a checkpoint that contains them, or fine-tune in "
+            "full (without `lora_rank`)."
         )
     config = LoraConfig(
         r=rank,
@@ -169,13 +170,13 @@ def add_lora(
 
 
 def check_lora_options(rank: int, alpha: float | None, dropout: float) -> None:
-    """Refuse values out of range.
+    """Rejects values out of range.
 
     Raises:
-        ValueError: names the option.
+        ValueError: a value is out of range; the message names the option.
     """
     if rank < 1:
-        raise ValueError(f"`lora_rank` must be a positive number of columns; got {rank}. 4 to 64 are usual.")
+        raise ValueError(f"`lora_rank` must be positive; got {rank}. Usual ranks are 4 to 64.")
     if alpha is not None and not alpha > 0:
         raise ValueError(f"`lora_alpha` must be positive; got {alpha}. Leave it out for twice the rank.")
     if not 0 <= dropout < 1:
@@ -194,19 +195,20 @@ def _is_inside(parameter: str, name: str) -> bool:
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether a model carries PEFT adapters as a wrapper."""
+    """Whether a model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def base_model(model: Any) -> PreTrainedModel:
-    """The model inside the wrapper of PEFT, or the model itself."""
+    """The model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def save_adapted_config(model: Any, folder: str | os.PathLike) -> None:
-    """Write the configuration and generation settings of an adapted model beside its adapter.
+    """Writes the configuration and generation settings of an adapted model next to its adapter.
 
-    The configuration is not called `config.json`: `from_pretrained` would then look for the whole model in the folder.
+    The configuration is not called `config.json`, because `from_pretrained` would then expect the whole model in the
+    folder.
     """
     inner = base_model(model)
     config = copy.deepcopy(inner.config)
@@ -217,7 +219,7 @@ def save_adapted_config(model: Any, folder: str | os.PathLike) -> None:
 
 
 def adapter_folder(name_or_path: str | os.PathLike) -> Path | None:
-    """The local folder of an adapter, downloaded when it is a Hub name; None when this is no adapter."""
+    """The local folder of an adapter, downloaded if given as a Hub name; None if this is not an adapter."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path) if (Path(name_or_path) / ADAPTER_CONFIG_FILE).is_file() else None
     from transformers.utils import is_peft_available
@@ -237,7 +239,7 @@ def adapter_folder(name_or_path: str | os.PathLike) -> Path | None:
 
 
 def adapted_config(folder: Path) -> PreTrainedConfig:
-    """Configuration of the adapted model: that saved with the adapter, else that of the checkpoint below it.
+    """Configuration of the adapted model: the one saved with the adapter, else that of the base checkpoint.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -252,45 +254,45 @@ def adapted_config(folder: Path) -> PreTrainedConfig:
 
 
 def base_name(folder: Path) -> str:
-    """Name or path of the checkpoint that an adapter was trained on.
+    """Name or path of the base checkpoint of an adapter.
 
     Raises:
-        ValueError: the adapter does not tell.
+        ValueError: the adapter does not name it.
     """
     path = folder / ADAPTER_CONFIG_FILE
     name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
-        raise ValueError(f"{path} does not name the checkpoint below it (`base_model_name_or_path`). Write it there.")
+        raise ValueError(f"{path} does not name the base checkpoint: add it as `base_model_name_or_path`.")
     return name
 
 
 def config_below(folder: Path) -> PreTrainedConfig:
-    """Configuration of the checkpoint that an adapter was trained on.
+    """Configuration of the base checkpoint of an adapter.
 
     Raises:
-        ValueError: the checkpoint is not there.
+        ValueError: the checkpoint cannot be loaded.
     """
     name = base_name(folder)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The adapter {folder} belongs to the checkpoint {name!r}, which cannot be loaded ({error}). Put it back, run "
-            "from the folder in which the adapter was trained, or write its new place into "
+            f"The adapter {folder} belongs to the checkpoint {name!r}, which cannot be loaded ({error}). Restore it, "
+            "run from the folder in which the adapter was trained, or write its new path into "
             f"{folder / ADAPTER_CONFIG_FILE} (`base_model_name_or_path`)."
         ) from error
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, *, is_trainable: bool = False) -> PeftModel:
-    """Put a saved adapter onto the model that it was trained on.
+    """Attaches a saved adapter to its base model.
 
     Args:
-        model: the checkpoint below the adapter, with the same head; changed in place.
-        folder: of the adapter.
+        model: the base checkpoint, loaded with the same head; changed in place.
+        folder: folder of the adapter.
         is_trainable: whether its weights get gradients.
 
     Raises:
-        ValueError: the folder is damaged, or the adapter was made for another model.
+        ValueError: the folder is damaged, or the adapter was trained for another model.
         ImportError: PEFT is not installed.
     """
     require_peft()
@@ -299,7 +301,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, *, is_traina
     check_checkpoint(folder)
     path = Path(folder) / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is no adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE} are expected.")
+        raise ValueError(f"{folder} is not an adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE} are expected.")
     problems = _misfits(model, _tensor_shapes(path))
     if problems:
         raise ValueError(
@@ -318,7 +320,7 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _misfits(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What in an adapter has no counterpart in a model, one sentence each."""
+    """Parts of an adapter without a counterpart in a model, one phrase each."""
     modules, tensors = dict(model.named_modules()), model.state_dict()
     problems = []
     for key, shape in shapes.items():
@@ -342,22 +344,21 @@ def _misfits(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> l
 
 
 def load_adapted_model(auto_class: Any, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """The checkpoint below an adapter with the adapter merged into it: an ordinary model.
+    """The base checkpoint of an adapter with the adapter merged into it: an ordinary model.
 
     Args:
         auto_class: Auto class of the head.
         name_or_path: folder of the adapter, or its Hub name.
-        kwargs: of `from_pretrained`; fields of the configuration are accepted.
+        kwargs: arguments of `from_pretrained`, including fields of the configuration.
 
     Raises:
-        ValueError: this is no adapter, something is missing or damaged, or the checkpoint is another model than the adapter was made
-            for.
+        ValueError: this is not an adapter, a file is missing or damaged, or the adapter was trained for another model.
         ImportError: PEFT is not installed.
     """
     require_peft()
     folder = adapter_folder(name_or_path)
     if folder is None:
-        raise ValueError(f"{str(name_or_path)!r} is no adapter: it has no {ADAPTER_CONFIG_FILE}.")
+        raise ValueError(f"{str(name_or_path)!r} is not an adapter: it has no {ADAPTER_CONFIG_FILE}.")
     check_checkpoint(folder)
     name, config, below = base_name(folder), adapted_config(folder), config_below(folder)
     if os.path.isdir(name):
@@ -399,10 +400,10 @@ def architecture_auto_class(config: PreTrainedConfig) -> Any:
 
 
 def check_resumable(model: Any, checkpoint: Path) -> None:
-    """Refuse to continue from a checkpoint whose adapter is not that of the run.
+    """Rejects resuming from a checkpoint whose adapter is not that of the run.
 
     Raises:
-        ValueError: one has an adapter and the other has none, or they differ in rank or targets.
+        ValueError: only one of them has an adapter, or their adapters differ in rank or targets.
     """
     saved = (checkpoint / ADAPTER_CONFIG_FILE).is_file()
     if saved != is_adapted(model):

@@ -1,4 +1,4 @@
-"""Training arguments: those of the library plus what hybrid models need."""
+"""Training arguments: those of Transformers, and additions for hybrid models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLING_STRATEGIES = next(
 
 @dataclass
 class HybridTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with a learning rate for state space parameters, a time limit and counted tokens."""
+    """`TrainingArguments` with a learning rate for state space parameters, a time limit and token counts."""
 
     ssm_learning_rate: float | None = field(
         default=None,
@@ -34,7 +34,7 @@ class HybridTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Stop after this many minutes of training, evaluate and save. The learning rate schedule then "
-            "follows whichever is further, the steps or the time."
+            "follows whichever is further ahead, the steps or the time."
         },
     )
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] = field(
@@ -47,12 +47,12 @@ class HybridTrainingArguments(TrainingArguments):
 
 @dataclass
 class HybridSeq2SeqTrainingArguments(HybridTrainingArguments, Seq2SeqTrainingArguments):
-    """The same for sequence-to-sequence training with generation in the evaluation."""
+    """`HybridTrainingArguments` for sequence-to-sequence training with generation in the evaluation."""
 
 
 @dataclass
 class PretrainingArguments(HybridTrainingArguments):
-    """The same with defaults for pretraining from scratch."""
+    """Training arguments with defaults for pretraining from scratch."""
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     ssm_learning_rate: float | None = field(
@@ -62,22 +62,22 @@ class PretrainingArguments(HybridTrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
-    logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
+    logging_steps: float = field(default=20, metadata={"help": "Number of steps between logs."})
     eval_strategy: IntervalStrategy | str = field(
         default="steps", metadata={"help": "When to evaluate: no, steps or epoch."}
     )
-    eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every this many steps."})
-    save_steps: float = field(default=1000, metadata={"help": "Save a checkpoint every this many steps."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Number of steps between evaluations."})
+    save_steps: float = field(default=1000, metadata={"help": "Number of steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate only the loss."})
 
 
 @dataclass
 class SyntheticTrainingArguments(PretrainingArguments):
-    """Training arguments with the defaults for synthetic tasks."""
+    """Training arguments with defaults for synthetic tasks."""
 
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples of a step and device."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples per step and device."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
     ssm_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the state space parameters. Default: `learning_rate`."}
@@ -85,16 +85,16 @@ class SyntheticTrainingArguments(PretrainingArguments):
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] = field(
         default="all", metadata={"help": "Count the tokens of the inputs: all, non_padding or no."}
     )
-    prediction_loss_only: bool = field(default=False, metadata={"help": "Evaluate the loss alone."})
+    prediction_loss_only: bool = field(default=False, metadata={"help": "Evaluate only the loss."})
 
 
 @dataclass
 class FinetuningArguments(HybridTrainingArguments):
-    """The same with defaults for fine-tuning: one evaluation and checkpoint per epoch, batches of similar lengths."""
+    """Defaults for fine-tuning: one evaluation and checkpoint per epoch, batches of similar lengths."""
 
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every this many steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Number of steps between logs."})
     eval_strategy: IntervalStrategy | str = field(
         default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."}
     )
@@ -107,10 +107,11 @@ class FinetuningArguments(HybridTrainingArguments):
     )
     lora_rank: int | None = field(
         default=None,
-        metadata={"help": "Train low-rank updates (LoRA) of this rank and the head; the checkpoint stays as it is."},
+        metadata={"help": "Train low-rank updates (LoRA) of this rank, and the head; the checkpoint stays unchanged."},
     )
     lora_alpha: float | None = field(
-        default=None, metadata={"help": "The updates are scaled by alpha / rank. Default: twice the rank."}
+        default=None,
+        metadata={"help": "Scale of the updates, which are multiplied by alpha / rank. Default: twice the rank."},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the inputs of the updates."})
     lora_targets: list[str] | None = field(
@@ -119,14 +120,15 @@ class FinetuningArguments(HybridTrainingArguments):
     lora_modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Further modules to train in full, e.g. ssm (SPADE) or ema_gate (Mega); `state` means these."
+            "help": "Further modules to train in full, e.g. ssm (SPADE) or ema_gate (Mega); `state` means all "
+            "recurrent parts."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_targets is not None and not self.lora_targets:
-            raise ValueError("`lora_targets` names no linear map; leave it out for those of the architecture.")
+            raise ValueError("`lora_targets` is empty; leave it out to adapt the linear maps of the architecture.")
         if self.lora_rank is not None:
             check_lora_options(self.lora_rank, self.lora_alpha, self.lora_dropout)
         elif self.lora_alpha or self.lora_dropout or self.lora_targets or self.lora_modules_to_save:

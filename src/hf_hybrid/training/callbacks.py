@@ -1,4 +1,4 @@
-"""Trainer callbacks: a time limit, and the epoch number for data sets that draw anew each epoch."""
+"""Trainer callbacks: a time limit, and the epoch number for data sets with new random choices in each epoch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class TimeLimitCallback(TrainerCallback):
-    """Stop after a number of minutes, with a last checkpoint.
+    """Stops after a number of minutes, with a final checkpoint.
 
     The clock of the main process decides for all processes, so that all stop at the same step.
 
     Args:
-        minutes: wall-clock time from the start of training, evaluations included.
+        minutes: wall-clock time from the start of training, including evaluations.
 
     Raises:
         ValueError: `minutes` is not positive.
@@ -52,13 +52,13 @@ class TimeLimitCallback(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Tell data sets and samplers which epoch begins.
+    """Passes the number of the epoch to data sets and samplers.
 
-    Accelerate forwards the epoch to the sampler or to the data set, not to both, in distributed runs, and to neither
-    through the wrappers of a resumed one; whatever draws from (seed, epoch) needs it always.
+    In distributed runs Accelerate forwards the epoch to either the sampler or the data set, and in resumed runs its
+    wrappers forward it to neither; everything that draws from (seed, epoch) needs it.
 
     Args:
-        targets: objects; those with a method `set_epoch` are told.
+        targets: objects; those with a method `set_epoch` receive the epoch.
     """
 
     def __init__(self, *targets: object) -> None:
@@ -67,7 +67,7 @@ class EpochCallback(TrainerCallback):
             self.add(target)
 
     def add(self, target: object) -> None:
-        """Tell one more object, if it listens."""
+        """Adds an object, if it has a method `set_epoch`."""
         if hasattr(target, "set_epoch"):
             self.targets.append(target)
 

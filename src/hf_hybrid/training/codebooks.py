@@ -1,4 +1,4 @@
-"""Following the codebooks of attention over quantised keys in training (arXiv 2404.11163)."""
+"""Monitoring the codebooks of attention over quantised keys in training (arXiv 2404.11163)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def quantized_model(model: Any) -> Any:
-    """The model with codebooks inside wrappers of PEFT or of distributed training, or None when it has none."""
+    """The model with codebooks, without wrappers of PEFT or of distributed training; None if it has no codebooks."""
     while model is not None:
         if hasattr(model, "apply_codebook_updates"):
             return model
@@ -28,22 +28,24 @@ def has_codebooks(model: Any) -> bool:
 
 
 class CodebookCallback(TrainerCallback):
-    """Applies updates of the codebooks at the end of each step, logs their health and warns when they collapse.
+    """Applies pending codebook updates at the end of each step, logs the use of the codes and warns of collapse.
 
-    Updates are applied by the next training step in any case; with this callback a checkpoint holds those of its own step, in
-    runs of several processes too.
+    Without it, the next training step applies pending updates; with it, a checkpoint includes those of its own step,
+    also in distributed runs.
 
-    Collapse means that all keys have become alike: the perplexity of the codes goes to 1, while commitment loss and quantisation
-    error get small. So the perplexity alone is watched. It often dips in the first steps and recovers.
+    Collapse means that all keys have become nearly equal: the perplexity of the codes goes to 1, while commitment loss
+        and
+    quantisation error become small. Therefore only the perplexity is watched. It often dips in the first steps and
+    recovers.
 
     Attributes:
         history: one entry per log: `step`, and per layer `perplexity` (mean over heads), `active_fraction`, `relative_error`,
             `revived`.
 
     Args:
-        collapse_perplexity: a layer whose mean perplexity is below this is in danger.
+        collapse_perplexity: threshold of the mean perplexity of a layer.
         grace_steps: optimizer steps before the first warning.
-        patience: logs in a row in danger before a warning.
+        patience: consecutive logs below the threshold before a warning.
     """
 
     def __init__(self, collapse_perplexity: float = 2.0, grace_steps: int = 200, patience: int = 3) -> None:
@@ -64,7 +66,7 @@ class CodebookCallback(TrainerCallback):
             quantized.apply_codebook_updates()
 
     def entries(self, model: Any, step: int) -> dict[str, float]:
-        """What a log of training says about the codebooks; empty without any. It joins the history."""
+        """The codebook entries of a training log, also added to the history; empty without codebooks."""
         quantized = quantized_model(model)
         layers = [] if quantized is None else quantized.codebook_stats()
         if not layers or any(layer["perplexity"] is None for layer in layers):
@@ -90,13 +92,13 @@ class CodebookCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Logs of training, not of evaluations; those of `HybridTrainer` have the entries already.
+        # Only logs of training, not of evaluations; those of `HybridTrainer` already have the entries.
         if logs is None or "loss" not in logs or "codebook_perplexity" in logs:
             return
         found = self.entries(model, state.global_step)
         logs.update(found)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(found)  # which Trainer copied before
+            state.log_history[-1].update(found)  # `Trainer` has already copied the log
 
     def _warn(self, step: int, perplexities: list[float]) -> None:
         for index, value in enumerate(perplexities):
@@ -107,6 +109,6 @@ class CodebookCallback(TrainerCallback):
             if step >= self.grace_steps and self._in_danger[index] == self.patience:
                 logger.warning(
                     "Step %d: the codes of layer %d have a perplexity of %.2f, below %.1f for %d logs: its keys are becoming "
-                    "alike. Lower `commitment_loss_weight` or the learning rate, or raise `chunk_size`.",
+                    "nearly equal. Lower `commitment_loss_weight` or the learning rate, or raise `chunk_size`.",
                     *(step, index, value, self.collapse_perplexity, self.patience),
                 )

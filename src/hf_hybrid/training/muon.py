@@ -1,7 +1,7 @@
 """Muon for matrices and AdamW for everything else, in one optimizer.
 
-Muon replaces the averaged gradient of a matrix by a nearby matrix with orthonormal rows or columns, so that every direction
-moves at the same speed. Tables, norms, biases, heads and state space tensors are trained by AdamW.
+Muon replaces the averaged gradient of a matrix with a nearby matrix with orthonormal rows or columns, so that every
+direction moves at the same speed. Embeddings, norms, biases, heads and state space tensors are trained with AdamW.
 
 Reference: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale of the steps is that of
 arXiv 2502.16982, Eq. 4, under which learning rates and weight decay of AdamW carry over.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-# Quintic iteration whose slope at zero is steep: singular values end between about 0.7 and 1.2, not at 1.
+# Quintic iteration with a steep slope at zero: singular values end up between about 0.7 and 1.2, not at 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _RMS_OF_ADAMW = (
     0.2  # root mean square of an update of AdamW in units of its learning rate, as measured in arXiv 2502.16982
@@ -26,8 +26,8 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The matrices with singular values near one, by `steps` Newton-Schulz iterations.
 
     Args:
-        matrices: (..., R, C). Products are computed in the dtype given: bfloat16 is enough on accelerators, while processors
-            without fast bfloat16 products are several times faster in float32.
+        matrices: (..., R, C). Products are computed in the given dtype: bfloat16 is sufficient on accelerators, while
+            CPUs without fast bfloat16 products are several times faster in float32.
         steps: number of iterations.
 
     Returns:
@@ -48,9 +48,9 @@ class MuonAdamW(torch.optim.AdamW):
 
     Args:
         params: parameter groups; those with `muon=True` hold matrices only.
-        momentum: decay rate of the averaged gradient of Muon, whose Nesterov form is used.
+        momentum: decay rate of the averaged gradient of Muon (Nesterov momentum).
         orthogonalization_dtype: dtype of the products of Muon. None: bfloat16 on accelerators, float32 on CPU.
-        options: those of `torch.optim.AdamW`.
+        options: options of `torch.optim.AdamW`.
 
     Raises:
         ValueError: a group of Muon holds a tensor that is not a matrix.
@@ -70,7 +70,7 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__(params, lr, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see `torch.optim.Optimizer.add_param_group`."""
+        """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
         super().add_param_group(param_group)
         if self.param_groups[-1].setdefault("muon", False):
             shapes = [tuple(parameter.shape) for parameter in self.param_groups[-1]["params"]]
@@ -83,7 +83,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns what `closure` returns."""
+        """Updates every parameter that has a gradient; returns the result of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -94,7 +94,7 @@ class MuonAdamW(torch.optim.AdamW):
                 found = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
                 taken.append((group, found))
                 for parameter, _ in found:
-                    parameter.grad = None  # AdamW passes over it
+                    parameter.grad = None  # so that AdamW skips it
         try:
             super().step()
         finally:
@@ -106,12 +106,12 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _step_matrices(self, group: dict[str, Any], found: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Matrices of one shape are orthogonalised together: many small products cost more than few large ones."""
+        """Orthogonalises matrices of the same shape together: many small products cost more than a few large ones."""
         alike: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for parameter, gradient in found:
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.tensor(0.0)  # AdamW expects the entry in every state that it loads
+                state["step"] = torch.tensor(0.0)  # AdamW expects this entry in every state that it loads
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             state["step"] += 1
             average = state["momentum_buffer"]

@@ -2,8 +2,8 @@
 
 Names are the only reliable key: attributes set on parameters do not survive `from_pretrained`, which rebuilds every
 tensor. The record of an architecture (`auto.Architecture`) says which tensors are state, which have no weight decay and which have.
-The recurrence wants its own learning rate and no weight decay (decaying `log_dt` or the spectrum changes the time scales the layer was
-given), arXiv 2111.00396 appendix D.
+The recurrence needs its own learning rate and no weight decay, because decaying `log_dt` or the spectrum changes the
+time scales of the layer (arXiv 2111.00396, appendix D).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..auto import Architecture, find_architecture, is_head
 
 logger = logging.getLogger(__name__)
 
-# Models without a record, and what others add to a model: by the usual names, else by shape.
+# For models without a record, and for modules that others add to a model: the usual names, else the shape.
 _USUAL_NAMES = re.compile(r"(^|\.)(shared|wte|wpe|(\w+_)?embed(_tokens|_positions|dings?)?|\w*bias|\w*norm\w*)(\.|$)")
 
 _USUAL_STATE = re.compile(r"(^|\.)(ssm|ema)\.")
 
 
 def group_of(name: str, parameter: nn.Parameter, architecture: Architecture | None = None) -> str | None:
-    """Name of the group a parameter belongs to: `"state"`, `"no_decay"` or `"decay"`; None where the record has no rule.
+    """Name of the group a parameter belongs to: `"state"`, `"no_decay"` or `"decay"`; None if the record has no rule.
 
     Args:
-        name: of the parameter in its model; adapters may have put parts into it.
+        name: name of the parameter in its model; adapters may have inserted parts into it.
         parameter: the tensor; its shape decides in models without a record.
-        architecture: the record of the model, or None.
+        architecture: record of the model, or None.
     """
     if architecture is None:
         if _USUAL_STATE.search(name):
@@ -48,20 +48,20 @@ def parameter_groups(
     ssm_learning_rate: float | None = 1e-3,
     muon_learning_rate: float | None = None,
 ) -> list[dict]:
-    """Split the trainable parameters of a model into optimizer groups.
+    """Splits the trainable parameters of a model into optimizer groups.
 
     Args:
-        model: one of this library or any other; tied parameters are counted once.
-        learning_rate: rate of everything but the state.
-        weight_decay: decay of the matrices; biases, norms, embeddings, tables and state have none.
-        ssm_learning_rate: rate of the state (state spaces, moving averages); None = `learning_rate`.
-        muon_learning_rate: rate of the matrices of the blocks, which then form a group `"muon"` for `training.muon.MuonAdamW`;
-            those of heads stay with AdamW. None: no such group.
+        model: a model of this library or any other; tied parameters are counted once.
+        learning_rate: learning rate of everything except the state.
+        weight_decay: weight decay of the matrices; biases, norms, embeddings and state have none.
+        ssm_learning_rate: learning rate of the state (state spaces, moving averages); None = `learning_rate`.
+        muon_learning_rate: learning rate of the matrices of the blocks, which then form a group `"muon"` for
+            `training.muon.MuonAdamW`; those of heads stay with AdamW. None: no such group.
 
     Returns:
-        Up to four non-empty groups with the keys `name`, `params`, `lr`, `weight_decay` (and `muon` with a rate for it), the
-        decayed ones first.
-        Each trainable parameter is in exactly one. Schedulers scale the groups together, so their ratio is kept.
+        Up to four non-empty groups with the keys `name`, `params`, `lr`, `weight_decay` (and `muon` if its learning
+        rate is set), those with weight decay first. Each trainable parameter is in exactly one group. Schedulers scale
+        all groups by the same factor, so the ratios of their learning rates are kept.
 
     Raises:
         ValueError: no parameter is trainable, or a rate is negative.
@@ -105,5 +105,5 @@ def parameter_groups(
         )
     used = [group for group in groups.values() if group["params"]]
     if not used:
-        raise ValueError("The model has no trainable parameter: every one has `requires_grad=False`.")
+        raise ValueError("The model has no trainable parameters: all have `requires_grad=False`.")
     return used

@@ -1,9 +1,9 @@
-"""The folder a run writes: who may write into it, and the records every run leaves there.
+"""The output folder of a run: when it may be written, and the records that every run writes to it.
 
-A run leaves the checkpoint and its tokenizer, `arguments.json` (every resolved option), `environment.json` (versions,
-hardware, git revision, command), `metrics.json`, `loss_curve.png` and a model card `README.md`. A folder that already
-holds something is refused unless the run resumes, so that no result is ever overwritten. Only the main process of a
-distributed run writes.
+A run writes the checkpoint and its tokenizer, `arguments.json` (every resolved option), `environment.json` (versions,
+hardware, git revision, command), `metrics.json`, `loss_curve.png` and a model card `README.md`. A folder that is not
+empty is rejected unless the run resumes, so that no result is ever overwritten. Only the main process of a distributed
+run writes.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ _FREE_ON_RESUME = frozenset(
 
 
 def is_main_process() -> bool:
-    """True in the one process of a distributed run that writes files."""
+    """True in the only process of a distributed run that writes files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 class RunFolder:
-    """Rules and records of one output folder.
+    """The output folder of one run, its rules and records.
 
     Args:
         path: the output folder; it is created when the first record is written.
-        resume: None (a fresh run), `"last"` (or `"true"`: the newest whole checkpoint of the folder), or the path of a
+        resume: None (a new run), `"last"` or `"true"` (the newest complete checkpoint of the folder), or the path of a
             checkpoint folder.
 
     Raises:
         FileExistsError: the folder is not empty and the run does not resume.
-        ValueError: the path is a file, or there is no checkpoint to resume from, or it is damaged.
+        ValueError: the path is a file, or the checkpoint to resume from is missing or damaged.
     """
 
     def __init__(self, path: str | os.PathLike, resume: str | bool | None = None) -> None:
@@ -81,7 +81,7 @@ class RunFolder:
         self.resume_checkpoint = self._find_checkpoint(resume)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`output_dir` must be a folder; {self.path} is a file. Choose another path.")
-        # The main process decides: by the time the others look, it may have started to write.
+        # The main process decides: when the other processes check, it may already have started to write.
         occupied = is_main_process() and self.path.is_dir() and any(self.path.iterdir())
         if occupied and self.resume_checkpoint is None:
             raise FileExistsError(
@@ -97,13 +97,13 @@ class RunFolder:
         checkpoint = Path(resume)
         if not checkpoint.is_dir():
             raise ValueError(
-                f"`resume_from_checkpoint` must be `last` or a checkpoint folder; {checkpoint} is no folder."
+                f"`resume_from_checkpoint` must be `last` or a checkpoint folder; {checkpoint} is not a folder."
             )
         check_checkpoint(checkpoint, resumable=True)
         return checkpoint
 
     def _last_whole_checkpoint(self) -> Path:
-        """The newest checkpoint that can be read; a run killed while saving leaves one that cannot."""
+        """The newest readable checkpoint; a run killed while saving leaves an unreadable one."""
         folders = [(int(path.name[11:]), path) for path in self.path.glob("checkpoint-*") if path.name[11:].isdigit()]
         problems = []
         for _, checkpoint in sorted(folders, reverse=True):
@@ -118,13 +118,13 @@ class RunFolder:
         if problems:
             raise problems[0]
         raise ValueError(
-            f"`resume_from_checkpoint` is set but {self.path} holds no checkpoint-<step> folder. Leave it out to start "
+            f"`resume_from_checkpoint` is set but {self.path} has no checkpoint-<step> folder. Leave it out to start "
             "a new run."
         )
 
     @contextlib.contextmanager
     def recording(self, arguments: Mapping[str, Any]) -> Iterator[None]:
-        """Write the opening records; withdraw them if the run fails before it has left anything else."""
+        """Writes the initial records, and removes them if the run fails before it writes anything else."""
         if not is_main_process():
             yield
             return
@@ -157,21 +157,21 @@ class RunFolder:
                 logger.warning("Resuming with `%s` = %r, it was %r.", key, current[key], previous[key])
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write `metrics.json` (main process only)."""
+        """Writes `metrics.json` (main process only)."""
         if is_main_process():
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / METRICS_FILE, metrics)
 
 
 def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> None:
-    """Refuse a checkpoint that cannot be read, before anything expensive starts.
+    """Rejects a checkpoint that cannot be read, before anything expensive starts.
 
     Args:
-        folder: a local checkpoint folder, of a whole model or of an adapter.
-        resumable: also require the state a training run needs to continue.
+        folder: local checkpoint folder of a whole model or of an adapter.
+        resumable: also require the state that a training run needs to continue.
 
     Raises:
-        ValueError: a file is missing, truncated or not what its name says; the message names it.
+        ValueError: a file is missing, truncated or of the wrong kind; the message names it.
     """
     folder = Path(folder)
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
@@ -237,7 +237,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Largest memory of this process so far, in bytes: resident, and on the accelerator where there is one."""
+    """Peak memory of this process so far, in bytes: resident, and on the accelerator if there is one."""
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -256,7 +256,7 @@ def _processor_name() -> str:
 
 
 def git_revision() -> str | None:
-    """Commit of the source tree this package runs from (`-dirty` when tracked files differ), None without one."""
+    """Commit of the source tree of this package (`-dirty` if tracked files differ); None outside a repository."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*command: str) -> str:
@@ -264,7 +264,7 @@ def git_revision() -> str | None:
         return done.stdout.strip()
 
     try:
-        if not git("ls-files", "__init__.py"):  # inside somebody else's repository, e.g. in a virtual environment
+        if not git("ls-files", "__init__.py"):  # inside another repository, e.g. in a virtual environment
             return None
         revision = git("rev-parse", "HEAD")
         return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -273,7 +273,7 @@ def git_revision() -> str | None:
 
 
 def to_json(value: Any) -> Any:
-    """The same value in JSON types; non-finite numbers become None, everything unknown its `str`."""
+    """The value in JSON types; non-finite numbers become None, unknown types their `str`."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):
@@ -292,7 +292,7 @@ def to_json(value: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    """Writes JSON atomically: a reader sees either the old file or the complete new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Training and evaluation on consecutive segments of documents, with a state that goes on from segment to segment."""
+"""Training and evaluation on consecutive segments of documents, with a state carried between them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..modeling.cache import StateCache
 from .trainer import HybridTrainer
 
 STATE_FILE = "carried_state_{rank}.safetensors"
-POSITION_LIMITS = (4096, 16384, 65536)  # where the ranges of positions end for which the loss is reported
+POSITION_LIMITS = (4096, 16384, 65536)  # ends of the ranges of positions for which the loss is reported
 
 
 def new_state(model: Any, *, in_training: bool = False) -> StateCache:
     """Empty state of a causal model.
 
     Args:
-        model: with or without adapters.
+        model: causal model, with or without adapters.
         in_training: whether the weights change from segment to segment.
 
     Raises:
@@ -41,17 +41,18 @@ def new_state(model: Any, *, in_training: bool = False) -> StateCache:
         if obstacle is None:
             return cache
     raise ValueError(
-        f"`segment_length` needs a model whose state goes on from segment to segment; that of {type(inner).__name__} does not: "
-        f"{obstacle}. Choose a causal language model, or train on blocks (`block_length`)."
+        f"`segment_length` needs a model whose state can be carried between segments; that of {type(inner).__name__} "
+        f"cannot: {obstacle}. Choose a causal language model, or train on blocks (`block_length`)."
     )
 
 
 class SegmentTrainer(HybridTrainer):
     """`HybridTrainer` on `DocumentSegments`: the state of each row is carried, without gradients, until its document ends.
 
-    The batch of a process must hold the rows of its data set that are its own: batch size times processes must be the
-    `num_rows` of the training data. The evaluation reads the documents of `eval_dataset` whole and reports the loss also by
-    the position in the document. The state is saved with each checkpoint, so that a resumed run is the uninterrupted one.
+    Every process trains its own rows of the data set: batch size times number of processes must equal the `num_rows`
+        of the
+    training data. The evaluation reads the documents of `eval_dataset` whole and also reports the loss by position in
+    the document. The state is saved with each checkpoint, so that a resumed run equals an uninterrupted one.
 
     Raises:
         ValueError: the model cannot carry a state, activations are recomputed, or the batch size does not fit the data.
@@ -60,7 +61,7 @@ class SegmentTrainer(HybridTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._new_state()
-        self.args.remove_unused_columns = False  # `begins` is no argument of the model
+        self.args.remove_unused_columns = False  # `begins` is not an argument of the model
         if self.args.gradient_checkpointing:
             raise ValueError(
                 "`gradient_checkpointing` cannot be used with `segment_length`: recomputed layers have no state. Lower "
@@ -80,7 +81,7 @@ class SegmentTrainer(HybridTrainer):
         return SequentialSampler(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loss of one segment per row, after those before it."""
+        """Loss of one segment per row, given the state after the segments before it."""
         begins = inputs.pop("begins")
         if self._carried is None:
             self._carried = self._new_state()
@@ -120,7 +121,7 @@ class SegmentTrainer(HybridTrainer):
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss per token of whole documents, and that of ranges of positions (`eval_loss_0_4096`, ...)."""
+        """Mean loss per token of whole documents, overall and by range of positions (`eval_loss_0_4096`, ...)."""
         began = time.perf_counter()
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.model

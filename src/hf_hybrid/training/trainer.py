@@ -1,4 +1,4 @@
-"""Trainers that know the parameter groups of hybrid models, a time limit, and how fast they are."""
+"""Trainers with the parameter groups of hybrid models, a time limit and logged throughput."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .parameter_groups import parameter_groups
 class EpochLengthSampler(LengthGroupedSampler):
     """Batches of similar lengths in an order that depends on (seed, epoch) alone.
 
-    The library's sampler draws from the global generator, so a resumed epoch would see another order than the one
-    that was interrupted.
+    The sampler of Transformers draws from the global generator, so a resumed epoch would have another order than the
+    interrupted one.
     """
 
     def __init__(self, *args, seed: int, **kwargs) -> None:
@@ -36,7 +36,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Sets the epoch, which determines the order of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -47,12 +47,12 @@ class EpochLengthSampler(LengthGroupedSampler):
 def smoothing_excess(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """What the cross-entropy with the uniform distribution has more than that with the labels; its weight is that of the smoothing.
+    """Cross-entropy with the uniform distribution minus that with the labels: the unweighted term of label smoothing.
 
     Args:
         logits: (..., V).
         labels: (...), -100 is ignored.
-        num_items_in_batch: divisor of the sum; default: the number of labels that count.
+        num_items_in_batch: divisor of the sum; default: the number of labels that are not ignored.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.to(logits.device)
@@ -88,7 +88,7 @@ class HybridTrainer(Trainer):
         self._timed_tokens, self._timed_seconds = 0, 0.0
 
     def _codebook_callback(self) -> CodebookCallback | None:
-        """The callback that follows codebooks, where there are any: that of the caller, or a new one."""
+        """The callback that monitors the codebooks, if there are any: that of the caller, or a new one."""
         if self.model is None or not has_codebooks(self.model):
             return None
         for callback in self.callback_handler.callbacks:
@@ -100,11 +100,11 @@ class HybridTrainer(Trainer):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Mean input tokens per second over the logged intervals, evaluations and checkpoints not counted."""
+        """Mean input tokens per second over the logged intervals, excluding evaluations and checkpoints."""
         return self._timed_tokens / self._timed_seconds if self._timed_seconds > 0 else None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer from `parameter_groups`; optimizers that choose their own groups keep them."""
+        """Creates the optimizer from `parameter_groups`; optimizers that choose their own groups keep them."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             target: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
@@ -133,9 +133,9 @@ class HybridTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Create the scheduler; under a time limit it reaches its end when the time is over.
+        """Creates the scheduler; under a time limit it reaches its end when the time is over.
 
-        The factor of step s becomes f(max(s, S·t/T)) for a schedule f over S steps and t of T minutes passed.
+        The factor at step s is f(max(s, S·t/T)) for a schedule f over S steps after t of T minutes.
         """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self._time_limit is not None and isinstance(scheduler, LambdaLR):
@@ -163,21 +163,21 @@ class HybridTrainer(Trainer):
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        # Rows are always evaluated in their order, so that predictions can be laid beside them.
+        # Rows are always evaluated in order, so that predictions can be matched with them.
         if eval_dataset is None or not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
             return None
         return SequentialSampler(eval_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of the model; label smoothing is added to it, where `Trainer` puts it in its place.
+        """The loss of the model, plus label smoothing.
 
-        `Trainer` withholds the labels from the model and computes the loss from the logits, so auxiliary terms are lost, and
-        encoder-decoders get no decoder inputs.
+        With label smoothing `Trainer` would withhold the labels from the model and compute the loss from the logits,
+        which loses auxiliary terms and leaves encoder-decoders without decoder inputs.
         """
         labels = inputs.get("labels")
         smooths = self.label_smoother is not None and self.compute_loss_func is None and labels is not None
         base: Any = base_model(self.accelerator.unwrap_model(model))
-        # The adaptive softmax has no logits in training when there are labels, and no auxiliary terms.
+        # With labels, the adaptive softmax returns no logits in training, and it has no auxiliary terms.
         if not smooths or labels.is_floating_point() or getattr(base.config, "adaptive_cutoffs", None):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         smoother, self.label_smoother = self.label_smoother, None
@@ -203,7 +203,7 @@ class HybridTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the throughput since the previous log (evaluations and checkpoints not counted); stop on a lost loss.
+        """Adds the throughput since the previous log (excluding evaluations and checkpoints).
 
         Raises:
             FloatingPointError: the training loss is no longer finite.
@@ -231,25 +231,25 @@ class HybridTrainer(Trainer):
             )
 
     def train(self, *args, **kwargs):
-        """Train; see the library's `Trainer.train`."""
+        """Trains; see `Trainer.train` of Transformers."""
         self._interval_start = None
         return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # A finished run that is resumed has nothing left to train; `Trainer` looks only after a further step.
+        # A finished run that is resumed has nothing left to train, but `Trainer` checks only after another step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """One forward and backward pass; the first one starts the clock of the throughput."""
+        """One forward and backward pass; the first one starts the clock for the throughput."""
         if self._interval_start is None:
             self._interval_start, self._paused_seconds = (time.perf_counter(), self.state.num_input_tokens_seen), 0.0
         return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Evaluate; the time it takes does not count as training time."""
+        """Evaluates; the time does not count as training time."""
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
         self._paused_seconds += time.perf_counter() - start

@@ -1,1 +1,1 @@
-"""What several recipes share; the commands themselves are the modules of `hf_hybrid.recipes`."""
+"""Code shared by several recipes; the commands themselves are the modules of `hf_hybrid.recipes`."""

@@ -1,4 +1,4 @@
-"""Data of the demonstration, written from the embedded corpus as files that the recipes read, and simple baselines for it."""
+"""Data of the demonstration: files for the recipes, written from the embedded corpus, and simple baselines."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ...data.corpus import (
 CORPUS, CLASSIFICATION, SUMMARIZATION = "corpus", "classification", "summarization"
 SPLITS = ("train", "validation")
 
-# Files of this share are validation in one of the tasks: pretraining never reads them.
+# This share of the files serves as validation data of one of the tasks: pretraining never reads them.
 _HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """How much of the embedded corpus is used.
+    """How much of the embedded corpus to use.
 
     Attributes:
         families: libraries whose docstrings are read.
-        max_source_bytes: bytes of source read per library.
-        max_characters: of the pretraining text; None for all.
-        max_per_class: training examples of one class. Few labels and much text is where pretraining should help.
-        max_words: words of a docstring that the classifier, and its baselines, see.
-        max_pairs: (document, summary) pairs of training; None for all.
-        max_evaluation: rows of either task that are evaluated; None for all.
+        max_source_bytes: bytes of source code read per library.
+        max_characters: characters of pretraining text; None for all.
+        max_per_class: training rows per class. Pretraining should help most with few labels and much text.
+        max_words: words of a docstring that the classifier and its baselines see.
+        max_pairs: (document, summary) training pairs; None for all.
+        max_evaluation: evaluation rows of each task; None for all.
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -53,14 +53,14 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
     """Write `corpus/`, `classification/` and `summarization/`, each with `train.jsonl` and `validation.jsonl`.
 
     Args:
-        folder: receives the three folders.
+        folder: parent of the three folders.
         plan: how much to write.
 
     Returns:
         Counts for the records.
 
     Raises:
-        ValueError: this installation carries too little text.
+        ValueError: this installation contains too little text.
     """
     source: dict[str, Any] = {
         "families": plan.families,
@@ -90,7 +90,8 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
         pairs[split] = [{name: row[name] for name in ("document", "summary")} for row in kept]
     if len({row["label"] for row in classes["train"]}) < 2 or not all([*classes.values(), *pairs.values()]):
         raise ValueError(
-            "The installed libraries carry too few docstrings for the demonstration: install numpy, scikit-learn and torch "
+            "The installed libraries contain too few docstrings for the demonstration: install numpy, scikit-learn "
+            "and torch "
             'with their sources (`pip install "hf_hybrid[all]"`).'
         )
     for name, rows_of in ((CLASSIFICATION, classes), (SUMMARIZATION, pairs)):
@@ -116,14 +117,14 @@ def _first_of_each_class(rows: Sequence[Mapping[str, Any]], limit: int) -> list[
 
 
 def _spread(rows: Sequence[Any], limit: int | None) -> list[Any]:
-    """All rows, or `limit` of them spread evenly over the whole."""
+    """All rows, or `limit` of them, evenly spaced."""
     if limit is None or len(rows) <= limit:
         return list(rows)
     return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines; folders are made as needed."""
+    """Writes a JSON Lines file; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -140,10 +141,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def classification_baselines(folder: Path, seed: int) -> dict[str, Any]:
-    """Accuracy of two baselines on the validation rows: the largest class, and multinomial Naive Bayes.
+    """Accuracy of two baselines on the validation rows: the majority class, and multinomial Naive Bayes.
 
     Naive Bayes counts words and pairs of words. Its smoothing is chosen by cross-validation on the training rows, which makes
-    it a stronger opponent than its default of 1 (reported too).
+    it a stronger baseline than its default of 1 (also reported).
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -188,7 +189,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 
 def entropy(tokens: np.ndarray) -> float:
-    """Entropy in nats of the distribution of the given ids: the loss of the best predictor that ignores all context."""
+    """Entropy in nats of the distribution of the ids: the loss of the best predictor that ignores all context."""
     _, counts = np.unique(tokens, return_counts=True)
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -1,4 +1,4 @@
-"""The report of the demonstration: one HTML file with its pictures inside, and the summary that is printed."""
+"""The report of the demonstration: one HTML file with embedded pictures, and the printed summary."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto }
 
 
 def write_report(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> Path:
-    """Write `report.html`, which needs no other file.
+    """Writes `report.html`, which needs no other file.
 
     Args:
-        folder: of the demonstration, with its pictures.
+        folder: folder of the demonstration, with its pictures.
         metrics: the content of `metrics.json`.
         samples: fill-ins, summaries and generated texts.
     """
@@ -45,7 +45,7 @@ def write_report(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str,
         + _summarization(folder, metrics, samples),
         "<h2>Save and load</h2>" + _reload(metrics),
         "<h2>Times and sizes</h2>" + _times(metrics),
-        "<h2>How to go on</h2>" + _next_steps(folder),
+        "<h2>Next steps</h2>" + _next_steps(folder),
     ]
     title = "SPADE from raw text to a generated summary"
     page = (
@@ -77,7 +77,7 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Numbers are set to the right; strings that start with `<` are taken for HTML."""
+    """A table cell: numbers are right-aligned; strings that start with `<` are taken as HTML."""
 
     def cell(value: Any) -> str:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -125,10 +125,10 @@ def _opening(metrics: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        "<p>A small SPADE encoder-decoder (a state space model beside local attention, "
+        "<p>A small SPADE encoder-decoder (a state space model combined with local attention, "
         '<a href="https://arxiv.org/abs/2212.08136">arXiv 2212.08136</a>) was trained from random weights on the docstrings and '
-        "the language reference that this Python installation carries. It is real text of a narrow kind, and a tiny model: the "
-        "figures show that the parts work together, not what the architecture can do.</p>"
+        "the language reference that this Python installation contains. It is real text of a narrow kind, and a tiny "
+        "model: the figures show that the parts work together, not what the architecture can do.</p>"
         f"<p class='note'>{metrics['minutes']:.1f} minutes, seed {metrics['seed']}, {html.escape(device)}; {html.escape(versions)}; "
         f"started {html.escape(environment['started'])}.</p>{quick}{note}"
     )
@@ -164,8 +164,9 @@ def _results(metrics: Mapping[str, Any]) -> str:
             ["summarization", f"ROUGE-{name[5:]}", summaries[f"eval_{name}"], lead[name], f"first {lead['lead_words']} words"]
         )  # fmt: skip
     return _table(["task", "measure", "model", "baseline", "which baseline"], rows) + (
-        "<p class='note'>All on held-out files. For the loss less is better, for the rest more. The texts of either task's "
-        "validation files were kept out of pretraining; Naive Bayes reads exactly the text that the classifier is given.</p>"
+        "<p class='note'>All on held-out files. For losses lower is better, for everything else higher. The "
+        "validation texts of "
+        "both tasks were kept out of pretraining; Naive Bayes reads exactly the same text as the classifier.</p>"
     )
 
 
@@ -178,12 +179,12 @@ def _pretraining(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str,
     )
     examples = "".join(f"<blockquote>{fill_in_html(parts)}</blockquote>" for parts in samples["fill_ins"])
     legend = (
-        "<p>Held-out text with what was hidden (<del>grey</del>) and what the model writes instead "
+        "<p>Held-out text with the masked spans (<del>grey</del>) and what the model writes in their place "
         '(<ins class="right">right</ins>, <ins class="wrong">something else</ins>; greedy, beginnings of segments):</p>'
     )
     return (
         text
-        + _picture(folder, "pretraining", "Loss over the steps; dashed: what ignoring the input can reach")
+        + _picture(folder, "pretraining", "Loss over the steps; dashed: the best loss without looking at the input")
         + legend
         + examples
     )
@@ -191,7 +192,8 @@ def _pretraining(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str,
 
 def _state_space(folder: Path, metrics: Mapping[str, Any]) -> str:
     return (
-        "<p>The bottom encoder layer holds a two-sided state space model beside its local attention. Left: how fast single states "
+        "<p>The bottom encoder layer has a two-sided state space model next to its local attention. Left: how fast "
+        "single states "
         "forget. Right: over how many tokens the kernel of each channel spreads; attention in this model looks "
         f"{metrics['pretraining']['window_size'] - 1} tokens to each side.</p>"
         + _picture(folder, "state_space", "Decay spectrum and effective memory of the state space channels")
@@ -275,7 +277,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}/summarizer")
 model = AutoModelForSeq2SeqLM.from_pretrained("{name}/summarizer")
 inputs = tokenizer("The file is opened and every line is passed to the function.", return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_length=32, num_beams=4), skip_special_tokens=True))</pre>
-<p>Pretrain on your own text (every recipe explains itself with <code>--help</code>):</p>
+<p>Pretrain on your own text (<code>--help</code> explains the options of every recipe):</p>
 <pre>python -m hf_hybrid.recipes.train_tokenizer --data my_texts/ --vocab_size 16000 --output_dir tokenizer
 python -m hf_hybrid.recipes.pretrain_span_corruption --data my_texts/ --tokenizer tokenizer --input_length 1024 \\
     --config_overrides "hidden_size=512,num_attention_heads=8,intermediate_size=1408,num_hidden_layers=6,decoder_layers=6" --max_steps 20000 --output_dir pretrained

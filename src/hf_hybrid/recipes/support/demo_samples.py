@@ -1,4 +1,4 @@
-"""What the models of the demonstration do: spans filled in, generated texts, and the same again from a clean process."""
+"""Samples of the demonstration: filled spans, generated texts, and the same results from a fresh process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .runs import Job
 
 RELOAD_SECONDS = 300
 
-# Written beside its inputs, so that it can be run again by hand.
+# Written next to its inputs, so that it can be run again by hand.
 RELOAD_SCRIPT = '''\
 """Load a checkpoint in a fresh process: python reload.py FOLDER_OF_THE_CHECKPOINT"""
 import json, pathlib, sys
@@ -34,7 +34,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 here = pathlib.Path(__file__).resolve().parent
 options = json.loads((here / "options.json").read_text())
-torch.set_num_threads(options["threads"])  # sums in another order differ in the last bit
+torch.set_num_threads(options["threads"])  # a different order of summation changes the last bits
 inputs = load_file(here / "inputs.safetensors")
 model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad():
@@ -62,14 +62,14 @@ def _tokenizer(job: Job) -> PreTrainedTokenizerBase:
 
 @torch.no_grad()
 def span_corruption_figures(job: Job, batch_size: int = 32) -> dict[str, float]:
-    """Losses of the evaluation targets beside what is possible without looking at the input.
+    """Losses of the evaluation targets, and what can be reached without looking at the input.
 
-    Targets hold sentinels and `</s>`, whose places are easy to learn, so both losses and entropies are also given for the
-    hidden text alone.
+    Targets contain sentinels and `</s>`, whose places are easy to learn, so losses and entropies are also given for
+    the masked text alone.
 
     Returns:
-        `unigram_entropy` of all target tokens; `text_loss`, `text_entropy` and `text_accuracy` (first guess right) of the
-        hidden text, teacher forced; `text_most_frequent`, the accuracy of always guessing its commonest token.
+        `unigram_entropy` of all target tokens; `text_loss`, `text_entropy` and `text_accuracy` (top-1) of the masked
+        text, teacher-forced; `text_most_frequent`, the accuracy of always predicting its most frequent token.
     """
     model, tokenizer = job.model.eval(), _tokenizer(job)
     special = torch.tensor([*sentinel_ids(tokenizer), tokenizer.eos_token_id])
@@ -94,7 +94,7 @@ def span_corruption_figures(job: Job, batch_size: int = 32) -> dict[str, float]:
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of a piece of a sequence, its leading space kept."""
+    """Text of a part of a sequence, with its leading space."""
     tokens = tokenizer.convert_ids_to_tokens([int(token) for token in ids])
     return tokenizer.convert_tokens_to_string(["x", *tokens])[1:]
 
@@ -102,7 +102,7 @@ def plain_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def split_at_sentinels(
     ids: Sequence[int], sentinels: Sequence[int], eos: int
 ) -> tuple[list[int], dict[int, list[int]]]:
-    """A target taken apart: the ids before its first sentinel, and those after each sentinel (by its number).
+    """Splits a target into the ids before its first sentinel and those after each sentinel (by its number).
 
     Reading ends at `</s>`; a repeated sentinel keeps its first span.
     """
@@ -123,10 +123,11 @@ def split_at_sentinels(
 
 @torch.no_grad()
 def fill_in_examples(job: Job, count: int = 3, max_spans: int = 8) -> list[list[dict[str, str]]]:
-    """Evaluation segments with what was hidden and what the model fills in (greedy).
+    """Evaluation segments with their masked spans and what the model fills in (greedy).
 
     Returns:
-        Per example its parts in order: `{"text": ...}` for what is visible, `{"hidden": ..., "filled": ...}` for a span.
+        The parts of each example in order: `{"text": ...}` for visible text, `{"hidden": ..., "filled": ...}` for a
+            span.
     """
     model, tokenizer = job.model.eval(), _tokenizer(job)
     total = len(job.trainer.eval_dataset)  # type: ignore[arg-type]
@@ -185,23 +186,23 @@ def generate_texts(job: Job, documents: Sequence[str], *, max_length: int = 32, 
 
 @torch.no_grad()
 def reload_in_clean_process(job: Job, documents: Sequence[str], folder: Path, max_length: int = 24) -> dict[str, Any]:
-    """Compare the model in memory with its saved checkpoint, loaded by a new Python process through the Auto class.
+    """Compares the model in memory with its saved checkpoint, loaded with the Auto class by a new Python process.
 
     Args:
-        job: whose trainer saved the model into its output folder.
+        job: the job whose trainer saved the model into its output folder.
         documents: inputs of the comparison.
-        folder: receives the script, its inputs and its outputs.
-        max_length: of the generation.
+        folder: folder for the script, its inputs and its outputs.
+        max_length: maximum length of generated sequences.
 
     Returns:
         `logits_equal`, `generated_equal` (bit for bit), `largest_difference`, `texts` and a `description`.
 
     Raises:
-        RuntimeError: the process failed; its error output is quoted.
+        RuntimeError: the process failed; the message quotes its error output.
     """
     model = job.model.cpu().eval()
     inputs = _encode(job, documents, 160)
-    inputs["labels"] = inputs["input_ids"][:, :16].contiguous()  # any targets do
+    inputs["labels"] = inputs["input_ids"][:, :16].contiguous()  # any targets will do
     generation = {"max_length": max_length, "num_beams": 2}
     logits = model(**inputs).logits
     generated = model.generate(**{k: v for k, v in inputs.items() if k != "labels"}, **generation)
@@ -220,7 +221,7 @@ def reload_in_clean_process(job: Job, documents: Sequence[str], folder: Path, ma
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     if done.returncode != 0:
-        raise RuntimeError(f"The checkpoint {checkpoint} could not be used by a clean process:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"The checkpoint {checkpoint} could not be used by a fresh process:\n{done.stderr[-4000:]}")
     outputs = load_file(folder / "outputs.safetensors")
     difference = (outputs["logits"] - logits).abs().max().item()
     same_logits, same_ids = torch.equal(outputs["logits"], logits), torch.equal(outputs["generated"], generated)

@@ -1,4 +1,4 @@
-"""What the fine-tuning recipes share: tables with a training and a validation part, checkpoints, labels, generated text."""
+"""Shared by the fine-tuning recipes: tables with training and validation rows, checkpoints, labels, generated text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CheckpointArguments:
     model_name_or_path: str = field(metadata={"help": "Checkpoint (folder or Hub name)."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer. Default: that of the checkpoint."})
     from_scratch: bool = field(
-        default=False, metadata={"help": "Use the configuration alone and start from random weights (a baseline)."}
+        default=False, metadata={"help": "Use only the configuration and start from random weights (a baseline)."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
 
@@ -61,7 +61,7 @@ class TableArguments:
     train_split: str = field(default="train", metadata={"help": "Split of `data` to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     validation_fraction: float | None = field(
-        default=None, metadata={"help": "Hold out this share of the training rows where there is no validation split."}
+        default=None, metadata={"help": "Share of the training rows to hold out if there is no validation split."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many rows."})
@@ -76,16 +76,16 @@ class TableArguments:
 def load_tables(
     arguments: TableArguments, *, seed: int, evaluate_only: bool = False, load: Callable[..., Any] | None = None
 ) -> tuple[Dataset | None, dict[str, Dataset]]:
-    """The training rows (None when only evaluating) and the validation sets by name (one, called "", or two of MNLI).
+    """The training rows (None when only evaluating) and the validation sets by name (one, called "", or two for MNLI).
 
     Args:
         arguments: sources, splits and limits.
-        seed: of a held-out share.
-        evaluate_only: leave the training rows out.
-        load: reads one split, with the signature of `load_table`, which is the default.
+        seed: seed that selects held-out rows.
+        evaluate_only: whether to leave the training rows out.
+        load: function that reads one split, with the signature of `load_table`, which is the default.
 
     Raises:
-        ValueError: no data, no validation rows, or no rows at all.
+        ValueError: there is no data, there are no validation rows, or a split is empty.
     """
     if arguments.data is None and not (evaluate_only and arguments.validation_data):
         raise ValueError("`data` is required: files, a folder, or the name of a Hub data set.")
@@ -121,7 +121,7 @@ def _load_validation(arguments: TableArguments, load: Callable[..., Any] | None)
         return {}
     single = {"": split}
     mnli = {name: f"{split}_{name}" for name in ("matched", "mismatched")}  # two validation sets
-    # In a folder, files called validation_matched belong to the split `validation` as well: look for the two first.
+    # In a folder, files called validation_matched also belong to the split `validation`: look for the two first.
     is_local = all(Path(source).exists() for source in sources)
     for splits in (mnli, single) if is_local else (single, mnli):
         try:
@@ -138,10 +138,10 @@ def _first(rows: Dataset, limit: int | None, what: str) -> Dataset:
 
 
 def require_columns(rows: Dataset, names: Sequence[str | None], what: str) -> None:
-    """Refuse data without the named columns.
+    """Rejects data without the named columns.
 
     Raises:
-        ValueError: names a missing column and those that exist.
+        ValueError: a column is missing; the message names it and the existing columns.
     """
     missing = [name for name in names if name is not None and name not in rows.column_names]
     if missing:
@@ -149,10 +149,10 @@ def require_columns(rows: Dataset, names: Sequence[str | None], what: str) -> No
 
 
 def choose_column(rows: Dataset, given: str | None, usual: Sequence[str], option: str) -> str:
-    """The named column, or the first of the usual ones that exists.
+    """The named column, or the first of the usual columns that exists.
 
     Raises:
-        ValueError: there is none; `option` names it.
+        ValueError: there is none; the message names the `option` that chooses it.
     """
     require_columns(rows, [given], "data")
     found = given or next((name for name in usual if name in rows.column_names), None)
@@ -165,10 +165,10 @@ def choose_column(rows: Dataset, given: str | None, usual: Sequence[str], option
 
 
 def require_text(rows: Dataset, columns: Sequence[str | None], what: str) -> None:
-    """Refuse rows whose text is missing.
+    """Rejects rows whose text is missing.
 
     Raises:
-        ValueError: names the first such row.
+        ValueError: a text is missing; the message names the first such row.
     """
     for column in filter(None, columns):
         for number, value in enumerate(rows[column]):
@@ -177,10 +177,10 @@ def require_text(rows: Dataset, columns: Sequence[str | None], what: str) -> Non
 
 
 def load_or_initialize(auto_class: Any, arguments: CheckpointArguments, **config_changes: Any) -> PreTrainedModel:
-    """The checkpoint with a fresh head where it has none, or its configuration with random weights.
+    """The checkpoint, with a new head if it has none, or a model with its configuration and random weights.
 
     Raises:
-        ValueError: nothing can be loaded from there.
+        ValueError: the checkpoint cannot be loaded.
     """
     options = {"trust_remote_code": arguments.trust_remote_code}
     name = arguments.model_name_or_path
@@ -195,7 +195,7 @@ def load_or_initialize(auto_class: Any, arguments: CheckpointArguments, **config
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for.
+    """Rejects a tokenizer with ids that the model has no embedding for.
 
     Raises:
         ValueError: the vocabulary of the model is smaller.
@@ -212,7 +212,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 @dataclass
 class Labels:
-    """What the labels are: names of classes, or numbers (`names` is None)."""
+    """Kind of the labels: names of classes, or numbers (`names` is None)."""
 
     column: str
     names: list[str] | None
@@ -224,10 +224,10 @@ class Labels:
         return self.names is None
 
     def encode(self, values: Sequence[Any], what: str) -> list[int] | list[float]:
-        """Labels of the model.
+        """Labels in the form that the model takes.
 
         Raises:
-            ValueError: a label is missing or unknown; names the row.
+            ValueError: a label is missing or unknown; the message names the row.
         """
         encoded: list[Any] = []
         for number, value in enumerate(values):
@@ -252,7 +252,7 @@ def _finite(value: Any) -> float:
 
 
 def find_labels(rows: Dataset, column: str) -> Labels:
-    """Read the kind of the labels and the classes off the training rows.
+    """Infers the kind of the labels and the classes from the training rows.
 
     Raises:
         ValueError: the column is missing, mixes types, or holds a single class.
@@ -270,17 +270,17 @@ def find_labels(rows: Dataset, column: str) -> Labels:
     if any(isinstance(value, float) for value in present):
         return Labels(column, None)
     classes = sorted(set(present))
-    if isinstance(classes[0], int):  # booleans too
+    if isinstance(classes[0], int):  # also booleans
         smallest, largest = int(classes[0]), int(classes[-1])
         if smallest < 0:
             raise ValueError(
-                f"The column {column!r} of the training data holds the label {smallest}; classes are 0, 1, 2 ... Rows "
-                "marked -1 are unlabelled: choose another split or drop them."
+                f"The column {column!r} of the training data contains the label {smallest}; classes are 0, 1, 2 ... "
+                "Rows marked -1 are unlabelled: choose another split or drop them."
             )
         if largest >= max(2 * len(classes), 2):
             raise ValueError(
-                f"The labels in {column!r} go up to {largest} but only {len(classes)} different ones occur; number the "
-                "classes 0, 1, 2 ..., use names, or decimal numbers for regression."
+                f"The labels in {column!r} go up to {largest}, but only {len(classes)} different labels occur; number "
+                "the classes 0, 1, 2 ..., or use names, or decimal numbers for regression."
             )
         classes = list(range(largest + 1))
     if len(classes) < 2:
@@ -329,12 +329,12 @@ def make_classification_metrics(names: Sequence[str], labels: Labels) -> Callabl
 
 
 def only_logits(outputs: Any, labels: Any) -> Any:
-    """`preprocess_logits_for_metrics` for the Trainer: hidden states and caches are not gathered."""
+    """`preprocess_logits_for_metrics` for the Trainer: drops hidden states and caches, which need not be gathered."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def majority_accuracy(train: Dataset, validation: Mapping[str, Dataset], column: str) -> float:
-    """Accuracy on all validation rows of always giving the most frequent label of the training rows."""
+    """Accuracy on all validation rows of always predicting the most frequent label of the training rows."""
     majority = Counter(train[column]).most_common(1)[0][0]
     held_out = [value for rows in validation.values() for value in rows[column]]
     return held_out.count(majority) / len(held_out)
@@ -350,8 +350,8 @@ class GenerationArguments(TableArguments):
     """Lengths and generation of a sequence-to-sequence task."""
 
     source_prefix: str = field(default="", metadata={"help": 'Text before every input, e.g. "summarize: ".'})
-    max_source_length: int = field(default=1024, metadata={"help": "Tokens of an input; longer ones are cut."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target; longer ones are cut."})
+    max_source_length: int = field(default=1024, metadata={"help": "Tokens of an input; longer ones are truncated."})
+    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target; longer ones are truncated."})
     length_penalty: float | None = field(default=None, metadata={"help": "Length penalty of beam search."})
     no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "Never generate an n-gram twice."})
     min_new_tokens: int | None = field(default=None, metadata={"help": "Generate at least this many tokens."})
@@ -367,11 +367,11 @@ def encode_pairs(
     """Token ids of inputs and targets.
 
     Args:
-        rows: of any columns.
-        texts_of: gives the inputs and the targets of a batch of rows.
-        tokenizer: of the model.
+        rows: data set with any columns.
+        texts_of: function from a batch of rows to its inputs and targets.
+        tokenizer: tokenizer of the model.
         arguments: prefix and lengths.
-        what: names the rows in the progress bar.
+        what: name of the rows in the progress bar.
     """
 
     def tokenize(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -389,10 +389,10 @@ def encode_pairs(
 def set_generation(
     model: PreTrainedModel, data_args: GenerationArguments, training_args: Seq2SeqFinetuningArguments
 ) -> None:
-    """Put the decoding options into the generation configuration, which is saved with the model.
+    """Stores the decoding options in the generation configuration, which is saved with the model.
 
     Raises:
-        ValueError: options contradict each other, or exceed the decoder's positions.
+        ValueError: options contradict each other, or exceed the number of decoder positions.
     """
     if training_args.generation_max_length is None:
         training_args.generation_max_length = data_args.max_target_length + 1  # the start token counts
@@ -402,8 +402,10 @@ def set_generation(
     check_decoder_table(model.config, longest, "Generated texts", "generation_max_length")
     beams = training_args.generation_num_beams or 1
     if data_args.length_penalty is not None and beams == 1:
-        raise ValueError("`length_penalty` acts on beam search: set `generation_num_beams` above 1 or leave it out.")
-    model.generation_config.max_length = training_args.generation_max_length  # the default of 20 would cut texts
+        raise ValueError(
+            "`length_penalty` only affects beam search: set `generation_num_beams` above 1 or leave it out."
+        )
+    model.generation_config.max_length = training_args.generation_max_length  # the default of 20 would truncate texts
     options = {
         "num_beams": beams if beams > 1 else None,
         "length_penalty": data_args.length_penalty,
@@ -416,12 +418,12 @@ def set_generation(
 
 
 class GenerationScorer:
-    """Scores of generated ids against all references; keeps the decoded text of the last evaluation.
+    """Scores generated ids against all references; keeps the decoded texts of the last evaluation.
 
     Args:
-        tokenizer: decodes.
-        references: of every evaluated row, in order.
-        score: gets predictions and references, gives the metrics by name.
+        tokenizer: tokenizer that decodes the ids.
+        references: references of every evaluated row, in order.
+        score: function from predictions and references to metrics by name.
     """
 
     def __init__(
@@ -444,7 +446,7 @@ class GenerationScorer:
         return {**self.score(self.predictions, self.references), "generated_tokens": float(lengths.mean())}
 
     def write(self, folder: Path) -> None:
-        """Write the predictions of the last evaluation beside their references."""
+        """Writes the predictions of the last evaluation with their references."""
         if self.predictions:
             with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
                 for text, references in zip(self.predictions, self.references):
@@ -460,7 +462,7 @@ def sequence_to_sequence_job(
     train: Dataset | None,
     validation: Dataset,
 ) -> Job:
-    """The trainer of encoded pairs, evaluated by the scorer on generated text."""
+    """A trainer on encoded pairs that evaluates generated text with the scorer."""
     trainer = HybridSeq2SeqTrainer(
         model=model,
         args=training_args,
@@ -474,10 +476,10 @@ def sequence_to_sequence_job(
 
 
 def single_validation_set(validation: Mapping[str, Dataset]) -> Dataset:
-    """The one validation set.
+    """The only validation set.
 
     Raises:
-        ValueError: there are two.
+        ValueError: there are several.
     """
     if "" not in validation:
         raise ValueError("The data has several validation sets; name one with `validation_split`.")

@@ -1,4 +1,4 @@
-"""Tokenizer and model of a run: loaded, new, or with an adapter; and whether they can read its lengths."""
+"""Tokenizer and model of a run: loaded, new, or with an adapter; and checks of the sequence lengths they accept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class NewModelArguments:
-    """Which model to train: a checkpoint, or a fresh one from a configuration."""
+    """Which model to train: a checkpoint, or a new model from a configuration."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to continue from (folder or Hub name). Default: a new model."}
@@ -45,7 +45,8 @@ class NewModelArguments:
     config_overrides: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": 'Fields of the new configuration, e.g. "hidden_size=256,num_hidden_layers=4,ssm_layers=[0,1]"; in files a mapping.'
+            "help": 'Fields of the new configuration, e.g. "hidden_size=256,num_hidden_layers=4,ssm_layers=[0,1]"; a '
+            "mapping in option files."
         },
     )
     tokenizer: str | None = field(
@@ -56,11 +57,11 @@ class NewModelArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None and (self.arch is not None or self.config_overrides):
             raise ValueError(
-                "`arch` and `config_overrides` describe a new model; drop `model_name_or_path`, or these."
+                "`arch` and `config_overrides` describe a new model; drop either them or `model_name_or_path`."
             )
 
 
-# What a new model for a task is, in the words of all configurations: each gets the fields that it has.
+# Settings of a new model for a task, in the terms of all configurations: each gets the fields that it has.
 _ROLES: dict[str, tuple[str, dict[str, bool]]] = {
     "AutoModelForCausalLM": (
         "causal language model",
@@ -75,7 +76,7 @@ _ROLES: dict[str, tuple[str, dict[str, bool]]] = {
 
 
 def parse_overrides(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Read `"a=1,b=[0,1],c=name"`; values are JSON where they can be, else plain words. A mapping stays as it is.
+    """Parses `"a=1,b=[0,1],c=name"`; values are JSON where possible, else text. A mapping is returned unchanged.
 
     Raises:
         ValueError: an entry has no `=`.
@@ -96,7 +97,7 @@ def parse_overrides(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 
 def check_export(name_or_path: str) -> None:
-    """Refuse an export that was changed, before any of its files is read and any of its code runs.
+    """Rejects an export that was changed, before any of its files is loaded or any of its code runs.
 
     Raises:
         ValueError: the folder has a manifest and differs from it.
@@ -113,10 +114,10 @@ def _verify(folder: Path, stamps: tuple) -> None:
 
 
 def load_tokenizer(name_or_path: str | None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+    """Loads a tokenizer.
 
     Raises:
-        ValueError: no name was given, it cannot be loaded, or it lies in an export that was changed.
+        ValueError: no name was given, or the tokenizer cannot be loaded or belongs to an export that was changed.
     """
     if name_or_path is None:
         raise ValueError("`tokenizer` is required for a new model: a folder or a Hub name (see `train_tokenizer`).")
@@ -131,7 +132,7 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
     """A configuration by model type, folder or Hub name, with changed fields.
 
     Raises:
-        ValueError: the configuration cannot be loaded, has no such field, or lies in an export that was changed.
+        ValueError: the configuration cannot be loaded, has no such field, or belongs to an export that was changed.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -165,30 +166,30 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
 
 
 def require_head(auto_class: Any, config: PreTrainedConfig) -> None:
-    """Refuse an architecture without the head of a task.
+    """Rejects an architecture without the head of a task.
 
     Raises:
-        ValueError: names the architectures of this library that have one.
+        ValueError: there is no such head; the message names the architectures of this library that have one.
     """
     comes_with_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
     if type(config) not in auto_class._model_mapping and not comes_with_code:
         own = [item.model_type for item in ARCHITECTURES if auto_class.__name__ in item.heads]
         raise ValueError(
-            f"The model type {config.model_type!r} has no head for {auto_class.__name__}; of this library these have one: "
-            f"{', '.join(own) or 'none'}."
+            f"The model type {config.model_type!r} has no head for {auto_class.__name__}; architectures of this "
+            f"library that have one: {', '.join(own) or 'none'}."
         )
 
 
 def role_fields(auto_class: Any, known: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, bool]:
-    """The fields that make a new model a decoder, an encoder or both, as the head needs it.
+    """The fields that make a new model a decoder, an encoder or both, as the head requires.
 
     Args:
         auto_class: Auto class of the head.
-        known: a configuration of the architecture.
+        known: configuration of the architecture.
         overrides: fields that the user sets.
 
     Raises:
-        ValueError: the user sets one of them to something else.
+        ValueError: the user sets one of them to another value.
     """
     what, role = _ROLES.get(auto_class.__name__, ("", {}))
     fields = {name: value for name, value in role.items() if hasattr(known, name)}
@@ -210,9 +211,9 @@ def build_new_or_pretrained(
 
     Args:
         auto_class: e.g. `AutoModelForSeq2SeqLM`.
-        arguments: which model.
-        tokenizer: gives vocabulary size and special tokens of a new model.
-        default_arch: architecture of a new model when none is named.
+        arguments: choice of the model.
+        tokenizer: source of the vocabulary size and special tokens of a new model.
+        default_arch: architecture of a new model when none is given.
 
     Raises:
         ValueError: options contradict each other, a checkpoint is damaged, or its vocabulary is too small.
@@ -243,13 +244,13 @@ def build_new_or_pretrained(
 
 
 def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a checkpoint through an Auto class, with a clear error for a damaged or missing one.
+    """Loads a checkpoint with an Auto class, with a clear error if it is damaged or missing.
 
-    An adapter is merged into the checkpoint that it was trained on. The names of parameters that the checkpoint did not
-    hold are left in `model.untrained_parameters`.
+    An adapter is merged into its base checkpoint. `model.untrained_parameters` lists the names of the parameters that
+    the checkpoint does not contain.
 
     Raises:
-        ValueError: nothing can be loaded from there, or it is an export that was changed.
+        ValueError: the checkpoint cannot be loaded, or is an export that was changed.
     """
     if Path(name_or_path).is_dir():
         check_checkpoint(name_or_path)
@@ -268,26 +269,26 @@ def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedM
 
 
 def with_adapter(model: PreTrainedModel, checkpoint: str | None, training_args: FinetuningArguments) -> Any:
-    """The model to train: with LoRA where `lora_rank` asks for it, else as it is.
+    """The model to train: with LoRA if `lora_rank` is set, else unchanged.
 
     Args:
-        model: loaded from `checkpoint`.
+        model: model loaded from `checkpoint`.
         checkpoint: name or path; None for a model with random weights.
-        training_args: with the options of the adapter.
+        training_args: training arguments with the options of the adapter.
 
     Raises:
-        ValueError: there is no checkpoint to adapt, or it is an adapter itself.
+        ValueError: there is no checkpoint to adapt, or the checkpoint is itself an adapter.
     """
     if training_args.lora_rank is None:
         return model
     if checkpoint is None:
         raise ValueError(
-            "`lora_rank` adapts a pretrained checkpoint and saves the difference alone: pass `model_name_or_path`, "
+            "`lora_rank` adapts a pretrained checkpoint and saves only the difference: pass `model_name_or_path` "
             "without `from_scratch`, or train the new model without `lora_rank`."
         )
     if adapter_folder(checkpoint) is not None:
         raise ValueError(
-            f"{checkpoint!r} is an adapter itself. Continue its run with `resume_from_checkpoint`, or merge it into a "
+            f"{checkpoint!r} is itself an adapter. Continue its run with `resume_from_checkpoint`, or merge it into a "
             "checkpoint first (python -m hf_hybrid.recipes.merge_adapter) and adapt that."
         )
     in_full: list[str] = []
@@ -305,7 +306,7 @@ def with_adapter(model: PreTrainedModel, checkpoint: str | None, training_args: 
 
 
 def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str, remedy: str) -> None:
-    """Refuse targets that the decoder cannot write, before training begins.
+    """Rejects targets that are too long for the decoder, before training begins.
 
     Raises:
         ValueError: `target_length` exceeds a limit of the configuration.
@@ -314,7 +315,7 @@ def check_decoder_table(config: PreTrainedConfig, target_length: int, what: str,
 
 
 def check_positions(config: PreTrainedConfig, length: int, remedy: str) -> None:
-    """Refuse inputs that the model cannot read, before training begins.
+    """Rejects inputs that are too long for the model, before training begins.
 
     Raises:
         ValueError: `length` exceeds a limit of the configuration.
@@ -323,16 +324,17 @@ def check_positions(config: PreTrainedConfig, length: int, remedy: str) -> None:
 
 
 def make_room(config: PreTrainedConfig, length: int, overrides: Mapping[str, Any], remedy: str) -> None:
-    """Give a new model room for inputs of `length` tokens.
+    """Makes a new model accept inputs of `length` tokens.
 
     Args:
-        config: of the new model; the sizes of its tables are raised where they limit the inputs.
-        length: tokens of the longest input.
-        overrides: fields that the user chose, which stay.
+        config: configuration of the new model; the sizes of its position tables are raised where they limit the
+            inputs.
+        length: length of the longest input, in tokens.
+        overrides: fields that the user set, which stay unchanged.
         remedy: option that shortens the inputs.
 
     Raises:
-        ValueError: a field that the user chose does not suffice.
+        ValueError: a field that the user set is too small.
     """
     for field_name, size in room_for(config, length).items():
         if field_name not in overrides:
@@ -342,7 +344,7 @@ def make_room(config: PreTrainedConfig, length: int, overrides: Mapping[str, Any
 
 
 def set_longest_input(tokenizer: Any, config: PreTrainedConfig) -> None:
-    """Let the tokenizer of a model of this library say how long an input may be: other programs cut at what it says."""
+    """Sets `model_max_length` of a tokenizer to the model's limit, because other programs truncate to it."""
     if isinstance(tokenizer, PreTrainedTokenizerBase) and hasattr(config, "max_source_length"):
         limit = config.max_source_length()
         tokenizer.model_max_length = VERY_LARGE_INTEGER if limit is None else limit

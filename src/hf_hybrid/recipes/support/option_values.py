@@ -1,4 +1,4 @@
-"""Values of options as their dataclass fields declare them: what mappings and option files hold is checked, never turned into words."""
+"""Checks values from mappings and option files against the types of the dataclass fields."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 class _Refused(Exception):
-    """The value is none of this type."""
+    """The value does not have this type."""
 
 
 def option_value(field: Field, hint: Any, value: Any) -> Any:
     """The value for a field, in its declared type.
 
-    Numbers may be given as text, because YAML reads `5e-4` as text; whole numbers may stand for decimal ones; one item may
-    stand for a list of one. YAML reads a bare `no` as false, which is put right where "no" is among the choices.
+    Numbers may be given as text, because YAML reads `5e-4` as text; an integer may be given for a float, and a single
+    item for a list. YAML reads a bare `no` as false; this is corrected where "no" is among the choices.
 
     Args:
-        field: of a dataclass; `choices` in its metadata limit it.
-        hint: its resolved type.
-        value: as it was given.
+        field: field of a dataclass; `choices` in its metadata restrict the value.
+        hint: resolved type of the field.
+        value: value as given.
 
     Raises:
-        ValueError: the value has another type, or is none of the choices.
+        ValueError: the value has another type, or is not one of the choices.
     """
     choices = field.metadata.get("choices")
     if choices is not None:
@@ -62,7 +62,7 @@ def _shown(value: Any) -> str:
 
 
 def _exact(kind: Any, value: Any) -> Any:
-    """The value, where it has just this type."""
+    """The value, if it has exactly this type."""
     origin = get_origin(kind) or kind
     if kind is Any or (origin is Literal and any(value is item or _same(value, item) for item in get_args(kind))):
         return value
@@ -77,7 +77,7 @@ def _same(value: Any, item: Any) -> bool:
 
 
 def _converted(kind: Any, value: Any) -> Any:
-    """The value in this type, where nothing is lost by it."""
+    """The value converted to this type, if the conversion is lossless."""
     origin = get_origin(kind) or kind
     if origin is Literal or (isinstance(origin, type) and issubclass(origin, Enum)):
         return _chosen(kind, value)
@@ -121,7 +121,7 @@ def _number(kind: type, value: Any) -> int | float:
             return int(value)
         if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
             return int(value)
-        number = float(value)  # 1e3, which YAML may read as text, is a whole number too
+        number = float(value)  # 1e3, which YAML may read as text, is also an integer
     except ValueError:
         raise _Refused from None
     if not math.isfinite(number) or number != int(number):

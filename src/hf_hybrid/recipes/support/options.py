@@ -30,26 +30,26 @@ _FORMER_NAMES = {
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the description, so that example commands can be copied, and shows the defaults of the options."""
+    """Keeps the line breaks of the description, so that example commands can be copied, and shows default values."""
 
 
 def parse_arguments(
     dataclass_types: Sequence[type], args: Sequence[str] | Mapping[str, Any] | None, description: str | None
 ) -> tuple[Any, ...]:
-    """Fill dataclasses from flags, from a YAML or JSON file followed by flags that override it, or from a mapping.
+    """Fills dataclasses from flags, from a YAML or JSON file followed by flags that override it, or from a mapping.
 
     Mappings and files set the fields directly: None stays None, an empty list stays empty.
 
     Args:
-        dataclass_types: one instance of each is returned, in this order.
-        args: list of command line words; a mapping of option names to values; None = the words of this process.
-        description: shown by `--help`.
+        dataclass_types: dataclasses; one instance of each is returned, in this order.
+        args: list of command-line arguments, mapping of option names to values, or None for `sys.argv`.
+        description: text shown by `--help`.
 
     Raises:
-        ValueError: a mapping or a file holds an unknown option or a value of the wrong type, or lacks a required one; the file
-            cannot be read or is no mapping.
-        ImportError: training was asked for without what it needs.
-        SystemExit: command line words cannot be understood, or ask for the help.
+        ValueError: a mapping or a file contains an unknown option or a value of the wrong type, or lacks a required
+            option; or the file cannot be read or is not a mapping.
+        ImportError: a package that training needs is missing.
+        SystemExit: the command line is invalid, or asks for help.
     """
     if isinstance(args, Mapping):
         return fill_dataclasses(dataclass_types, args)
@@ -66,7 +66,7 @@ def fill_dataclasses(dataclass_types: Sequence[type], options: Mapping[str, Any]
 
     Raises:
         ValueError: an unknown option, a value of the wrong type, or a required option that is missing.
-        ImportError: training was asked for without what it needs.
+        ImportError: a package that training needs is missing.
     """
     known = _option_names(dataclass_types)
     options = {_current_name(str(name), known): value for name, value in options.items()}
@@ -104,10 +104,10 @@ def _current_name(name: str, known: set[str]) -> str:
 
 
 def require(what: str, *modules: str, extra: str) -> None:
-    """Refuse work that needs packages of an extra.
+    """Checks that the packages of an extra are installed.
 
     Raises:
-        ImportError: names what is missing, and the extra to install.
+        ImportError: a package is missing; the message names it and the extra to install.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -115,7 +115,7 @@ def require(what: str, *modules: str, extra: str) -> None:
 
 
 class _Parser(HfArgumentParser):
-    """Flags of dataclasses; one that is not known is compared with those that are."""
+    """Flags of dataclasses; for an unknown flag it suggests a similar one."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)
@@ -126,7 +126,7 @@ class _Parser(HfArgumentParser):
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " - did you mean ...?", or a full stop where nothing is similar."""
+    """ ": did you mean ...?", or a full stop if no name is similar."""
     close = difflib.get_close_matches(name.replace("-", "_") if not name.startswith("-") else name, known, n=1)
     return f": did you mean `{close[0]}`?" if close else "."
 
@@ -134,13 +134,13 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 def _given_flags(
     dataclass_types: Sequence[type], words: Sequence[str], description: str | None, *, complete: bool
 ) -> dict[str, Any]:
-    """The options among command line words, without any defaults.
+    """The options given on a command line, without any defaults.
 
     Args:
-        dataclass_types: whose fields are options.
-        words: of the command line.
-        description: shown by `--help`.
-        complete: options without a default must be there.
+        dataclass_types: dataclasses whose fields are options.
+        words: command-line arguments.
+        description: text shown by `--help`.
+        complete: whether options without a default are required.
     """
     parser = _Parser(list(dataclass_types), description=description, formatter_class=HelpFormatter)  # type: ignore[arg-type]
     known = _option_names(dataclass_types)
@@ -161,7 +161,7 @@ def _current_flag(word: str, known: set[str]) -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads `5e-4` as the number that it is in YAML 1.2; for YAML 1.1, which the library implements, it is text."""
+    """Reads `5e-4` as a number, as in YAML 1.2; in YAML 1.1, which the library implements, it is text."""
 
 
 _YamlLoader.add_implicit_resolver(
@@ -192,10 +192,10 @@ def resolved_arguments(*dataclasses_: Any) -> dict[str, Any]:
 
 
 def source_names(names: Sequence[str] | str | None, option: str) -> list[str] | None:
-    """The sources that an option names, split as by `split_names`; None where it was left out.
+    """The sources that an option names, split by `split_names`; None if the option was left out.
 
     Raises:
-        ValueError: the option is there, but names nothing.
+        ValueError: the option is given but empty.
     """
     found = split_names(names)
     if names is not None and not found:
@@ -204,7 +204,7 @@ def source_names(names: Sequence[str] | str | None, option: str) -> list[str] | 
 
 
 def split_names(names: Sequence[str] | str | None) -> list[str]:
-    """Several names given as separate words, separated by commas, or both; an existing path is never split."""
+    """Names given as separate words, separated by commas, or both; an existing path is never split."""
     names = [names] if isinstance(names, str) else list(names or [])
     split: list[str] = []
     for name in names:

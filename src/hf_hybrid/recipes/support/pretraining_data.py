@@ -1,4 +1,4 @@
-"""Raw text for pretraining: sources to one array of tokens per split, or to a stream."""
+"""Raw text for pretraining: turns sources into one array of tokens per split, or into a stream."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 DocumentsOf = Callable[[list[dict[str, str]]], list[str]]
 
-UNLIMITED_STEPS = 10_000_000  # of a run that only a time limit ends
+UNLIMITED_STEPS = 10_000_000  # of a run that ends only by its time limit
 SHUFFLE_WINDOW = 512  # segments of a stream that are shuffled together
-HELD_OUT_CHARACTERS = 2_000_000  # at most, of a single long document
+HELD_OUT_CHARACTERS = 2_000_000  # maximum held out of a single long document
 
 
 @dataclass
@@ -42,17 +42,17 @@ class PretrainingDataArguments:
     )
     validation_data: list[str] | None = field(
         default=None,
-        metadata={"help": "Text for evaluation. Default: the `validation` split of the data, else a held-out part."},
+        metadata={"help": "Evaluation text. Default: the `validation` split of the data, else a held-out part."},
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the text. Default: `text`."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
     validation_fraction: float = field(
-        default=0.02, metadata={"help": "Share of the documents held out where a source has no validation split."}
+        default=0.02, metadata={"help": "Share of the documents to hold out if a source has no validation split."}
     )
     max_validation_segments: int = field(default=512, metadata={"help": "Evaluate on at most this many segments."})
     held_out_documents: int = field(
         default=200,
-        metadata={"help": "Streaming: documents of validation text, taken off the beginning where there is no split."},
+        metadata={"help": "Streaming: number of validation documents, taken from the beginning if there is no split."},
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read and tokenize while training; needs `max_steps` or `max_minutes`."}
@@ -97,14 +97,14 @@ def load_text(
     evaluate_only: bool = False,
     documents_of: DocumentsOf | None = None,
 ) -> PretrainingText:
-    """Read the training and the validation text; tokenize all of it, or (streaming) only the validation text.
+    """Reads the training and the validation text; tokenizes all of it, or (streaming) only the validation text.
 
-    With `documents_of` the sources hold conversations, of which it makes texts.
+    With `documents_of` the sources are conversations, which it turns into texts.
 
     With `evaluate_only` there is no training text.
 
     Raises:
-        ValueError: a source cannot be read, or holds no text.
+        ValueError: a source cannot be read, or contains no text.
     """
     if arguments.streaming:
         stream, first = _load_stream(arguments, documents_of)
@@ -115,7 +115,7 @@ def load_text(
 
 
 def check_length_of_run(arguments: PretrainingDataArguments, training_args: HybridTrainingArguments) -> None:
-    """A stream has no end: see to it that the run has one.
+    """Checks that a run on a stream, which has no known length, has an end.
 
     Raises:
         ValueError: streaming with neither `max_steps` nor `max_minutes`.
@@ -139,7 +139,7 @@ def _loader(arguments: PretrainingDataArguments, documents_of: DocumentsOf | Non
 def load_documents(
     arguments: PretrainingDataArguments, documents_of: DocumentsOf | None = None
 ) -> tuple[list[Dataset], list[Dataset]]:
-    """The training and validation documents of every source, as data sets with the one column `text`."""
+    """The training and validation documents of every source, as data sets with a single column `text`."""
     load = _loader(arguments, documents_of)
     train = [load(name, "train") for name in arguments.data]
     if arguments.validation_data is not None:
@@ -198,10 +198,10 @@ def first_texts(documents: Iterable[dict], limit: int) -> Dataset:
 
 
 def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Split documents into a training and a validation part, evenly over the data; a single document at its end.
+    """Splits documents into a training and a validation part, evenly over the data; a single document near its end.
 
     Raises:
-        ValueError: there is too little text to hold something out.
+        ValueError: there is too little text to hold some out.
     """
     from datasets import Dataset
 
@@ -221,10 +221,10 @@ def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 
 def tokenize(documents: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, name: str) -> TokenSplit:
-    """Tokenize documents into one array.
+    """Tokenizes documents into one array.
 
     Raises:
-        ValueError: there is no text at all.
+        ValueError: there is no text.
     """
     num_bytes = num_documents = 0
 
@@ -247,7 +247,7 @@ def tokenize(documents: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, n
 
 
 def limited(dataset: TorchDataset, limit: int) -> TorchDataset:
-    """The data set, or `limit` of its samples spread evenly over it."""
+    """The data set, or `limit` of its rows, evenly spaced."""
     available = len(dataset)  # type: ignore[arg-type]
     if available <= limit:
         return dataset

@@ -1,4 +1,4 @@
-"""A recipe that trains a model: its arguments and its job in one object, which trains and evaluates."""
+"""A recipe that trains a model: one object that holds its arguments and builds, trains and evaluates its job."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training task is made of.
+    """The definition of a training task.
 
     Attributes:
-        name: of its module in `hf_hybrid.recipes`.
-        description: shown by `--help`; its first line says what the recipe does.
+        name: name of its module in `hf_hybrid.recipes`.
+        description: text shown by `--help`; its first line says what the recipe does.
         arguments: dataclasses of data, model and training; the last is a `TrainingArguments`.
-        build: makes the job from one instance of each. With `evaluate_only=True` the job has no training data.
+        build: function that makes the job from one instance of each. With `evaluate_only=True` the job has no training
+            data.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Recipe:
     build: Callable[..., Job]
 
     def train(self, args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The `main` of the recipe: arguments, output folder, build, train, evaluate, save, records.
+        """The `main` of the recipe: parses arguments, builds, trains, evaluates, saves and writes the records.
 
         Args:
             args: see `parse_arguments`.
@@ -53,7 +54,7 @@ class Recipe:
         set_up_logging(training_args)
         if training_args.output_dir is None:
             raise ValueError("`output_dir` is required: the folder that receives the checkpoint and all records.")
-        require("Training", "matplotlib", extra="train")  # for the loss curve: better now than after the training
+        require("Training", "matplotlib", extra="train")  # for the loss curve: fail now rather than after training
         if training_args.hub_token is not None:
             raise ValueError(
                 "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
@@ -66,11 +67,11 @@ class Recipe:
             return train_and_record(job, folder)
 
     def evaluate(self, args: Sequence[str] | Mapping[str, Any], description: str | None = None) -> dict[str, Any]:
-        """Evaluate a checkpoint with the data options and the metrics of the recipe.
+        """Evaluates a checkpoint with the data options and the metrics of the recipe.
 
         Args:
             args: see `parse_arguments`.
-            description: shown by `--help`; None for that of the recipe.
+            description: text shown by `--help`; None for that of the recipe.
 
         Returns:
             The content of `metrics.json`.
@@ -89,7 +90,7 @@ class Recipe:
             raise ValueError("`output_dir` is required: the folder that receives the metrics.")
         if getattr(training_args, "lora_rank", None) is not None:
             raise ValueError(
-                "`lora_rank` is for training; an adapter is evaluated by its folder as `model_name_or_path`."
+                "`lora_rank` is for training; to evaluate an adapter pass its folder as `model_name_or_path`."
             )
         folder = RunFolder(training_args.output_dir)
         job = self.build(*groups, evaluate_only=True)

@@ -1,4 +1,4 @@
-"""What is said about a run: its model card, and names that may appear there."""
+"""The model card of a run, and the names that may appear in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunReport:
-    """What a recipe knows about its run, for the records.
+    """What a recipe records about its run.
 
     Attributes:
         description: sentences for the model card.
@@ -31,7 +31,7 @@ class RunReport:
         pipeline_tag: Hub pipeline, if one fits.
         training_data: description of the training data.
         lengths: lengths of inputs and targets.
-        datasets: Hub names among the data.
+        datasets: Hub names of the data sets, if any.
         base_model: Hub name of the initial checkpoint, if any.
         metrics: additional numbers for `metrics.json`.
         result_names: keys of the final evaluation metrics that go into the card -> their names there.
@@ -51,7 +51,7 @@ class RunReport:
 
 
 def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelCard:
-    """Fill the model card from the run."""
+    """Fills the model card from the run."""
     environment_file = folder.path / ENVIRONMENT_FILE
     environment = json.loads(environment_file.read_text()) if environment_file.is_file() else describe_environment()
     report, versions = job.report, environment["versions"]
@@ -89,7 +89,7 @@ def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelC
 
 
 def _baseline(name: str, metrics: Mapping[str, Any]) -> str:
-    """What the run measured of something simpler, for the metric `name`."""
+    """The baseline that the run measured for the metric `name`, as text."""
     if name == "accuracy" and "majority_accuracy" in metrics:
         return f"{metrics['majority_accuracy']:.3g} (most frequent class)"
     return ""
@@ -136,7 +136,7 @@ def _adapter_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any
 
 
 def hub_names(sources: Sequence[str]) -> list[str]:
-    """The names among data or model sources that are no local paths."""
+    """The names among data or model sources that are not local paths."""
     return [name for name in sources if not os.path.exists(name)]
 
 

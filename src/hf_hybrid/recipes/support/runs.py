@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def set_up_logging(training_args: TrainingArguments | None = None) -> None:
-    """Log to standard error: everything from the main process, warnings from the others."""
+    """Logs to standard error: everything from the main process, only warnings from the others."""
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
     logging.getLogger("hf_hybrid").setLevel(level)
@@ -45,13 +45,13 @@ def set_up_logging(training_args: TrainingArguments | None = None) -> None:
 
 @dataclass
 class Job:
-    """What a recipe builds from its arguments: a trainer, what to say about it, and how to evaluate it.
+    """What a recipe builds from its arguments: a trainer, its report, and how to evaluate it.
 
     Attributes:
-        trainer: with data sets, collator and metrics.
-        report: for the records.
-        derive: computes further metrics from those of the evaluation.
-        write_results: called by the main process at the end with the folder, for additional files.
+        trainer: trainer with data sets, collator and metrics.
+        report: information for the records.
+        derive: function that computes further metrics from those of the evaluation.
+        write_results: function called at the end by the main process with the folder, to write additional files.
     """
 
     trainer: Trainer
@@ -60,7 +60,7 @@ class Job:
     write_results: Callable[[Path], None] | None = None
 
     def final_metrics(self) -> dict[str, Any]:
-        """Metrics of the final weights: those just logged where training ended with an evaluation, else measured."""
+        """Metrics of the final weights: logged last if training ended with an evaluation, else measured now."""
         trainer = self.trainer
         if trainer.eval_dataset is None:
             return {}
@@ -80,22 +80,22 @@ class Job:
         return model
 
     def num_parameters(self) -> int:
-        """Parameters, tied ones counted once, those of an adapter included."""
+        """Number of parameters, including an adapter; tied parameters count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def num_trainable_parameters(self) -> int:
-        """Parameters that get gradients."""
+        """Number of parameters that get gradients."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
 def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
-    """Train, evaluate and save; leave metrics, pictures and model card in the folder. Returns the metrics."""
+    """Trains, evaluates and saves; writes metrics, pictures and the model card to the folder. Returns the metrics."""
     trainer = job.trainer
     set_longest_input(trainer.processing_class, job.model.config)
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
     if folder.resume_checkpoint is not None:
         check_resumable(trainer.model, folder.resume_checkpoint)
-    start = -1 if resume is None else _step_of(resume)  # now: the run may remove the checkpoint
+    start = -1 if resume is None else _step_of(resume)  # read now, because the run may delete the checkpoint
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     was_trained = trainer.state.global_step > start
@@ -121,7 +121,7 @@ def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
             job.write_results(folder.path)
         if trainer.args.push_to_hub:
             _push_records(trainer, folder)
-        logger.info("Everything about this run is in %s", folder.path)
+        logger.info("All files of this run are in %s", folder.path)
     finish_together(trainer)
     return metrics
 
@@ -131,10 +131,10 @@ def _step_of(checkpoint: str) -> int:
 
 
 def finish_together(trainer: Trainer) -> None:
-    """Wait for all processes of a distributed run, and close their group when the interpreter ends.
+    """Waits for all processes of a distributed run, and closes their group when the interpreter exits.
 
-    Nobody else closes it, and a process that exits with an open group now and then aborts, whereupon the launcher kills
-    the others. Further recipes of this process may need the group, so it stays open until then.
+    Nothing else closes it, and a process that exits with an open group sometimes aborts, whereupon the launcher kills
+    the others. Further recipes in the same process may need the group, so it stays open until then.
     """
     trainer.accelerator.wait_for_everyone()
     if dist.is_available() and dist.is_initialized():
@@ -148,14 +148,14 @@ def _close_process_group() -> None:
 
 
 def _plot_codebooks(trainer: Trainer, folder: Path) -> None:
-    """Use of the codewords and their perplexity over the steps, of models that have codebooks."""
+    """Draws the use of the codewords and their perplexity over the steps, for models with codebooks."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CodebookCallback) and has_codebooks(trainer.model):
             codebook_usage(trainer.model, folder / CODEBOOK_FILE, history=callback.history)
 
 
 def _push_records(trainer: Trainer, folder: RunFolder) -> None:
-    """Replaces the card that the Trainer drafted on the Hub by that of the run, and adds its figures."""
+    """Replaces the model card that the Trainer drafted on the Hub with that of the run, and adds its figures."""
     from huggingface_hub import HfApi
 
     HfApi(library_name="hf_hybrid").upload_folder(

@@ -1,4 +1,4 @@
-"""What the recipes share that train classifiers of long sequences, of tokens or of numbers, from scratch."""
+"""Shared by the recipes that train classifiers of long sequences, of tokens or of numbers, from scratch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def find_classes(rows: Dataset, column: str, what: str) -> Labels:
 
 
 def _published_fields(known: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """How the published code classifies long sequences, where that is not the default of the configuration."""
+    """Configuration fields that the published code sets for classifiers and that differ from the defaults."""
     architecture = find_architecture(known.model_type)
     if architecture is None:
         return {}
@@ -73,9 +73,9 @@ def classifier_config(
 
     Args:
         auto_class: Auto class of the head.
-        model_args: which model; its overrides come last.
+        model_args: choice of the model; its overrides take precedence.
         defaults: fields of a new model, which its configuration must have.
-        wishes: fields of a new model that are set where its configuration has them.
+        wishes: fields of a new model that are set only if its configuration has them.
 
     Raises:
         ValueError: it cannot be loaded, or the model type has no such head.
@@ -97,13 +97,13 @@ def classifier_config(
 def build_classifier(
     auto_class: Any, config: PreTrainedConfig, model_args: ClassifierArguments, labels: Labels | None, longest: int
 ) -> PreTrainedModel:
-    """The checkpoint, or a new model with room for the longest sequence.
+    """The checkpoint, or a new model that accepts the longest sequence.
 
     Args:
         auto_class: Auto class of the head.
-        config: of `classifier_config`.
-        model_args: which model.
-        labels: the classes to learn; None keeps those of the checkpoint.
+        config: configuration from `classifier_config`.
+        model_args: choice of the model.
+        labels: classes to learn; None keeps those of the checkpoint.
         longest: length of the longest sequence.
 
     Raises:
@@ -130,13 +130,14 @@ def classification_trainer(
     processor: Any = None,
     equal_lengths: bool = False,
 ) -> HybridTrainer:
-    """The trainer, evaluated by accuracy.
+    """A trainer that evaluates accuracy.
 
     Args:
-        model, training_args, train, validation, labels: of the run.
-        collator: makes batches.
+        model, training_args, train, validation, labels: model, arguments, data sets and labels of the run.
+        collator: data collator.
         processor: tokenizer, image processor or feature extractor, saved with the model.
-        equal_lengths: nothing is padded, and batches are drawn whatever the lengths.
+        equal_lengths: whether all sequences have the same length, so that batches need no padding and no sorting by
+            length.
     """
     if equal_lengths:
         training_args.train_sampling_strategy = "random"
@@ -167,12 +168,12 @@ def saved_image_processor(checkpoint: str | None) -> Any:
 def new_image_processor(
     config: PreTrainedConfig, length: int, mean: float, std: float
 ) -> PixelSequenceImageProcessor | None:
-    """The image processor of a new classifier of square images, whose size its configuration then accepts; else None.
+    """The image processor of a new classifier if its images are square, whose side is set in `config`; else None.
 
     Args:
-        config: of the new model.
-        length: pixels of an image.
-        mean, std: that the processor subtracts and divides by.
+        config: configuration of the new model.
+        length: number of pixels of an image.
+        mean, std: values that the processor subtracts and divides by.
     """
     side = math.isqrt(length)
     if side * side != length:
@@ -195,18 +196,18 @@ def classification_report(
     task_type: str = "text-classification",
     metrics: Mapping[str, Any] | None = None,
 ) -> RunReport:
-    """What a classification recipe says about its run.
+    """The report of a classification recipe.
 
     Args:
         description: sentence for the model card.
-        auto_class: that loads the checkpoint.
-        sources: of the data.
-        train, validation: the rows, with their labels in `label_column`.
-        label_column: for the accuracy of the most frequent class.
-        lengths: of the inputs, in words.
-        name: of the data; None for that of the sources.
-        task_type: Hub task, and its pipeline.
-        metrics: further numbers.
+        auto_class: Auto class that loads the checkpoint.
+        sources: sources of the data.
+        train, validation: rows with their labels in `label_column`.
+        label_column: column of the labels, for the accuracy of the most frequent class.
+        lengths: lengths of the inputs, in words.
+        name: name of the data; None for that of the sources.
+        task_type: Hub task, also used as the pipeline.
+        metrics: additional numbers.
     """
     name = name or display_names(sources)
     numbers: dict[str, Any] = {
