@@ -82,7 +82,7 @@ def test_text_column(tmp_path):
         load_text_source(path)
     with pytest.raises(ValueError, match="no column 'text'.*`text_column`.*body, title, size"):
         load_text_source(path, text_column="text")
-    with pytest.raises(ValueError, match="'size' .* does not hold strings"):
+    with pytest.raises(ValueError, match="'size' .* does not contain strings"):
         load_text_source(path, text_column="size")
 
 
@@ -91,7 +91,7 @@ def test_missing_empty_and_broken(tmp_path):
         load_text_source(tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match="No such file or folder"):
         load_table([tmp_path / "a.csv", tmp_path / "b.csv"])
-    with pytest.raises(ValueError, match="holds no data file"):
+    with pytest.raises(ValueError, match="contains no data file"):
         load_text_source(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="Empty file"):
@@ -109,5 +109,5 @@ def test_missing_empty_and_broken(tmp_path):
         load_table(tmp_path / "mixed")
     with pytest.raises(ValueError, match="empty list"):
         load_text_source([])
-    with pytest.raises(ValueError, match="neither an existing file or folder nor a data set of the Hub"):
+    with pytest.raises(ValueError, match="neither an existing file or folder nor a Hub data set"):
         load_text_source("no-such-owner/no-such-dataset")

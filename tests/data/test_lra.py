@@ -154,9 +154,9 @@ def test_pictures_become_grey_pixels():
     ("pixels", "message"),
     [
         ([[1, 2], [1, 2, 3]], "Row 1 of the data has 3 pixels, the rows before have 2"),
-        ([[1, 2], [1, 300]], "Row 1 of the data holds no pixels"),
-        ([[0.5, 1.0]], "Row 0 of the data holds no pixels"),
-        ([[]], "Row 0 of the data holds no pixels"),
+        ([[1, 2], [1, 300]], "Row 1 of the data has no pixels"),
+        ([[0.5, 1.0]], "Row 0 of the data has no pixels"),
+        ([[]], "Row 0 of the data has no pixels"),
     ],
 )
 def test_bad_pixels(pixels, message):

@@ -116,7 +116,7 @@ def test_images_depend_on_the_seed_alone():
     [
         (lambda: pathfinder_settings(48), "32, 64 or 128; got 48"),
         (lambda: pathfinder_settings(32, "harder"), "easy, intermediate, hard; got 'harder'"),
-        (lambda: PathfinderSettings(resolution=28), "leaves no place"),
+        (lambda: PathfinderSettings(resolution=28), "leaves no room"),
         (lambda: PathfinderSettings(margins=(0,)), "`margins` must hold positive"),
         (lambda: PathfinderSettings(dash_length=0), "`dash_length` must be at least 1"),
     ],

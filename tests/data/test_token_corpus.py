@@ -41,7 +41,7 @@ def test_batches_hold_all_documents(documents):
 def test_bad_input(tokenizer, tmp_path):
     path = tmp_path / "tokens.bin"
     for texts in ([], ["", "  \n"]):
-        with pytest.raises(ValueError, match="holds no text"):
+        with pytest.raises(ValueError, match="contains no text"):
             tokenize_corpus(texts, tokenizer, path, progress=False)
     with pytest.raises(ValueError, match="Documents must be strings"):
         tokenize_corpus([1, 2], tokenizer, path, progress=False)

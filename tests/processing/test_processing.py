@@ -37,7 +37,7 @@ class TestImages:
         process = PixelSequenceImageProcessor(image_size=8)
         images = [torch.rand(1, 16, 16), np.zeros((5, 9, 3), dtype=np.uint8)]
         assert process(images, return_tensors="pt")["pixel_values"].shape == (2, 1, 8, 8)
-        with pytest.raises(ValueError, match="must have one size.*Set `image_size`"):
+        with pytest.raises(ValueError, match="must have the same size.*Set `image_size`"):
             PixelSequenceImageProcessor()(images)
 
     def test_pillow(self) -> None:

@@ -157,7 +157,7 @@ def test_damaged_checkpoints_end_in_a_clear_error_and_leave_nothing(tmp_path, ca
         weights.unlink()
         save_file({"a": torch.ones(100)}, folder / "model.safetensors")
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"cannot be read|must hold a dictionary|is not a tensor|is damaged"):
+    with pytest.raises(ValueError, match=r"cannot be read|must contain a dictionary|is not a tensor|is damaged"):
         convert(folder, tmp_path / "ours")
     assert "executed" not in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["official"]
@@ -173,7 +173,7 @@ def test_other_wrong_sources(tmp_path):
     with pytest.raises(ValueError, match="not valid JSON"):
         convert(tmp_path / "bare", tmp_path / "ours")
     (tmp_path / "bare" / "config.json").write_text(json.dumps(ENCODER_DECODER))
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="contains no weights"):
         convert(tmp_path / "bare", tmp_path / "ours")
     with pytest.raises(ValueError, match="accepted are 'spade', 'spade_lm'"):
         convert(tmp_path / "bare", tmp_path / "ours", direction="to_official")

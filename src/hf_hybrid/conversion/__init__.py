@@ -1,1 +1,1 @@
-"""Official checkpoints to ours and back, one module per architecture."""
+"""Conversion of official checkpoints to this library and back, one module per architecture."""

@@ -1,4 +1,4 @@
-"""What all converters share: renaming tensors both ways, reading foreign files without executing code, comparing bytes."""
+"""Shared by all converters: renaming tensors both ways, reading files without executing code, comparing bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ StateDict = dict[str, torch.Tensor]
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# Official leaf names of a damped moving average -> ours, and the tensors of a norm by its kind.
+# Official leaf names of a damped moving average -> our names, and the tensors of a norm by its kind.
 MOVING_AVERAGE_NAMES = {
     "delta": "damping_factor",
     "alpha": "decay_factor",
@@ -37,16 +37,16 @@ NORM_LEAVES = {
 
 
 class Converter(Protocol):
-    """What the module of an architecture offers that its record names as `converter`. Nothing is lost either way."""
+    """Interface of the module that the record of an architecture names as `converter`. Nothing is lost either way."""
 
     def recognises(self, official: Mapping[str, Any]) -> bool:
         """Whether official options belong to this architecture, and to no other."""
 
     def is_fairseq(self, config: Any) -> bool:
-        """Whether the official format is a checkpoint of fairseq, or a folder of Transformers."""
+        """Whether the official format is a fairseq checkpoint, rather than a Transformers folder."""
 
     def vocabulary_size(self, state: Mapping[str, torch.Tensor]) -> int | None:
-        """Number of tokens, where the official options do not say it."""
+        """Vocabulary size, if the official options do not contain it."""
 
     def config_from_official(self, official: Mapping[str, Any], *, vocab_size: int | None = None) -> Any:
         """Our configuration."""
@@ -55,7 +55,7 @@ class Converter(Protocol):
         """The official options, starting from those of `base`."""
 
     def model_class(self, config: Any) -> type:
-        """The model that holds all tensors."""
+        """The model class that has all tensors."""
 
     def state_dict_from_official(self, state: Mapping[str, torch.Tensor], config: Any) -> StateDict:
         """Our tensors."""
@@ -69,10 +69,10 @@ class TensorNames:
     """Names of the tensors of one model in the official format and in ours.
 
     Attributes:
-        ours: official name to our name, one to one.
-        aliases: official name of a second copy of a tied tensor, to the official name of the original.
-        constants: tensors that the official format stores without information (version marks); written on export.
-        our_aliases: our name of a second copy to our name of the original.
+        ours: official name -> our name, one to one.
+        aliases: official name of a second copy of a tied tensor -> official name of the original.
+        constants: tensors without information in the official format (version marks); written on export.
+        our_aliases: our name of a second copy -> our name of the original.
     """
 
     ours: dict[str, str]
@@ -96,7 +96,7 @@ def _listing(names: Iterable[str], limit: int = 12) -> str:
 
 
 def resolve_aliases(state: Mapping[str, torch.Tensor], aliases: Mapping[str, str], what: str) -> StateDict:
-    """Drops the second copies of tied tensors; an original that is missing is taken from its copy.
+    """Drops the second copies of tied tensors; a missing original is taken from its copy.
 
     Raises:
         ValueError: a copy differs from its original.
@@ -122,16 +122,16 @@ def rename_tensors(
     what: str,
     shapes: Mapping[str, torch.Size] | None = None,
 ) -> StateDict:
-    """Renames every tensor, and insists that none is missing, superfluous or of another shape.
+    """Renames every tensor, and checks that none is missing, superfluous or of another shape.
 
     Args:
         state: source tensors.
-        names: source name to target name.
-        what: description of the source, for messages.
-        shapes: expected shape by target name.
+        names: source name -> target name.
+        what: description of the source, for error messages.
+        shapes: target name -> expected shape.
 
     Raises:
-        ValueError: the names or shapes do not fit; the message lists them.
+        ValueError: the names or shapes do not match; the message lists them.
     """
     problems = []
     missing, unexpected = names.keys() - state.keys(), state.keys() - names.keys()
@@ -144,8 +144,8 @@ def rename_tensors(
             problems.append(f"`{source}` has shape {tuple(state[source].shape)}, expected {tuple(shapes[target])}")
     if problems:
         raise ValueError(
-            f"The tensors of {what} do not fit its configuration; {'; '.join(problems)}. Check that weights and configuration "
-            "belong together."
+            f"The tensors of {what} do not match its configuration; {'; '.join(problems)}. Check that weights and "
+            "configuration belong together."
         )
     return {target: state[source] for source, target in names.items()}
 
@@ -153,7 +153,7 @@ def rename_tensors(
 def tensors_from_official(
     state: Mapping[str, torch.Tensor], names: TensorNames, what: str, shapes: Mapping[str, torch.Size] | None = None
 ) -> StateDict:
-    """Our state dict from the official one; tensors are shared, not copied."""
+    """Our state dict from the official state dict; tensors are shared, not copied."""
     kept = {name: tensor for name, tensor in state.items() if name not in names.constants}
     return rename_tensors(resolve_aliases(kept, names.aliases, what), names.ours, what, shapes)
 
@@ -166,7 +166,7 @@ def tensors_to_official(
     *,
     with_copies: bool = True,
 ) -> StateDict:
-    """The official state dict from ours, with the copies and constants that the official format stores (`with_copies`)."""
+    """The official state dict from ours, with the copies and constants of the official format if `with_copies`."""
     ours = resolve_aliases(state, names.our_aliases, what)
     official_names = {ours_name: official_name for official_name, ours_name in names.ours.items()}
     official_shapes = None if shapes is None else {name: shapes[target] for name, target in names.ours.items()}
@@ -196,16 +196,16 @@ def options_of(
     comparable: Callable[[Any], dict[str, Any]],
     name: str,
 ) -> dict[str, Any]:
-    """Official options of a configuration, which `read` takes back to it.
+    """Official options of a configuration, from which `read` restores it.
 
     Args:
         config: our configuration.
-        base: official options to start from, so that those which only concern training are kept. When they already
+        base: official options to start from, so that options that only concern training are kept. If they already
             describe `config`, they are returned unchanged.
-        write: official options of a configuration.
-        read: configuration from official options.
-        comparable: the fields of a configuration that change the model.
-        name: of the architecture, for messages.
+        write: function from a configuration to official options.
+        read: function from official options to a configuration.
+        comparable: function that selects the fields of a configuration that change the model.
+        name: name of the architecture, for error messages.
 
     Raises:
         ValueError: a field has no counterpart in the official code; the message names it.
@@ -233,7 +233,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: the file is missing, no JSON, or no object.
+        ValueError: the file is missing, not JSON, or not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -242,7 +242,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"The configuration file {path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"The configuration file {path} must hold a JSON object; got {type(value).__name__}.")
+        raise ValueError(f"The configuration file {path} must contain a JSON object; got {type(value).__name__}.")
     return value
 
 
@@ -250,7 +250,8 @@ def read_checkpoint_file(path: Path) -> dict[str, Any]:
     """Contents of a .safetensors file, or of a pickle of tensors and plain values, which is read without executing code.
 
     Raises:
-        ValueError: the file is missing, damaged, of an unknown kind, or holds objects other than tensors and plain values.
+        ValueError: the file is missing, damaged, of an unknown kind, or contains other objects than tensors and plain
+            values.
     """
     if not path.is_file():
         raise ValueError(f"The checkpoint file {path} does not exist.")
@@ -269,11 +270,11 @@ def read_checkpoint_file(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises many types on damaged input
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"The checkpoint file {path} cannot be read as tensors and plain values (it is damaged, or holds other objects, "
-            f"which are never executed): {reason}"
+            f"The checkpoint file {path} cannot be read as tensors and plain values (it is damaged, or contains other "
+            f"objects, which are never executed): {reason}"
         ) from error
     if not isinstance(contents, Mapping):
-        raise ValueError(f"The checkpoint file {path} must hold a dictionary; got {type(contents).__name__}.")
+        raise ValueError(f"The checkpoint file {path} must contain a dictionary; got {type(contents).__name__}.")
     return dict(contents)
 
 
@@ -292,4 +293,4 @@ def read_folder_tensors(folder: Path) -> StateDict:
             for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
                 state |= read_checkpoint_file(folder / shard)
             return state
-    raise ValueError(f"The folder {folder} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}.")
+    raise ValueError(f"The folder {folder} contains no weights: expected one of {', '.join(_WEIGHT_FILES)}.")

@@ -1,10 +1,10 @@
-"""Official Mega checkpoints (fairseq, `facebookresearch/mega`) to ours and back, without loss (arXiv 2209.10655).
+"""Lossless conversion of official Mega checkpoints (fairseq, `facebookresearch/mega`) and back (arXiv 2209.10655).
 
 Four official models exist: `lra` (Long Range Arena classifiers of text, pairs of texts and pixels), `sc_raw` (classifier of
 waveforms), `mega_lm` (language model) and `mega` (translation). Their command-line options are the configuration.
 
 Tensors are renamed, never changed. Tied tensors, which the official format stores several times, are checked, stored once, and
-written again on export. Checkpoints of Transformers 4.x need no conversion: their names are ours.
+duplicated again on export. Checkpoints of Transformers 4.x need no conversion: they have the same names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .mega_names import classifier_names, language_model_names, translation_name
 
 KINDS = ("lra", "sc_raw", "mega_lm", "mega")
 
-# Official option: (our field, official default). Options whose meaning is computed are handled in code.
+# Official option: (our field, official default). Options without a direct counterpart are handled in code.
 _SHARED: dict[str, tuple[str, Any]] = {
     "dropout": ("dropout_prob", 0.1),
     "attention_dropout": ("attention_probs_dropout_prob", 0.0),
@@ -82,7 +82,7 @@ _TABLES = {"lra": _CLASSIFIER, "sc_raw": _CLASSIFIER, "mega_lm": _LANGUAGE_MODEL
 _DEFAULT_TRUNCATION = {"lra": 1024, "sc_raw": 1024, "mega_lm": 2048, "mega": 1024}
 _POOLING = {"mp": "mean", "cls": "first"}
 
-# Fields that only concern training from scratch, heads or generation; the official options know nothing of them.
+# Fields that only concern training from scratch, heads or generation; they have no official options.
 _NEUTRAL_FIELDS = {
     "initializer_scheme",
     "initializer_range",
@@ -107,15 +107,15 @@ _NEUTRAL_FIELDS = {
 
 
 def is_fairseq(config: MegaConfig) -> bool:
-    """Whether the official format is a checkpoint of fairseq: it always is."""
+    """Whether the official format is a fairseq checkpoint: always."""
     return True
 
 
 def kind_of(official: Mapping[str, Any]) -> str:
-    """Which of `KINDS` official options belong to.
+    """The one of `KINDS` that official options describe.
 
     Raises:
-        ValueError: to none.
+        ValueError: they describe none.
     """
     if official.get("model") in KINDS:
         return official["model"]
@@ -133,7 +133,7 @@ def kind_of(official: Mapping[str, Any]) -> str:
 
 
 def recognises(official: Mapping[str, Any]) -> bool:
-    """Whether official options belong to a Mega, whose attention reads all tokens: it has no routers with a temperature."""
+    """Whether official options belong to a Mega, which unlike a SeqBoat has no router temperature."""
     if "init_temp_scale" in official:
         return False
     try:
@@ -143,7 +143,7 @@ def recognises(official: Mapping[str, Any]) -> bool:
 
 
 def _chunks(value: int | None) -> dict[str, Any]:
-    """`use_chunking` and `chunk_size` of an official chunk size, where none or one <= 0 means full attention."""
+    """`use_chunking` and `chunk_size` for an official chunk size; None or a value <= 0 means full attention."""
     size = -1 if value is None or value <= 0 else int(value)
     return {"use_chunking": size > 0, "chunk_size": size}
 
@@ -186,7 +186,7 @@ def _classifier_fields(official: Mapping[str, Any], kind: str) -> dict[str, Any]
 
 
 def _adaptive_fields(official: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Adaptive input and softmax; both or neither, with the same bands."""
+    """Fields of adaptive input and softmax: both or neither, with the same bands."""
     cutoffs = _integers(official.get("adaptive_softmax_cutoff"), "adaptive_softmax_cutoff")
     has_adaptive_input = bool(official.get("adaptive_input", False))
     if has_adaptive_input != (cutoffs is not None):
@@ -252,11 +252,13 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
     """Our configuration from the options of a fairseq checkpoint.
 
     Args:
-        official: the options. Absent ones have their official defaults; those which only concern training are ignored.
-        vocab_size: the options do not contain it (see `vocabulary_size`); not needed for classifiers of real numbers.
+        official: the options. Missing options have their official defaults; those that only concern training are
+            ignored.
+        vocab_size: vocabulary size, which the options do not contain (see `vocabulary_size`); not needed for
+            classifiers of real numbers.
 
     Raises:
-        ValueError: an option has a value that has no counterpart; the message names it.
+        ValueError: the value of an option has no counterpart; the message names it.
     """
     kind = kind_of(official)
     fields = {field: official.get(name, default) for name, (field, default) in _TABLES[kind].items()}
@@ -303,7 +305,7 @@ def kind_of_config(config: MegaConfig) -> str:
 
 
 def _comparable(config: MegaConfig) -> dict[str, Any]:
-    """Fields that change the model, with equivalent spellings made equal."""
+    """Fields that change the model, with equivalent values normalised."""
     own = {field.name for field in dataclasses.fields(config)} & set(vars(type(config)).get("__annotations__", {}))
     values = {name: getattr(config, name) for name in sorted(own - _NEUTRAL_FIELDS)}
     values["num_labels"] = config.num_labels
@@ -382,11 +384,11 @@ def _to_official(config: MegaConfig) -> dict[str, Any]:
 
 
 def config_to_official(config: MegaConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Official options from our configuration; `config_from_official` gives the configuration back.
+    """Official options from our configuration; `config_from_official` restores the configuration.
 
     Args:
         config: a configuration that has an official form.
-        base: official options to start from, so that those which only concern training are kept. When they already
+        base: official options to start from, so that options that only concern training are kept. If they already
             describe `config`, they are returned unchanged.
 
     Raises:
@@ -413,7 +415,7 @@ def tensor_names(config: MegaConfig) -> TensorNames:
 
 
 def model_class(config: MegaConfig) -> type:
-    """The model that holds all tensors of an official checkpoint."""
+    """The model class that has all tensors of an official checkpoint."""
     if config.is_encoder_decoder:
         return MegaForConditionalGeneration
     if config.is_decoder:
@@ -431,10 +433,10 @@ def _shapes(config: MegaConfig) -> dict[str, torch.Size]:
 
 
 def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int | None:
-    """Number of tokens of an official checkpoint, from its embedding tables; None for classifiers of real numbers.
+    """Vocabulary size of an official checkpoint, from its embedding tables; None for classifiers of real numbers.
 
     Raises:
-        ValueError: the state dict holds no embedding.
+        ValueError: the state dict contains no embedding.
     """
     for name in (
         "encoder.encoder.embed_tokens.embed.weight",
@@ -452,14 +454,15 @@ def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int | None:
         return sum(bands)
     if "encoder.encoder.embed_tokens.bias" in state:
         return None
-    raise ValueError("The checkpoint holds no embedding (`…embed_tokens…`): it is no official Mega.")
+    raise ValueError("The checkpoint contains no embedding (`…embed_tokens…`): it is not an official Mega.")
 
 
 def state_dict_from_official(state: Mapping[str, torch.Tensor], config: MegaConfig) -> StateDict:
     """Tensors of `model_class(config)` from those of an official checkpoint. Nothing is copied or changed.
 
     Raises:
-        ValueError: tensors are missing, superfluous, of another shape, or tied ones differ; the message names them.
+        ValueError: tensors are missing, superfluous or of another shape, or tied tensors differ; the message names
+            them.
     """
     return tensors_from_official(state, tensor_names(config), "the official checkpoint", _shapes(config))
 
@@ -471,8 +474,9 @@ def state_dict_to_official(
 
     Args:
         state: our state dict, with or without the tied copies.
-        config: the configuration; must have an official form.
-        with_copies: also write what the official format stores besides: tied tensors again, and version marks.
+        config: the configuration, which must have an official form.
+        with_copies: also write the redundant tensors of the official format: second copies of tied tensors, version
+            marks.
 
     Raises:
         ValueError: as `state_dict_from_official`, or the configuration has no official form.

@@ -85,7 +85,7 @@ def classifier_names(config: MegaConfig) -> TensorNames:
 
 
 def language_model_names(config: MegaConfig) -> TensorNames:
-    """Names of a language model, with one table of embeddings or adaptive ones."""
+    """Names of a language model, with a single or an adaptive embedding table."""
     official, ours = "decoder.embed_tokens", "mega.embedding_layer.word_embeddings"
     constants = {"decoder.version": torch.tensor([3.0])}
     head = "decoder.output_projection.weight"

@@ -1,10 +1,10 @@
-"""Official SeqBoat checkpoints (fairseq, `renll/SeqBoat`) to ours and back, without loss (arXiv 2306.11197).
+"""Lossless conversion of official SeqBoat checkpoints (fairseq, `renll/SeqBoat`) and back (arXiv 2306.11197).
 
 Two official models exist: `lm` (language model) and `lra` (classifiers of text, pairs of texts, pixels and waveforms). Their
 command-line options are the configuration.
 
-Tensors are renamed, never changed, but for one: the official projection that holds the router in its first two rows is split.
-Tied tensors, which the official format stores twice, are checked, stored once, and written again on export.
+Tensors are renamed, never changed, with one exception: the official projection whose first two rows are the router is
+split. Tied tensors, which the official format stores twice, are checked, stored once, and duplicated again on export.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .common import (
 
 KINDS = ("lm", "lra")
 
-# Official option: (our field, official default). Options whose meaning is computed are handled in code.
+# Official option: (our field, official default). Options without a direct counterpart are handled in code.
 _SHARED: dict[str, tuple[str, Any]] = {
     "dropout": ("hidden_dropout", 0.1),
     "attention_dropout": ("attention_dropout", 0.0),
@@ -82,7 +82,7 @@ _DEFAULT_TRUNCATION = {"lm": 2048, "lra": 1024}
 _POOLING = {"mp": "mean", "cls": "first"}
 _BIAS = {"simple": "distance", "rotary": "rotary", "t5": "t5"}
 
-# Fields that only concern training from scratch, other heads or generation; the official options know nothing of them.
+# Fields that only concern training from scratch, other heads or generation; they have no official options.
 _NEUTRAL_FIELDS = {
     "initializer_scheme",
     "initializer_range",
@@ -103,20 +103,20 @@ _NEUTRAL_FIELDS = {
 
 
 def recognises(official: Mapping[str, Any]) -> bool:
-    """Whether official options belong to a SeqBoat, which unlike a Mega has a temperature of its routers."""
+    """Whether official options belong to a SeqBoat, which unlike a Mega has a router temperature."""
     return "init_temp_scale" in official
 
 
 def is_fairseq(config: SeqBoatConfig) -> bool:
-    """Whether the official format is a checkpoint of fairseq: it always is."""
+    """Whether the official format is a fairseq checkpoint: always."""
     return True
 
 
 def kind_of(official: Mapping[str, Any]) -> str:
-    """Which of `KINDS` official options belong to.
+    """The one of `KINDS` that official options describe.
 
     Raises:
-        ValueError: to none.
+        ValueError: they describe none.
     """
     if official.get("model") in KINDS:
         return official["model"]
@@ -181,11 +181,13 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
     """Our configuration from the options of a fairseq checkpoint.
 
     Args:
-        official: the options. Absent ones have their official defaults; those which only concern training are ignored.
-        vocab_size: the options do not contain it (see `vocabulary_size`); not needed for classifiers of real numbers.
+        official: the options. Missing options have their official defaults; those that only concern training are
+            ignored.
+        vocab_size: vocabulary size, which the options do not contain (see `vocabulary_size`); not needed for
+            classifiers of real numbers.
 
     Raises:
-        ValueError: an option has a value that has no counterpart; the message names it.
+        ValueError: the value of an option has no counterpart; the message names it.
     """
     kind = kind_of(official)
     side = "decoder" if kind == "lm" else "encoder"
@@ -221,7 +223,7 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
 
 
 def _comparable(config: SeqBoatConfig) -> dict[str, Any]:
-    """Fields that change the model, with equivalent spellings made equal."""
+    """Fields that change the model, with equivalent values normalised."""
     own = {field.name for field in dataclasses.fields(config)} & set(vars(type(config)).get("__annotations__", {}))
     values = {name: getattr(config, name) for name in sorted(own - _NEUTRAL_FIELDS)}
     values["embedding_size"] = config.embedding_width
@@ -273,11 +275,11 @@ def _to_official(config: SeqBoatConfig) -> dict[str, Any]:
 
 
 def config_to_official(config: SeqBoatConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Official options from our configuration; `config_from_official` gives the configuration back.
+    """Official options from our configuration; `config_from_official` restores the configuration.
 
     Args:
         config: a configuration that has an official form.
-        base: official options to start from, so that those which only concern training are kept. When they already
+        base: official options to start from, so that options that only concern training are kept. If they already
             describe `config`, they are returned unchanged.
 
     Raises:
@@ -321,7 +323,7 @@ def unit_names(official: str, ours: str, config: SeqBoatConfig) -> dict[str, str
 
 
 def split_router(state: Mapping[str, torch.Tensor], config: SeqBoatConfig) -> StateDict:
-    """The official tensors with the router rows of every `hx_proj` under names of their own; views, nothing is copied."""
+    """The official tensors with the router rows of every `hx_proj` under separate names; views, nothing is copied."""
     split: StateDict = {}
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
@@ -401,7 +403,7 @@ def tensor_names(config: SeqBoatConfig) -> TensorNames:
 
 
 def model_class(config: SeqBoatConfig) -> type:
-    """The model that holds all tensors of an official checkpoint."""
+    """The model class that has all tensors of an official checkpoint."""
     if config.is_decoder:
         return SeqBoatForCausalLM
     if config.input_type == "tokens":
@@ -417,24 +419,25 @@ def _shapes(config: SeqBoatConfig) -> dict[str, torch.Size]:
 
 
 def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int | None:
-    """Number of tokens of an official checkpoint, from its embedding table; None for classifiers of real numbers.
+    """Vocabulary size of an official checkpoint, from its embedding table; None for classifiers of real numbers.
 
     Raises:
-        ValueError: the state dict holds no embedding.
+        ValueError: the state dict contains no embedding.
     """
     for name in ("encoder.encoder.embed_tokens.embed.weight", "decoder.embed_tokens.weight"):
         if name in state:
             return state[name].shape[0]
     if "encoder.encoder.embed_tokens.bias" in state:
         return None
-    raise ValueError("The checkpoint holds no embedding (`…embed_tokens…`): it is no official SeqBoat.")
+    raise ValueError("The checkpoint contains no embedding (`…embed_tokens…`): it is not an official SeqBoat.")
 
 
 def state_dict_from_official(state: Mapping[str, torch.Tensor], config: SeqBoatConfig) -> StateDict:
     """Tensors of `model_class(config)` from those of an official checkpoint. Nothing is copied or changed.
 
     Raises:
-        ValueError: tensors are missing, superfluous, of another shape, or tied ones differ; the message names them.
+        ValueError: tensors are missing, superfluous or of another shape, or tied tensors differ; the message names
+            them.
     """
     split = split_router(state, config)
     return tensors_from_official(split, tensor_names(config), "the official checkpoint", _shapes(config))
@@ -447,8 +450,9 @@ def state_dict_to_official(
 
     Args:
         state: our state dict, with or without the tied copies.
-        config: the configuration; must have an official form.
-        with_copies: also write what the official format stores besides: tied tensors again, version marks, frequencies.
+        config: the configuration, which must have an official form.
+        with_copies: also write the redundant tensors of the official format: second copies of tied tensors, version
+            marks, frequencies.
 
     Raises:
         ValueError: as `state_dict_from_official`, or the configuration has no official form.

@@ -1,4 +1,4 @@
-"""Official SPADE checkpoints to ours and back, without loss (arXiv 2212.08136).
+"""Lossless conversion of official SPADE checkpoints and back (arXiv 2212.08136).
 
 Two official formats exist:
 
@@ -7,9 +7,9 @@ Two official formats exist:
 * the language model (`microsoft/EfficientLongSequenceModeling`): a fairseq checkpoint, whose command-line options are the
   configuration, with names such as `decoder.layers.0.self_attn.q.weight`.
 
-Tensors are renamed, never changed. In particular the output matrix of an S4 layer stays what it is: raw (C) when the
-accompanying length `L` is 0, or truncated for the length `L` (C-tilde) when it is positive; the length travels with it as
-`kernel_length`. Tied tensors, which the official formats store several times, are checked, stored once, and written
+Tensors are renamed, never changed. In particular, the output matrix of an S4 layer is kept as it is: raw (C) if the
+accompanying length `L` is 0, or truncated for the length `L` (C-tilde) if it is positive; the length is kept as
+`kernel_length`. Tied tensors, which the official formats store several times, are checked, stored once, and duplicated
 again on export.
 """
 
@@ -116,7 +116,7 @@ _COMBINATIONS = ("concat", "add", "stack")
 _LANGUAGE_MODEL_PERIOD = 100  # `s4_every_n_layers` of the published run
 _DEFAULT_MAX_TARGET_POSITIONS = 1024
 
-# Fields that only concern training from scratch or heads; the official formats know nothing of them.
+# Fields that only concern training from scratch or heads; they have no official options.
 _NEUTRAL_FIELDS = {
     "initializer_scheme",
     "initializer_range",
@@ -226,7 +226,7 @@ def _integers(value: Any, name: str) -> list[int] | None:
 
 
 def _adaptive_fields(official: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Adaptive input and softmax; both or neither, with the same bands."""
+    """Fields of adaptive input and softmax: both or neither, with the same bands."""
     cutoffs = _integers(official.get("adaptive_softmax_cutoff"), "adaptive_softmax_cutoff")
     has_adaptive_input = bool(official.get("adaptive_input", False))
     if has_adaptive_input != (cutoffs is not None):
@@ -282,8 +282,8 @@ def _language_model_to_official(config: SpadeLMConfig) -> dict[str, Any]:
     for field, supported in (("ssm_combine", _COMBINATIONS), ("feed_forward_proj", _FAIRSEQ_ACTIVATIONS)):
         if getattr(config, field) not in supported:
             raise ValueError(
-                f"`{field}={getattr(config, field)!r}` has no counterpart in the official SPADE language model, which knows "
-                f"{', '.join(map(repr, supported))}."
+                f"`{field}={getattr(config, field)!r}` has no counterpart in the official SPADE language model, which "
+                f"supports {', '.join(map(repr, supported))}."
             )
     options = {name: getattr(config, field) for name, (field, _) in _LANGUAGE_MODEL_OPTIONS.items()}
     if options["s4_n_ssm"] is None:
@@ -318,7 +318,7 @@ def _language_model_to_official(config: SpadeLMConfig) -> dict[str, Any]:
 
 
 def recognises(official: Mapping[str, Any]) -> bool:
-    """Whether official options belong to a SPADE, whose queries and keys have no width of their own (`…z_dim`)."""
+    """Whether official options belong to a SPADE, whose queries and keys have no separate width (`…z_dim`)."""
     try:
         is_language_model(official)
     except ValueError:
@@ -327,7 +327,7 @@ def recognises(official: Mapping[str, Any]) -> bool:
 
 
 def is_fairseq(config: SpadeConfig | SpadeLMConfig) -> bool:
-    """Whether the official format is a checkpoint of fairseq, or a folder of Transformers."""
+    """Whether the official format is a fairseq checkpoint, rather than a Transformers folder."""
     return isinstance(config, SpadeLMConfig)
 
 
@@ -352,19 +352,19 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
 
     Args:
         official: contents of `config.json` (encoder-decoder), or the options of a fairseq checkpoint (language model).
-            Absent options have their official defaults; options that only concern training are ignored.
-        vocab_size: for the language model, whose options do not contain it.
+            Missing options have their official defaults; options that only concern training are ignored.
+        vocab_size: vocabulary size of a language model, whose options do not contain it.
 
     Raises:
-        ValueError: an option has a value that has no counterpart; the message names it.
+        ValueError: the value of an option has no counterpart; the message names it.
     """
     try:
         if is_language_model(official):
             return _language_model_from_official(official, vocab_size)
         if official.get("pad_token_id", 1) != 1:
             logger.warning(
-                "The official decoder takes id 1 for padding in its positions whatever `pad_token_id` is; here, positions "
-                f"follow `pad_token_id={official['pad_token_id']}`."
+                "The official decoder treats id 1 as padding in its positions whatever `pad_token_id` is; here, "
+                f"positions follow `pad_token_id={official['pad_token_id']}`."
             )
         return _encoder_decoder_from_official(official)
     except StrictDataclassError as error:
@@ -372,7 +372,7 @@ def config_from_official(official: Mapping[str, Any], *, vocab_size: int | None 
 
 
 def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
-    """Fields that change the model, with equivalent spellings made equal."""
+    """Fields that change the model, with equivalent values normalised."""
     own = {field.name for field in dataclasses.fields(config)} & set(vars(type(config)).get("__annotations__", {}))
     values = {name: getattr(config, name) for name in sorted(own - _NEUTRAL_FIELDS)}
     values["ssm_num_copies"] = config.ssm_num_copies or config.hidden_size
@@ -394,11 +394,11 @@ def _comparable(config: SpadeConfig | SpadeLMConfig) -> dict[str, Any]:
 
 
 def config_to_official(config: SpadeConfig | SpadeLMConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Official options from our configuration; `config_from_official` gives the configuration back.
+    """Official options from our configuration; `config_from_official` restores the configuration.
 
     Args:
         config: a configuration that has an official form (see `SpadeConfig.official`).
-        base: official options to start from, so that those which only concern training are kept. When they already
+        base: official options to start from, so that options that only concern training are kept. If they already
             describe `config`, they are returned unchanged.
 
     Raises:
@@ -430,7 +430,7 @@ def tensor_names(config: SpadeConfig | SpadeLMConfig) -> TensorNames:
 
 
 def model_class(config: SpadeConfig | SpadeLMConfig) -> type:
-    """The model that holds all tensors of an official checkpoint."""
+    """The model class that has all tensors of an official checkpoint."""
     return SpadeLMForCausalLM if isinstance(config, SpadeLMConfig) else SpadeForConditionalGeneration
 
 
@@ -441,10 +441,10 @@ def _shapes(config: SpadeConfig | SpadeLMConfig) -> dict[str, torch.Size]:
 
 
 def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int | None:
-    """Number of tokens of an official language model, from its embedding tables; None for encoder-decoders, whose options say it.
+    """Vocabulary size of an official language model, from its embedding tables; None for encoder-decoders.
 
     Raises:
-        ValueError: the state dict holds no embedding.
+        ValueError: the state dict contains no embedding.
     """
     if "shared.weight" in state:
         return None
@@ -455,7 +455,9 @@ def vocabulary_size(state: Mapping[str, torch.Tensor]) -> int | None:
         or (name.startswith("decoder.embed_tokens.embeddings.") and name.endswith(".0.weight"))
     ]
     if not tables:
-        raise ValueError("The checkpoint holds no embedding (`decoder.embed_tokens…`): it is no SPADE language model.")
+        raise ValueError(
+            "The checkpoint contains no embedding (`decoder.embed_tokens…`): it is not a SPADE language model."
+        )
     return sum(table.shape[0] for table in tables)
 
 
@@ -463,7 +465,8 @@ def state_dict_from_official(state: Mapping[str, torch.Tensor], config: SpadeCon
     """Tensors of `model_class(config)` from those of an official checkpoint. Nothing is copied or changed.
 
     Raises:
-        ValueError: tensors are missing, superfluous, of another shape, or tied ones differ; the message names them.
+        ValueError: tensors are missing, superfluous or of another shape, or tied tensors differ; the message names
+            them.
     """
     return tensors_from_official(state, tensor_names(config), "the official checkpoint", _shapes(config))
 
@@ -475,8 +478,9 @@ def state_dict_to_official(
 
     Args:
         state: our state dict, with or without the tied copies.
-        config: the configuration; must have an official form.
-        with_copies: also write what the official formats store besides: tied tensors again, and version marks.
+        config: the configuration, which must have an official form.
+        with_copies: also write the redundant tensors of the official formats: second copies of tied tensors, version
+            marks.
 
     Raises:
         ValueError: as `state_dict_from_official`, or the configuration has no official form.

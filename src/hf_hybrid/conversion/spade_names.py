@@ -33,7 +33,7 @@ def _ssm(official: str, ours: str) -> dict[str, str]:
 
 
 def _mixer_extras(official: str, ours: str, combine: str) -> dict[str, str]:
-    """Norms and linear map of a layer with an SSM."""
+    """Names of the norms and the linear map of a layer with an SSM."""
     names: dict[str, str] = {}
     if combine != "stack":
         names |= _norm(f"{official}.norm_global", f"{ours}.norm_global")
@@ -81,7 +81,7 @@ def encoder_decoder_names(config: SpadeConfig) -> TensorNames:
 
 
 def _language_model_head(config: SpadeLMConfig) -> TensorNames:
-    """Embeddings and output layer."""
+    """Names of the embeddings and the output layer."""
     constants = {"decoder.version": torch.tensor([3.0])}
     if config.adaptive_cutoffs is None:
         official, ours, head = (

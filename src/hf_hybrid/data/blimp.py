@@ -12,7 +12,7 @@ from typing import Any
 from .loading import load_table
 
 GROUP = "blimp_local"
-PARADIGM_COLUMNS = ("paradigm", "UID")  # the second is the name in the files of the authors
+PARADIGM_COLUMNS = ("paradigm", "UID")  # the second is the name in the published files
 
 
 def read_minimal_pairs(sources: Sequence[str] | str) -> dict[str, list[dict[str, str]]]:
@@ -28,7 +28,7 @@ def read_minimal_pairs(sources: Sequence[str] | str) -> dict[str, list[dict[str,
     try:
         rows: Any = load_table(sources, "validation")
     except ValueError:
-        rows = load_table(sources, "train")  # files without names of splits
+        rows = load_table(sources, "train")  # files that are not named after splits
     missing = [name for name in ("sentence_good", "sentence_bad") if name not in rows.column_names]
     if missing:
         raise ValueError(f"Minimal pairs need the column {missing[0]!r}; there are {', '.join(rows.column_names)}.")
@@ -52,23 +52,24 @@ def write_blimp_tasks(
     rows: int | None = None,
     context: str = "",
 ) -> list[str]:
-    """Write one task of the harness per paradigm, and the group `blimp_local` of all of them.
+    """Writes one harness task per paradigm, and the group `blimp_local` of all of them.
 
-    A model is right on a pair when it gives the good sentence the higher total log-probability; the score of the group is the mean
-    over paradigms.
+    A model is right on a pair if it gives the good sentence the higher total log-probability; the score of the group
+    is the mean over paradigms.
 
     Args:
-        pairs: what `read_minimal_pairs` returned.
-        folder: for `--include_path` of the harness; new or empty.
-        rows: only the first so many pairs of every paradigm.
-        context: text that the sentences continue, e.g. "<extra_id_0>"; the default lets the harness begin with one special token.
+        pairs: result of `read_minimal_pairs`.
+        folder: folder for `--include_path` of the harness; new or empty.
+        rows: number of pairs per paradigm to use, the first ones; None: all.
+        context: text that the sentences continue, e.g. "<extra_id_0>"; by default the harness begins with one special
+            token.
 
     Returns:
         Names of the tasks, the group last.
 
     Raises:
         ValueError: `rows` is not positive.
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder is not empty.
     """
     import yaml
 

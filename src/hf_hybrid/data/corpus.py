@@ -1,11 +1,12 @@
-"""The embedded corpus: English prose that every Python installation carries, for demonstrations and tests without a download.
+"""The embedded corpus: English prose from every Python installation, for demonstrations and tests without a download.
 
 Its sources are the language reference in `pydoc_data.topics` and the docstrings of the standard library and of installed
-libraries, read from their files with `ast` and never imported. From them come documents for pretraining, (document, summary)
-pairs, the body of a docstring against its first sentence, and a classification task, which library a docstring is from.
+libraries, read from their files with `ast` without importing them. They give documents for pretraining, (document,
+summary) pairs (the body of a docstring and its first sentence), and a classification task (the library that a
+docstring is from).
 
-The result is a function of the installed versions: files are visited in the order of their names, and the choice of files and
-of splits follows a hash of these names. It is real text of a narrow kind; figures obtained on it say little about other text.
+The result depends only on the installed versions: files are visited in the order of their names, and a hash of these
+names selects files and splits. It is real text of a narrow kind; figures obtained on it say little about other text.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Docstring:
 
 
 def _share(text: str, salt: str = "") -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.blake2b((salt + text).encode(), digest_size=6).digest(), "big") / 2**48
 
 
@@ -80,7 +81,7 @@ def _root(family: str) -> Path | None:
 
 
 def _source_files(root: Path, max_bytes: int) -> list[Path]:
-    """Source files of a library in the order of their names; when they are too many, those with the smallest hashes."""
+    """Source files of a library in the order of their names; if there are too many, those with the smallest hashes."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
@@ -97,7 +98,7 @@ def _source_files(root: Path, max_bytes: int) -> list[Path]:
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module, class or function and of the classes and functions in its body."""
+    """(qualified name, docstring) of a module, class or function, and of the classes and functions in its body."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         text = ast.get_docstring(node, clean=False)
         if text:
@@ -110,7 +111,7 @@ def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _parse(path: Path) -> ast.Module | None:
-    """Syntax tree of a file, or None when it cannot be read (data for other Python versions, odd encodings)."""
+    """Syntax tree of a file, or None if it cannot be read (test data for other Python versions, unusual encodings)."""
     try:
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
@@ -125,11 +126,12 @@ def _parse(path: Path) -> ast.Module | None:
 def collect_docstrings(
     families: Sequence[str] = FAMILIES, max_source_bytes: int = 3_000_000, progress: bool = False
 ) -> tuple[Docstring, ...]:
-    """Docstrings of the installed libraries, exact repetitions left out. Read once per process.
+    """Docstrings of the installed libraries without exact duplicates. Read once per process.
 
     Args:
-        families: top-level package names; `"python"` is the standard library. Those not installed are left out.
-        max_source_bytes: bytes of source read per library (four times as much of the standard library).
+        families: top-level package names; `"python"` is the standard library. Packages that are not installed are left
+            out.
+        max_source_bytes: bytes of source code read per library (four times as much for the standard library).
         progress: show a progress bar.
 
     Returns:
@@ -160,7 +162,7 @@ def _collect(families: tuple[str, ...], max_source_bytes: int, progress: bool) -
 
 
 def language_reference() -> list[str]:
-    """The pages of `pydoc_data.topics`, in the order of their names; empty when the installation lacks them."""
+    """The pages of `pydoc_data.topics`, in the order of their names; empty if they are not installed."""
     path = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
     try:
         tree = ast.parse(path.read_bytes())
@@ -188,9 +190,10 @@ def embedded_text_corpus(
         split: `"train"`, `"validation"` (about one document in twenty), or None for both.
         families: see `collect_docstrings`.
         max_source_bytes: see `collect_docstrings`.
-        max_characters: stop after about this many characters; documents of all sources are taken evenly.
-        validation_share: share of the documents in `"validation"`. A smaller share is a part of a larger one, here and in the
-            two tasks below: what is `"train"` under 0.2 holds no file that is validation in any of them.
+        max_characters: approximate number of characters to stop after; documents are taken evenly from all sources.
+        validation_share: share of the documents in `"validation"`. A smaller share is a subset of a larger one, here
+            and in the two tasks below: `"train"` with a share of 0.2 contains no file that is validation in any of
+            them.
         progress: show a progress bar.
 
     Raises:
@@ -228,8 +231,8 @@ def embedded_summarization_pairs(
 ) -> list[dict[str, str]]:
     """Pairs of `document`, the prose of a docstring after its first sentence, and `summary`, that sentence.
 
-    Files, not docstrings, are dealt to the splits (one in ten to `validation`), and a text that shares half of its 6-word
-    sequences with an earlier one is left out, so that validation does not repeat training.
+    Files, not docstrings, are assigned to the splits (one in ten to `validation`), and a text that shares half of its
+    6-word sequences with an earlier one is left out, so that validation does not repeat training.
 
     Args:
         split: `"train"`, `"validation"`, or None for both.
@@ -273,14 +276,14 @@ def embedded_classification_examples(
 ) -> list[dict[str, str | int]]:
     """Docstrings as `sentence`, with the library they come from as `label`.
 
-    Code and sections of parameters are removed and the names of the libraries themselves are replaced by "library". Classes with fewer
-    than 100 examples are left out. Splits and repetitions are treated as in `embedded_summarization_pairs`; one file in five
-    is validation.
+    Code and parameter sections are removed, and the names of the libraries are replaced with "library". Classes with
+    fewer than 100 rows are left out. Splits and duplicates are treated as in `embedded_summarization_pairs`; one file
+    in five is validation.
 
     Args:
         split: `"train"`, `"validation"`, or None for both.
         families: see `collect_docstrings`.
-        max_per_class: largest number of examples of one class, both splits together.
+        max_per_class: maximum number of rows per class, both splits together.
         max_source_bytes: see `collect_docstrings`.
         progress: show a progress bar.
 
@@ -337,7 +340,7 @@ def _split_of(name: str, validation_share: float) -> str:
 
 
 def _prose(text: str) -> list[str]:
-    """Paragraphs, each on one line, up to the first section of parameters, example or directive."""
+    """Paragraphs, each on one line, up to the first parameter section, example or directive."""
     paragraphs: list[list[str]] = [[]]
     for line in text.splitlines():
         if _SECTION.match(line.strip()):
@@ -352,7 +355,7 @@ def _prose(text: str) -> list[str]:
 
 
 def _summary_and_body(text: str) -> tuple[str, str]:
-    """First sentence of a docstring, and the prose after its first paragraph; empty strings when there is none."""
+    """First sentence of a docstring, and the prose after its first paragraph; empty strings if there is none."""
     paragraphs = _prose(text)
     if len(paragraphs) < 2:
         return "", ""
@@ -360,13 +363,13 @@ def _summary_and_body(text: str) -> tuple[str, str]:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether the text is mostly words: letters and spaces make up four fifths of it, with hardly any markup."""
+    """Whether the text is mostly words: at least four fifths letters and spaces, and hardly any markup."""
     plain = len(_LETTER_OR_SPACE.findall(text))
     return plain >= 0.8 * len(text) and text.count("`") <= 0.06 * len(text) and text.count("{") <= 2
 
 
 def _without_repetitions(rows: Iterable[dict[str, str]], column: str) -> list[dict[str, str]]:
-    """Leaves out rows that share half of their 6-word sequences with rows kept before."""
+    """Drops rows that share half of their 6-word sequences with rows kept before."""
     seen: set[int] = set()
     kept = []
     for row in rows:

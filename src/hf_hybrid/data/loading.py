@@ -1,8 +1,8 @@
 """Text from local files, local data-set folders and the Hub, as `datasets` objects.
 
 Local sources: `.txt` and `.md` (one document per file), `.json`, `.jsonl`, `.csv`, `.tsv` (also with `.gz`), `.parquet`, and folders of
-such files, where the files of a split are those named `<split>.*`, `<split>-*` or lying in a sub-folder `<split>/`.
-Anything that is not an existing path is taken for a data set of the Hub.
+such files, where the files of a split are named `<split>.*` or `<split>-*` or are in a subfolder `<split>/`. Anything
+that is not an existing path is taken as the name of a Hub data set.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _import_datasets():
 
 
 def _suffix(path: Path) -> str:
-    """Suffix that decides the format, without a trailing `.gz`, in lower case."""
+    """Suffix that determines the format, without a trailing `.gz`, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -48,7 +48,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path) in _BUILDERS)
     if not files:
         raise ValueError(
-            f"The folder {folder} holds no data file; accepted are {', '.join(_BUILDERS)} (also with .gz)."
+            f"The folder {folder} contains no data files; accepted are {', '.join(_BUILDERS)} (also with .gz)."
         )
 
     def split_of(path: Path) -> str | None:
@@ -88,13 +88,13 @@ def load_table(
     """Loads one split with all its columns.
 
     Args:
-        source: a file, several files of one format, a folder, or the name of a data set of the Hub.
-        split: used for folders and Hub names; a file given by its path is taken whole.
+        source: a file, several files of the same format, a folder, or the name of a Hub data set.
+        split: split of a folder or Hub data set; a file given by its path is read whole.
         config_name: configuration of a Hub data set ("wikitext-103-raw-v1").
-        streaming: return an `IterableDataset` that reads as it goes.
+        streaming: return an `IterableDataset` that reads on demand.
 
     Raises:
-        ValueError: missing or empty file, unknown format, unknown split, unreadable data.
+        ValueError: a file is missing or empty, the format or the split is unknown, or the data cannot be read.
     """
     datasets = _import_datasets()
     sources = [source] if isinstance(source, (str, Path)) else list(source)
@@ -142,10 +142,10 @@ def _load_files(datasets, files: list[Path], streaming: bool):
         return datasets.load_dataset(
             builder, data_files={"train": [str(path) for path in files]}, split="train", streaming=streaming, **options
         )
-    except Exception as error:  # every builder has its own exceptions
+    except Exception as error:  # every builder raises its own exceptions
         raise ValueError(
             f"Could not read {', '.join(map(str, files))} as {builder}: {error}. Check that the file is complete and that its "
-            "suffix tells its format."
+            "suffix matches its format."
         ) from error
 
 
@@ -156,7 +156,7 @@ def _load_from_hub(datasets, name: str, split: str, config_name: str | None, str
         return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except Exception as error:  # network, unknown name, unknown configuration, unknown split
         raise ValueError(
-            f"{name!r} is neither an existing file or folder nor a data set of the Hub that can be loaded now (split {split!r}, "
+            f"{name!r} is neither an existing file or folder nor a Hub data set that can be loaded (split {split!r}, "
             f"configuration {config_name!r}): {error}"
         ) from error
 
@@ -173,7 +173,7 @@ def load_text_source(
     """Loads documents: a data set whose only column is `text`.
 
     Args:
-        source: as in `load_table`; a list may mix sources with different other columns.
+        source: as in `load_table`; the sources of a list may differ in their other columns.
         split: as in `load_table`.
         text_column: column that holds the text; None = `text`, or the only column of strings.
         config_name: as in `load_table`.
@@ -181,7 +181,7 @@ def load_text_source(
         documents_of: makes texts of a conversation, a list of messages; then `text_column` holds conversations, None = `messages`.
 
     Raises:
-        ValueError: as in `load_table`; no such column, or no row.
+        ValueError: as in `load_table`; or there is no such column, or no row.
     """
     datasets = _import_datasets()
     sources = [source] if isinstance(source, (str, Path)) else list(source)
@@ -214,7 +214,7 @@ def _only_conversations(table, column: str, name: str, documents_of: Callable[[l
 def _only_text(table, text_column: str | None, name: str):
     columns = table.column_names
     datasets = _import_datasets()
-    if columns is None:  # a stream whose features are unknown: look at its first row
+    if columns is None:  # a stream with unknown features: read its first row
         first = next(iter(table), None)
         if first is None:
             raise ValueError(f"{name} has no rows.")
@@ -238,7 +238,8 @@ def _only_text(table, text_column: str | None, name: str):
         )
     if text_column not in strings:
         raise ValueError(
-            f"The column {text_column!r} of {name} does not hold strings; columns that do: {', '.join(strings) or 'none'}."
+            f"The column {text_column!r} of {name} does not contain strings; columns that do: "
+            f"{', '.join(strings) or 'none'}."
         )
     if hasattr(table, "num_rows") and table.num_rows == 0:
         raise ValueError(f"{name} has no rows.")

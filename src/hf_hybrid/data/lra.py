@@ -1,8 +1,8 @@
-"""The tasks of the Long Range Arena (arXiv 2011.04006): their rows, their tokens, and the data sets a Trainer takes.
+"""The tasks of the Long Range Arena (arXiv 2011.04006): their rows, their tokens, and data sets for a Trainer.
 
-Every task is classification of one long sequence, or of two (retrieval). Rows come from the files in which the tasks are
-distributed (`lra_files`), from any table with the usual columns, or from the generators of ListOps and Pathfinder, and always have
-the columns of `TASKS`:
+Every task is the classification of one long sequence, or of two (retrieval). Rows come from the files in which the
+tasks are distributed (`lra_files`), from any table with the usual columns, or from the generators of ListOps and
+Pathfinder, and always have the columns of `TASKS`:
 
     task         columns          tokens                              longest   classes
     listops      source           operators, digits                     2,000        10
@@ -11,7 +11,7 @@ the columns of `TASKS`:
     image        pixels           grey values, row by row              1,024   of the data
     pathfinder   pixels           grey values, row by row      1,024 - 16,384         2
 
-Tokens 0 are padding in all of them.
+Token 0 is padding in all tasks.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class LraTask:
 
     Args:
         name: name of the task.
-        columns: columns of a row besides `label`.
-        max_length: tokens of one sequence, longer ones are cut; None: pixels, which are never cut.
-        class_names: None where the data decides.
+        columns: columns of a row, without `label`.
+        max_length: maximum number of tokens of a sequence, to which longer ones are truncated; None for pixels.
+        class_names: names of the classes; None if the data determines them.
     """
 
     name: str
@@ -72,7 +72,7 @@ TASKS = {
     )
 }
 
-# Names under which tables of other origin hold a column.
+# Names of the columns in tables of other origin.
 _COLUMN_NAMES = {
     "source": ("source", "Source"),
     "text": ("text", "sentence", "review", "document"),
@@ -103,13 +103,13 @@ def load_lra_table(
     """Rows of one split with the columns of the task and `label`.
 
     Args:
-        task: decides formats and columns.
-        source: folders or files in the distributed format of the task, or whatever `load_table` reads.
+        task: the task, which determines formats and columns.
+        source: folders or files in the distributed format of the task, or anything that `load_table` reads.
         split: "train", "validation" or "test".
         config_name: configuration of a Hub data set.
 
     Raises:
-        ValueError: nothing to read, a damaged file, or a missing column.
+        ValueError: there is nothing to read, a file is damaged, or a column is missing.
     """
     from datasets import concatenate_datasets
 
@@ -127,7 +127,7 @@ def load_lra_table(
 
 
 def lra_rows(task: LraTask, columns: Mapping[str, Any]) -> Dataset:
-    """A data set from columns by name, those of a reader or a generator; `target` may stand for `label`."""
+    """A data set from the columns of a reader or a generator; `target` is accepted for `label`."""
     from datasets import ClassLabel, Dataset, Features, List, Value
 
     labels = columns["label"] if "label" in columns else columns["target"]
@@ -162,15 +162,15 @@ def _class_label(task: LraTask) -> Any:
 
 
 def _counts_classes(table: Any, task: LraTask) -> bool:
-    """Whether the labels are numbers of the known classes."""
+    """Whether the labels are indices of the known classes."""
     return task.class_names is not None and getattr(table.features["label"], "dtype", "").startswith(("int", "uint"))
 
 
 def pixel_array(rows: Dataset, name: str = "data") -> np.ndarray:
-    """The pixels of all rows, (N, L) uint8; images are turned grey and laid out row by row.
+    """The pixels of all rows, (N, L) uint8; images are converted to grey and flattened row by row.
 
     Raises:
-        ValueError: images of different sizes, values beyond a byte, or a column that holds no pixels.
+        ValueError: the images differ in size, values do not fit in a byte, or the column contains no pixels.
     """
     sequences: list[np.ndarray] = []
     for number, value in enumerate(rows.with_format("numpy")["pixels"] if _holds_lists(rows) else rows["pixels"]):
@@ -178,11 +178,11 @@ def pixel_array(rows: Dataset, name: str = "data") -> np.ndarray:
         if pixels.ndim == 3 and pixels.shape[-1] >= 3:
             pixels = to_grey(pixels[..., :3])
         if pixels.dtype.kind not in "iu" or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
-            raise ValueError(f"Row {number} of the {name} holds no pixels: whole numbers from 0 to 255 are accepted.")
+            raise ValueError(f"Row {number} of the {name} has no pixels: integers from 0 to 255 are accepted.")
         if sequences and pixels.size != sequences[0].size:
             raise ValueError(
                 f"Row {number} of the {name} has {pixels.size} pixels, the rows before have {sequences[0].size}: all images must "
-                "have one size."
+                "have the same size."
             )
         sequences.append(pixels.astype(np.uint8).ravel())
     return np.stack(sequences)
@@ -228,16 +228,16 @@ def encode_rows(
     """Token ids of text rows, without labels.
 
     Args:
-        rows: with the columns of the task.
-        task: not one of pixels.
+        rows: rows with the columns of the task.
+        task: a text task.
         tokenizer: see `lra_tokenizer`.
-        max_length: tokens per text; None for that of the task.
-        two_inputs: give the second text of a pair as `pair_input_ids` and `pair_attention_mask`; otherwise a pair is
+        max_length: maximum number of tokens per text; None for that of the task.
+        two_inputs: return the second text of a pair as `pair_input_ids` and `pair_attention_mask`; otherwise a pair is
             one sequence, `A </s> B </s>`.
-        what: names the rows in errors.
+        what: name of the rows in error messages.
 
     Raises:
-        ValueError: a row that is not text, or that holds tokens unknown to the task.
+        ValueError: a row is not text, or contains tokens unknown to the task.
     """
     length = max_length or task.max_length or 0
     options: dict[str, Any] = {"truncation": True, "return_token_type_ids": False}
@@ -279,8 +279,8 @@ class PixelSequences(TorchDataset):
     Args:
         pixels: (N, L) uint8.
         labels: (N,) integers.
-        as_values: give `pixel_values`, (L,) float32 with (pixel / 255 - mean) / std, instead of `input_ids`, (L,) int64
-            with pixel + 1 (0 is padding).
+        as_values: return `pixel_values`, (L,) float32 with (pixel / 255 - mean) / std, instead of `input_ids`, (L,)
+            int64 with pixel + 1 (0 is padding).
         mean, std: statistics of `pixel_values`.
     """
 
@@ -318,8 +318,8 @@ class PairCollator:
     """Pads the two texts of each row separately, to `input_ids` and `pair_input_ids` with their masks.
 
     Args:
-        tokenizer: pads.
-        pad_to_multiple_of: divisor of both lengths.
+        tokenizer: tokenizer that pads.
+        pad_to_multiple_of: number that both padded lengths are multiples of.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8) -> None:

@@ -1,12 +1,12 @@
-"""Readers of the files in which the tasks of the Long Range Arena (arXiv 2011.04006) are distributed.
+"""Readers for the files in which the tasks of the Long Range Arena (arXiv 2011.04006) are distributed.
 
     listops     basic_train.tsv, basic_val.tsv, basic_test.tsv: header `Source`, `Target`
     text        aclImdb: {train,test}/{pos,neg}/*.txt
     retrieval   new_aan_pairs.{train,eval,test}.tsv: label, two identifiers, two texts; no header, no quotes
     image       cifar-10-batches-bin: data_batch_{1..5}.bin, test_batch.bin (the binary version; the Python version is a pickle)
-    pathfinder  metadata/*.npy (lines of text, or arrays of strings) beside imgs/*/*.png
+    pathfinder  metadata/*.npy (lines of text, or arrays of strings) and imgs/*/*.png
 
-Each reader returns columns by name, with the names of `hf_hybrid.data.lra`.
+Each reader returns columns by name, with the names in `hf_hybrid.data.lra`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _SPLITS = {
 
 
 def read_original(task: str, source: str | Path, split: str) -> Columns | None:
-    """Columns of one split of a distributed folder or file; None when the path does not hold the format of the task.
+    """Columns of one split of a distributed folder or file; None if the path does not have the format of the task.
 
     Args:
         task: "listops", "text", "retrieval", "image" or "pathfinder".
-        source: the folder, or for the `.tsv` tasks also a single file, which is taken whole.
-        split: "train", "validation" or "test"; there are no others.
+        source: folder, or for the `.tsv` tasks also a single file, which is read whole.
+        split: "train", "validation" or "test".
 
     Raises:
         ValueError: a file is damaged, or the split is missing.
@@ -69,7 +69,7 @@ def _read_listops(path: Path, split: str) -> Columns | None:
         for number, line in enumerate(lines, 2):
             fields = line.rstrip("\n").split("\t")
             if len(fields) != len(header) or not fields[target_at].isdigit():
-                raise ValueError(f"Line {number} of {file} does not hold the columns {', '.join(header)}.")
+                raise ValueError(f"Line {number} of {file} does not have the columns {', '.join(header)}.")
             sources.append(fields[source_at])
             targets.append(int(fields[target_at]))
     return {"source": sources, "target": targets}
@@ -86,7 +86,7 @@ def _read_retrieval(path: Path, split: str) -> Columns | None:
             if len(fields) != 5 or fields[0] not in ("0", "1", "0.0", "1.0"):
                 if number == 1 and path.is_file():
                     return None  # a table with a header
-                raise ValueError(f"Line {number} of {file} does not hold a label (0 or 1), two names and two texts.")
+                raise ValueError(f"Line {number} of {file} does not have a label (0 or 1), two names and two texts.")
             columns["label"].append(int(float(fields[0])))
             columns["text1"].append(fields[3])
             columns["text2"].append(fields[4])
@@ -111,7 +111,7 @@ def _read_reviews(path: Path, split: str) -> Columns | None:
 
 
 def to_grey(rgb: np.ndarray) -> np.ndarray:
-    """Luma of images (..., 3) uint8, computed and cut to whole numbers as the Long Range Arena does: (...) uint8."""
+    """Luma of images (..., 3) uint8, computed and truncated to integers as in the Long Range Arena: (...) uint8."""
     luma = rgb.astype(np.float32) @ np.array([0.2989, 0.5870, 0.1140], dtype=np.float32)
     return np.floor(luma * (255.5 / 255.0)).astype(np.uint8)
 
@@ -124,7 +124,7 @@ def _read_cifar(path: Path, split: str) -> Columns | None:
     for name in names:
         data = np.fromfile(path / name, dtype=np.uint8) if (path / name).is_file() else np.zeros(0, np.uint8)
         if data.size == 0 or data.size % 3073:
-            raise ValueError(f"{path / name} is missing or incomplete: it must hold records of 3,073 bytes.")
+            raise ValueError(f"{path / name} is missing or incomplete: it must consist of records of 3,073 bytes.")
         parts.append(data.reshape(-1, 3073))
     records = np.concatenate(parts)
     if split != "test":
@@ -142,7 +142,7 @@ def _read_pathfinder(path: Path, split: str) -> Columns | None:
         )
         if variants:
             raise ValueError(
-                f"{path} holds several difficulties; pass one of {', '.join(str(path / v) for v in variants)}."
+                f"{path} contains several difficulties; pass one of {', '.join(str(path / v) for v in variants)}."
             )
         return None
     entries = [entry for file in sorted(folder.iterdir(), key=_by_number) for entry in _metadata(file)]
@@ -178,7 +178,7 @@ def _metadata(file: Path) -> list[tuple[str, int]]:
 
 
 def _read_grey_image(path: Path) -> np.ndarray | None:
-    """(R, R) uint8; None for an empty file, of which the distributed folders hold a few."""
+    """(R, R) uint8; None for an empty file, of which the distributed folders contain a few."""
     try:
         from PIL import Image
     except ImportError as error:

@@ -1,14 +1,14 @@
-"""ListOps: nested lists of digits with an operator each, and their value (arXiv 1804.06028, as in the Long Range Arena, arXiv 2011.04006).
+"""ListOps: nested lists of digits with an operator each, and their value (arXiv 1804.06028, arXiv 2011.04006).
 
     expression := digit | operator expression expression+ ]        [MAX 4 [SM 7 8 ] 1 ]  ->  5
 
-`[MIN` and `[MAX` are the smallest and largest argument, `[SM` the sum modulo 10, `[MED` the median: of an even number of
-arguments the mean of the two middle ones, rounded down.
+`[MIN` and `[MAX` are the smallest and largest argument, `[SM` the sum modulo 10, and `[MED` the median (for an even
+number of arguments, the mean of the two middle ones, rounded down).
 
 A tree is sampled from the root (depth 1): a node is an operator with probability 1/4 unless it is at `max_depth`, and has 2 to
 `max_args` arguments, uniformly; all digits and operators are equally likely. Trees outside the range of lengths are drawn
-again and repeated trees are left out, as in the published procedure, which fixes no seed; here tree number i depends on
-(seed, i) alone.
+again and duplicate trees are left out, as in the published procedure, which fixes no seed; here tree number i depends
+only on (seed, i).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKENS = (*OPERATORS, END, *DIGITS)
 
 _OPERATOR_PROBABILITY = 0.25
 _MAX_ATTEMPTS = 1_000_000
-_MAX_FRUITLESS = 50  # rounds in which every tree is a repetition
+_MAX_FRUITLESS = 50  # rounds in which every tree is a duplicate
 
 
 def _median(ordered: list[int]) -> int:
@@ -46,12 +46,12 @@ class ListOpsSettings:
     """Shape of the trees; the defaults are those of the Long Range Arena.
 
     Args:
-        max_depth: nodes on the longest path from the root; there are only digits at this depth.
-        max_args: most arguments of an operator.
-        longer_than, shorter_than: the number of tokens lies strictly between them.
+        max_depth: maximum number of nodes on a path from the root; there are only digits at this depth.
+        max_args: maximum number of arguments of an operator.
+        longer_than, shorter_than: bounds, exclusive, of the number of tokens.
 
     Raises:
-        ValueError: no tree fits.
+        ValueError: no tree satisfies the bounds.
     """
 
     max_depth: int = 10
@@ -78,7 +78,7 @@ SHORT = ListOpsSettings(max_depth=6, max_args=6, longer_than=30, shorter_than=20
 
 
 def listops_tokens(source: str) -> list[str]:
-    """Tokens of an expression; the notation of the published files (parentheses, `X` for `]`) is understood too."""
+    """Tokens of an expression; the notation of the published files (parentheses, `X` for `]`) is also accepted."""
     tokens = source.replace("(", " ").replace(")", " ").split()
     return [END if token == "X" else token for token in tokens]
 
@@ -90,7 +90,7 @@ def evaluate_listops(source: str | Sequence[str]) -> int:
         source: the text, or its tokens.
 
     Raises:
-        ValueError: not one complete expression; says where.
+        ValueError: the source is not exactly one complete expression; the message says where it fails.
     """
     tokens = listops_tokens(source) if isinstance(source, str) else source
     open_lists: list[tuple[str, list[int]]] = []
@@ -124,7 +124,7 @@ class _TooLong(Exception):
 
 
 def _below(draw: Random, bound: int) -> int:
-    # Of the methods of `Random`, only `random()` promises the same numbers in every version of Python.
+    # Only the method `random()` of `Random` guarantees the same numbers in every version of Python.
     return int(draw.random() * bound)
 
 
@@ -149,7 +149,7 @@ def sample_listops(index: int, *, seed: int = 0, settings: ListOpsSettings | Non
     """Tree number `index`: its tokens and its value, a function of (seed, index, settings).
 
     Raises:
-        ValueError: a million trees in a row do not fit the range of lengths.
+        ValueError: a million consecutive trees are outside the range of lengths.
     """
     settings = settings or ListOpsSettings()
     draw = Random(f"listops {seed} {index}")
@@ -184,7 +184,7 @@ def generate_listops(
 
     Args:
         count: number of rows.
-        seed: chooses the trees. Rows of a larger `count` begin with those of a smaller one.
+        seed: seed of the trees. The rows of a larger `count` begin with those of a smaller one.
         settings: shape of the trees; None for those of the Long Range Arena.
         num_processes: see `map_blocks`; the rows do not depend on it.
         progress: show a progress bar.
@@ -193,7 +193,7 @@ def generate_listops(
         Columns `source` (tokens separated by spaces), `target` (0 to 9) and `length` (number of tokens).
 
     Raises:
-        ValueError: there are not so many different trees, or a setting is out of range.
+        ValueError: there are fewer than `count` different trees, or a setting is out of range.
     """
     settings = settings or ListOpsSettings()
     rows: dict[str, tuple[str, int, int]] = {}  # keeps the order of first occurrence
@@ -209,6 +209,6 @@ def generate_listops(
         drawn = indices.stop
         fruitless = fruitless + 1 if len(rows) == before else 0
         if fruitless == _MAX_FRUITLESS:
-            raise ValueError(f"{drawn} draws gave only {len(rows)} different trees of the {count} wanted by `count`.")
+            raise ValueError(f"{drawn} draws gave only {len(rows)} different trees, fewer than `count` = {count}.")
     sources, targets, lengths = zip(*list(rows.values())[:count]) if count else ((), (), ())
     return {"source": list(sources), "target": list(targets), "length": list(lengths)}

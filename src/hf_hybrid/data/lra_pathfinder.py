@@ -1,16 +1,16 @@
-"""Pathfinder: grey images with two marked points, to be told apart by whether one dashed curve joins them.
+"""Pathfinder: grey images with two marked points; the label says whether one dashed curve connects them.
 
 After Linsley et al. (arXiv 1805.08315) with the settings of the Long Range Arena (arXiv 2011.04006). Two curves of
-`contour_length` dashes are grown side by side, then shorter distractors in the space that is left; a disc marks the beginning
-of one curve and the end of the same (label 1) or of the other (label 0).
+`contour_length` dashes are grown side by side, then shorter distractors in the remaining space; discs mark the
+beginning of one curve and the end of the same curve (label 1) or of the other (label 0).
 
 A curve grows from pivot to pivot. The pivot moves by length + 2 margin along the last dash; the next dash ends at one of the
-pixels around it at the distance r = length + margin, drawn with weight (1 - O) max(0, cos(min(c D, pi/2)))^2, with O
-the occupancy dilated by the margin, D the change of direction and c the continuity. A dash that would touch what is there is drawn
-again a few times, then its curve begins anew. Image number i depends on (seed, i) alone.
+pixels around it at the distance r = length + margin, sampled with weight (1 - O) max(0, cos(min(c D, pi/2)))^2, with O
+the occupancy dilated by the margin, D the change of direction and c the continuity. A dash that would touch existing
+dashes is sampled again a few times, then its curve is restarted. Image number i depends only on (seed, i).
 
 Two details differ from the published program. The newest dash of one target curve is already an obstacle to the other, so the
-two never cross; and positions are rounded to the nearest pixel instead of upwards, so nothing drifts to one side.
+two never cross; and positions are rounded to the nearest pixel instead of up, so curves do not drift to one side.
 
 Shape letters: R pixels per side, S pixels per side of a stamp, n candidate heads.
 """
@@ -29,8 +29,8 @@ from .parallel import map_blocks
 
 DIFFICULTIES = {"easy": 6, "intermediate": 9, "hard": 14}  # dashes of a target curve
 
-_FREE = 0.3  # a first dash may touch pixels occupied up to this
-_COLLISION = 1.8  # occupancy plus mask of a dash, below which they do not touch
+_FREE = 0.3  # a first dash may touch pixels whose occupancy is at most this
+_COLLISION = 1.8  # a dash does not touch anything while occupancy plus its mask stays below this
 _DEAD_END = 1e-4
 _MAX_ATTEMPTS = 20_000  # pairs of target curves per image
 
@@ -44,16 +44,17 @@ class PathfinderSettings:
     Args:
         resolution: R, pixels per side.
         contour_length, distractor_length: dashes per curve.
-        num_distractors: distractors to try; one without room is left out.
-        dash_length, thickness: size of one dash, in pixels.
-        margins: free space around a dash; one is drawn per image.
-        seed_distance: between the beginnings of the two target curves; the first is twice as far from the border.
+        num_distractors: number of distractors to try; those without room are left out.
+        dash_length, thickness: size of a dash, in pixels.
+        margins: choices for the free space around dashes, in pixels; one is sampled per image.
+        seed_distance: distance between the beginnings of the two target curves; the first is twice as far from the
+            border.
         continuity: c, straightness of the curves.
         marker_radius: radius of the discs, in pixels.
-        padding: width of the border that stays empty.
-        antialias: lines are drawn at this multiple of the resolution and reduced with a Lanczos filter.
-        contrast: brightness of the dashes against the markers, before both are cut at white.
-        dash_retrials, snake_retrials: further tries of a dash, and of a distractor.
+        padding: width of the empty border, in pixels.
+        antialias: multiple of the resolution at which lines are drawn before a Lanczos filter reduces them.
+        contrast: brightness of the dashes relative to the markers, before both are clipped at white.
+        dash_retrials, snake_retrials: number of retries for a dash and for a distractor.
 
     Raises:
         ValueError: a size is out of range, or the image is too small for `seed_distance`.
@@ -83,8 +84,8 @@ class PathfinderSettings:
             raise ValueError(f"`margins` must hold positive numbers of pixels; got {self.margins}.")
         if self.resolution <= 4 * self.seed_distance:
             raise ValueError(
-                f"`resolution` {self.resolution} leaves no place for a first dash 2 x `seed_distance` = {2 * self.seed_distance} "
-                "pixels from every border."
+                f"`resolution` {self.resolution} leaves no room for a first dash 2 x `seed_distance` = "
+                f"{2 * self.seed_distance} pixels from every border."
             )
 
 
@@ -93,7 +94,7 @@ def pathfinder_settings(resolution: int = 32, difficulty: str = "hard") -> Pathf
 
     Args:
         resolution: 32, 64 or 128 pixels per side.
-        difficulty: `"easy"`, `"intermediate"` or `"hard"` (the one used in papers): 6, 9 or 14 dashes.
+        difficulty: `"easy"`, `"intermediate"` or `"hard"` (used in papers): 6, 9 or 14 dashes.
 
     Raises:
         ValueError: another resolution or difficulty.
@@ -118,11 +119,11 @@ def pathfinder_settings(resolution: int = 32, difficulty: str = "hard") -> Pathf
 
 @dataclass
 class PathfinderScene:
-    """One image and how it came about.
+    """One image and its construction.
 
     Attributes:
         image: (R, R) uint8.
-        label: 1 when both markers lie on one curve.
+        label: 1 if both markers lie on the same curve.
         markers: centres of the two discs.
         targets: the two curves, each a list of dashes (tail, head) from its beginning.
         distractors: the other curves.
@@ -169,7 +170,7 @@ def _dash(angle: float, settings: PathfinderSettings, margin: int) -> tuple[np.n
     length, thickness = settings.dash_length, settings.thickness
     radius = length + math.ceil(thickness) + margin
     rows, columns = _fine_grid(radius, settings.antialias)
-    # Rounding decides points on the edges alike in every direction, whatever the last digits of sine and cosine.
+    # Rounding treats points on the edges equally in every direction, whatever the last digits of sine and cosine.
     along = np.round(rows * math.sin(angle) + columns * math.cos(angle), 6)
     across = np.round(rows * math.cos(angle) - columns * math.sin(angle), 6)
     line = (0 <= along) & (along <= length) & (-thickness / 2 <= across) & (across < thickness / 2)
@@ -182,13 +183,13 @@ def _dash(angle: float, settings: PathfinderSettings, margin: int) -> tuple[np.n
 
 
 def _offsets(distance: float, angles: np.ndarray) -> list[Point]:
-    """Whole pixels nearest to points at a distance in the given directions."""
+    """Pixels nearest to the points at a distance in the given directions."""
     points = np.rint(distance * np.stack([np.sin(angles), np.cos(angles)], 1)).astype(int)
     return [(int(row), int(column)) for row, column in points]
 
 
 class _Geometry:
-    """All that the curves of one setting share: stamps, candidate heads, weights. Directions are numbered.
+    """Shared data of all curves of one setting: stamps, candidate heads, weights. Directions are numbered.
 
     The first 360 directions are whole degrees, for first dashes, which are drawn from their tail; the others are those from a
     pivot to its candidate heads, and their dashes are drawn from the head backwards.
@@ -213,7 +214,8 @@ class _Geometry:
         self.back = _offsets(margin, angles)  # from the first pivot to the first tail
         self.span = _offsets(settings.dash_length, self.drawn_angles)  # from where a dash is drawn to its other end
         self.radius = settings.dash_length + math.ceil(settings.thickness) + margin
-        # Room around the image, so that no stamp or candidate needs clipping: pivots lie less than 2 steps and a margin outside.
+        # A frame around the image, so that no stamp or candidate needs clipping: pivots lie less than 2 steps and a
+        # margin outside.
         self.room = self.radius + 3 * (step + margin)
         self.width = settings.resolution + 2 * self.room
         line = range(-margin, margin + 1)
@@ -249,15 +251,15 @@ def _minus(point: Point, offset: Point) -> Point:
 
 
 class _Snake:
-    """A curve while it grows.
+    """A growing curve.
 
-    Its own newest dash is not an obstacle to its next one, which begins within its margin; so every curve keeps its own view of what
-    is occupied.
+    Its newest dash is not an obstacle to its next one, which begins within its margin; so every curve keeps its own
+    view of the occupancy.
 
     Args:
         geometry: sizes in the image.
-        occupied: view of this curve, changed in place.
-        tail: start of the first dash, in coordinates that include the room around the image.
+        occupied: occupancy as this curve sees it, changed in place.
+        tail: start of the first dash, in coordinates that include the frame around the image.
         direction: index of the direction of the first dash.
     """
 
@@ -271,17 +273,17 @@ class _Snake:
         self.drawn = [(tail, direction)]
 
     def window(self, anchor: Point) -> tuple[slice, slice]:
-        """Place of the stamp of a dash."""
+        """Position of the stamp of a dash."""
         radius = self.geometry.radius
         return (slice(anchor[0] - radius, anchor[0] + radius + 1), slice(anchor[1] - radius, anchor[1] + radius + 1))
 
     def settle(self, occupied: np.ndarray) -> None:
-        """Make the newest dash an obstacle in a view."""
+        """Marks the newest dash as an obstacle in a view."""
         place, mask = self.window(self.anchor), self.geometry.stamp(self.direction)[1]
         np.maximum(occupied[place], mask, out=occupied[place])
 
     def extend(self, draw: Random, tries: int) -> bool:
-        """Adds a dash; False when there is no way on, or every try collides."""
+        """Adds a dash; False if the curve cannot continue or every try collides."""
         geometry = self.geometry
         pivot = _plus(self.pivot, geometry.advance[self.direction])
         around = self.occupied.take(geometry.reach + (pivot[0] * geometry.width + pivot[1]))
@@ -303,14 +305,14 @@ class _Snake:
         return False
 
     def draw_on(self, image: np.ndarray) -> None:
-        """Brightens the image where the dashes are."""
+        """Draws the dashes into the image."""
         for anchor, direction in self.drawn:
             place, brightness = self.window(anchor), self.geometry.stamp(direction)[0]
             np.maximum(image[place], brightness, out=image[place])
 
 
 def _empty(geometry: _Geometry, settings: PathfinderSettings) -> np.ndarray:
-    """Occupancy of an empty image: its border, and all beyond, counts as occupied."""
+    """Occupancy of an empty image: the border and everything beyond it count as occupied."""
     occupied = np.ones((geometry.width, geometry.width), dtype=np.float32)
     inside = slice(geometry.room + settings.padding, geometry.room + settings.resolution - settings.padding)
     occupied[inside, inside] = 0.0
@@ -318,12 +320,12 @@ def _empty(geometry: _Geometry, settings: PathfinderSettings) -> np.ndarray:
 
 
 def _whole(draw: Random, low: int, high: int) -> int:
-    """A whole number in [low, high). Of `Random`, only `random()` promises the same numbers in every version of Python."""
+    """An integer in [low, high), from `random()`, the only method of `Random` stable across Python versions."""
     return low + int(draw.random() * (high - low))
 
 
 def _grow_pair(draw: Random, geometry: _Geometry, settings: PathfinderSettings) -> list[_Snake] | None:
-    """One try of the two target curves."""
+    """One attempt at the two target curves."""
     border = 2 * settings.seed_distance
     row, column = (geometry.room + _whole(draw, border, settings.resolution - border) for _ in range(2))
     away = _offsets(settings.seed_distance, np.deg2rad([_whole(draw, 0, 360)]))[0]
@@ -346,7 +348,7 @@ def _grow_pair(draw: Random, geometry: _Geometry, settings: PathfinderSettings) 
 def _grow_distractor(
     draw: Random, geometry: _Geometry, settings: PathfinderSettings, occupied: np.ndarray
 ) -> _Snake | None:
-    """One try of a distractor; the view is not changed."""
+    """One attempt at a distractor; the view is not changed."""
     direction = _whole(draw, 0, geometry.num_first)
     mask = geometry.stamp(direction)[1] > 0.5
     low, high = geometry.room, geometry.room + settings.resolution
@@ -414,7 +416,7 @@ def _scene(
     room: int,
     resolution: int,
 ) -> PathfinderScene:
-    """Cuts off the room around the image, and makes bytes of it."""
+    """Crops the frame around the image and converts it to bytes."""
     inside = slice(room, room + resolution)
     pixels = np.rint(255 * np.minimum(image[inside, inside], 1.0)).astype(np.uint8)
 
@@ -444,7 +446,7 @@ def generate_pathfinder(
 
     Args:
         count: number of images.
-        seed: chooses the images. Those of a larger `count` begin with those of a smaller one.
+        seed: seed of the images. The images of a larger `count` begin with those of a smaller one.
         settings: geometry; None for 32 x 32, hard.
         num_processes: see `map_blocks`; the images do not depend on it.
         progress: show a progress bar.

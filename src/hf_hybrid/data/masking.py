@@ -1,10 +1,10 @@
 """Masked language modelling (BERT, arXiv 1810.04805, §3.1), deterministic and vectorised.
 
-Of every block of T tokens round(p T) ordinary ones, at least one, are chosen uniformly; of these 80 % become the mask token, 10 %
-a random token and 10 % stay. Labels are the chosen tokens and -100 elsewhere. Equal numbers of labels make the mean loss of a
-data set independent of its batches.
+In every block of T tokens, round(p T) ordinary tokens (at least one) are chosen uniformly; 80 % of these become the
+mask token, 10 % a random token, and 10 % stay. Labels are the chosen tokens, and -100 elsewhere. Because all blocks
+have the same number of labels, the mean loss of a data set does not depend on its batches.
 
-As in span corruption, what is hidden in a sample is a function of (seed, epoch, index) alone.
+As in span corruption, the masks of a sample depend only on (seed, epoch, index).
 
 Shape letters: B blocks, T tokens per block.
 """
@@ -33,11 +33,11 @@ _SENTINEL = "<extra_id_0>"
 
 @dataclass(frozen=True)
 class MaskingVocabulary:
-    """What masking needs to know of a tokenizer.
+    """What masking needs to know about a tokenizer.
 
     Args:
         mask_token_id: id of the mask token.
-        ordinary_ids: ids of all tokens that may be hidden and may replace others, in order.
+        ordinary_ids: ids of all tokens that may be masked and may replace others, in order.
     """
 
     mask_token_id: int
@@ -45,10 +45,10 @@ class MaskingVocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> MaskingVocabulary:
-        """The vocabulary of a tokenizer; one without a mask token but with sentinels gets `<extra_id_0>` as mask token.
+        """The vocabulary of a tokenizer; without a mask token, the sentinel `<extra_id_0>` is used.
 
         Raises:
-            ValueError: neither a mask token nor a sentinel.
+            ValueError: the tokenizer has neither a mask token nor sentinels.
         """
         if tokenizer.mask_token_id is None:
             if _SENTINEL not in tokenizer.get_vocab():
@@ -79,7 +79,7 @@ def mask_tokens(
     keys: np.ndarray | Sequence[int],
     mask_probability: float = 0.15,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hides tokens of a batch of blocks.
+    """Masks tokens of a batch of blocks.
 
     Args:
         blocks: (B, T) token ids.
@@ -91,7 +91,7 @@ def mask_tokens(
         `input_ids` and `labels`, both (B, T) int64.
 
     Raises:
-        ValueError: a probability out of range, or a wrong shape.
+        ValueError: the probability is out of range, or a shape is wrong.
     """
     check_probability(mask_probability)
     keys = np.asarray(keys, dtype=np.uint64)
@@ -130,18 +130,18 @@ def _samples(
 class MaskedBlockDataset(Dataset):
     """Masked language modelling over a packed array of tokens: `input_ids` and `labels`, both (length,).
 
-    Sample `index` is block `index`, hidden anew in each epoch (`set_epoch`, which the trainers of this library call).
+    Sample `index` is block `index`, masked anew in each epoch (`set_epoch`, which the trainers of this library call).
 
     Args:
-        tokens: (N,) packed token ids, or the path of a file of `tokenize_corpus`.
+        tokens: (N,) packed token ids, or the path of a file written by `tokenize_corpus`.
         length: tokens per block.
         vocabulary: see `MaskingVocabulary`.
         mask_probability: share of the tokens that are chosen.
-        seed: seed of the choice.
-        resample_each_epoch: False keeps the choice of epoch 0 for ever; use it for evaluation.
+        seed: seed of the masks.
+        resample_each_epoch: False keeps the masks of epoch 0; use it for evaluation.
 
     Raises:
-        ValueError: fewer tokens than one block, or a probability out of range.
+        ValueError: there are fewer tokens than one block, or the probability is out of range.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class MaskedBlockDataset(Dataset):
         return len(self.blocks)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch; without effect when `resample_each_epoch` is False."""
+        """Sets the epoch; has no effect if `resample_each_epoch` is False."""
         if self.resample_each_epoch:
             self.epoch = epoch
 

@@ -1,7 +1,7 @@
-"""Packing: documents joined by `</s>` into one stream of tokens, and the stream cut into blocks of equal length.
+"""Packing: documents are joined with `</s>` into one stream of tokens, which is split into blocks of equal length.
 
-Nothing is padded. A block may hold the end of one document and the beginning of the next; the tokens after the last whole
-block are left out.
+Nothing is padded. A block may contain the end of one document and the beginning of the next; the tokens after the last
+complete block are dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 
 def concatenate_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_token_id: int) -> np.ndarray:
-    """Joins documents, each followed by `</s>`; empty ones are left out. Returns (N,) int64."""
+    """Joins documents, each followed by `</s>`; empty documents are left out. Returns (N,) int64."""
     parts = []
     eos = np.array([eos_token_id], dtype=np.int64)
     for document in documents:
@@ -28,7 +28,7 @@ def concatenate_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_t
 
 
 def pack_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_token_id: int, length: int) -> np.ndarray:
-    """Joins documents with `</s>` and cuts the stream into blocks.
+    """Joins documents with `</s>` and splits the stream into blocks.
 
     Args:
         documents: token ids of each document, without special tokens.
@@ -36,7 +36,7 @@ def pack_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_token_id
         length: tokens per block.
 
     Returns:
-        (number of blocks, length) int64; the remainder is left out.
+        (number of blocks, length) int64; the remainder is dropped.
 
     Raises:
         ValueError: `length` is not positive, or all documents together are shorter than one block.
@@ -45,9 +45,9 @@ def pack_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_token_id
 
 
 def positions_in_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Positions that count from 0 at the beginning of a row and behind every `</s>`: (B, L) ids to (B, L) int64.
+    """Positions that count from 0 at the beginning of a row and after every `</s>`: (B, L) ids to (B, L) int64.
 
-    Given to a model as `position_ids`, they keep the documents of a row apart.
+    Passed to a model as `position_ids`, they keep the documents of a row separate.
     """
     place = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
     behind_end = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -58,10 +58,10 @@ def positions_in_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.
 class SeparateDocumentsCollator:
     """Batches of packed blocks whose documents do not see each other.
 
-    Adds `position_ids`, and takes the first token of every document, which nothing predicts, out of the labels.
+    Adds `position_ids`, and removes the first token of every document, which no token predicts, from the labels.
 
     Args:
-        eos_token_id: the token that ends a document.
+        eos_token_id: id of the token that ends a document.
     """
 
     def __init__(self, eos_token_id: int) -> None:
@@ -71,20 +71,20 @@ class SeparateDocumentsCollator:
         """Samples with `input_ids` (L,) and `labels` (L,) to a batch of (B, L)."""
         batch = default_data_collator(features)
         position_ids = positions_in_documents(batch["input_ids"], self.eos_token_id)
-        # The models ignore these labels by themselves; `Trainer` has to know it, since it counts the labels of a step.
+        # The models ignore these labels anyway, but `Trainer` counts the labels of a step.
         labels = batch["labels"].masked_fill(position_ids == 0, -100)
         return batch | {"labels": labels, "position_ids": position_ids}
 
 
 class TokenBlocks:
-    """Equal consecutive blocks of a packed array of tokens, read row by row. Memory-mapped arrays stay on disk.
+    """Consecutive blocks of equal length of a packed array of tokens. Memory-mapped arrays stay on disk.
 
     Args:
-        tokens: (N,) integer array, tensor or list, or the path of a file of `tokenize_corpus`.
+        tokens: (N,) integer array, tensor or list, or the path of a file written by `tokenize_corpus`.
         length: tokens per block.
 
     Raises:
-        ValueError: not one-dimensional integers, or fewer tokens than one block.
+        ValueError: the tokens are not one-dimensional integers, or are fewer than one block.
     """
 
     def __init__(self, tokens: np.ndarray | torch.Tensor | Sequence[int] | str | Path, length: int) -> None:
@@ -104,7 +104,8 @@ class TokenBlocks:
             raise ValueError(f"The length of a block must be positive; got {length}.")
         if len(tokens) < length:
             raise ValueError(
-                f"`tokens` holds {len(tokens)} tokens, fewer than one block of {length}. Use more text or a shorter length."
+                f"`tokens` has {len(tokens)} tokens, fewer than one block of {length}. Use more text or a shorter "
+                "length."
             )
         self.tokens = tokens
         self.length = length
@@ -117,7 +118,7 @@ class TokenBlocks:
         """Indices as an array, negative ones counted from the end.
 
         Raises:
-            IndexError: beyond the last block.
+            IndexError: an index is out of range.
         """
         positions = np.asarray(indices, dtype=np.int64)
         if positions.size and (positions.min() < -self.count or positions.max() >= self.count):
@@ -131,7 +132,7 @@ class TokenBlocks:
         return np.array(chosen, dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map would be pickled as the whole array: pass its place on disk to worker processes instead.
+        # A memory map would be pickled as the whole array: pass its path to worker processes instead.
         state = dict(self.__dict__)
         if isinstance(self.tokens, np.memmap) and self.tokens.filename is not None and self.tokens.base is not None:
             if not isinstance(self.tokens.base, np.ndarray):
@@ -156,7 +157,7 @@ class CausalBlockDataset(Dataset):
     Labels equal the inputs; the models shift them.
 
     Args:
-        tokens: (N,) packed token ids, or the path of a file of `tokenize_corpus`.
+        tokens: (N,) packed token ids, or the path of a file written by `tokenize_corpus`.
         length: tokens per block.
     """
 

@@ -1,4 +1,4 @@
-"""Work on a numbered sequence of samples, shared among processes; the result never depends on their number."""
+"""Parallel work on a numbered sequence of samples; the result does not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def available_processes() -> int:
-    """Processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -27,16 +27,17 @@ def map_blocks(
     progress: bool = False,
     description: str = "Generating",
 ) -> Iterator[Result]:
-    """Apply a function to consecutive blocks of indices and give the results in order.
+    """Applies a function to consecutive blocks of indices and yields the results in order.
 
     Args:
-        make: gets a range of indices. With several processes it must be picklable (a function of a module, or a `partial` of one),
-            and a script that calls this needs the `if __name__ == "__main__":` guard, since processes are spawned.
-        indices: numbers of all samples, in steps of 1.
+        make: function of a range of indices. With several processes it must be picklable (a function of a module, or a
+            `partial` of one), and a script that calls this needs the `if __name__ == "__main__":` guard, since
+            processes are spawned.
+        indices: indices of all samples, in steps of 1.
         block: indices per call.
-        num_processes: 1 works in this process.
+        num_processes: number of processes; 1 works in this process.
         progress: show a progress bar.
-        description: shown by the bar.
+        description: label of the progress bar.
 
     Raises:
         ValueError: a count is not positive.

@@ -1,7 +1,8 @@
 """Consecutive segments of whole documents, for models that carry a state from one segment to the next.
 
-Every row of the batch reads one document after the other, from its first token to its last; a segment never holds two. Where a
-document ends, the rest of the segment is padding without targets, and the next segment of the row begins another.
+Every row of the batch reads one document after another, from its first token to its last; a segment never spans two
+documents. Where a document ends, the rest of the segment is padding without targets, and the next segment of the row
+begins another.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 
 class Segment(NamedTuple):
-    """Places of a segment in the array of tokens: inputs `start` to `stop - 1`, targets one further."""
+    """Range of a segment in the array of tokens: inputs `start` to `stop - 1`, targets one token later."""
 
     start: int
     stop: int
@@ -22,7 +23,7 @@ class Segment(NamedTuple):
 
 
 def document_bounds(tokens: np.ndarray, eos_token_id: int) -> list[tuple[int, int]]:
-    """First token and end of every document in an array in which each is followed by `</s>`; the end includes that."""
+    """Start and end of every document in an array in which each is followed by `</s>`; the end includes `</s>`."""
     ends = np.flatnonzero(tokens == eos_token_id) + 1
     if tokens.size and (ends.size == 0 or ends[-1] < tokens.size):
         ends = np.append(ends, tokens.size)
@@ -31,7 +32,7 @@ def document_bounds(tokens: np.ndarray, eos_token_id: int) -> list[tuple[int, in
 
 
 def rows_of_segments(bounds: list[tuple[int, int]], length: int, num_rows: int) -> list[list[Segment]]:
-    """Documents in their order, each to the row that has the least to read, cut into segments of `length` tokens."""
+    """Assigns documents, in order, to the row with the least to read, and splits them into segments."""
     rows: list[list[Segment]] = [[] for _ in range(num_rows)]
     for first, end in bounds:
         row = min(rows, key=len)
@@ -43,16 +44,16 @@ def rows_of_segments(bounds: list[tuple[int, int]], length: int, num_rows: int) 
 class DocumentSegments(Dataset):
     """Segments in the order in which a batch of rows reads them: sample `step * num_rows + row`.
 
-    A sample has `input_ids` and `shift_labels` (the token behind each, -100 for none), both (length,), and `begins`, True where
-    the state of the row must be reset. `labels` are there because the trainer counts targets, over all processes, only beside
-    them; a model that gets both takes `shift_labels`.
+    A sample has `input_ids` and `shift_labels` (the next token of each, -100 for none), both (length,), and `begins`,
+    True where the state of the row must be reset. It also has `labels`, because the trainer counts targets over all
+    processes only if they are present; a model that gets both uses `shift_labels`.
 
     Args:
         tokens: (N,) token ids, each document followed by `</s>`.
         eos_token_id: id of `</s>`.
-        length: tokens of a segment.
-        num_rows: rows of all processes together.
-        pad_token_id: fills the ends of last segments.
+        length: tokens per segment.
+        num_rows: number of rows of all processes together.
+        pad_token_id: id that fills the last segment of a document.
 
     Raises:
         ValueError: a number is not positive, or there are fewer documents than rows.
@@ -77,7 +78,7 @@ class DocumentSegments(Dataset):
         return self.num_steps * self.num_rows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample of a step and a row; rows that have nothing left to read get padding."""
+        """Sample of a step and a row; rows with nothing left to read get padding."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Index {index} is out of range for {len(self)} segments.")
         step, row = divmod(index % len(self), self.num_rows)

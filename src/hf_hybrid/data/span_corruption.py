@@ -1,17 +1,17 @@
 """Span corruption, the pretraining objective of T5 (arXiv 1910.10683, §3.1.4), exact and vectorised.
 
 A segment of T tokens has n = round(rho T) noise tokens in s = round(n / mu) spans (rho: noise density, mu: mean span length;
-rounding half to even). The n noise tokens are split into s positive parts and the T - n kept ones too, each uniformly
-among all such compositions, and interleaved: kept, noise, kept, noise ... A span becomes one sentinel in the input; the target
-lists each sentinel with the tokens it hides; both end with `</s>`. All lengths are the same for every segment, so no
-padding is needed and batches are plain stacks.
+rounding half to even). The n noise tokens and the T - n kept tokens are each split into s positive parts, uniformly
+among all such compositions, and interleaved: kept, noise, kept, noise ... A span becomes one sentinel in the input;
+the target lists each sentinel with the tokens it hides; both end with `</s>`. All lengths are the same for every
+segment, so no padding is needed and batches are plain stacks.
 
     segment  a b c d e f        noise {c, f}
     input    a b X0 d e X1 </s>
     target   X0 c X1 f </s>
 
-The noise of a sample is a function of (seed, epoch, index) alone, whatever the batch, the worker or the process: random
-numbers come from a counter-based hash, not from a generator with a state.
+The noise of a sample depends only on (seed, epoch, index), not on the batch, the worker or the process: random numbers
+come from a counter-based hash, not from a stateful generator.
 
 Shape letters: B segments, T segment length, S input length, L target length, s spans.
 """
@@ -48,7 +48,7 @@ class SpanCorruptionLengths:
 def _lengths_of_segment(segment_length: int, noise_density: float, mean_span_length: float) -> SpanCorruptionLengths:
     noise = min(max(round(segment_length * noise_density), 1), segment_length - 1)
     spans = max(1, round(noise / mean_span_length))
-    spans = min(spans, noise, segment_length - noise)  # every part holds at least one token
+    spans = min(spans, noise, segment_length - noise)  # every part has at least one token
     return SpanCorruptionLengths(segment_length, segment_length - noise + spans + 1, noise + spans + 1, spans, noise)
 
 
@@ -66,12 +66,12 @@ def span_corruption_lengths(
     """Lengths for the longest segment whose corrupted input has at most `input_length` tokens (exactly so at usual rates).
 
     Args:
-        input_length: S, tokens of the model's input, `</s>` included.
-        noise_density: share of the tokens that are hidden.
-        mean_span_length: mean length of a hidden span, in tokens.
+        input_length: S, tokens of the model's input, including `</s>`.
+        noise_density: share of the tokens that are masked.
+        mean_span_length: mean length of a masked span, in tokens.
 
     Raises:
-        ValueError: a length or a rate out of range.
+        ValueError: a length or a rate is out of range.
     """
     _check_rates(noise_density, mean_span_length)
     if input_length < 3:
@@ -137,7 +137,8 @@ def check_sentinels(sentinel_ids: Sequence[int], needed: int, segment_length: in
         raise ValueError("`sentinel_ids` is empty; pass `sentinel_ids(tokenizer)` of a tokenizer that has sentinels.")
     if len(sentinel_ids) < needed:
         raise ValueError(
-            f"Segments of {segment_length} tokens have {needed} hidden spans and need as many sentinels, but there are only "
+            f"Segments of {segment_length} tokens have {needed} masked spans and need as many sentinels, but there "
+            "are only "
             f"{len(sentinel_ids)}. Train the tokenizer with `num_sentinels` >= {needed}, or use a shorter input, or a larger "
             "`mean_span_length` (fewer, longer spans)."
         )
@@ -163,15 +164,16 @@ def corrupt_spans(
         sentinel_ids: ids of the sentinels in order, descending one by one.
         eos_token_id: id of `</s>`.
         keys: (B,) the random key of each segment, see `sample_keys`.
-        noise_density: share of the tokens that are hidden.
-        mean_span_length: mean length of a hidden span, in tokens.
+        noise_density: share of the tokens that are masked.
+        mean_span_length: mean length of a masked span, in tokens.
 
     Returns:
-        `input_ids` (B, S) and `labels` (B, L), int64, numpy or torch like `segments`. Labels hold no padding; the model makes
-        its decoder inputs from them.
+        `input_ids` (B, S) and `labels` (B, L), int64, numpy or torch like `segments`. Labels contain no padding; the
+        model derives its decoder inputs from them.
 
     Raises:
-        ValueError: too few sentinels, a segment that already holds a sentinel or a negative id, or a wrong shape.
+        ValueError: there are too few sentinels, a segment already contains a sentinel or a negative id, or a shape is
+            wrong.
     """
     array = segments.cpu().numpy() if isinstance(segments, torch.Tensor) else np.asarray(segments)
     keys = np.asarray(keys, dtype=np.uint64)
@@ -193,7 +195,7 @@ def corrupt_spans(
 def _corrupt_arrays(
     segments: np.ndarray, keys: np.ndarray, lengths: SpanCorruptionLengths, first_sentinel: int, eos_token_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`corrupt_spans` on checked arrays: every token and sentinel is scattered to its place by rank and span."""
+    """`corrupt_spans` for validated arrays: scatters every token and sentinel to its place by rank and span."""
     batch, length = segments.shape
     noise, spans, kept = lengths.num_noise_tokens, lengths.num_spans, length - lengths.num_noise_tokens
     with np.errstate(over="ignore"):
@@ -226,11 +228,12 @@ def _check_tokens(segments: np.ndarray, first_sentinel: int, num_sentinels: int)
     if segments.size == 0 or (segments.min() >= 0 and segments.max() < last_sentinel):
         return
     if segments.min() < 0:
-        raise ValueError(f"`segments` holds the negative id {int(segments.min())}; ids of tokens start at 0.")
+        raise ValueError(f"`segments` contains the negative id {int(segments.min())}; token ids start at 0.")
     inside = (segments >= last_sentinel) & (segments <= first_sentinel)
     if inside.any():
         raise ValueError(
-            f"`segments` holds the id {int(segments[inside][0])}, which is a sentinel ({last_sentinel} to {first_sentinel}), so "
+            f"`segments` contains the id {int(segments[inside][0])}, which is a sentinel ({last_sentinel} to "
+            f"{first_sentinel}), so "
             "the corruption could not be undone. Tokenise the corpus with `split_special_tokens=True`."
         )
 
@@ -241,7 +244,7 @@ def restore_segment(
     *,
     sentinel_ids: Sequence[int],
 ) -> list[int]:
-    """Undoes the corruption of one sample: puts each hidden span back in the place of its sentinel.
+    """Undoes the corruption of one sample: replaces each sentinel with its masked span.
 
     Args:
         input_ids: (S,) corrupted input with its `</s>`.
@@ -265,21 +268,22 @@ def restore_segment(
 class SpanCorruptionDataset(Dataset):
     """Span corruption over a packed array of tokens, as a map-style data set with `input_ids` (S,) and `labels` (L,).
 
-    Sample `index` is segment `index` of the array, with noise that depends on (seed, epoch, index). `set_epoch` is called by
-    the Trainer at each epoch, so the same text is hidden differently every time.
+    Sample `index` is segment `index` of the array, with noise that depends on (seed, epoch, index). The Trainer calls
+    `set_epoch` in each epoch, so the same text is masked differently every time.
 
     Args:
-        tokens: (N,) packed token ids, or the path of a file of `tokenize_corpus`; memory-mapped arrays stay on disk.
+        tokens: (N,) packed token ids, or the path of a file written by `tokenize_corpus`; memory-mapped arrays stay on
+            disk.
         input_length: S, tokens of the model's input.
         sentinel_ids: ids of the sentinels in order.
         eos_token_id: id of `</s>`.
-        noise_density: share of the tokens that are hidden.
-        mean_span_length: mean length of a hidden span, in tokens.
+        noise_density: share of the tokens that are masked.
+        mean_span_length: mean length of a masked span, in tokens.
         seed: seed of the noise.
-        resample_each_epoch: False keeps the noise of epoch 0 for ever; use it for evaluation.
+        resample_each_epoch: False keeps the noise of epoch 0; use it for evaluation.
 
     Raises:
-        ValueError: too few sentinels for this length, or fewer tokens than one segment.
+        ValueError: there are too few sentinels for this length, or fewer tokens than one segment.
     """
 
     def __init__(
@@ -309,7 +313,7 @@ class SpanCorruptionDataset(Dataset):
         return len(self.blocks)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the noise of an epoch; without effect when `resample_each_epoch` is False."""
+        """Sets the epoch, which determines the noise; has no effect if `resample_each_epoch` is False."""
         if self.resample_each_epoch:
             self.epoch = epoch
 
@@ -341,10 +345,10 @@ class SpanCorruptionDataset(Dataset):
 class SpanCorruptionCollator:
     """Stacks samples and adds the inputs of the decoder.
 
-    Models make these from the labels themselves, but a Trainer with label smoothing takes the labels out of the batch.
+    Models derive these from the labels, but a Trainer with label smoothing removes the labels from the batch.
 
     Args:
-        model: encoder-decoder whose labels are shifted its own way.
+        model: encoder-decoder that shifts the labels.
     """
 
     def __init__(self, model: Any) -> None:

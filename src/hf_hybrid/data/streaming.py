@@ -1,11 +1,12 @@
 """Training samples from a stream of documents: tokenise, pack, corrupt, shard and resume at the same sample.
 
-For corpora that should not be tokenised beforehand. Documents are read in order, joined with `</s>` and cut into blocks. The
-sequence of samples is a function of (documents, seed, epoch) and of the shard alone, and `state_dict` describes a
-place in it: after `load_state_dict` the next sample is bit for bit the one that would have come.
+For corpora that should not be tokenised in advance. Documents are read in order, joined with `</s>` and split into
+blocks. The sequence of samples depends only on (documents, seed, epoch) and the shard, and `state_dict` describes a
+position in it: after `load_state_dict` the next sample is bit for bit the one that would have followed.
 
-Sharding. The workers of a DataLoader share the documents among them. Processes do not, unless `rank` and `world_size` are
-given: the Trainer (Accelerate) already deals the samples of an iterable data set out to its processes.
+Sharding. The workers of a DataLoader divide the documents among themselves. Processes do so only if `rank` and
+`world_size` are given, because the Trainer (Accelerate) already distributes the samples of an iterable data set over
+its processes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _DocumentSource:
     """Documents of one shard, from the beginning or from a stored position.
 
     Map-style data sets and lists are indexed; `datasets` streams use their own state; anything else is read again up to the
-    position, as is a stream with a shuffle buffer, whose state does not hold the buffer.
+    position, as is a stream with a shuffle buffer, whose state does not include the buffer.
     """
 
     def __init__(self, documents: Documents, rank: int, world_size: int) -> None:
@@ -51,7 +52,7 @@ class _DocumentSource:
             from datasets.distributed import split_dataset_by_node
 
             documents = split_dataset_by_node(documents, rank=rank, world_size=world_size)
-        # Iterations of one `datasets` stream share their state inside: keep a stream of our own.
+        # All iterations of a `datasets` stream share its state: keep a stream of our own.
         self.documents = copy.deepcopy(documents) if self.is_stream else documents
         self.has_state = self.is_stream and not _has_shuffle_buffer(documents)
 
@@ -66,18 +67,18 @@ class _DocumentSource:
             self.documents.set_epoch(epoch)  # type: ignore[union-attr]
 
     def read(self, position: dict[str, Any] | None) -> tuple[Iterator[Any], Callable[[], dict[str, Any]]]:
-        """Returns the documents after `position` and a function that tells the position reached so far."""
+        """Returns the documents after `position` and a function that returns the position reached so far."""
         read = 0 if position is None else position["documents"]
         source: Any = self.documents
         index, count = self.shard()
         if self.has_state:
-            # `load_state_dict` lasts for all later iterations of an object, and `copy.copy` of a stream is the stream itself.
+            # `load_state_dict` affects all later iterations of an object, and `copy.copy` of a stream returns itself.
             source = object.__new__(type(source))
             source.__dict__.update(self.documents.__dict__)
             if position is not None and position["source"] is not None:
                 source.load_state_dict(position["source"])
             iterator = iter(source)
-        elif self.is_stream:  # its own workers share it
+        elif self.is_stream:  # its own workers divide it
             iterator = itertools.islice(iter(source), read, None)
         elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
             iterator = (source[i] for i in range(index + read * count, len(source), count))
@@ -118,20 +119,21 @@ class PackedStream(IterableDataset):
     """Blocks of packed documents as a stream; the base of the causal and the span-corruption streams.
 
     Args:
-        documents: strings or rows with a column `text`: a list, a `datasets` data set (streamed or not), another iterable that can be
-            read repeatedly, or a function that returns a new iterator.
+        documents: strings, or rows with a column `text`: a list, a `datasets` data set (streamed or not), another
+            iterable that can be read repeatedly, or a function that returns a new iterator.
         tokenizer: a fast tokenizer with an end-of-sequence token.
         block_length: tokens per block.
         seed: seed of the order within windows (and of the noise, in the subclass).
-        shuffle_window: shuffle the blocks within windows of this many; 0 keeps their order. Neighbouring blocks of a long
-            document are alike, so a window of a few hundred makes better batches.
-        repeat: begin again at the end, with the next epoch, for ever. Use it with `max_steps`: the Trainer then resumes at the
-            right place by skipping samples, whatever the number of epochs.
-        rank: number of this process, when the documents are to be shared among processes here.
+        shuffle_window: number of blocks within which to shuffle; 0 keeps their order. Neighbouring blocks of a long
+            document are similar, so a window of a few hundred gives better batches.
+        repeat: start again at the end, with the next epoch, indefinitely. Use it with `max_steps`: the Trainer then
+            resumes at the right place by skipping samples, whatever the number of epochs.
+        rank: index of this process, if the documents are to be divided among processes here.
         world_size: number of processes for `rank`.
 
     Raises:
-        ValueError: a one-shot iterator, a tokenizer without end-of-sequence token, or a bad argument.
+        ValueError: the documents are a one-shot iterator, the tokenizer has no end-of-sequence token, or an argument
+            is invalid.
     """
 
     def __init__(
@@ -165,25 +167,25 @@ class PackedStream(IterableDataset):
 
     @staticmethod
     def _beginning(epoch: int) -> dict[str, Any]:
-        """Place at the start of an epoch. `carry` holds the tokens left over by earlier windows, `first` is the number of
-        the first sample of the window, and `emitted` how many of the window have been given."""
+        """Position at the start of an epoch. `carry` holds the tokens left over from earlier windows, `first` is the index
+        of the first sample of the window, and `emitted` the number of samples of the window already returned."""
         return {"epoch": epoch, "position": None, "carry": [], "first": 0, "emitted": 0}
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration (noise, order, and the shuffling of a `datasets` stream)."""
+        """Sets the epoch of the next iteration, which determines noise, order and shuffling."""
         if self._pending is not None and self._pending["epoch"] != epoch:
             self._pending = None
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Place after the sample given last, made of plain numbers, lists and dictionaries."""
+        """Position after the last sample, made of plain numbers, lists and dictionaries."""
         return copy.deepcopy(self._pending if self._pending is not None else self._place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration continue after a stored place.
+        """Makes the next iteration continue from a stored position.
 
         Raises:
-            ValueError: not a state of `state_dict`.
+            ValueError: the state does not come from `state_dict`.
         """
         if not isinstance(state, dict) or set(state) != set(self._beginning(0)):
             raise ValueError(
@@ -254,7 +256,7 @@ class PackedStream(IterableDataset):
 
 
 class CausalBlockStream(PackedStream):
-    """Blocks for causal language modelling: `input_ids` and `labels`, equal, both (block_length,). The models shift the labels."""
+    """Blocks for causal language modelling: equal `input_ids` and `labels`, (block_length,); the models shift labels."""
 
     def make_samples(self, blocks: np.ndarray, indices: np.ndarray, epoch: int) -> Sequence[dict[str, torch.Tensor]]:
         return [{"input_ids": row, "labels": row.clone()} for row in torch.from_numpy(blocks.copy()).unbind(0)]
@@ -268,12 +270,12 @@ class SpanCorruptionStream(PackedStream):
         tokenizer: a fast tokenizer with an end-of-sequence token and sentinels.
         input_length: tokens of the model's input.
         sentinel_ids: ids of the sentinels; None finds them by name.
-        noise_density: share of the tokens that are hidden.
-        mean_span_length: mean length of a hidden span, in tokens.
+        noise_density: share of the tokens that are masked.
+        mean_span_length: mean length of a masked span, in tokens.
         options: `seed`, `shuffle_window`, `repeat`, `rank` and `world_size` of `PackedStream`.
 
     Raises:
-        ValueError: no or too few sentinels, or as in `PackedStream`.
+        ValueError: there are no or too few sentinels, or as in `PackedStream`.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""Small tasks that show what a sequence model can remember: associative recall, copying, induction.
+"""Small memory tasks for sequence models: associative recall, copying, induction.
 
-Associative recall is that of arXiv 2312.04927 (MQAR), induction that of arXiv 2209.11895. Every example is made when it is asked for, and
-depends on the seed and its index alone. Labels are unshifted, as causal language models take them, and -100 wherever the next token
-cannot be known.
+Associative recall follows arXiv 2312.04927 (MQAR), induction arXiv 2209.11895. Examples are generated on the fly and
+depend only on the seed and their index. Labels are unshifted, as causal language models expect them, and -100 wherever
+the next token cannot be predicted.
 
-Ids: 0 is padding, 1 the separator; the others are told at each task.
+Ids: 0 is padding, 1 the separator; each task describes the others.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class SyntheticDataset(Dataset):
     """Examples of one task: dictionaries of `input_ids` and `labels`, both (L,) int64.
 
     Args:
-        make: takes a random generator, returns ids and labels.
+        make: function from a random generator to ids and labels.
         size: number of examples.
-        seed: another seed gives other examples.
+        seed: seed of the examples.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ def associative_recall(
     distance: int = 0,
     seed: int = 0,
 ) -> SyntheticDataset:
-    """Pairs of key and value, then some of the keys again: what followed each has to follow it again.
+    """Key-value pairs, then some of the keys again, each of which must be followed by its value.
 
-    Keys are the first half of the ids from 2 on, values the second; between the queries stand separators.
+    Keys are the first half of the ids from 2 on, values the second half; the queries are separated by separators.
 
     Args:
         size: number of examples.
         length: L tokens.
-        num_pairs: pairs with different keys at the beginning.
-        vocab_size: ids, 0 and 1 included.
-        num_queries: keys asked for, each at most once; None: all.
-        distance: separators between the pairs and the first possible query, at least.
+        num_pairs: number of pairs, with different keys, at the beginning.
+        vocab_size: number of ids, including 0 and 1.
+        num_queries: number of queried keys, each at most once; None: all.
+        distance: minimum number of separators between the pairs and the first query.
         seed: seed of the examples.
 
     Raises:
@@ -132,10 +132,10 @@ def copying(size: int, *, num_tokens: int = 32, gap: int = 0, vocab_size: int = 
 
 
 def induction(size: int, *, length: int = 128, vocab_size: int = 32, seed: int = 0) -> SyntheticDataset:
-    """Random tokens with one separator among them, which comes again at the end: the token after the first has to follow.
+    """Random tokens that contain one separator and end with another, to be followed by the token after the first.
 
     Raises:
-        ValueError: fewer than 4 tokens, or an empty vocabulary.
+        ValueError: `length` is below 4, or the vocabulary is empty.
     """
     _check(length >= 4, f"`length` must be at least 4; got {length}.")
     _check(vocab_size > FIRST_TOKEN, f"`vocab_size` must be at least {FIRST_TOKEN + 1}; got {vocab_size}.")
@@ -152,14 +152,14 @@ def induction(size: int, *, length: int = 128, vocab_size: int = 32, seed: int =
 
 
 def shares_right(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """What was predicted of what could be known.
+    """Shares of the predictable tokens that were predicted.
 
     Args:
-        predicted: (B, L) ids, each for the place after its own.
+        predicted: (B, L) ids, each for the next position.
         labels: (B, L), unshifted.
 
     Returns:
-        `accuracy`, the share of tokens that are right, and `exact_match`, that of examples with all of them right.
+        `accuracy`, the share of right tokens, and `exact_match`, the share of examples whose tokens are all right.
     """
     targets = labels[:, 1:]
     counted = targets != IGNORED
@@ -169,7 +169,7 @@ def shares_right(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def recall_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """`accuracy` of `shares_right`, of the logits (B, L, V) of a causal model and unshifted labels (B, L)."""
+    """`accuracy` of `shares_right` for the logits (B, L, V) of a causal model and unshifted labels (B, L)."""
     return shares_right(logits.argmax(-1).cpu().numpy(), labels.cpu().numpy())["accuracy"]
 
 

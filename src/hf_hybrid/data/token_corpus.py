@@ -1,7 +1,7 @@
 """A corpus as one array of token ids: documents tokenised in batches, each followed by `</s>`, in memory or in a file.
 
-A token file is raw little-endian integers (`tokens.bin`) beside a small description (`tokens.bin.json`); it is opened
-memory-mapped, so that its size does not matter.
+A token file consists of raw little-endian integers (`tokens.bin`) and a small description (`tokens.bin.json`). It is
+memory-mapped, so its size does not matter.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _BATCH_DOCUMENTS = 1_000
 def document_batches(
     documents: Iterable[str | dict], *, characters: int = _BATCH_CHARACTERS, limit: int = _BATCH_DOCUMENTS
 ) -> Iterator[list[str]]:
-    """Groups documents into batches of about equal numbers of characters.
+    """Groups documents into batches with about the same number of characters.
 
     Args:
-        documents: strings, or rows with a column `text` (as `load_text_source` gives them).
-        characters: a batch is closed when it reaches this size.
-        limit: largest number of documents in a batch.
+        documents: strings, or rows with a column `text` (as `load_text_source` returns them).
+        characters: number of characters at which a batch is complete.
+        limit: maximum number of documents in a batch.
 
     Raises:
-        ValueError: a document that is neither.
+        ValueError: a document is neither.
     """
     batch: list[str] = []
     size = 0
@@ -52,7 +52,7 @@ def document_batches(
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids without special tokens; special tokens written out in a text are read as ordinary characters."""
+    """Token ids without special tokens; special tokens spelled out in a text are read as ordinary characters."""
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -89,17 +89,17 @@ def tokenize_corpus(
     """Tokenises all documents into one stream.
 
     Args:
-        documents: strings, or rows with a column `text`; a data set of `load_text_source`, streamed or not.
+        documents: strings, or rows with a column `text`, e.g. a data set of `load_text_source`, streamed or not.
         tokenizer: a fast tokenizer with an end-of-sequence token.
-        path: file to write, then returned as a memory map; None keeps everything in memory.
-        max_tokens: stop after this many tokens.
+        path: file to write, which is returned as a memory map; None keeps everything in memory.
+        max_tokens: number of tokens to stop after.
         progress: show a progress bar.
 
     Returns:
-        (N,) array of the smallest of uint16 and int32 that holds the vocabulary.
+        (N,) array of uint16 if the vocabulary fits, else of int32.
 
     Raises:
-        ValueError: no text at all, or a tokenizer without an end-of-sequence token. No file is left behind.
+        ValueError: there is no text, or the tokenizer has no end-of-sequence token. No file is left behind.
     """
     eos = end_of_document(tokenizer)
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<i4")
@@ -129,7 +129,7 @@ def tokenize_corpus(
 
 def _require_tokens(count: int) -> None:
     if count == 0:
-        raise ValueError("The corpus holds no text: there are no documents, or all of them are empty.")
+        raise ValueError("The corpus contains no text: there are no documents, or all of them are empty.")
 
 
 def _token_pieces(documents, tokenizer, eos: int, dtype: np.dtype, max_tokens: int | None, progress: bool):
@@ -157,10 +157,10 @@ def _description_file(path: Path) -> Path:
 
 
 def load_token_file(path: str | Path) -> np.memmap:
-    """Opens a file of `tokenize_corpus` as a memory map.
+    """Opens a file written by `tokenize_corpus` as a memory map.
 
     Raises:
-        ValueError: missing file or description, or a size that does not fit the description.
+        ValueError: the file or its description is missing, or they do not agree in size.
     """
     path = Path(path)
     if not path.is_file() or not _description_file(path).is_file():

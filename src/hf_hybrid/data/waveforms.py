@@ -1,4 +1,4 @@
-"""Raw waveforms for classification: rows of samples to a data set, and batches padded by a feature extractor."""
+"""Raw waveforms for classification: a data set from rows of samples, and batches padded by a feature extractor."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PCM_SCALE = 32768.0  # of signed 16-bit samples
 
 
 def to_waveform(samples: Any) -> np.ndarray:
-    """Samples as (L,) float32; whole numbers are taken for signed 16-bit and scaled to [-1, 1).
+    """Samples as (L,) float32; integers are taken as signed 16-bit samples and scaled to [-1, 1).
 
     Raises:
-        ValueError: empty, more than one channel, not finite, or beyond 16 bits.
+        ValueError: the waveform is empty, has several channels, is not finite, or exceeds 16 bits.
     """
     values = np.asarray(samples)
     if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iuf":
@@ -30,7 +30,7 @@ def to_waveform(samples: Any) -> np.ndarray:
         )
     if values.dtype.kind in "iu":
         if values.min() < -PCM_SCALE or values.max() >= PCM_SCALE:
-            raise ValueError(f"whole numbers are read as 16-bit samples; got {values.min()} to {values.max()}")
+            raise ValueError(f"integers are read as 16-bit samples; got {values.min()} to {values.max()}")
         return (values / PCM_SCALE).astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError("a sample is not finite")
@@ -43,15 +43,15 @@ def read_waveforms(
     """The waveforms of all rows and their common sampling rate.
 
     Args:
-        rows: with a column of samples, or of mappings with `array` and `sampling_rate`; the rate may also be in a column
-            `sampling_rate`.
+        rows: rows with a column of samples, or of mappings with `array` and `sampling_rate`; the rate may also be in a
+            column `sampling_rate`.
         column: name of the column of waveforms.
-        sampling_rate: that all must have, in Hz; None for that of the first row.
-        max_samples: longer recordings are cut at the end.
-        what: names the rows in errors.
+        sampling_rate: sampling rate that all must have, in Hz; None for that of the first row.
+        max_samples: number of samples to which longer waveforms are truncated.
+        what: name of the rows in error messages.
 
     Raises:
-        ValueError: names the first row that is not a waveform or has another rate.
+        ValueError: a row is not a waveform or has another rate; the message names the first such row.
     """
     waveforms: list[np.ndarray] = []
     has_rate = "sampling_rate" in rows.column_names
@@ -87,7 +87,7 @@ class WaveformDataset(TorchDataset):
 
 
 def standardization(waveforms: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean and standard deviation over all samples, as arguments of the extractor."""
+    """Mean and standard deviation over all samples, as arguments of the feature extractor."""
     count = sum(waveform.size for waveform in waveforms)
     mean = sum(float(waveform.sum(dtype=np.float64)) for waveform in waveforms) / count
     squares = sum(float(((waveform - mean) ** 2).sum(dtype=np.float64)) for waveform in waveforms)
@@ -98,7 +98,7 @@ class WaveformCollator:
     """Pads a batch at the right: `input_values` (B, L), `attention_mask` (B, L) and `labels` (B,).
 
     Args:
-        extractor: scales and pads.
+        extractor: feature extractor that scales and pads.
     """
 
     def __init__(self, extractor: WaveformFeatureExtractor) -> None:

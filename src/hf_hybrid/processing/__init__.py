@@ -1,1 +1,1 @@
-"""Processors that turn images and recordings into the sequences of real numbers that models read."""
+"""Processors that turn images and waveforms into the sequences of real numbers that models read."""

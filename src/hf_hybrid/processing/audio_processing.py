@@ -1,4 +1,4 @@
-"""Recordings as sequences of samples, for every architecture with an audio head."""
+"""Waveforms as sequences of samples, for every architecture with an audio head."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class WaveformFeatureExtractor(SequenceFeatureExtractor):
 
     Args:
         sampling_rate: samples per second that the model was trained with.
-        mean, std: statistics of the training data; None standardises every recording by its own.
-        padding_value: value of the samples behind the end of a recording.
+        mean, std: statistics of the training data; None standardises every waveform by its own statistics.
+        padding_value: value of the samples after the end of a waveform.
     """
 
     model_input_names = ["input_values", "attention_mask"]
@@ -66,10 +66,10 @@ class WaveformFeatureExtractor(SequenceFeatureExtractor):
         """Processes one waveform (samples,) or a list of them.
 
         Args:
-            sampling_rate: rate of the waveforms in Hz; must be that of the extractor.
+            sampling_rate: sampling rate of the waveforms in Hz, which must be that of the feature extractor.
 
         Raises:
-            ValueError: another sampling rate, a waveform with channels, or an empty one.
+            ValueError: the sampling rate differs, or a waveform is empty or has several channels.
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(

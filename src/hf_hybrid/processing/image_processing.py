@@ -1,6 +1,6 @@
 """Images as sequences of grey pixels, for every architecture with an image head.
 
-Works without Pillow and torchvision: images may be arrays or tensors; a Pillow image is read when Pillow made it.
+Works without Pillow and torchvision: images may be arrays or tensors, and Pillow images if Pillow is installed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ class PixelSequenceImageProcessor(BaseImageProcessor):
     """Grey, resized, scaled to 0..1 and normalised: `pixel_values` (B, 1, H, W), read by the models row by row.
 
     Args:
-        image_size: height and width to resize to; None keeps the size (all images of a batch must then agree).
-        rescale_factor: factor for integer pixels; floating-point ones are taken to lie in 0..1.
-        image_mean, image_std: subtracted and divided by, after scaling.
+        image_size: height and width to resize to; None keeps the size (all images of a batch must then have the same
+            size).
+        rescale_factor: factor for integer pixels; floating-point pixels must already lie in 0..1.
+        image_mean, image_std: values to subtract and to divide by, after scaling.
     """
 
     model_input_names = ["pixel_values"]
@@ -58,7 +59,8 @@ class PixelSequenceImageProcessor(BaseImageProcessor):
             scaled = scaled[0]
         if scaled.dim() != 2 or scaled.numel() == 0:
             raise ValueError(
-                f"An image must have shape (height, width), with 1, 3 or 4 channels in front or behind; got {tuple(pixels.shape)}."
+                "An image must have shape (height, width), with 1, 3 or 4 channels first or last; got "
+                f"{tuple(pixels.shape)}."
             )
         return scaled
 
@@ -66,7 +68,7 @@ class PixelSequenceImageProcessor(BaseImageProcessor):
         """Processes one image, a list of them, or a batch (B, C, H, W).
 
         Raises:
-            ValueError: no image, a shape that is not an image's, or images of different sizes without `image_size`.
+            ValueError: there are no images, a shape is not that of an image, or sizes differ without `image_size`.
         """
         is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
         several: Sequence[Any] = list(images) if is_batch else [images]
@@ -84,7 +86,8 @@ class PixelSequenceImageProcessor(BaseImageProcessor):
         shapes = {tuple(image.shape) for image in pixels}
         if len(shapes) > 1:
             raise ValueError(
-                f"The images of a batch must have one size; got {sorted(shapes)}. Set `image_size` to resize them."
+                f"The images of a batch must have the same size; got {sorted(shapes)}. Set `image_size` to resize "
+                "them."
             )
         values = (torch.stack(pixels).unsqueeze(1) - self.image_mean) / self.image_std
         return BatchFeature({"pixel_values": values.numpy()}, tensor_type=return_tensors)

@@ -1,12 +1,13 @@
-"""Byte tokenizer: one token per byte of UTF-8, exact both ways.
+"""Byte tokenizer: one token per UTF-8 byte, lossless.
 
 By default `<pad>` is 0, `</s>` 1, `<unk>` 2 (never produced) and byte b has the id b + 3, as in ByT5 (arXiv 2105.13626), followed by the
-sentinels. Without special tokens the id of a byte is the byte. Text is never changed: no normalisation, no added space, and a
-literal `</s>` in a text is four bytes, not the special token (pass `split_special_tokens=False` to the call to change that).
+sentinels. Without special tokens the id of a byte is its value. Text is never changed: no normalisation, no added
+space, and a literal `</s>` in a text is four bytes, not the special token (pass `split_special_tokens=False` to the
+call to change that).
 
 Tokens that are added later must have at least two characters: a single character may be the symbol of a byte.
 
-Bytes that are not valid UTF-8 cannot pass through Python strings; `encode_bytes` and `decode_bytes` take and return any bytes.
+Python strings cannot hold bytes that are not valid UTF-8; `encode_bytes` and `decode_bytes` take and return any bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from .special_tokens import EOS_TOKEN, PAD_TOKEN, UNK_TOKEN, padded_vocab_size, 
 
 __all__ = ["byte_tokenizer", "decode_bytes", "encode_bytes", "padded_vocab_size", "sentinel_ids"]
 
-_NOT_BYTES = "\ufdd0\ufdd1\ufdd0\ufdd1"  # noncharacters, which no text holds
+_NOT_BYTES = "\ufdd0\ufdd1\ufdd0\ufdd1"  # noncharacters, which no text contains
 
 
 def _decoder() -> decoders.Decoder:
-    """Bytes of the symbols, and added tokens as they are.
+    """Decodes symbols to bytes, and leaves added tokens unchanged.
 
-    `ByteLevel` takes every token for symbols of bytes whose letters all are such symbols ("ñandú"), so tokens of several
-    characters get a prefix that is none.
+    `ByteLevel` decodes every token whose characters are all byte symbols ("ñandú"), so tokens of several characters
+    get a prefix that is not a byte symbol.
     """
     mark = decoders.Replace(Regex(r"\A(?=..)"), _NOT_BYTES)  # no symbol is a line break
     return decoders.Sequence([mark, decoders.ByteLevel(), decoders.Replace(_NOT_BYTES, "")])
@@ -37,7 +38,7 @@ def _decoder() -> decoders.Decoder:
 def _byte_symbols() -> list[str]:
     """The printable character that the tokenizers library writes for each byte, in the order of the bytes.
 
-    Printable bytes of Latin-1 stand for themselves; the others are numbered upwards from U+0100.
+    Printable bytes of Latin-1 represent themselves; the others are numbered upwards from U+0100.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     symbols, next_symbol = [], 0x100
@@ -58,14 +59,15 @@ def byte_tokenizer(
     unk: bool = True,
     model_max_length: int | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Makes a byte tokenizer; it saves, and loads with `AutoTokenizer.from_pretrained` in any process.
+    """Makes a byte tokenizer, which can be saved and loaded with `AutoTokenizer.from_pretrained` in any process.
 
     Args:
         num_sentinels: number of sentinels; `<extra_id_0>` has the last id and the others descend from it.
-        pad: have a `<pad>` token, the first id.
-        eos: have a `</s>` token, the next id, appended to every text; a pair becomes `A </s> B </s>`.
-        unk: have an `<unk>` token, the next id. It is never produced, and only keeps the ids of ByT5.
-        model_max_length: length at which `truncation=True` cuts; None = no limit.
+        pad: whether there is a `<pad>` token, with the first id.
+        eos: whether there is a `</s>` token, with the next id, appended to every text; a pair becomes `A </s> B </s>`.
+        unk: whether there is an `<unk>` token, with the next id. It is never produced, but makes the ids equal to
+            those of ByT5.
+        model_max_length: length to which `truncation=True` truncates; None = no limit.
     """
     special = [token for token, wanted in ((PAD_TOKEN, pad), (EOS_TOKEN, eos), (UNK_TOKEN, unk)) if wanted]
     vocab = {token: index for index, token in enumerate([*special, *_byte_symbols()])}
@@ -100,10 +102,10 @@ def _byte_offset(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_bytes(tokenizer: PreTrainedTokenizerBase, data: bytes, *, add_special_tokens: bool = True) -> list[int]:
-    """Ids of any bytes, valid UTF-8 or not, with `</s>` when the tokenizer has one.
+    """Ids of any bytes, valid UTF-8 or not, with `</s>` if the tokenizer has it.
 
     Raises:
-        ValueError: not a byte tokenizer.
+        ValueError: the tokenizer is not a byte tokenizer.
     """
     ids = (np.frombuffer(data, dtype=np.uint8).astype(np.int64) + _byte_offset(tokenizer)).tolist()
     if add_special_tokens and tokenizer.eos_token_id is not None:
@@ -115,7 +117,7 @@ def decode_bytes(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> byte
     """Bytes of the byte tokens among the ids; special tokens and sentinels are left out.
 
     Raises:
-        ValueError: not a byte tokenizer, or an id outside the vocabulary.
+        ValueError: the tokenizer is not a byte tokenizer, or an id is outside the vocabulary.
     """
     offset = _byte_offset(tokenizer)
     array = np.asarray(list(map(int, ids)), dtype=np.int64)

@@ -1,26 +1,27 @@
 """SentencePiece-unigram tokenizer with T5 conventions: `<pad>` 0, `</s>` 1, `<unk>` 2, sentinels at the top.
 
-The pieces are trained by the `sentencepiece` library and then written down as a stock `tokenizer.json`, so that
-`AutoTokenizer.from_pretrained(folder)` returns the tokenizer in any process, with neither this package nor sentencepiece.
-The ids are those sentencepiece itself gives, for every Unicode string (special tokens apart, see below).
+The pieces are trained by the `sentencepiece` library and then stored as a stock `tokenizer.json`, so that
+`AutoTokenizer.from_pretrained(folder)` returns the tokenizer in any process, without this package or sentencepiece.
+The ids equal those of sentencepiece for every Unicode string (except for special tokens, see below).
 
 Exact normalisation. The `Precompiled` normaliser of the tokenizers library reads the same character map as sentencepiece, but
 applies it once per grapheme cluster, and drops the rest of a short cluster whose first character is mapped ("ﬁ" plus a
-combining accent loses the accent). Two measures make both sides equal. Our map only has rules for single characters, and
-a control character, which the map deletes, is inserted between any two neighbouring non-ASCII characters, so
-that no cluster begins with a mapped character and goes on. Because of the first, decomposed accents stay decomposed.
+combining accent loses the accent). Two measures make the two libraries agree. Our map has rules for single characters
+only, and a control character, which the map deletes, is inserted between any two adjacent non-ASCII characters, so
+that no cluster continues after a mapped character. As a consequence of the first, decomposed accents stay decomposed.
 Scores are rounded so that ties are exact ties in both libraries.
 
-White space. In every mode runs of spaces become one space and spaces at both ends are dropped, as sentencepiece does by
-default. With `"nfkc"` and `"nfkc_cf"` all other white space (tab, newline, no-break space, paragraph separator ...) is a
-space first: **line breaks are not kept**. Use the byte tokenizer when the layout of a text matters.
+White space. In every mode runs of spaces become one space and leading and trailing spaces are dropped, as
+sentencepiece does by default. With `"nfkc"` and `"nfkc_cf"` all other white space (tab, newline, no-break space,
+paragraph separator ...) is first converted to spaces: **line breaks are not kept**. Use the byte tokenizer when the
+layout of a text matters.
 
-Special and added tokens. Only the start of a text gets a word start that is not written there. What follows a sentinel or an added
-token is a word start if a space precedes it, else the rest of a word: `in <extra_id_0>.` is `\u2581in <extra_id_0> .`, the tokens
-that span corruption makes of `in the.`, and `barfoobaz` with an added `foo` decodes to itself. Spaces before a special token are
-dropped: the word start of a hidden span belongs to the span. A literal `</s>` or `<extra_id_0>` in a text is read as that special
-token, as everywhere in Transformers; pass `split_special_tokens=True` to the call to treat it as ordinary characters (the data
-streams of this package do).
+Special and added tokens. An implicit word start is added only at the start of a text. Text after a sentinel or an
+added token starts a word if a space precedes it, else it continues a word: `in <extra_id_0>.` is `\u2581in
+<extra_id_0> .`, the tokens that span corruption makes of `in the.`, and `barfoobaz` with an added `foo` decodes to
+itself. Spaces before a special token are dropped: the word start of a masked span belongs to the span. A literal
+`</s>` or `<extra_id_0>` in a text is read as that special token, as everywhere in Transformers; pass
+`split_special_tokens=True` to the call to treat it as ordinary characters (as the data streams of this package do).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _import_sentencepiece():
 
 
 def _model_proto() -> Any:
-    """An empty message in the format of sentencepiece's model files."""
+    """An empty message in sentencepiece's model format."""
     _import_sentencepiece()
     try:
         from sentencepiece import sentencepiece_model_pb2
@@ -85,7 +86,7 @@ def _model_proto() -> Any:
 
 @lru_cache(maxsize=2)
 def _character_rules(normalization: str) -> dict[str, str]:
-    """Map of single characters: compatibility form, optional case folding, white space to one kind, controls removed."""
+    """Map of single characters: compatibility form, optional case folding, unified white space, controls removed."""
     rules = {}
     for code in range(1, sys.maxunicode + 1):
         if 0xD800 <= code <= 0xDFFF:
@@ -116,7 +117,7 @@ def _write_rules(rules: dict[str, str], path: Path) -> None:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of all texts, the long ones cut at white space so that sentencepiece drops none of them."""
+    """Lines of all texts; long lines are split at white space so that sentencepiece drops none of them."""
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"`texts` must yield strings; got {type(text).__name__}.")
@@ -144,18 +145,18 @@ def train_sentencepiece_model(
     """Trains a unigram model with byte fallback and returns it in sentencepiece's own format.
 
     Args:
-        texts: documents or lines, read once. Lines are the sentences of the training; long ones are cut.
-        vocab_size: number of pieces, the three special tokens and the 256 bytes included.
+        texts: documents or lines, read once. Lines are the training sentences; long lines are split.
+        vocab_size: number of pieces, including the three special tokens and the 256 bytes.
         normalization: `"nfkc"` (compatibility form of each character), `"nfkc_cf"` (the same with case folding) or
             `"identity"`.
-        character_coverage: share of the characters of the text that become pieces of their own; the others are spelled in
-            bytes.
-        max_sentences: a random sample of this many lines is used when there are more; 0 uses all.
-        split_digits: every digit is a piece of its own.
+        character_coverage: share of the characters of the text that become pieces; the others are encoded as bytes.
+        max_sentences: number of lines to sample at random if there are more; 0 uses all.
+        split_digits: whether every digit is a separate piece.
         num_threads: threads of the trainer. The result depends only on the texts and the other arguments.
 
     Raises:
-        ValueError: no text, a vocabulary too small or too large for the text, or an unknown normalisation.
+        ValueError: there is no text, the vocabulary is too small or too large for the text, or the normalisation is
+            unknown.
         ImportError: sentencepiece is not installed.
     """
     if normalization not in NORMALIZATIONS:
@@ -168,7 +169,7 @@ def train_sentencepiece_model(
     sentences = _sentences(texts)
     first = next(sentences, None)
     if first is None:
-        raise ValueError("`texts` holds no text: every document is empty. Pass at least one non-empty document.")
+        raise ValueError("`texts` contains no text: every document is empty. Pass at least one non-empty document.")
     options = {
         "vocab_size": vocab_size,
         "character_coverage": character_coverage,
@@ -181,14 +182,14 @@ def train_sentencepiece_model(
         model = _run_trainer(itertools.chain([first], sentences), normalization, options)
     except RuntimeError as error:
         raise ValueError(
-            f"sentencepiece could not train a vocabulary of {vocab_size} pieces on this text: {error}. When the size is "
-            "called too high or too small, change `vocab_size` to the bound it names, or give it more text."
+            f"sentencepiece could not train a vocabulary of {vocab_size} pieces on this text: {error}. If the size is "
+            "reported as too high or too small, change `vocab_size` to the bound it names, or pass more text."
         ) from error
     return _with_exact_scores(model)
 
 
 def _run_trainer(sentences: Iterator[str], normalization: str, options: Mapping[str, Any]) -> bytes:
-    """sentencepiece's trainer with what all our tokenizers share: unigram, byte fallback, T5's special tokens."""
+    """Runs sentencepiece's trainer with the common settings: unigram, byte fallback, T5's special tokens."""
     sentencepiece = _import_sentencepiece()
     sentencepiece.set_random_generator_seed(0)  # for the sample of lines
     model = io.BytesIO()
@@ -216,10 +217,10 @@ def _run_trainer(sentences: Iterator[str], normalization: str, options: Mapping[
 
 
 def _with_exact_scores(model: bytes) -> bytes:
-    """Rounds the log-probabilities to multiples of 1/256, and forgets the temporary file of the rules.
+    """Rounds the log-probabilities to multiples of 1/256, and removes the name of the temporary rule file.
 
     Sums of such numbers are exact in float32 (sentencepiece) up to 65,536 and in float64 (tokenizers), so two segmentations
-    of equal probability ("XX X X" and "X XX X") are a tie for both libraries, which break ties alike.
+    of equal probability ("XX X X" and "X XX X") are a tie for both libraries, which break ties in the same way.
     """
     proto = _model_proto()
     proto.ParseFromString(model)
@@ -239,10 +240,11 @@ def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Words, each with the space symbol that begins it; a text without a space at its start gets one there, and only there.
+    """Splits into words, each with its leading space symbol; a text without a leading space gets one only there.
 
-    Two steps, because `Metaspace` adds no symbol to a text that begins with one: in the first the symbol is the space itself, so a
-    literal `\u2581` at the start of a text is not taken for it.
+    This takes two steps, because `Metaspace` adds no symbol to a text that begins with one: in the first, the symbol
+        is the space
+    itself, so a literal `\u2581` at the start of a text is not mistaken for it.
     """
     return pre_tokenizers.Sequence(
         [
@@ -255,12 +257,12 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 def tokenizer_from_sentencepiece(
     model: bytes | str | Path, *, num_sentinels: int = 1024, model_max_length: int | None = None
 ) -> PreTrainedTokenizerBase:
-    """A Transformers tokenizer with the ids of a model made by `train_sentencepiece_model`, and sentinels above them.
+    """A Transformers tokenizer with the ids of a model made by `train_sentencepiece_model`, followed by sentinels.
 
     Args:
-        model: the serialised model, or the path of its file.
+        model: serialised model, or the path of its file.
         num_sentinels: number of sentinels; `<extra_id_0>` has the last id and the others descend from it.
-        model_max_length: length at which `truncation=True` cuts; None = no limit.
+        model_max_length: length to which `truncation=True` truncates; None = no limit.
 
     Raises:
         ValueError: the model is not a unigram model with pad 0, end of sequence 1 and unknown 2.
@@ -269,7 +271,7 @@ def tokenizer_from_sentencepiece(
     serialized = model if isinstance(model, bytes) else Path(model).read_bytes()
     try:
         proto.ParseFromString(serialized)
-    except Exception as error:  # of protobuf, which is not always installed
+    except Exception as error:  # raised by protobuf, which may not be installed
         raise ValueError(f"`model` is not a sentencepiece model: {error}.") from error
     trainer = proto.trainer_spec
     if trainer.model_type != trainer.UNIGRAM or (trainer.pad_id, trainer.eos_id, trainer.unk_id) != (0, 1, 2):
@@ -315,9 +317,10 @@ def train_sentencepiece_tokenizer(
     Args:
         texts: documents or lines, read once.
         vocab_size: number of pieces without the sentinels.
-        num_sentinels: as many as the longest span-corrupted input needs (see `span_corruption_lengths`).
-        model_max_length: length at which `truncation=True` cuts; None = no limit.
-        training_options: those of `train_sentencepiece_model`.
+        num_sentinels: number of sentinels, at least as many as the longest span-corrupted input needs (see
+            `span_corruption_lengths`).
+        model_max_length: length to which `truncation=True` truncates; None = no limit.
+        training_options: options of `train_sentencepiece_model`.
     """
     model = train_sentencepiece_model(texts, vocab_size=vocab_size, **training_options)  # type: ignore[arg-type]
     return tokenizer_from_sentencepiece(model, num_sentinels=num_sentinels, model_max_length=model_max_length)

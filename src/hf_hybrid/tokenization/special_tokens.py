@@ -1,7 +1,7 @@
 """Special tokens shared by all tokenizers of this package, in the conventions of T5.
 
-Sentinels `<extra_id_0>`, `<extra_id_1>` ... mark hidden spans. `<extra_id_0>` has the last id of the vocabulary and the others
-descend from it, so that sentinel j is `len(tokenizer) - 1 - j`.
+Sentinels `<extra_id_0>`, `<extra_id_1>` ... mark masked spans. `<extra_id_0>` has the last id of the vocabulary and
+the others descend from it, so that sentinel j is `len(tokenizer) - 1 - j`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def wrap_backend(
     unk: bool = True,
     **options: object,
 ) -> TokenizersBackend:
-    """Adds special tokens and sentinels and hands the backend to the stock class of Transformers.
+    """Adds special tokens and sentinels and wraps the backend in the stock class of Transformers.
 
-    A class of our own would be unknown to processes that do not import this package, and is not needed.
+    A custom class would be unknown to processes that do not import this package, and is not needed.
 
     Raises:
         ValueError: `num_sentinels` is negative.
@@ -82,5 +82,5 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def padded_vocab_size(tokenizer: PreTrainedTokenizerBase, multiple: int = 64) -> int:
-    """Size for the embedding of a model: `len(tokenizer)` rounded up to a multiple, which matrix products prefer."""
+    """Embedding size for a model: `len(tokenizer)` rounded up to a multiple, which speeds up matrix products."""
     return -(-len(tokenizer) // multiple) * multiple
