@@ -2,7 +2,7 @@
 
 `position_ids` that restart mark the documents, as `DataCollatorWithFlattening` of Transformers writes them. Recurrent states,
 filters and windows would all have to be cut there; instead each document gets a row of its own for the pass, a form
-that the other tests cover already. The cost is that of a batch padded to the longest document.
+that is tested for every model. The cost is that of a batch padded to the longest document.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class ActivationRouter(nn.Module):
 
     The gate of an active token is its probability sigmoid((u_1 - u_0 - act_bias) / tau), with a learned temperature tau. There is no
     noise and no straight-through estimator: training and inference decide the same, and the gradient reaches the
-    logits of active tokens only. A layer in which nothing is active therefore cannot wake up by its router; see
+    logits of active tokens only. A layer in which nothing is active therefore cannot be revived by its router; see
     `dead_layer_penalty`.
 
     The decision compares the logits, in float32 or better whatever the precision of the model: rounded probabilities are
