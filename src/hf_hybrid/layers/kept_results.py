@@ -111,7 +111,7 @@ class KeepsResults(nn.Module):
 
     def _keeps(self) -> bool:
         """Whether a result would be kept now."""
-        return self._is_frozen or (not torch.compiler.is_compiling() and _GENERATION.get() is not None)
+        return not torch.compiler.is_compiling() and (self._is_frozen or _GENERATION.get() is not None)
 
     def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
         """Result of `compute`, or the one kept by `frozen_results` or for this generation."""
