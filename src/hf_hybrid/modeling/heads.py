@@ -1,10 +1,8 @@
-"""The heads that architectures share. A head of an architecture inherits from a class of this file, then from its own
-base classes, and adds only what is its own: the stack, the output class, further arguments of the forward pass, an
-auxiliary loss, a published classifier.
+"""The heads that architectures share. Those of an architecture inherit from a class of this file, then from its own base
+classes, and add the stack, the output class, further arguments, an auxiliary loss or a published classifier.
 
-A forward pass names every column of a data set that it reads, because `Trainer` drops the others. Only `shift_labels`
-stands among the keywords (`CausalLMKwargs`): `Trainer` computes a loss in evaluation only with values for every
-argument that is named like a label.
+A forward pass names every column that it reads, because `Trainer` drops the others. Only `shift_labels` is a keyword
+(`CausalLMKwargs`): in evaluation `Trainer` computes a loss only if every argument named like a label has a value.
 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
@@ -387,8 +385,7 @@ class GenericForSequenceClassification(GenericClassifier):
             input_values: (B, L) real numbers for models with `input_type="values"`.
 
         Returns:
-            `logits` (B, num_labels). For a pair, other fields are those of the first text, but an auxiliary loss
-            covers both.
+            `logits` (B, num_labels). For pairs, other fields are of the first text, an auxiliary loss of both.
 
         Raises:
             ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.
