@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from factories import all_heads, parametrize
 from huggingface_hub import ModelCard as HubCard
@@ -89,3 +91,32 @@ def test_names_are_no_placeholders(name, is_placeholder):
             check_model_name(name)
     else:
         check_model_name(name)
+
+
+TEXT_FIELDS = (
+    "model_name",
+    "description",
+    "architecture",
+    "training_data",
+    "lengths",
+    "intended_use",
+    "limits",
+    "adapter_of",
+)
+HOSTILE = "a | b\n\n---\n# c <script>alert(1)</script> <img src=x onerror=y> ![d](http://e)"
+
+
+@pytest.mark.parametrize("name", [*TEXT_FIELDS, "training", "environment", "results"])
+def test_no_string_of_a_run_becomes_markup(name):
+    value = {"training": {HOSTILE: HOSTILE}, "environment": {HOSTILE: HOSTILE}}.get(name, HOSTILE)
+    if name == "results":
+        value = [EvaluationResult(HOSTILE, 0.5, HOSTILE, split=HOSTILE, baseline=HOSTILE)]
+    text = card(**{name: value}).render()
+    body = text.split("\n---\n", 1)[1]
+    assert "<script" not in body and "<img" not in body and "&lt;script" in body
+    if name not in ("description", "intended_use", "limits"):  # those are Markdown
+        assert "![d](" not in body and "\n# c" not in body
+    for line in body.splitlines():
+        if line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line)
+            assert len(cells) in (4, 7), line

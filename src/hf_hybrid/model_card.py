@@ -127,19 +127,19 @@ class ModelCard:
         """The whole README.md, header included."""
         parts = [
             "---\n" + self._header() + "\n---",
-            f"# {self.model_name}",
-            self.description or UNKNOWN,
+            f"# {_inline(self.model_name)}",
+            _without_html(self.description) or UNKNOWN,
             "## How to use\n\n" + self._usage(),
             "## Architecture\n\n"
             + _table(
                 {"class": self.architecture, "model type": self.model_type, "parameters": _count(self.num_parameters)}
             ),
-            "## Training\n\n" + f"Data: {self.training_data or UNKNOWN}\n\n" + _table(self.training),
+            "## Training\n\n" + f"Data: {_inline(self.training_data) or UNKNOWN}\n\n" + _table(self.training),
             "## Evaluation\n\n" + self._results_table(),
-            f"Lengths used: {self.lengths or UNKNOWN}.",
+            f"Lengths used: {_inline(self.lengths) or UNKNOWN}.",
             "## Environment\n\n" + _table(self.environment),
-            "## Intended use\n\n" + (self.intended_use or _INTENDED_USE),
-            "## Limits\n\n" + (self.limits or _LIMITS),
+            "## Intended use\n\n" + (_without_html(self.intended_use) or _INTENDED_USE),
+            "## Limits\n\n" + (_without_html(self.limits) or _LIMITS),
             "## Citation\n\n" + self._citation(),
         ]
         return "\n\n".join(parts) + "\n"
@@ -181,7 +181,7 @@ class ModelCard:
     def _adapter_usage(self) -> str:
         name, loader = _PREPARED_BY.get(self.auto_class, ("tokenizer", "AutoTokenizer"))
         return (
-            f"This is a LoRA adapter of the checkpoint `{self.adapter_of}`, which must be available too; loading "
+            f"This is a LoRA adapter of the checkpoint `{_inline(self.adapter_of or '').replace('`', '')}`, which must be available too; loading "
             "merges the two:\n\n"
             f"```python\n{self._registration()}from transformers import {self.auto_class}, {loader}\n"
             "from hf_hybrid.training.adapters import load_adapted_model\n\n"
@@ -216,7 +216,8 @@ class ModelCard:
         if not self.results:
             return UNKNOWN
         rows = "\n".join(
-            f"| {result.dataset} | {result.split} | {result.metric} | {result.value:.4g} | {result.baseline or UNKNOWN} |"
+            f"| {_inline(result.dataset)} | {_inline(result.split)} | {_inline(result.metric)} | {result.value:.4g} "
+            f"| {_inline(result.baseline) or UNKNOWN} |"
             for result in self.results
         )
         return "| data | split | metric | value | baseline |\n|---|---|---|---|---|\n" + rows
@@ -242,10 +243,22 @@ def _count(value: int | None) -> str:
     return UNKNOWN if value is None else f"{value:,}"
 
 
+def _without_html(text: str) -> str:
+    """Markdown in which no tag stands: names of files and of data are anybody's words."""
+    return text.replace("<", "&lt;")
+
+
+def _inline(value: Any) -> str:
+    """A value inside a heading, a sentence or a cell of a table: one line, no tag, no link, no border of a cell."""
+    return re.sub(r"(?<!\\)([|\[\]])", r"\\\1", _without_html(" ".join(str(value).split())))
+
+
 def _table(rows: Mapping[str, Any]) -> str:
     if not rows:
         return UNKNOWN
-    lines = [f"| {key} | {UNKNOWN if value in (None, '', []) else value} |" for key, value in rows.items()]
+    lines = [
+        f"| {_inline(key)} | {UNKNOWN if value in (None, '', []) else _inline(value)} |" for key, value in rows.items()
+    ]
     return "| | |\n|---|---|\n" + "\n".join(lines)
 
 

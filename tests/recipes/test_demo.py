@@ -117,6 +117,27 @@ def test_report_says_when_a_phase_was_cut_short(finished: tuple[Path, dict, str]
     assert "Cut short" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
+def poisoned(value: object) -> object:
+    """The same record with markup in every string, and in a name of every table of counts."""
+    markup = "<script>alert('x')</script><img src=x onerror='y'>"
+    if isinstance(value, str):
+        return markup + value
+    if isinstance(value, dict):
+        changed = {key: poisoned(item) for key, item in value.items()}
+        counts = value and all(type(item) in (int, float) for item in value.values())  # by the name of a class, say
+        return {**changed, markup: 1} if counts else changed
+    return [poisoned(item) for item in value] if isinstance(value, list) else value
+
+
+def test_nothing_in_the_data_becomes_markup_of_the_report(finished: tuple[Path, dict, str], tmp_path: Path) -> None:
+    folder, metrics, _ = finished
+    samples = json.loads((folder / "samples.json").read_text())
+    page = write_report(tmp_path, poisoned(metrics), poisoned(samples)).read_text(encoding="utf-8")
+    assert page.count("&lt;script&gt;") > 20
+    assert "<script" not in page and "<img src=x" not in page and "onerror='y'" not in page
+    assert page.count("<span class=") == len(metrics["checks"])  # its own markup stays
+
+
 def test_split_at_sentinels() -> None:
     sentinels = [99, 98, 97]
     assert split_at_sentinels([5, 99, 6, 7, 98, 8, 1, 9], sentinels, eos=1) == ([5], {0: [6, 7], 1: [8]})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -68,3 +70,62 @@ def check_bands(config: PreTrainedConfig) -> None:
             f"`adaptive_factor` ({config.adaptive_factor}) leaves no width for the last of {tails + 1} bands at `hidden_size` "
             f"{config.hidden_size}."
         )
+
+
+# Far above every published model, and far below what no machine holds: a larger value is a typing error or an attack.
+_MOST_LAYERS = 10_000
+_WIDEST = 2**20
+_MOST_ROWS = 2**28
+_LONGEST = 2**31 - 1  # what a 32-bit index of a kernel reaches
+_LARGEST_TABLE = 2**40  # numbers in one weight: 4 TiB in float32
+_TABLES = (
+    "vocab_size",
+    "type_vocab_size",
+    "max_positions",
+    "max_target_positions",
+    "distance_table_size",
+    "codebook_size",
+)
+_LENGTHS = ("window_size", "chunk_size", "block_size", "max_length", "filter_length", "max_distance", "init_iters")
+_INITIAL = ("initializer_range", "initializer_factor", "init_std", "_range", "temp_scale")
+
+
+def _largest(name: str) -> int:
+    """Largest whole number that a field takes, by the kind of size that its name says."""
+    if "layers" in name:
+        return _MOST_LAYERS
+    if name in _TABLES or name.endswith("token_id"):
+        return _MOST_ROWS
+    if name.endswith(_LENGTHS):
+        return _LONGEST
+    return _WIDEST
+
+
+def _numbers(value: object) -> Iterator[int | float]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+def check_numbers(config: PreTrainedConfig) -> None:
+    """Refuses numbers that are not finite, sizes that no machine holds, and negative ranges of initial values, in any field."""
+    for field in fields(config):  # type: ignore[arg-type]
+        name = field.name
+        for value in _numbers(getattr(config, name, None)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number; got {value}.")
+            most = _largest(name)
+            if isinstance(value, int) and not isinstance(field.default, float) and abs(value) > most:
+                raise ValueError(f"`{name}` must be at most {most:,}; got {value:,}, which no machine holds.")
+            if name.endswith(_INITIAL) and value < 0:
+                raise ValueError(f"`{name}` sets the spread of initial values and must not be negative; got {value}.")
+    width = config.hidden_size
+    for name in _TABLES:
+        rows = getattr(config, name, None)
+        if isinstance(rows, int) and isinstance(width, int) and rows * width > _LARGEST_TABLE:
+            raise ValueError(
+                f"`{name}` ({rows:,}) times `hidden_size` ({width:,}) must be at most {_LARGEST_TABLE:,}: no machine holds "
+                "such a table."
+            )

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from .checks import check_numbers
+
 
 class HybridConfig(PreTrainedConfig):
     """Base of the configurations of this library.
@@ -24,6 +26,10 @@ class HybridConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**self.take_old_spellings(kwargs))
+
+    def validate_all_numbers(self) -> None:
+        """Checks every number by itself; called, in the order of names, before the architecture's own checks."""
+        check_numbers(self)
 
     def take_old_spellings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sets fields that were given under a former name, before others are derived from them; returns the rest."""

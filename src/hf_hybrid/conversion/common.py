@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,6 +248,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _reason(error: Exception) -> str:
+    """What `torch.load` stumbled over, without its advice to load the file as code."""
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"it refers to {found[1]}" if found else "it is no pickle of tensors"
+    first = str(error).strip().partition("\n")[0].rstrip(".")
+    return first if first and "weights_only" not in first else type(error).__name__
+
+
 def read_checkpoint_file(path: Path) -> dict[str, Any]:
     """Contents of a .safetensors file, or of a pickle of tensors and plain values, which is read without executing code.
 
@@ -268,11 +279,11 @@ def read_checkpoint_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on damaged input
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Not chained: the text of torch advises to execute the file.
         raise ValueError(
             f"The checkpoint file {path} cannot be read as tensors and plain values (it is damaged, or contains other "
-            f"objects, which are never executed): {reason}"
-        ) from error
+            f"objects, which are never executed): {_reason(error)}."
+        ) from None
     if not isinstance(contents, Mapping):
         raise ValueError(f"The checkpoint file {path} must contain a dictionary; got {type(contents).__name__}.")
     return dict(contents)

@@ -76,8 +76,12 @@ def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+class _Html(str):
+    """Text that is HTML already; any other is escaped."""
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table cell: numbers are right-aligned; strings that start with `<` are taken as HTML."""
+    """Numbers are set to the right."""
 
     def cell(value: Any) -> str:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -86,8 +90,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
                 if isinstance(value, float)
                 else f'<td class="number">{value:,}</td>'
             )
-        text = str(value)
-        return f"<td>{text if text.startswith('<') else html.escape(text)}</td>"
+        return f"<td>{value if isinstance(value, _Html) else html.escape(str(value))}</td>"
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     return f"<table><tr>{head}</tr>" + "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows) + "</table>"
@@ -137,7 +140,7 @@ def _opening(metrics: Mapping[str, Any]) -> str:
 def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
-            "<span class='yes'>yes</span>" if check["passed"] else "<span class='no'>no, it did not</span>",
+            _Html("<span class='yes'>yes</span>" if check["passed"] else "<span class='no'>no, it did not</span>"),
             check["claim"],
             check["measured"],
         ]

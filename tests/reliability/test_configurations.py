@@ -1,0 +1,79 @@
+"""What if a configuration holds nonsense: sizes that no machine holds, numbers that are none, ranges below zero."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from hf_hybrid.configuration.configuration_bst import BstConfig
+from hf_hybrid.configuration.configuration_longvq import LongVQConfig
+from hf_hybrid.configuration.configuration_mega import MegaConfig
+from hf_hybrid.configuration.configuration_seqboat import SeqBoatConfig
+from hf_hybrid.configuration.configuration_spade import SpadeConfig, SpadeLMConfig
+
+CONFIGURATIONS = (SpadeConfig, SpadeLMConfig, BstConfig, LongVQConfig, SeqBoatConfig, MegaConfig)
+OF_TRANSFORMERS = {"chunk_size_feed_forward"}  # read by no model of this library
+
+
+def fields_of(kind: type) -> list[tuple[type[PreTrainedConfig], str]]:
+    """Every field of every configuration whose default is of this kind."""
+    found = []
+    for cls in CONFIGURATIONS:
+        config = cls()
+        for field in fields(cls):
+            if type(getattr(config, field.name)) is kind and field.name not in OF_TRANSFORMERS:
+                found.append((cls, field.name))
+    return found
+
+
+def write(folder: Path, cls: type[PreTrainedConfig], **changes: Any) -> Path:
+    """A stored configuration that no constructor has seen."""
+    stored = {**cls().to_dict(), "model_type": cls.model_type, **changes}
+    (folder / "config.json").write_text(json.dumps(stored))
+    return folder
+
+
+@pytest.mark.parametrize(("cls", "name"), fields_of(int))
+@pytest.mark.parametrize("value", [10**12, 10**30, -(10**12)])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(cls, name, value, tmp_path):
+    with pytest.raises(Exception, match=f"`{name}`"):
+        AutoModel.from_config(AutoConfig.from_pretrained(write(tmp_path, cls, **{name: value})))
+
+
+@pytest.mark.parametrize(("cls", "name"), fields_of(float))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(cls, name, value, tmp_path):
+    with pytest.raises(Exception, match=f"`{name}`.*finite"):
+        cls(**{name: value})
+    with pytest.raises(Exception, match=f"`{name}`.*finite"):
+        AutoConfig.from_pretrained(write(tmp_path, cls, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, name) for cls, name in fields_of(float) if "_range" in name or "init" in name]
+)
+def test_ranges_of_initial_values_are_not_negative(cls, name):
+    with pytest.raises(Exception, match=f"`{name}`"):
+        cls(**{name: -0.02})
+
+
+@pytest.mark.parametrize("cls", CONFIGURATIONS)
+def test_tables_that_fit_no_machine_are_refused(cls):
+    """Each size alone would pass."""
+    with pytest.raises(Exception, match="`vocab_size`.*`hidden_size`"):
+        cls(vocab_size=2**27, hidden_size=2**19)
+
+
+def test_numbers_inside_lists_count_too():
+    with pytest.raises(Exception, match="`adaptive_cutoffs`"):
+        MegaConfig(adaptive_cutoffs=[10**12])
+
+
+def test_large_numbers_that_are_no_sizes_pass():
+    assert SpadeConfig(rotary_base=5e6).rotary_base == 5e6
