@@ -113,7 +113,7 @@ def _flat_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _flatten(module: str, source: _Source, flat_names: Mapping[str, str], version: str) -> str:
-    """The text of a module with its imports redirected to the files beside it."""
+    """The text of a module with its imports redirected to the neighbouring files."""
     lines = source.text.splitlines(keepends=True)
     for number, target in source.imports.items():
         changed, count = _FROM.subn(rf"\g<1>.{flat_names[target]}\g<3>", lines[number - 1])

@@ -175,7 +175,7 @@ def test_bad_validation_rows_are_named(finetuning, data, row, message):
         ([{"sentence": GOOD, "label": i * 100} for i in range(4)], "number the classes"),
         ([{"sentence": GOOD, "target": 1}] * 4, "no column 'label'"),
         ([{"body": GOOD, "label": i % 2} for i in range(4)], "No known text columns"),
-        ([{"sentence": GOOD, "label": None}] * 4, "holds no label"),
+        ([{"sentence": GOOD, "label": None}] * 4, "contains no label"),
     ],
 )
 def test_bad_training_data_is_explained(finetuning, data, rows, message):

@@ -1,4 +1,4 @@
-"""Conversations as text to train on: a document for every answer, from the first message to its end.
+"""Conversations as training text: one document per answer, from the first message to the end of the answer.
 
 A language model that is trained on them answers a prompt of the same template and then ends the text.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# Words alone: corpora are tokenised without special tokens. Line breaks become spaces where the tokenizer keeps none.
+# Plain words only: corpora are tokenised without special tokens. Line breaks become spaces where the tokenizer keeps none.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -18,10 +18,10 @@ PLAIN_CHAT_TEMPLATE = (
 
 
 def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a tokenizer the plain template if it has none; it is saved with the tokenizer.
+    """Sets the plain template on a tokenizer without one; it is saved with the tokenizer.
 
     Raises:
-        ValueError: its own template writes special tokens, which a corpus holds as ordinary characters.
+        ValueError: the tokenizer's template writes special tokens, which a corpus contains as ordinary characters.
     """
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
@@ -37,10 +37,10 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def documents_of(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of a conversation: for every answer (role `assistant`) all messages up to it, by the tokenizer's template.
+    """The texts of a conversation: for every answer (role `assistant`), all messages up to it, in the tokenizer's template.
 
     Raises:
-        ValueError: a message without role and content, or no answer at all.
+        ValueError: a message lacks role or content, or there is no answer.
     """
     for message in messages:
         if not isinstance(message, Mapping) or not all(

@@ -3,7 +3,7 @@
     python -m hf_hybrid.recipes.classify_audio --data digits/ --arch mega \
         --config_overrides "hidden_size=60,num_hidden_layers=6,use_chunking=true,chunk_size=1000" --output_dir runs/digits
 
-Rows hold a column of samples (numbers, one channel) or of mappings with `array` and `sampling_rate`, and a column of labels. All
+Rows have a column of samples (numbers, one channel) or of mappings with `array` and `sampling_rate`, and a column of labels. All
 recordings must have the same sampling rate; lengths may differ. The feature extractor is saved with the model.
 """
 

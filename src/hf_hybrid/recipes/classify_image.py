@@ -3,7 +3,7 @@
     python -m hf_hybrid.recipes.classify_image --data digits/ --arch mega \
         --config_overrides "hidden_size=96,num_hidden_layers=4,normalization_type=batchnorm" --output_dir runs/images
 
-Rows hold a column `pixels` (integers from 0 to 255) or a column of images, which are converted to grey, and a column
+Rows have a column `pixels` (integers from 0 to 255) or a column of images, which are converted to grey, and a column
 of labels. All images must have the same size. The model sees (pixel / 255 - `pixel_mean`) / `pixel_std`; for square
 images, the image processor that does this is saved with it.
 """

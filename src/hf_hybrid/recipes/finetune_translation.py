@@ -4,7 +4,7 @@
         --arch mega --config_overrides "hidden_size=256,decoder_layers=4" \
         --learning_rate 2e-3 --num_train_epochs 10 --generation_num_beams 5 --output_dir runs/en-de
 
-Rows hold a column `translation` with one text per language, or two columns of text. Without `--model_name_or_path` a new model
+Rows have a column `translation` with one text per language, or two columns of text. Without `--model_name_or_path` a new model
 is trained. Predictions of the last evaluation are written to `predictions.jsonl`.
 """
 

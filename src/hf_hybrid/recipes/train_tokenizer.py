@@ -63,7 +63,7 @@ class TrainTokenizerArguments:
         metadata={"help": "Train on a random sample of this many lines if there are more; 0 = all lines."},
     )
     max_documents: int | None = field(default=None, metadata={"help": "Read only this many documents."})
-    split_digits: bool = field(default=False, metadata={"help": "Every digit is a token of its own."})
+    split_digits: bool = field(default=False, metadata={"help": "Make every digit a separate token."})
     model_max_length: int | None = field(default=None, metadata={"help": "Length for `truncation=True`."})
     num_threads: int = field(default=2, metadata={"help": "Threads of the trainer."})
 

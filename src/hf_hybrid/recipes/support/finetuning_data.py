@@ -266,7 +266,7 @@ def find_labels(rows: Dataset, column: str) -> Labels:
     values = rows[column]
     present = [value for value in values if value is not None]
     if not present:
-        raise ValueError(f"The column {column!r} of the training data holds no label.")
+        raise ValueError(f"The column {column!r} of the training data contains no label.")
     if any(isinstance(value, float) for value in present):
         return Labels(column, None)
     classes = sorted(set(present))
