@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# Plain words only: corpora are tokenised without special tokens. Line breaks become spaces where the tokenizer keeps none.
+# Plain words only: corpora are tokenised without special tokens. Line breaks become spaces if the tokenizer drops
+# them.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
