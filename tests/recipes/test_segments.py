@@ -73,7 +73,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(pretraining, tmp_path, model_typ
     assert all(torch.equal(straight[name], continued[name]) for name in straight)
     (resumed / "checkpoint-4" / "carried_state_0.safetensors").unlink()
     shutil.rmtree(resumed / "checkpoint-6")
-    with pytest.raises(ValueError, match="no carried_state_0.safetensors"):
+    with pytest.raises(ValueError, match="carried_state_0.safetensors is missing"):
         main({**base, "output_dir": str(resumed), "resume_from_checkpoint": "last"})
 
 

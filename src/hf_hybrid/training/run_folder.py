@@ -27,6 +27,13 @@ from typing import Any
 
 import torch
 
+from .checkpoints import (
+    CHECKPOINT_MANIFEST_FILE,
+    check_safetensors,
+    damages,
+    list_checkpoints,
+)
+
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "arguments.json"
@@ -104,9 +111,8 @@ class RunFolder:
 
     def _last_whole_checkpoint(self) -> Path:
         """The newest readable checkpoint; a run killed while saving leaves an unreadable one."""
-        folders = [(int(path.name[11:]), path) for path in self.path.glob("checkpoint-*") if path.name[11:].isdigit()]
         problems = []
-        for _, checkpoint in sorted(folders, reverse=True):
+        for checkpoint in list_checkpoints(self.path):
             try:
                 check_checkpoint(checkpoint, resumable=True)
             except ValueError as error:
@@ -135,12 +141,16 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            records = {ARGUMENTS_FILE, ENVIRONMENT_FILE}
+            self._withdraw_records()
+            raise
+
+    def _withdraw_records(self) -> None:
+        records = {ARGUMENTS_FILE, ENVIRONMENT_FILE}
+        with contextlib.suppress(OSError):  # the folder may be gone; the first error is the one to show
             if self.resume_checkpoint is None and {path.name for path in self.path.iterdir()} <= records:
                 for name in records:
                     (self.path / name).unlink(missing_ok=True)
                 self.path.rmdir()
-            raise
 
     def _warn_about_changes(self, arguments: Mapping[str, Any]) -> None:
         previous_file = self.path / ARGUMENTS_FILE
@@ -191,27 +201,28 @@ def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> N
     else:
         weights = [ADAPTER_WEIGHTS_FILE if is_adapter else "model.safetensors"]
     if resumable:
+        _check_bytes(folder)
         for name in ("optimizer.pt", "scheduler.pt"):
             if not (folder / name).is_file():
                 raise ValueError(
                     f"{folder} cannot be resumed: {name} is missing (was it saved with save_only_model?)."
                 )
     for name in weights:
-        _check_safetensors(folder / name)
+        check_safetensors(folder / name)
 
 
-def _check_safetensors(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is not a complete checkpoint: {path.name} is missing.")
-    try:
-        with safe_open(str(path), framework="pt") as tensors:
-            tensors.keys()
-    except (SafetensorError, OSError) as error:
+def _check_bytes(folder: Path) -> None:
+    problems = damages(folder)
+    if problems is None:
+        logger.warning(
+            "%s holds no %s, so that changed bytes cannot be found: it was not written by this library.",
+            folder,
+            CHECKPOINT_MANIFEST_FILE,
+        )
+    elif problems:
         raise ValueError(
-            f"The checkpoint file {path} is corrupt or truncated ({error}). Copy it again, or use another checkpoint."
-        ) from error
+            f"The checkpoint {folder} is not as it was written: {'; '.join(problems)}. Copy it again, or use another."
+        )
 
 
 def describe_environment() -> dict[str, Any]:

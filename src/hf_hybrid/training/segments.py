@@ -6,13 +6,13 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.segments import DocumentSegments
 from ..modeling.cache import StateCache
@@ -94,12 +94,9 @@ class SegmentTrainer(HybridTrainer):
     def _state_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, STATE_FILE.format(rank=self.args.process_index))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_process_state(self, folder: Path) -> None:
         if self._carried is not None:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            path = os.path.join(self._get_output_dir(trial=trial), folder)
-            save_file(self._carried.saved(), self._state_file(path))
+            save_file(self._carried.saved(), self._state_file(str(folder)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +23,12 @@ from ..modeling.losses import align_labels, mean_over_labels
 from .activations import ActivationCallback, has_routers
 from .adapters import base_model, is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
+from .checkpoints import STAGING_FOLDER, publish_checkpoint, reporting_write_errors, rotate_checkpoints
 from .codebooks import CodebookCallback, has_codebooks
 from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
+
+logger = logging.getLogger(__name__)
 
 
 class EpochLengthSampler(LengthGroupedSampler):
@@ -71,6 +79,7 @@ class HybridTrainer(Trainer):
     """
 
     def __init__(self, *args, **kwargs) -> None:
+        self._is_staging = False
         super().__init__(*args, **kwargs)
         self._time_limit: TimeLimitCallback | None = None
         max_minutes = getattr(self.args, "max_minutes", None)
@@ -261,10 +270,63 @@ class HybridTrainer(Trainer):
         if is_adapted(self.model) and self.args.should_save and folder is not None:
             save_adapted_config(self.model, folder)
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         start = time.perf_counter()
-        super()._save_checkpoint(*args, **kwargs)
+        run = Path(self._get_output_dir(trial))
+        with reporting_write_errors(run, f"The checkpoint of step {self.state.global_step}"):
+            self._write_checkpoint(model, trial, run)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / f"checkpoint-{self.state.global_step}"))
         self._paused_seconds += time.perf_counter() - start
+
+    def _write_checkpoint(self, model: Any, trial: Any, run: Path) -> None:
+        """Write beside, then rename; older checkpoints go only after that."""
+        final = run / f"checkpoint-{self.state.global_step}"
+        staged = run / STAGING_FOLDER / final.name
+        if self.args.should_save:
+            if not Path(str(self.args.output_dir)).is_dir():  # it would be made anew, without what it held
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.args.output_dir))
+            shutil.rmtree(staged.parent, ignore_errors=True)  # of a killed run
+        self.accelerator.wait_for_everyone()
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_staging = False
+        self._save_process_state(staged)
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == final or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / "trainer_state.json"))  # again: with the place of the best checkpoint
+            publish_checkpoint(staged, final)
+            rotate_checkpoints(run, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save_process_state(self, folder: Path) -> None:
+        """Write what else this process needs to continue into the unfinished checkpoint `folder`."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING_FOLDER) if self._is_staging else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_staging:  # else it is pushed when it is complete
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        several = self.args.world_size > 1
+        name = f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"
+        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
+            logger.warning(
+                "%s holds no %s, the state of the random numbers: dropout and sampling will differ from those of the uninterrupted "
+                "run. (Was it saved by another number of processes?)",
+                checkpoint,
+                name,
+            )
+        super()._load_rng_state(checkpoint)
 
 
 class HybridSeq2SeqTrainer(HybridTrainer, Seq2SeqTrainer):

@@ -1,0 +1,214 @@
+"""Checkpoints: whole or not there; damages are named; failed writes leave the older ones."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_hybrid.recipes import pretrain_clm, train_tokenizer
+from hf_hybrid.training import trainer as trainer_module
+from hf_hybrid.training.checkpoints import (
+    CHECKPOINT_MANIFEST_FILE,
+    STAGING_FOLDER,
+    CheckpointWriteError,
+    list_checkpoints,
+    rotate_checkpoints,
+)
+from hf_hybrid.training.run_folder import check_checkpoint
+
+TINY = "hidden_size=16,num_attention_heads=2,head_dim=8,intermediate_size=16,num_hidden_layers=1,block_size=8,ssm_state_size=8"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Options of a run of a second on a small corpus, without its output folder."""
+    import pydoc_data.topics
+
+    folder = tmp_path_factory.mktemp("toy")
+    documents = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)][:12]
+    (folder / "corpus").mkdir()
+    for index, document in enumerate(documents):
+        (folder / "corpus" / f"{index}.txt").write_text(document[:3000], encoding="utf-8")
+    tokenizer = {"data": str(folder / "corpus"), "vocab_size": 400, "output_dir": str(folder / "tokenizer")}
+    train_tokenizer.main({**tokenizer, "num_sentinels": 8})
+    return {
+        "data": str(folder / "corpus"),
+        "validation_fraction": 0.2,
+        "tokenizer": str(folder / "tokenizer"),
+        "arch": "bst",
+        "config_overrides": f"{TINY},hidden_dropout=0.1",
+        "segment_length": 16,
+        "eval_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_steps": 2,
+        "report_to": "none",
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(toy: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    pretrain_clm.main({**toy, "output_dir": str(folder)})
+    return folder
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    left, right = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    return sorted(path.name for path in checkpoint.iterdir())
+
+
+def test_a_checkpoint_lists_every_file_of_it(finished):
+    assert [path.name for path in list_checkpoints(finished)] == ["checkpoint-4", "checkpoint-2"]
+    for checkpoint in list_checkpoints(finished):
+        listed = json.loads((checkpoint / CHECKPOINT_MANIFEST_FILE).read_text())["files"]
+        assert {*listed, CHECKPOINT_MANIFEST_FILE} == set(files_of(checkpoint))
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "carried_state_0.safetensors"} <= listed.keys()
+        check_checkpoint(checkpoint, resumable=True)
+    assert not (finished / STAGING_FOLDER).exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_no_damage_goes_unnoticed(finished, tmp_path, damage):
+    for name in files_of(finished / "checkpoint-4"):
+        checkpoint = tmp_path / name / "checkpoint-4"
+        shutil.copytree(finished / "checkpoint-4", checkpoint)
+        path = checkpoint / name
+        content = bytearray(path.read_bytes())
+        if damage == "cut":
+            path.write_bytes(content[:-1] if name != CHECKPOINT_MANIFEST_FILE else content[: len(content) // 2])
+        elif damage == "flipped":
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        else:
+            path.unlink()
+            if name == CHECKPOINT_MANIFEST_FILE:  # only said: other programs write none
+                continue
+        with pytest.raises(ValueError, match="missing|corrupt") as caught:
+            check_checkpoint(checkpoint, resumable=True)
+        assert name in str(caught.value) or name == CHECKPOINT_MANIFEST_FILE
+
+
+def test_a_checkpoint_without_manifest_or_random_state_is_said(finished, toy, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "checkpoint-2", run / "checkpoint-2")
+    (run / "checkpoint-2" / CHECKPOINT_MANIFEST_FILE).unlink()
+    (run / "checkpoint-2" / "rng_state.pth").unlink()
+    pretrain_clm.main({**toy, "output_dir": str(run), "resume_from_checkpoint": "last"})
+    assert f"holds no {CHECKPOINT_MANIFEST_FILE}" in caplog.text and "holds no rng_state.pth" in caplog.text
+
+
+def test_the_newest_that_verifies_is_taken(finished, toy, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoint-4" / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-7] + b"\0" * 7)
+    (run / "model.safetensors").unlink()
+    pretrain_clm.main({**toy, "output_dir": str(run), "resume_from_checkpoint": "last"})
+    assert "checkpoint-2 instead" in caplog.text and "optimizer.pt is corrupt" in caplog.text
+    assert same_weights(run, finished)
+    check_checkpoint(run / "checkpoint-4", resumable=True)  # written anew
+
+
+def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Let the checkpoint of a step fail in one of its parts."""
+    owner = trainer_module if where == "publish_checkpoint" else pretrain_clm.SegmentTrainer
+    done = getattr(owner, where)
+
+    def fails(*args, **kwargs):
+        if f"checkpoint-{step}" in " ".join(map(str, args)):
+            raise error
+        return done(*args, **kwargs)
+
+    monkeypatch.setattr(owner, where, fails)
+
+
+@pytest.mark.parametrize("where", ["_save", "_save_rng_state", "_save_process_state", "publish_checkpoint"])
+def test_what_fails_while_saving_leaves_the_older_checkpoint(finished, toy, tmp_path, monkeypatch, where):
+    """Also with `save_total_limit=1`: the older one goes when the newer one is complete."""
+    run = tmp_path / "run"
+    options = {**toy, "output_dir": str(run), "save_total_limit": 1}
+    with monkeypatch.context() as patch:
+        fail_at(4, OSError(errno.ENOSPC, "No space left on device"), patch, where)
+        with pytest.raises(
+            CheckpointWriteError, match=r"step 4.*run.*No space left.*last good checkpoint is .*checkpoint-2"
+        ):
+            pretrain_clm.main(options)
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2"]
+    assert not (run / STAGING_FOLDER).exists()
+    pretrain_clm.main({**options, "resume_from_checkpoint": "last"})
+    assert same_weights(run, finished)
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-4"]
+
+
+class _AtStep3(TrainerCallback):
+    def __init__(self, action):
+        self.action = action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.action(Path(args.output_dir))
+
+
+def run_with(callback: TrainerCallback, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = trainer_module.HybridTrainer.__init__
+
+    def begins(self, *args, **kwargs):
+        began(self, *args, **kwargs)
+        self.add_callback(callback)
+
+    monkeypatch.setattr(trainer_module.HybridTrainer, "__init__", begins)
+    pretrain_clm.main(options)
+
+
+def test_a_full_disk(toy, tmp_path, monkeypatch):
+    """Writes end in the middle of a file, as the operating system lets them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = _AtStep3(lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1])))
+    try:
+        with pytest.raises(CheckpointWriteError, match=r"step 4.*last good checkpoint is .*checkpoint-2"):
+            run_with(limit, {**toy, "output_dir": str(tmp_path / "run")}, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_checkpoint(tmp_path / "run" / "checkpoint-2", resumable=True)
+
+
+def test_a_folder_that_is_gone(toy, tmp_path, monkeypatch):
+    options = {**toy, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(CheckpointWriteError, match=r"step 4.*run \(the folder is gone\).*no earlier checkpoint"):
+        run_with(_AtStep3(lambda run: run.rename(tmp_path / "elsewhere")), options, monkeypatch)
+    check_checkpoint(tmp_path / "elsewhere" / "checkpoint-2", resumable=True)
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 6, 8, 20]),
+        (1, None, [8]),
+        (2, None, [6, 8]),
+        (2, 2, [2, 8]),
+        (1, 4, [4, 8]),
+        (3, 8, [4, 6, 8]),
+    ],
+)
+def test_rotation(tmp_path, limit, best, left):
+    """Step 20 was passed over: the run stands at 8."""
+    for step in (2, 4, 6, 8, 20):
+        (tmp_path / f"checkpoint-{step}" / "part").mkdir(parents=True)
+    chosen = None if best is None else str(tmp_path / f"checkpoint-{best}")
+    rotate_checkpoints(tmp_path, limit, tmp_path / "checkpoint-8", chosen)
+    assert sorted(int(path.name[11:]) for path in tmp_path.iterdir()) == left
