@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_hybrid.recipes import pretrain_clm, train_tokenizer
+from hf_hybrid.recipes import pretrain_clm
 from hf_hybrid.training import trainer as trainer_module
 from hf_hybrid.training.checkpoints import (
     CHECKPOINT_MANIFEST_FILE,
@@ -23,44 +23,6 @@ from hf_hybrid.training.checkpoints import (
     rotate_checkpoints,
 )
 from hf_hybrid.training.run_folder import check_checkpoint
-
-TINY = "hidden_size=16,num_attention_heads=2,head_dim=8,intermediate_size=16,num_hidden_layers=1,block_size=8,ssm_state_size=8"
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Options of a run of a second on a small corpus, without its output folder."""
-    import pydoc_data.topics
-
-    folder = tmp_path_factory.mktemp("toy")
-    documents = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)][:12]
-    (folder / "corpus").mkdir()
-    for index, document in enumerate(documents):
-        (folder / "corpus" / f"{index}.txt").write_text(document[:3000], encoding="utf-8")
-    tokenizer = {"data": str(folder / "corpus"), "vocab_size": 400, "output_dir": str(folder / "tokenizer")}
-    train_tokenizer.main({**tokenizer, "num_sentinels": 8})
-    return {
-        "data": str(folder / "corpus"),
-        "validation_fraction": 0.2,
-        "tokenizer": str(folder / "tokenizer"),
-        "arch": "bst",
-        "config_overrides": f"{TINY},hidden_dropout=0.1",
-        "segment_length": 16,
-        "eval_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "save_steps": 2,
-        "report_to": "none",
-    }
-
-
-@pytest.fixture(scope="module")
-def finished(toy: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    pretrain_clm.main({**toy, "output_dir": str(folder)})
-    return folder
 
 
 def same_weights(first: Path, second: Path) -> bool:

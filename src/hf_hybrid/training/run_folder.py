@@ -29,10 +29,12 @@ import torch
 
 from .checkpoints import (
     CHECKPOINT_MANIFEST_FILE,
+    STAGING_FOLDER,
     check_safetensors,
     damages,
     list_checkpoints,
 )
+from .folder_lock import LOCK_FILE, FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +77,8 @@ class RunFolder:
 
     Args:
         path: the output folder; it is created when the first record is written.
-        resume: None (a new run), `"last"` or `"true"` (the newest complete checkpoint of the folder), or the path of a
-            checkpoint folder.
+        resume: None (a new run), `"last"` or `"true"` (the newest complete checkpoint of the folder), `"auto"` (the same if there are
+            checkpoints, else a new run), or the path of a checkpoint folder.
 
     Raises:
         FileExistsError: the folder is not empty and the run does not resume.
@@ -85,12 +87,27 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike, resume: str | bool | None = None) -> None:
         self.path = Path(path)
+        self._is_auto = str(resume).lower() == "auto"
+        self._present = list_checkpoints(self.path)
         self.resume_checkpoint = self._find_checkpoint(resume)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`output_dir` must be a folder; {self.path} is a file. Choose another path.")
+        self._refuse_content()
+
+    def _refuse_content(self) -> None:
         # The main process decides: when the other processes check, it may already have started to write.
-        occupied = is_main_process() and self.path.is_dir() and any(self.path.iterdir())
-        if occupied and self.resume_checkpoint is None:
+        if not is_main_process() or self.resume_checkpoint is not None or not self.path.is_dir():
+            return
+        content = {path.name for path in self.path.iterdir()} - {LOCK_FILE}
+        if self._is_auto:  # what a run that was killed before its first checkpoint leaves
+            content -= {ARGUMENTS_FILE, ENVIRONMENT_FILE, STAGING_FOLDER, "runs"}
+            content = {name for name in content if not (name.startswith(".") and name.endswith(".tmp"))}
+        if content and self._is_auto:
+            raise FileExistsError(
+                f"`output_dir` {self.path} holds no checkpoint to resume from, but other files ({', '.join(sorted(content)[:5])}): a "
+                "finished run, or something else. Choose a new folder, or empty this one."
+            )
+        if content:
             raise FileExistsError(
                 f"`output_dir` {self.path} is not empty. Choose a new folder, empty this one, or continue its run "
                 "with `--resume_from_checkpoint last`."
@@ -101,10 +118,12 @@ class RunFolder:
             return None
         if resume is True or str(resume).lower() in ("last", "true"):
             return self._last_whole_checkpoint()
+        if self._is_auto:
+            return self._last_whole_checkpoint() if self._present else None
         checkpoint = Path(resume)
         if not checkpoint.is_dir():
             raise ValueError(
-                f"`resume_from_checkpoint` must be `last` or a checkpoint folder; {checkpoint} is not a folder."
+                f"`resume_from_checkpoint` must be `last`, `auto` or a checkpoint folder; {checkpoint} is not a folder."
             )
         check_checkpoint(checkpoint, resumable=True)
         return checkpoint
@@ -130,27 +149,42 @@ class RunFolder:
 
     @contextlib.contextmanager
     def recording(self, arguments: Mapping[str, Any]) -> Iterator[None]:
-        """Writes the initial records, and removes them if the run fails before it writes anything else."""
+        """Locks the folder and writes the initial records, which it removes if the run fails before it writes anything else.
+
+        Raises:
+            BlockingIOError: another run uses the folder.
+            FileExistsError: another run wrote into it since this object was made.
+        """
         if not is_main_process():
             yield
             return
-        self._warn_about_changes(arguments)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / ARGUMENTS_FILE, arguments)
-        write_json(self.path / ENVIRONMENT_FILE, describe_environment())
+        lock = FolderLock(self.path)
         try:
-            yield
-        except BaseException:
-            self._withdraw_records()
-            raise
+            self._refuse_content()  # again: another run may have come first
+            if list_checkpoints(self.path) != self._present:
+                raise FileExistsError(
+                    f"Another run wrote checkpoints into `output_dir` {self.path} while this one was prepared. Start this one again."
+                )
+            self._warn_about_changes(arguments)
+            write_json(self.path / ARGUMENTS_FILE, arguments)
+            write_json(self.path / ENVIRONMENT_FILE, describe_environment())
+            try:
+                yield
+            except BaseException:
+                self._withdraw_records()
+                raise
+        finally:
+            lock.release()
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # where nothing was left
 
     def _withdraw_records(self) -> None:
         records = {ARGUMENTS_FILE, ENVIRONMENT_FILE}
         with contextlib.suppress(OSError):  # the folder may be gone; the first error is the one to show
-            if self.resume_checkpoint is None and {path.name for path in self.path.iterdir()} <= records:
+            if self.resume_checkpoint is None and {path.name for path in self.path.iterdir()} <= {*records, LOCK_FILE}:
                 for name in records:
                     (self.path / name).unlink(missing_ok=True)
-                self.path.rmdir()
 
     def _warn_about_changes(self, arguments: Mapping[str, Any]) -> None:
         previous_file = self.path / ARGUMENTS_FILE
