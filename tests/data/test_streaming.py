@@ -145,12 +145,12 @@ def test_trainer_resumes_bitwise(documents, tokenizer, tmp_path):
 
     config = T5Config(
         vocab_size=512,
-        hidden_size=16,
-        head_dim=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        hidden_dropout=0.0,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
         decoder_start_token_id=0,
     )
 

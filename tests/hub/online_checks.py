@@ -157,7 +157,7 @@ def test_deleted_repositories_are_gone() -> None:
 
 def test_without_a_token_nothing_is_sent() -> None:
     SERVER.requests.clear()
-    with pytest.raises(ValueError, match=r"needs a token .*hf auth login.*HF_TOKEN"):
+    with pytest.raises(ValueError, match=r"needs an access token .*hf auth login.*HF_TOKEN"):
         push(small_model(), f"{USER}/small")
     assert not SERVER.repositories and not any("/api/repos" in path for _, path in SERVER.requests)
 
@@ -171,7 +171,7 @@ def test_a_wrong_token_is_refused() -> None:
 
 @pytest.mark.usefixtures("token")
 def test_names_that_are_none_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`repo_id` 'a/b/c' is no name"):
+    with pytest.raises(ValueError, match=r"`repo_id` 'a/b/c' is not a valid repository name"):
         push(small_model(), "a/b/c")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_hybrid.layers.norms import build_norm
 from hf_hybrid.modeling.spade.local_self_attention import LocalSelfAttention
+from hf_hybrid.modeling.spade.spade_cache import SlidingRecurrentLayer
 from hf_hybrid.ops.relative_position import apply_rotary, relative_position_bucket, rotary_cos_sin
 
 WIDTH, HEADS, LENGTH = 12, 3, 17
@@ -80,25 +81,18 @@ def test_against_dense_attention(kind: str, causal: bool, encoding: str) -> None
 @pytest.mark.parametrize(("kind", "causal", "encoding"), [case for case in ALL_KINDS if case[1]])
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("cuts", [[1, 2, 3], [5, 6, 13], [16]])
-def test_pieces_with_a_store_equal_one_call(
+def test_pieces_with_a_cache_equal_one_call(
     kind: str, causal: bool, encoding: str, window: int, cuts: list[int]
 ) -> None:
     layer = build(attention_type=kind, is_causal=True, position_encoding=encoding, window=window)
     hidden = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
     expected = layer(hidden, positions=torch.arange(LENGTH).unsqueeze(0))
-    kept: list[torch.Tensor] = []
-
-    def store(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if kept:
-            key, value = torch.cat([kept[0], key], dim=2), torch.cat([kept[1], value], dim=2)
-        kept[:] = [key[:, :, -layer.reach :], value[:, :, -layer.reach :]] if layer.reach else []
-        return key, value
-
+    state = SlidingRecurrentLayer({"window_size": layer.reach + 1})
     parts = []
     for start, end in zip([0, *cuts], [*cuts, LENGTH]):
-        seen = kept[0].shape[2] if kept else 0
+        seen = 0 if state.keys is None else state.keys.shape[2]
         positions = torch.arange(start - seen, end).unsqueeze(0)
-        parts.append(layer(hidden[:, start:end], positions=positions, store=store))
+        parts.append(layer(hidden[:, start:end], positions=positions, cache_layer=state))
     torch.testing.assert_close(torch.cat(parts, dim=1), expected)
 
 
@@ -115,7 +109,7 @@ def test_bias_of_another_layer() -> None:
 
 def test_a_given_bias_takes_the_place_of_the_own_table() -> None:
     layer, hidden = build(), torch.randn(1, LENGTH, WIDTH, dtype=torch.float64)
-    given = torch.randn(HEADS, 9, dtype=torch.float64)
+    given = torch.randn(HEADS, 2 * layer.reach + 1, dtype=torch.float64)
     assert (layer(hidden, bias=given) - layer(hidden)).abs().max() > 1e-3
     torch.testing.assert_close(layer(hidden, bias=layer.bias_vector()), layer(hidden))
 

@@ -101,7 +101,8 @@ def test_attach_train_save_merge(case: Case, tmp_path: Path) -> None:
     merged.float()
     inputs = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     error = (main_output(merged(**inputs)).detach() - trained).abs().max() / trained.abs().max()
-    assert error <= 1e-6, f"merged weights differ by {error:.1e} of the largest output"
+    # Merged weights are rounded to float32 once more than the sums they replace; in float64, above, nothing differs.
+    assert error <= 2e-6, f"merged weights differ by {error:.1e} of the largest output"
 
 
 @parametrize([case for case in HEADS + FURTHER if str(lora_task_type(case.model())).endswith("_LM")])

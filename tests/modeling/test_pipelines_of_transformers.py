@@ -98,7 +98,7 @@ def test_feature_extraction(tokenizer: PreTrainedTokenizerFast, case: Case) -> N
 
 def processor(case: Case, kind: str, **options: Any) -> Any:
     module, name = getattr(case.architecture, kind).split(":")
-    return getattr(import_module(f"hf_hybrid.{module}"), name)(**options)
+    return getattr(import_module(module), name)(**options)
 
 
 @parametrize(heads("AutoModelForImageClassification"))

@@ -242,7 +242,7 @@ WIDE = {
 
 @pytest.mark.parametrize("model_type", list(WIDE))
 def test_new_models_start_near_the_uniform_loss(model_type: str) -> None:
-    """Default settings of a realistic width: the first loss is ln V, not the 100 nats of the published initialisation."""
+    """Default settings of a realistic width: the first loss is near ln V, not the 100 nats of the published initialisation."""
     case = Case(model_type, "AutoModelForSeq2SeqLM" if model_type == "spade" else "AutoModelForCausalLM", "default")
     config = type(case.config())(vocab_size=8000, **WIDE[model_type], **case.head_settings)
     model = case.model_class(config)

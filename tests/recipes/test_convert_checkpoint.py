@@ -187,7 +187,7 @@ def test_other_wrong_sources(tmp_path):
 
 def test_tensors_of_another_configuration_are_refused(tmp_path):
     state = write_encoder_decoder(tmp_path / "official", ENCODER_DECODER)
-    (tmp_path / "official" / "config.json").write_text(json.dumps(ENCODER_DECODER | {"num_hidden_layers": 3}))
+    (tmp_path / "official" / "config.json").write_text(json.dumps(ENCODER_DECODER | {"num_layers": 3}))
     with pytest.raises(ValueError, match=r"missing: `encoder\.block\.2"):
         convert(tmp_path / "official", tmp_path / "ours")
     state["lm_head.weight"] = state["lm_head.weight"] + 1

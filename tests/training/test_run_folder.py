@@ -14,15 +14,7 @@ from hf_hybrid.training.run_folder import RunFolder, check_checkpoint, describe_
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    config = T5Config(
-        vocab_size=32,
-        hidden_size=8,
-        head_dim=4,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        decoder_start_token_id=0,
-    )
+    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     folder = tmp_path / "run" / "checkpoint-3"
     T5ForConditionalGeneration(config).save_pretrained(folder)
     (folder / "trainer_state.json").write_text("{}")

@@ -150,7 +150,8 @@ class SpadeConfig(HybridConfig):
         ssm_stop_gradient: no gradient through the SSM to the layer input (published encoder-decoder).
         norm_first: normalise before each sublayer (pre-norm) instead of after it.
         norm_type, norm_eps: "rmsnorm" or "layernorm", and its epsilon.
-        embedding_norm: normalise the embeddings.
+        embedding_norm: normalise the embeddings; not those of a decoder with rotary positions: with nothing added to them, a head
+            that is tied to them would begin by repeating the token just read.
         use_final_norm: normalise the output of encoder and decoder.
         feed_forward_proj: "relu", "gelu" (exact), "gated-gelu" (tanh form, as T5) or "gated-silu".
         feed_forward_bias: biases in the feed-forward layers. None: biases exactly where the published code has them.

@@ -177,7 +177,8 @@ class SpadeDecoder(SpadePreTrainedModel):
             else nn.Embedding(rows + self._position_offset, config.hidden_size, padding_idx=self._position_offset - 1)
         )
         eps = config.norm_eps
-        self.embedding_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.embedding_norm else None
+        has_norm = config.embedding_norm and not config.decoder_has_rotary_positions
+        self.embedding_norm = build_norm(config.norm_type, config.hidden_size, eps) if has_norm else None
         self.layers = nn.ModuleList(SpadeDecoderLayer(config, index) for index in range(config.decoder_layers))
         self.final_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.use_final_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
