@@ -156,9 +156,9 @@ def test_a_task_by_name_reads_the_hub_data(finetuning, monkeypatch, data):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"label": 7}, "Row 0 of the validation data has the label 7"),
-        ({"label": None}, "Row 0 of the validation data has the label None"),
-        ({"sentence": None}, "Row 0 of the validation data has no text"),
+        ({"label": 7}, r"validation\.jsonl, line 1 has the label 7"),
+        ({"label": None}, r"validation\.jsonl, line 1 has the label None"),
+        ({"sentence": None}, r"validation\.jsonl, line 1 has no text"),
     ],
 )
 def test_bad_validation_rows_are_named(finetuning, data, row, message):
@@ -211,11 +211,12 @@ def test_kinds_of_labels():
         Dataset.from_dict({"label": [0, 1]}).cast_column("label", ClassLabel(names=["no", "yes"])), "label"
     )
     assert names == Labels("label", ["no", "yes"], {0: 0, 1: 1})
-    assert find_labels(Dataset.from_dict({"label": [True, False]}), "label").encode([True], "x") == [1]
+    booleans = Dataset.from_dict({"label": [True, False]})
+    assert find_labels(booleans, "label").encode(booleans, "x") == [1, 0]
     numbers = find_labels(Dataset.from_dict({"label": [0.5, 1.0]}), "label")
-    assert numbers.is_regression and numbers.encode([2, 0.5], "x") == [2.0, 0.5]
+    assert numbers.is_regression and numbers.encode(Dataset.from_dict({"label": [2, 0.5]}), "x") == [2.0, 0.5]
     with pytest.raises(ValueError, match="finite numbers"):
-        numbers.encode([float("nan")], "x")
+        numbers.encode(Dataset.from_dict({"label": [float("nan")]}), "x")
 
 
 def test_pairs_are_preferred_to_single_columns():

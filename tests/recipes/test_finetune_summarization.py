@@ -123,5 +123,5 @@ def test_bad_rows_are_explained(finetuning, data):
     with pytest.raises(ValueError, match="None of the columns document"):
         main(finetuning)
     write_split(data, "train", [{"document": "a", "summary": None}, {"document": "a", "summary": "b"}])
-    with pytest.raises(ValueError, match="Row 0 of the training data has no text in the column 'summary'"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1 has no text in the column 'summary'"):
         main(finetuning)

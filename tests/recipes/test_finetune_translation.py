@@ -112,5 +112,5 @@ def test_bad_options_are_explained(translating, tmp_path, changes, message):
 
 def test_missing_texts_are_named(translating, data):
     write_split(data, "train", [{"translation": {"en": "a", "de": None}}, {"translation": {"en": "a", "de": "b"}}])
-    with pytest.raises(ValueError, match="Row 0 of the training data has no text in the column 'de'"):
+    with pytest.raises(ValueError, match="line 1 has no text in the column 'de'"):
         main(translating)

@@ -221,5 +221,5 @@ def test_bad_labels_are_explained(training, tmp_path):
         main({**base, "data": [str(tmp_path / "data")]})
     write_split(tmp_path / "data", "train", [{"source": "1", "target": 12}])
     write_split(tmp_path / "data", "validation", [{"source": "1", "target": 1}])
-    with pytest.raises(ValueError, match="Row 0 of the training data has the label 12"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1 has the label 12"):
         main({**base, "task": "listops", "data": [str(tmp_path / "data")]})

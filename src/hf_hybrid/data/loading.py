@@ -7,12 +7,37 @@ that is not an existing path is taken as the name of a Hub data set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .records import (
+    DEFAULT_ENCODING,
+    BadRecord,
+    Origin,
+    Record,
+    check_reading_options,
+    is_array_file,
+    is_decodable,
+    list_problems,
+    place_of,
+    read_records,
+    remember_origin,
+    shortened,
+)
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+logger = logging.getLogger(__name__)
+
+
+class MissingSplitError(ValueError):
+    """A folder or data set has no such split."""
+
 
 _BUILDERS = {
     ".txt": "text",
@@ -64,7 +89,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
         return [path for path in files if path.name.lower() not in ("readme.md", "license.md", "license.txt")] or files
     if not chosen:
         found = sorted({name for path in files if (name := split_of(path))})
-        raise ValueError(
+        raise MissingSplitError(
             f"The folder {folder} has no files of the split {split!r}; found splits: {', '.join(found) or 'none'}."
         )
     by_format: dict[str, list[Path]] = {}
@@ -84,6 +109,8 @@ def load_table(
     *,
     config_name: str | None = None,
     streaming: bool = False,
+    encoding: str | None = None,
+    on_bad_record: str = "error",
 ) -> Dataset | IterableDataset:
     """Loads one split with all its columns.
 
@@ -92,11 +119,16 @@ def load_table(
         split: split of a folder or Hub data set; a file given by its path is read whole.
         config_name: configuration of a Hub data set ("wikitext-103-raw-v1").
         streaming: return an `IterableDataset` that reads on demand.
+        encoding: encoding of local text; None = UTF-8, with or without a byte order mark.
+        on_bad_record: "error", or "skip" to leave out and log the corrupt records of local files.
 
     Raises:
-        ValueError: a file is missing or empty, the format or the split is unknown, or the data cannot be read.
+        ValueError: a record is corrupt (the message names file and line), a file is missing or empty, the format or the split is unknown, or the data cannot be read.
     """
     datasets = _import_datasets()
+    check_reading_options(encoding, on_bad_record)
+    if streaming and on_bad_record == "skip":
+        raise ValueError("`on_bad_record=skip` reads files before training; leave out `streaming`.")
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     if not sources:
         raise ValueError("`source` is an empty list; pass at least one file, folder or data set name.")
@@ -106,47 +138,159 @@ def load_table(
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"No such file or folder: {', '.join(missing)}.")
 
-    parts = []
+    parts, origins = [], []
     for path in paths:
         files = _split_files(path, split) if path.is_dir() else [path]
-        parts.append(_load_files(datasets, files, streaming))
+        reader = _Reader(files, encoding, on_bad_record)
+        parts.append(reader.load(datasets, streaming))
+        origins.append(reader.origin())
     if len(parts) == 1:
-        return parts[0]
+        return parts[0] if streaming else remember_origin(parts[0], origins[0])
     names = [part.column_names for part in parts]
     if any(name is None for name in names):
         return datasets.concatenate_datasets(parts)
     common = [column for column in names[0] if all(column in other for other in names[1:])]
     if not common:
         raise ValueError(f"The sources {', '.join(map(str, sources))} have no column in common: {names}.")
-    return datasets.concatenate_datasets([part.select_columns(common) for part in parts])
+    joined = datasets.concatenate_datasets([part.select_columns(common) for part in parts])
+    return joined if streaming else remember_origin(joined, _joined(origins))
 
 
-def _load_files(datasets, files: list[Path], streaming: bool):
-    builders = {_BUILDERS.get(_suffix(path)) for path in files}
-    if None in builders:
-        unknown = next(path for path in files if _suffix(path) not in _BUILDERS)
-        raise ValueError(f"Unknown file format of {unknown}; accepted are {', '.join(_BUILDERS)} (also with .gz).")
-    if empty := [str(path) for path in files if path.stat().st_size == 0]:
-        raise ValueError(f"Empty file: {', '.join(empty)}.")
-    if len({".csv", ".tsv"} & {_suffix(path) for path in files}) == 2:
-        raise ValueError(
-            f"The files {', '.join(map(str, files))} mix commas (.csv) and tabs (.tsv); pass them as separate sources."
-        )
-    (builder,) = builders
-    options: dict[str, object] = {}
-    if builder == "text":
-        options["sample_by"] = "document"
-    elif builder == "csv" and _suffix(files[0]) == ".tsv":
-        options["sep"] = "\t"
-    try:
+def _joined(origins: Sequence[Origin]) -> Origin:
+    readers = {path: origin.read for origin in origins for path in origin.files}
+    return Origin(tuple(path for origin in origins for path in origin.files), lambda path: readers[path](path))
+
+
+class _Reader:
+    """Files of one format, which one builder of `datasets` reads.
+
+    Raises:
+        ValueError: the formats are unknown or mixed, or a file is empty.
+    """
+
+    def __init__(self, files: list[Path], encoding: str | None, on_bad_record: str) -> None:
+        builders = {_BUILDERS.get(_suffix(path)) for path in files}
+        if None in builders:
+            unknown = next(path for path in files if _suffix(path) not in _BUILDERS)
+            raise ValueError(f"Unknown file format of {unknown}; accepted are {', '.join(_BUILDERS)} (also with .gz).")
+        if empty := [str(path) for path in files if path.stat().st_size == 0]:
+            raise ValueError(f"Empty file: {', '.join(empty)}.")
+        if len({".csv", ".tsv"} & {_suffix(path) for path in files}) == 2:
+            raise ValueError(
+                f"The files {', '.join(map(str, files))} mix commas (.csv) and tabs (.tsv); pass them as separate sources."
+            )
+        self.files = files
+        self.builder = str(next(iter(builders)))
+        self.separator = "\t" if _suffix(files[0]) == ".tsv" else ","
+        self.encoding = encoding
+        self.skips = on_bad_record == "skip"
+
+    def load(self, datasets, streaming: bool):
+        """The rows of all files."""
+        if not streaming and self._must_look_through():
+            problems = self.problems()
+            if self.skips and problems and not any(problem.ends_file for problem in problems):
+                return self._load_readable(datasets, problems)
+            self._refuse(problems, None)
+        try:
+            return self._build(datasets, self.files, streaming)
+        except Exception as error:  # every builder raises its own exceptions
+            self._refuse([] if self.builder == "parquet" else self.problems(), error)
+            raise ValueError(
+                f"Could not read {self._names()} as {self.builder}: {_first_cause(error)}. Check that the file is complete and "
+                "that its suffix matches its format."
+            ) from error
+
+    def _must_look_through(self) -> bool:
+        """Whether corrupt records are to be looked for before the builder reads, or it would pass over them."""
+        if self.builder == "csv":  # rows with too few cells are filled up
+            return True
+        if self.builder == "json":  # bytes that are no text are found when a value is used
+            return self.skips or not all(is_decodable(path, self.encoding) for path in self.files)
+        return self.skips and self.builder == "text"
+
+    def records(self, path: Path) -> Iterator[Record | BadRecord]:
+        """All records of a file."""
+        return read_records(path, self.builder, self.separator, self.encoding)
+
+    def problems(self) -> list[BadRecord]:
+        """The corrupt records of all files."""
+        return [record for path in self.files for record in self.records(path) if isinstance(record, BadRecord)]
+
+    def origin(self) -> Origin:
+        """Says which line of which file is a row."""
+        return Origin(tuple(self.files), self._places)
+
+    def _names(self) -> str:
+        return ", ".join(map(str, self.files))
+
+    def _places(self, path: Path) -> Iterator[str]:
+        if self.builder == "parquet":
+            import pyarrow.parquet
+
+            yield from (f"row {number + 1}" for number in range(pyarrow.parquet.read_metadata(path).num_rows))
+            return
+        readable = (record for record in self.records(path) if isinstance(record, Record))
+        if self.builder == "csv":
+            next(readable, None)  # the header
+        is_array = self.builder == "json" and is_array_file(path)
+        yield from (f"record {record.line}" if is_array else f"line {record.line}" for record in readable)
+
+    def _refuse(self, problems: list[BadRecord], error: Exception | None) -> None:
+        if problems:
+            can_skip = not (self.skips or any(problem.ends_file for problem in problems))
+            advice = "" if not can_skip else "\nCorrect the file, or leave such records out with --on_bad_record skip."
+            raise ValueError(list_problems(problems) + advice) from error
+        if self.builder in ("csv", "json") and (error is None or "no data" in str(error)):
+            header = int(self.builder == "csv")
+            rows = sum(1 for path in self.files for _ in self.records(path)) - header * len(self.files)
+            if rows <= 0:
+                raise ValueError(f"{self._names()} has {'a header but ' if header else ''}no rows.") from error
+
+    def _build(self, datasets, files: list[Path], streaming: bool):
+        options: dict[str, object] = {}
+        if self.builder != "parquet":
+            options["encoding"] = self.encoding or DEFAULT_ENCODING
+        if self.builder == "text":
+            options["sample_by"] = "document"
+        elif self.builder == "csv":  # the words None, NA and null are text; an empty cell is missing
+            options |= {"sep": self.separator, "keep_default_na": False, "na_values": [""]}
+        elif self.builder == "json" and self.encoding is None:
+            del options["encoding"]  # its reader knows the mark
         return datasets.load_dataset(
-            builder, data_files={"train": [str(path) for path in files]}, split="train", streaming=streaming, **options
+            self.builder,
+            data_files={"train": [str(path) for path in files]},
+            split="train",
+            streaming=streaming,
+            **options,
         )
-    except Exception as error:  # every builder raises its own exceptions
-        raise ValueError(
-            f"Could not read {', '.join(map(str, files))} as {builder}: {error}. Check that the file is complete and that its "
-            "suffix matches its format."
-        ) from error
+
+    def _load_readable(self, datasets, problems: list[BadRecord]):
+        """The rows of copies without the corrupt records."""
+        logger.warning("%d corrupt records are left out:\n%s", len(problems), "\n".join(map(str, problems)))
+        folder = Path(tempfile.mkdtemp())
+        copies = []
+        try:
+            for number, path in enumerate(self.files):
+                readable = [record.text for record in self.records(path) if isinstance(record, Record)]
+                if len(readable) <= (self.builder == "csv"):
+                    continue  # nothing but a header is left
+                copies.append(folder / f"{number:06d}{_suffix(path)}")
+                is_text = self.builder == "text"
+                with copies[-1].open("w", encoding=self.encoding or "utf-8", newline="") as file:
+                    file.writelines(text if is_text or text.endswith("\n") else f"{text}\n" for text in readable)
+            if not copies:
+                raise ValueError(f"No record of {self._names()} can be read:\n{list_problems(problems)}")
+            return self._build(datasets, copies, streaming=False)
+        finally:
+            shutil.rmtree(folder)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What the innermost exception says: builders wrap it into a sentence without content."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return str(error) or type(error).__name__
 
 
 def _load_from_hub(datasets, name: str, split: str, config_name: str | None, streaming: bool):
@@ -169,6 +313,8 @@ def load_text_source(
     config_name: str | None = None,
     streaming: bool = False,
     documents_of: Callable[[list[dict[str, str]]], list[str]] | None = None,
+    encoding: str | None = None,
+    on_bad_record: str = "error",
 ) -> Dataset | IterableDataset:
     """Loads documents: a data set whose only column is `text`.
 
@@ -180,6 +326,8 @@ def load_text_source(
         streaming: as in `load_table`.
         documents_of: makes texts of a conversation, a list of messages; then `text_column` holds conversations, None = `messages`.
 
+        encoding, on_bad_record: as in `load_table`.
+
     Raises:
         ValueError: as in `load_table`; or there is no such column, or no row.
     """
@@ -187,7 +335,9 @@ def load_text_source(
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     parts = []
     for item in sources:
-        table = load_table(item, split, config_name=config_name, streaming=streaming)
+        table = load_table(
+            item, split, config_name=config_name, streaming=streaming, encoding=encoding, on_bad_record=on_bad_record
+        )
         if documents_of is not None:
             parts.append(_only_conversations(table, text_column or "messages", str(item), documents_of))
         else:
@@ -237,9 +387,16 @@ def _only_text(table, text_column: str | None, name: str):
             f"{name} has no column {text_column!r} (`text_column`); its columns are {', '.join(columns)}."
         )
     if text_column not in strings:
+        others = f"columns that do: {', '.join(strings) or 'none'}"
+        if not hasattr(table, "num_rows"):
+            raise ValueError(f"The column {text_column!r} of {name} does not contain strings; {others}.")
+        first_other = next(
+            (n for n, value in enumerate(table[text_column]) if not isinstance(value, (str, type(None)))), 0
+        )
+        place = place_of(table, first_other, name)
         raise ValueError(
-            f"The column {text_column!r} of {name} does not contain strings; columns that do: "
-            f"{', '.join(strings) or 'none'}."
+            f"The column {text_column!r} of {name} does not contain strings; {others}. {place}: "
+            f"{shortened(table[first_other][text_column])}."
         )
     if hasattr(table, "num_rows") and table.num_rows == 0:
         raise ValueError(f"{name} has no rows.")

@@ -32,6 +32,7 @@ from ..tokenization.special_tokens import PAD_TOKEN, UNK_TOKEN, wrap_backend
 from .loading import load_table
 from .lra_files import read_original, to_grey
 from .lra_listops import END, TOKENS
+from .records import origin_of, remember_origin
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,7 +99,12 @@ def lra_task(name: str) -> LraTask:
 
 
 def load_lra_table(
-    task: LraTask, source: str | Path | Sequence[str | Path], split: str = "train", *, config_name: str | None = None
+    task: LraTask,
+    source: str | Path | Sequence[str | Path],
+    split: str = "train",
+    *,
+    config_name: str | None = None,
+    **reading: Any,
 ) -> Dataset:
     """Rows of one split with the columns of the task and `label`.
 
@@ -107,6 +113,7 @@ def load_lra_table(
         source: folders or files in the distributed format of the task, or anything that `load_table` reads.
         split: "train", "validation" or "test".
         config_name: configuration of a Hub data set.
+        **reading: `encoding` and `on_bad_record` of `load_table`; for other files than the distributed ones.
 
     Raises:
         ValueError: there is nothing to read, a file is damaged, or a column is missing.
@@ -118,7 +125,7 @@ def load_lra_table(
     for item in sources:
         columns = read_original(task.name, item, split)
         if columns is None:
-            parts.append(_usual_columns(load_table(item, split, config_name=config_name), task, str(item)))
+            parts.append(_usual_columns(load_table(item, split, config_name=config_name, **reading), task, str(item)))
         else:
             parts.append(lra_rows(task, columns))
     if not parts:
@@ -150,9 +157,11 @@ def _usual_columns(table: Any, task: LraTask, name: str) -> Dataset:
                 f"{', '.join(_COLUMN_NAMES[column][1:])}); its columns are {', '.join(table.column_names)}."
             )
         chosen[found] = column
+    origin = origin_of(table)
     table = table.select_columns(list(chosen))
     table = table.rename_columns({old: new for old, new in chosen.items() if old != new})
-    return table.cast_column("label", _class_label(task)) if _counts_classes(table, task) else table
+    table = table.cast_column("label", _class_label(task)) if _counts_classes(table, task) else table
+    return remember_origin(table, origin)
 
 
 def _class_label(task: LraTask) -> Any:

@@ -106,7 +106,7 @@ def build(
         require_columns(part, [audio_column, label_column], what)
         limit = None if data_args.max_seconds is None or rate is None else round(data_args.max_seconds * rate)
         waveforms, rate = read_waveforms(part, audio_column, sampling_rate=rate, max_samples=limit, what=what)
-        return WaveformDataset(waveforms, labels.encode(part[label_column], what))  # type: ignore[arg-type]
+        return WaveformDataset(waveforms, labels.encode(part, what))  # type: ignore[arg-type]
 
     if rate is None and data_args.max_seconds is not None:
         rate = read_waveforms(some.select([0]), audio_column)[1]

@@ -77,7 +77,7 @@ def build(
         scale = {"mean": processor.image_mean, "std": processor.image_std}
 
     def encode(part: Dataset, what: str) -> PixelSequences:
-        targets: Any = labels.encode(part["label"], what)
+        targets: Any = labels.encode(part, what)
         return PixelSequences(pixel_array(part, what), targets, as_values=True, **scale)
 
     train_set = None if train is None else encode(train, "training data")

@@ -126,7 +126,7 @@ def encode(
     """Token ids and labels of all rows."""
     require_columns(rows, [*columns, labels.column], what)
     require_text(rows, columns, what)
-    targets = labels.encode(rows[labels.column], what)
+    targets = labels.encode(rows, what)
     first, second = columns
 
     def tokenize(batch: Mapping[str, list[str]]) -> dict[str, Any]:

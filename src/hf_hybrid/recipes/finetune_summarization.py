@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from .. import metrics
+from ..data.records import place_of, shortened
 from ..training.arguments import Seq2SeqFinetuningArguments
 from .support.finetuning_data import (
     CheckpointArguments,
@@ -88,10 +89,24 @@ def find_columns(rows: Dataset, arguments: SummarizationArguments) -> Columns:
 
 
 def references_of(rows: Dataset, columns: Columns) -> list[list[str]]:
-    """All references of every row: the list column where it is filled, else the summary."""
+    """All references of every row: those of the list column if it is filled, else the summary; one string is one reference.
+
+    Raises:
+        ValueError: a reference is no text; the message names the row.
+    """
     summaries = rows[columns.summary]
     targets = [None] * len(rows) if columns.targets is None else rows[columns.targets]
-    return [list(several) if several else [summary] for several, summary in zip(targets, summaries)]
+    found = []
+    for number, (several, summary) in enumerate(zip(targets, summaries)):
+        references = [several] if isinstance(several, str) else list(several or [])
+        for reference in references:
+            if not isinstance(reference, str):
+                place = place_of(rows, number, "validation data")
+                raise ValueError(
+                    f"{place} has a reference that is no text in {columns.targets!r}: {shortened(several)}."
+                )
+        found.append(references or [summary])
+    return found
 
 
 def encode(

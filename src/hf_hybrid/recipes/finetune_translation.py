@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForSeq2SeqLM
 
 from .. import metrics
+from ..data.records import origin_of, remember_origin
 from ..training.arguments import Seq2SeqFinetuningArguments
 from .support.finetuning_data import (
     GenerationArguments,
@@ -68,8 +69,9 @@ def text_pairs(rows: Dataset, arguments: TranslationArguments, what: str) -> Dat
             f"`source_lang` and `target_lang` must name two of {', '.join(there)}; got {languages[0]!r} and {languages[1]!r}."
         )
     if is_nested:
+        origin = origin_of(rows)
         rows = rows.select_columns([TRANSLATION_COLUMN]).flatten()
-        rows = rows.rename_columns({f"{TRANSLATION_COLUMN}.{name}": name for name in there})
+        rows = remember_origin(rows.rename_columns({f"{TRANSLATION_COLUMN}.{name}": name for name in there}), origin)
     require_columns(rows, languages, what)
     require_text(rows, languages, what)
     rows = rows.select_columns(list(languages))

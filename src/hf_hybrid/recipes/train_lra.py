@@ -120,7 +120,7 @@ def encode(
     what: str,
 ) -> Dataset | PixelSequences:
     """Model inputs and labels of all rows."""
-    targets = labels.encode(rows["label"], what)
+    targets = labels.encode(rows, what)
     if tokenizer is None:
         return PixelSequences(
             pixel_array(rows, what),

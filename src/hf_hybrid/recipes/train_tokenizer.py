@@ -26,7 +26,7 @@ from ..tokenization.sentencepiece_tokenizer import (
     tokenizer_from_sentencepiece,
     train_sentencepiece_model,
 )
-from .support.options import parse_arguments, source_names
+from .support.options import BAD_RECORD_HELP, ENCODING_HELP, parse_arguments, source_names
 from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class TrainTokenizerArguments:
         default=400_000,
         metadata={"help": "Train on a random sample of this many lines if there are more; 0 = all lines."},
     )
+    encoding: str | None = field(default=None, metadata={"help": ENCODING_HELP})
+    on_bad_record: str = field(default="error", metadata={"help": BAD_RECORD_HELP})
     max_documents: int | None = field(default=None, metadata={"help": "Read only this many documents."})
     split_digits: bool = field(default=False, metadata={"help": "Make every digit a separate token."})
     model_max_length: int | None = field(default=None, metadata={"help": "Length for `truncation=True`."})
@@ -75,6 +77,8 @@ def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterato
         text_column=args.text_column,
         config_name=args.dataset_config,
         streaming=args.streaming,
+        encoding=args.encoding,
+        on_bad_record=args.on_bad_record,
     )
     total = getattr(data, "num_rows", None)
     for row in tqdm(data, total=total, desc="Reading documents", unit=" documents", mininterval=1.0):

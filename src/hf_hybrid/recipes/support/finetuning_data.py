@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from transformers import (
 )
 
 from ... import metrics
-from ...data.loading import load_table
+from ...data.loading import MissingSplitError, load_table
+from ...data.records import check_reading_options, origin_of, place_of, remember_origin, shortened
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
 from .models import check_decoder_table, check_export, check_positions, load_model
-from .options import source_names
+from .options import BAD_RECORD_HELP, ENCODING_HELP, source_names
 from .reports import RunReport
 from .runs import Job
 
@@ -66,11 +68,15 @@ class TableArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many rows."})
 
+    encoding: str | None = field(default=None, metadata={"help": ENCODING_HELP})
+    on_bad_record: str = field(default="error", metadata={"help": BAD_RECORD_HELP})
+
     def __post_init__(self) -> None:
         self.data = source_names(self.data, "data")
         self.validation_data = source_names(self.validation_data, "validation_data")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must lie between 0 and 1; got {self.validation_fraction}.")
+        check_reading_options(self.encoding, self.on_bad_record)
 
 
 def load_tables(
@@ -100,8 +106,8 @@ def load_tables(
                 f"There is no split {arguments.validation_split!r} to evaluate on. Pass `validation_data`, or "
                 "`validation_fraction` to hold out a share of the training rows."
             )
-        parts = train.train_test_split(test_size=arguments.validation_fraction, seed=seed)
-        train, validation = parts["train"], {"": parts["test"]}
+        train, held_out = _split(train, arguments.validation_fraction, seed)
+        validation = {"": held_out}
     if train is not None:
         train = None if evaluate_only else _first(train, arguments.max_train_samples, "training data")
     limit = arguments.max_eval_samples
@@ -109,7 +115,22 @@ def load_tables(
 
 
 def _load(sources: Sequence[str], split: str, arguments: TableArguments, load: Callable[..., Any] | None) -> Dataset:
-    return (load or load_table)(sources, split, config_name=arguments.dataset_config)
+    reading: dict[str, Any] = {"encoding": arguments.encoding, "on_bad_record": arguments.on_bad_record}
+    return (load or load_table)(sources, split, config_name=arguments.dataset_config, **reading)
+
+
+def _split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and a held-out share; both know their rows in the files."""
+    from datasets import Dataset
+
+    numbers = Dataset.from_dict({"number": range(len(rows))})
+    parts = numbers.train_test_split(test_size=fraction, seed=seed)
+    kept, held_out = (parts[name]["number"][:] for name in ("train", "test"))
+    origin = origin_of(rows)
+    return (
+        remember_origin(rows.select(kept), origin, kept),
+        remember_origin(rows.select(held_out), origin, held_out),
+    )
 
 
 def _load_validation(arguments: TableArguments, load: Callable[..., Any] | None) -> dict[str, Dataset]:
@@ -126,7 +147,11 @@ def _load_validation(arguments: TableArguments, load: Callable[..., Any] | None)
     for splits in (mnli, single) if is_local else (single, mnli):
         try:
             return {name: _load(sources, of_name, arguments, load) for name, of_name in splits.items()}
+        except MissingSplitError as error:
+            logger.debug("no splits %s: %s", ", ".join(splits.values()), error)
         except ValueError as error:
+            if is_local:  # a damaged file is no missing one
+                raise
             logger.debug("no splits %s: %s", ", ".join(splits.values()), error)
     return {}
 
@@ -134,7 +159,11 @@ def _load_validation(arguments: TableArguments, load: Callable[..., Any] | None)
 def _first(rows: Dataset, limit: int | None, what: str) -> Dataset:
     if len(rows) == 0:
         raise ValueError(f"The {what} is empty.")
-    return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
+    if limit is None or limit >= len(rows):
+        return rows
+    origin = origin_of(rows)
+    chosen = None if origin is None or origin.chosen is None else origin.chosen[:limit]
+    return remember_origin(rows.select(range(limit)), origin, chosen)
 
 
 def require_columns(rows: Dataset, names: Sequence[str | None], what: str) -> None:
@@ -173,7 +202,8 @@ def require_text(rows: Dataset, columns: Sequence[str | None], what: str) -> Non
     for column in filter(None, columns):
         for number, value in enumerate(rows[column]):
             if not isinstance(value, str):
-                raise ValueError(f"Row {number} of the {what} has no text in the column {column!r}: {value!r}.")
+                place = place_of(rows, number, what)
+                raise ValueError(f"{place} has no text in the column {column!r}: {shortened(value)}.")
 
 
 def load_or_initialize(auto_class: Any, arguments: CheckpointArguments, **config_changes: Any) -> PreTrainedModel:
@@ -223,14 +253,14 @@ class Labels:
         """True when the labels are numbers to predict."""
         return self.names is None
 
-    def encode(self, values: Sequence[Any], what: str) -> list[int] | list[float]:
+    def encode(self, rows: Dataset, what: str) -> list[int] | list[float]:
         """Labels in the form that the model takes.
 
         Raises:
             ValueError: a label is missing or unknown; the message names the row.
         """
         encoded: list[Any] = []
-        for number, value in enumerate(values):
+        for number, value in enumerate(rows[self.column]):
             try:
                 if value is None:
                     raise ValueError
@@ -238,8 +268,8 @@ class Labels:
             except (KeyError, ValueError, TypeError):
                 accepted = "finite numbers" if self.ids is None else ", ".join(map(repr, self.ids))
                 raise ValueError(
-                    f"Row {number} of the {what} has the label {value!r} in the column {self.column!r}; accepted are "
-                    f"{accepted}."
+                    f"{place_of(rows, number, what)} has the label {shortened(value)} in the column {self.column!r}; accepted "
+                    f"are {accepted}."
                 ) from None
         return encoded
 
@@ -261,12 +291,14 @@ def find_labels(rows: Dataset, column: str) -> Labels:
 
     require_columns(rows, [column], "training data")
     feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        return Labels(column, list(feature.names), {number: number for number in range(feature.num_classes)})
-    values = rows[column]
+    values = rows[column][:]
     present = [value for value in values if value is not None]
     if not present:
         raise ValueError(f"The column {column!r} of the training data contains no label.")
+    if isinstance(feature, ClassLabel):
+        _check_several(set(present) - {-1}, column, feature.int2str)
+        return Labels(column, list(feature.names), {number: number for number in range(feature.num_classes)})
+    _check_one_kind(rows, values, column)
     if any(isinstance(value, float) for value in present):
         return Labels(column, None)
     classes = sorted(set(present))
@@ -277,15 +309,55 @@ def find_labels(rows: Dataset, column: str) -> Labels:
                 f"The column {column!r} of the training data contains the label {smallest}; classes are 0, 1, 2 ... "
                 "Rows marked -1 are unlabelled: choose another split or drop them."
             )
+        _check_several(classes, column)
         if largest >= max(2 * len(classes), 2):
             raise ValueError(
                 f"The labels in {column!r} go up to {largest}, but only {len(classes)} different labels occur; number "
                 "the classes 0, 1, 2 ..., or use names, or decimal numbers for regression."
             )
         classes = list(range(largest + 1))
-    if len(classes) < 2:
-        raise ValueError(f"All training rows have the label {classes[0]!r} in {column!r}: there is nothing to learn.")
+    _check_several(classes, column)
     return Labels(column, [str(name) for name in classes], {name: number for number, name in enumerate(classes)})
+
+
+def _check_several(classes: Collection[Any], column: str, name_of: Callable[[Any], Any] = lambda value: value) -> None:
+    if len(classes) == 1:
+        only = name_of(next(iter(classes)))
+        raise ValueError(f"All training rows have the label {only!r} in {column!r}: there is nothing to learn.")
+
+
+def _kind(value: Any) -> str:
+    for kind, types in (("true or false", bool), ("a number", (int, float)), ("text", str)):
+        if isinstance(value, types):  # type: ignore[arg-type]
+            return kind
+    return f"a {type(value).__name__}"
+
+
+def _is_decimal(text: str) -> bool:
+    return re.fullmatch(r"\s*[-+]?\d*\.\d+\s*", text) is not None
+
+
+def _check_one_kind(rows: Dataset, values: Sequence[Any], column: str) -> None:
+    """Rejects labels of several types, lists, and decimal numbers among words, as "0.5" and "nan" in a .csv file."""
+    first: dict[str, int] = {}
+    for number, value in enumerate(values):
+        if value is None:
+            continue
+        kind = _kind(value)
+        if kind not in ("true or false", "a number", "text"):
+            place = place_of(rows, number, "training data")
+            raise ValueError(
+                f"{place} has {kind} in the column {column!r}: {shortened(value)}. A label is a number, a name or true or false."
+            )
+        if kind == "text" and _is_decimal(value):
+            kind = "a decimal number"
+        first.setdefault(kind, number)
+    if len(first) > 1:
+        found = "; ".join(
+            f"{place_of(rows, number, 'training data')} has {kind}: {shortened(values[number])}"
+            for kind, number in sorted(first.items(), key=lambda item: item[1])
+        )
+        raise ValueError(f"The labels in {column!r} are of several kinds. {found}.")
 
 
 def labels_of_model(config: PreTrainedConfig, column: str) -> Labels:

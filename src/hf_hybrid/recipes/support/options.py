@@ -28,6 +28,12 @@ _FORMER_NAMES = {
     "adapter": ("model_name_or_path",),
 }
 
+# Options of recipes that are a length in tokens or a number of rows.
+_COUNT = re.compile(r".*_length|max_(\w+_)?(samples|documents|segments)|held_out_documents")
+
+ENCODING_HELP = "Encoding of local text files. Default: UTF-8, with or without a byte order mark."
+BAD_RECORD_HELP = "What to do with corrupt records of local files: `error`, or `skip` to leave them out and list them."
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the line breaks of the description, so that example commands can be copied, and shows default values."""
@@ -84,8 +90,24 @@ def fill_dataclasses(dataclass_types: Sequence[type], options: Mapping[str, Any]
                 raise ValueError(f"`{item.name}` is required: {item.metadata.get('help', 'it has no default.')}")
         if issubclass(kind, TrainingArguments):
             require("Training", "accelerate", extra="train")
-        filled.append(kind(**values))
+        instance = kind(**values)
+        if not issubclass(kind, TrainingArguments):
+            check_counts(instance)
+        filled.append(instance)
     return tuple(filled)
+
+
+def check_counts(options: Any) -> None:
+    """Rejects lengths and numbers of rows below 1, whatever dataclass they are in.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if _COUNT.fullmatch(item.name) and isinstance(value, int) and value < 1:
+            nothing = " (leave it out for no limit)" if item.default is None else ""
+            raise ValueError(f"`{item.name}` must be at least 1{nothing}; got {value}.")
 
 
 def _option_names(dataclass_types: Sequence[type]) -> set[str]:

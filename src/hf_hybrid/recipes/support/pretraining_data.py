@@ -15,11 +15,12 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
-from ...data.loading import load_text_source
+from ...data.loading import MissingSplitError, load_text_source
+from ...data.records import check_reading_options
 from ...data.token_corpus import tokenize_corpus
 from ...training.arguments import HybridTrainingArguments
 from ...training.run_folder import is_main_process
-from .options import source_names
+from .options import BAD_RECORD_HELP, ENCODING_HELP, source_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -58,11 +59,15 @@ class PretrainingDataArguments:
         default=False, metadata={"help": "Read and tokenize while training; needs `max_steps` or `max_minutes`."}
     )
 
+    encoding: str | None = field(default=None, metadata={"help": ENCODING_HELP})
+    on_bad_record: str = field(default="error", metadata={"help": BAD_RECORD_HELP})
+
     def __post_init__(self) -> None:
         self.data = source_names(self.data, "data") or []
         self.validation_data = source_names(self.validation_data, "validation_data")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must lie between 0 and 1; got {self.validation_fraction}.")
+        check_reading_options(self.encoding, self.on_bad_record)
 
 
 @dataclass
@@ -133,6 +138,8 @@ def _loader(arguments: PretrainingDataArguments, documents_of: DocumentsOf | Non
         text_column=arguments.text_column,
         config_name=arguments.dataset_config,
         documents_of=documents_of,
+        encoding=arguments.encoding,
+        on_bad_record=arguments.on_bad_record,
     )
 
 
@@ -160,9 +167,13 @@ def _validation_split(name: str, load: Callable[..., Any], **options: Any) -> An
         return None
     try:
         return load(name, "validation", **options)
-    except ValueError as error:
+    except MissingSplitError as error:
         logger.debug("no validation split: %s", error)
-        return None
+    except ValueError as error:
+        if Path(name).exists():  # a damaged file is no missing one
+            raise
+        logger.debug("no validation split: %s", error)
+    return None
 
 
 def _load_stream(
