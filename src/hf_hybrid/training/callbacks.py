@@ -1,12 +1,19 @@
-"""Trainer callbacks: a time limit, and the epoch number for data sets with new random choices in each epoch."""
+"""Trainer callbacks: a time limit, the end by a signal, and the epoch number for data sets with new random choices in each epoch."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 
 class TimeLimitCallback(TrainerCallback):
@@ -48,6 +55,98 @@ class TimeLimitCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
             control.should_log = True
+        return control
+
+
+class RunInterrupted(SystemExit):
+    """A signal ended the run.
+
+    The exit status is 128 plus the number of the signal, as shells report it.
+
+    Attributes:
+        signal: SIGTERM or SIGINT.
+        is_saved: whether it ended with a checkpoint of its last step.
+    """
+
+    def __init__(self, number: int, *, is_saved: bool) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+        self.is_saved = is_saved
+
+
+class InterruptCallback(TrainerCallback):
+    """Ends a run cleanly on SIGTERM and Ctrl-C: the step is finished, a checkpoint is written, and `RunInterrupted` is raised.
+
+    All processes of a distributed run stop at the same step, whichever got the signal. A second signal ends at once, as does one that
+    arrives before or after training.
+    """
+
+    _ECHO_SECONDS = 3.0  # a launcher passes on what the terminal has already sent
+
+    def __init__(self) -> None:
+        self.is_training = False
+        self._number = 0  # of the signal
+        self._agreed = 0  # the same in every process
+        self._time = 0.0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals in this block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._number and time.monotonic() - self._time < self._ECHO_SECONDS:
+            return
+        if self._number or not self.is_training:
+            raise RunInterrupted(number, is_saved=False)
+        self._number, self._time = number, time.monotonic()
+        name = signal.Signals(number).name
+        # Not by logging, which may be in the middle of a message.
+        os.write(2, f"\n{name}: stopping after this step, with a checkpoint; again to stop at once.\n".encode())
+
+    def _agree(self, args: TrainingArguments) -> int:
+        if not self._agreed:
+            self._agreed = self._number
+            if dist.is_available() and dist.is_initialized():
+                shared = torch.tensor(self._number, device=args.device)
+                dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+                self._agreed = int(shared.item())
+        return self._agreed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        self.is_training = True
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        self.is_training = False
+        return control
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        if self._agree(args):
+            control.should_save = True
+            if args.save_strategy == SaveStrategy.BEST:  # an evaluation would decide whether to save
+                control.should_evaluate = False
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        if self._agree(args):
+            raise RunInterrupted(self._agreed, is_saved=True)
         return control
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from transformers import set_seed
 
 from ...model_card import check_model_name
+from ...training.callbacks import RunInterrupted
 from ...training.run_folder import RunFolder, is_main_process
 from .options import parse_arguments, require, resolved_arguments
-from .runs import Job, finish_together, set_up_logging, train_and_record
+from .runs import Job, finish_together, how_to_continue, set_up_logging, train_and_record
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ class Recipe:
         Raises:
             ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
             FileExistsError: the output folder is not empty.
+            BlockingIOError: another run uses the output folder.
+            CheckpointWriteError: a checkpoint or the final model could not be written.
+            RunInterrupted: SIGTERM or Ctrl-C ended the run (a `SystemExit`).
             ImportError: a package that training needs is missing.
         """
         groups = parse_arguments(self.arguments, args, self.description)
@@ -63,8 +67,13 @@ class Recipe:
         folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
         set_seed(training_args.seed)
         job = self.build(*groups)
-        with folder.recording(resolved_arguments(*groups)):
-            return train_and_record(job, folder)
+        try:
+            with folder.recording(resolved_arguments(*groups)):
+                return train_and_record(job, folder)
+        except RunInterrupted as error:
+            if is_main_process():
+                logger.warning(how_to_continue(error, folder, is_command=args is None))
+            raise
 
     def evaluate(self, args: Sequence[str] | Mapping[str, Any], description: str | None = None) -> dict[str, Any]:
         """Evaluates a checkpoint with the data options and the metrics of the recipe.

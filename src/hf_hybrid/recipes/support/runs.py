@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ...hub import CARD_FILE, write_model_card
 from ...training.adapters import base_model, check_resumable
+from ...training.callbacks import InterruptCallback, RunInterrupted
+from ...training.checkpoints import list_checkpoints, reporting_write_errors
 from ...training.codebooks import CodebookCallback, has_codebooks
 from ...training.run_folder import (
     CODEBOOK_FILE,
@@ -89,7 +93,26 @@ class Job:
 
 
 def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
-    """Trains, evaluates and saves; writes metrics, pictures and the model card to the folder. Returns the metrics."""
+    """Trains, evaluates and saves; writes metrics, pictures and the model card to the folder. Returns the metrics.
+
+    Raises:
+        RunInterrupted: SIGTERM or Ctrl-C; where it met the training there is a checkpoint of the last step.
+        CheckpointWriteError: a checkpoint or the final model could not be written.
+    """
+    trainer = job.trainer
+    interrupt = InterruptCallback()
+    trainer.add_callback(interrupt)
+    try:
+        with interrupt.listening():
+            return _train_and_record(job, folder)
+    except RunInterrupted:
+        if interrupt.is_training:  # what logs elsewhere closes its files
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        _close_group_at_exit()
+        raise
+
+
+def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     trainer = job.trainer
     set_longest_input(trainer.processing_class, job.model.config)
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
@@ -97,7 +120,8 @@ def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         check_resumable(trainer.model, folder.resume_checkpoint)
     start = -1 if resume is None else _step_of(resume)  # read now, because the run may delete the checkpoint
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    with reporting_write_errors(folder.path, "The final model"):
+        trainer.save_model()
     was_trained = trainer.state.global_step > start
     metrics = {
         **{key: value for key, value in result.metrics.items() if key != "total_flos" and was_trained},
@@ -126,6 +150,29 @@ def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
+def how_to_continue(error: RunInterrupted, folder: RunFolder, *, is_command: bool) -> str:
+    """What to tell the user whose run a signal ended.
+
+    Args:
+        error: raised by `train_and_record`.
+        folder: of the run.
+        is_command: whether the words of this process are the command of the run.
+    """
+    newest = next(iter(list_checkpoints(folder.path)), None)
+    if newest is None:
+        return f"Stopped by {error.signal.name}; {folder.path} holds no checkpoint."
+    saved = f"{newest} is complete" if error.is_saved else f"the newest checkpoint is {newest}"
+    if not is_command:
+        return f'Stopped by {error.signal.name}; {saved}. To continue: resume_from_checkpoint="last" with the same options.'
+    words = [word for word in sys.orig_argv[1:] if not word.startswith("--resume_from_checkpoint=")]
+    while "--resume_from_checkpoint" in words:
+        place = words.index("--resume_from_checkpoint")
+        del words[place : place + 2]
+    command = shlex.join([Path(sys.executable).name, *words, "--resume_from_checkpoint", "last"])
+    launched = " (with the launcher of this run)" if dist.is_available() and dist.is_initialized() else ""
+    return f"Stopped by {error.signal.name}; {saved}. To continue{launched}: {command}"
+
+
 def _step_of(checkpoint: str) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
@@ -137,6 +184,10 @@ def finish_together(trainer: Trainer) -> None:
     the others. Further recipes in the same process may need the group, so it stays open until then.
     """
     trainer.accelerator.wait_for_everyone()
+    _close_group_at_exit()
+
+
+def _close_group_at_exit() -> None:
     if dist.is_available() and dist.is_initialized():
         atexit.unregister(_close_process_group)
         atexit.register(_close_process_group)

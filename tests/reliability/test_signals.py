@@ -1,0 +1,210 @@
+"""Runs that are stopped, killed and restarted end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_hybrid.recipes import pretrain_clm
+from hf_hybrid.training.callbacks import RunInterrupted
+from hf_hybrid.training.run_folder import check_checkpoint
+from hf_hybrid.training.trainer import HybridTrainer
+
+SCRIPT = Path(__file__).with_name("disturbed_run.py")
+
+
+def words_of(options: dict) -> list[str]:
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def start(options: dict, *launcher: str, recipe: str = "pretrain_clm", **disturbance) -> subprocess.CompletedProcess:
+    """Run a recipe in a process of its own, disturbed at a place."""
+    given = json.dumps({"recipe": recipe, **disturbance})
+    command = [sys.executable, *launcher, str(SCRIPT), given, *words_of(options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    left, right = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_killed_three_times(toy, tmp_path):
+    """During a step, while saving and while evaluating."""
+    options = {**toy, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "save_total_limit": 1}
+    pretrain_clm.main({**options, "output_dir": str(tmp_path / "straight")})
+    queued = {**options, "output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "auto"}
+    for place, call, left in (("saving", 1, []), ("evaluating", 2, ["checkpoint-2"]), ("step", 4, ["checkpoint-4"])):
+        done = start(queued, place=place, call=call)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        found = sorted((tmp_path / "run").glob("checkpoint-*"))
+        assert [path.name for path in found] == left
+        for checkpoint in found:
+            check_checkpoint(checkpoint, resumable=True)
+    metrics = pretrain_clm.main(queued)
+    assert same_weights(tmp_path / "run", tmp_path / "straight")
+    expected = json.loads((tmp_path / "straight" / "metrics.json").read_text())
+    assert (metrics["eval_loss"], metrics["steps"]) == (expected["eval_loss"], 6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_leaves_a_checkpoint_and_the_command_to_continue(toy, finished, tmp_path, monkeypatch, number):
+    options = {**toy, "output_dir": str(tmp_path / "run")}
+    if number == signal.SIGTERM:
+        done = start(options, place="step", call=3, signal=number)
+        assert done.returncode == 128 + number and "Traceback" not in done.stderr
+        command = re.search(r"To continue: (python.* --resume_from_checkpoint last)$", done.stderr, re.MULTILINE)
+        assert command is not None and shlex.split(command[1])[-4:-2] == ["--output_dir", str(tmp_path / "run")]
+    else:
+        called, step = [], HybridTrainer.training_step
+
+        def stopped(self, *args, **kwargs):
+            called.append(1)
+            if len(called) == 3:
+                os.kill(os.getpid(), number)
+            return step(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HybridTrainer, "training_step", stopped)
+            with pytest.raises(RunInterrupted) as caught:
+                pretrain_clm.main(options)
+        assert caught.value.code == 128 + number and caught.value.is_saved
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    check_checkpoint(tmp_path / "run" / "checkpoint-3", resumable=True)
+    assert not (tmp_path / "run" / "model.safetensors").exists()  # it does not pass for a finished run
+    pretrain_clm.main({**options, "resume_from_checkpoint": "last"})
+    assert same_weights(tmp_path / "run", finished)
+
+
+def test_a_signal_while_saving_ends_after_that_checkpoint(toy, finished, tmp_path):
+    options = {**toy, "output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "auto"}
+    done = start(options, place="saving", signal=signal.SIGTERM)
+    assert done.returncode == 128 + signal.SIGTERM and "checkpoint-2 is complete" in done.stderr
+    pretrain_clm.main(options)
+    assert same_weights(tmp_path / "run", finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_launcher_restarts_what_was_killed(toy, tmp_path, number):
+    """One of two processes is killed at a random step; a signal to one of them stops both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--max-restarts=3")
+    options = {**toy, "max_steps": 6, "per_device_train_batch_size": 1, "resume_from_checkpoint": "auto"}
+    straight = start({**options, "output_dir": tmp_path / "straight"}, *launcher, place="step", rank=9)
+    assert straight.returncode == 0, straight.stderr
+    began = time.monotonic()
+    disturbance = {"place": "step", "call": random.Random(5).randint(3, 6), "rank": 1, "once": str(tmp_path / "mark")}
+    done = start({**options, "output_dir": tmp_path / "run"}, *launcher, **disturbance, signal=number)
+    assert done.returncode == 0, done.stderr
+    if number == signal.SIGKILL:  # torchrun names the process; by SIGTERM both end, and it names one of them
+        assert "local_rank: 1" in done.stderr
+    assert time.monotonic() - began < 120
+    assert same_weights(tmp_path / "run", tmp_path / "straight")
+
+
+KILLS = [
+    ("pretrain_clm", "rotating", 2),
+    ("pretrain_clm", "publishing", 3),
+    ("pretrain_clm", "step", 5),
+    ("pretrain_clm", "saving", 2),
+    ("pretrain_mlm", "step", 4),
+    ("pretrain_mlm", "saving", 1),
+    ("pretrain_mlm", "evaluating", 2),
+    ("pretrain_span_corruption", "rotating", 1),
+    ("pretrain_span_corruption", "saving", 3),
+    ("pretrain_span_corruption", "predicting", 2),
+    ("finetune_glue", "step", 3),
+    ("finetune_glue", "saving", 2),
+    ("finetune_glue", "predicting", 3),
+    ("finetune_summarization", "generating", 1),
+    ("finetune_summarization", "generating", 3),
+    ("finetune_summarization", "publishing", 2),
+    ("finetune_summarization", "step", 5),
+    ("train_synthetic", "step", 6),
+    ("train_synthetic", "saving", 1),
+    ("train_synthetic", "evaluating", 3),
+]
+
+
+def options_of(recipe: str, toy: dict, folder: Path) -> dict:
+    """A run of six steps of a recipe, with three evaluations and checkpoints."""
+    common = {name: toy[name] for name in ("use_cpu", "disable_tqdm", "per_device_train_batch_size", "report_to")}
+    common |= {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "save_strategy": "steps"}
+    common |= {"save_total_limit": 1}
+    small = "hidden_size=16,num_hidden_layers=1"
+    if recipe == "train_synthetic":
+        return {**common, "task": "recall", "arch": "bst", "config_overrides": toy["config_overrides"]}
+    if recipe.startswith("pretrain"):
+        text = {name: toy[name] for name in ("data", "tokenizer", "validation_fraction")}
+        if recipe == "pretrain_clm":
+            return {**common, **text, "arch": "bst", "config_overrides": toy["config_overrides"], "segment_length": 16}
+        if recipe == "pretrain_mlm":
+            overrides = f"{small},intermediate_size=16,shared_representation_size=8,nffn_hidden_size=16"
+            return {**common, **text, "arch": "mega", "config_overrides": overrides, "block_length": 32}
+        return {**common, **text, "config_overrides": _SPADE, "input_length": 64}
+    rows = folder / "rows.jsonl"
+    texts = sorted(Path(toy["data"]).iterdir())
+    rows.write_text(
+        "".join(
+            json.dumps({"text": path.read_text()[100 * n : 100 * n + 80], "summary": "a word", "label": n % 2}) + "\n"
+            for path in texts
+            for n in range(4)
+        )
+    )
+    model = folder / "model"
+    if not model.exists():
+        options = {**options_of("pretrain_span_corruption", toy, folder), "max_steps": 1, "output_dir": str(model)}
+        done = start(options, recipe="pretrain_span_corruption", place="step", call=99)
+        assert done.returncode == 0, done.stderr
+    found = {**common, "data": rows, "model_name_or_path": model, "validation_fraction": 0.25, "max_source_length": 32}
+    return found if recipe == "finetune_summarization" else {**found, "max_length": found.pop("max_source_length")}
+
+
+_SPADE = (
+    "hidden_size=16,head_dim=8,intermediate_size=32,num_attention_heads=2,num_hidden_layers=1,decoder_layers=1,window_size=9,"
+    "ssm_state_size=4,max_target_positions=256"
+)
+
+
+@pytest.fixture(scope="module")
+def straight_runs() -> dict[str, tuple[dict, Path]]:
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "place", "call"), KILLS)
+def test_a_killed_run_ends_as_the_uninterrupted_one(
+    toy, straight_runs, tmp_path, tmp_path_factory, recipe, place, call
+):
+    if recipe not in straight_runs:
+        folder = tmp_path_factory.mktemp(recipe)
+        options = options_of(recipe, toy, folder)
+        done = start({**options, "output_dir": folder / "run"}, recipe=recipe, place="step", call=99)
+        assert done.returncode == 0, done.stderr
+        straight_runs[recipe] = options, folder / "run"
+    options, straight = straight_runs[recipe]
+    queued = {**options, "output_dir": tmp_path / "run", "resume_from_checkpoint": "auto"}
+    done = start(queued, recipe=recipe, place=place, call=call)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = start(queued, recipe=recipe, place="step", call=99)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path / "run", straight)
+    kept = ("eval_loss", "steps", "input_tokens_seen", "num_parameters")
+    first, second = (json.loads((path / "metrics.json").read_text()) for path in (straight, tmp_path / "run"))
+    assert {name: first[name] for name in kept} == {name: second[name] for name in kept}
