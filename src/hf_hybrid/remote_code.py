@@ -15,8 +15,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ MANIFEST_FILE = "SHA256SUMS"  # in the format of the command `sha256sum`
 _FROM = re.compile(r"^(\s*from\s+)([.\w]+)(\s+import\b)")
 _MANIFEST_LINE = re.compile(r"^([0-9a-f]{64}) [ *](\S.*)$")
 _NOT_LISTED = {MANIFEST_FILE, ".gitattributes"}
-_NOT_SEARCHED = {".git", ".cache"}  # folders that git and huggingface_hub keep in a copy of a repository
+_BOOKKEEPING = {".git", ".cache"}  # folders that git and huggingface_hub keep in a copy of a repository
+_LOADABLE = set(".py .pyc .pyd .so .safetensors .bin .pt .pth .ckpt .pkl .pickle .gguf .jinja".split())
 
 
 # -------------------------------------------------------------------------------------------------------- flattening
@@ -327,11 +329,22 @@ def file_digest(path: Path) -> str:
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Names of all files of an export, relative to its folder, without those that a manifest never lists."""
+    """Names of all files of an export, relative to its folder, without those that a manifest never lists.
+
+    A link to a folder counts as a file: loaders follow it. What git and huggingface_hub keep in a copy of a repository is left out,
+    unless it could be loaded.
+    """
     names = []
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in _NOT_SEARCHED)
-        names += [(Path(parent) / name).relative_to(folder).as_posix() for name in files]
+        place = Path(parent).relative_to(folder)
+        kept_by_tools = bool(place.parts) and place.parts[0] in _BOOKKEEPING
+        links = [name for name in folders if (folder / place / name).is_symlink()]
+        folders[:] = sorted(set(folders) - set(links))
+        names += [
+            (place / name).as_posix()
+            for name in (*files, *links)
+            if not kept_by_tools or name in links or Path(name).suffix in _LOADABLE
+        ]
     return sorted(set(names) - _NOT_LISTED)
 
 
@@ -373,7 +386,9 @@ def verify_export(folder: str | os.PathLike, digest: str | None = None) -> str:
     present = set(_files_of(folder))
     problems = [f"{name} was added" for name in sorted(present - expected.keys())]
     for name, sha256 in sorted(expected.items()):
-        if name not in present:
+        if name in present and not (folder / name).is_file():
+            problems.append(f"{name} is a link to a folder, or to nothing")
+        elif name not in present:
             problems.append(f"{name} is missing")
         elif file_digest(folder / name) != sha256:
             if name == CARD_FILE:
@@ -389,3 +404,35 @@ def verify_export(folder: str | os.PathLike, digest: str | None = None) -> str:
             f"changed it yourself, delete {MANIFEST_FILE} or export the model again."
         )
     return found
+
+
+def check_export(name_or_path: str | os.PathLike) -> None:
+    """Refuses an export that was changed, before any of its files is read and any of its code runs.
+
+    To be called before every load that may run code from a folder. It does not protect from whoever can write the manifest too: that
+    needs the digest (`verify_export`). Names on the Hub are not checked.
+
+    Args:
+        name_or_path: a folder; anything else, and a folder without a manifest, passes.
+
+    Raises:
+        ValueError: the folder has a manifest and differs from it.
+    """
+    folder = Path(name_or_path)
+    if os.path.lexists(folder / MANIFEST_FILE):
+        _verify_once(folder, tuple(_stamps(folder)))
+
+
+def _stamps(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """What changes with every change of a file or link. Times of modification can be set back, those of the change cannot."""
+    for parent, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files)):
+            path = os.path.join(parent, name)
+            for status in (os.lstat(path), os.stat(path) if os.path.exists(path) else None):
+                if status is not None:
+                    yield path, status.st_ctime_ns, status.st_size
+
+
+@lru_cache(maxsize=16)
+def _verify_once(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> None:
+    verify_export(folder)

@@ -27,7 +27,7 @@ from transformers import AutoConfig
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
 
 from ..data.blimp import GROUP, read_minimal_pairs, write_blimp_tasks
-from .support.models import check_export
+from ..remote_code import check_export
 from .support.options import HelpFormatter
 
 # The harness needs a maximum number of tokens; no text is longer than this.
@@ -74,17 +74,18 @@ def with_backend(words: Sequence[str]) -> list[str]:
     Raises:
         ValueError: `--batch_size auto` for a model without a maximum length, which it would try.
     """
-    words = list(words)
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--model_args=") else [word])]
     if "--model_args" not in words:
         return words
     place = words.index("--model_args") + 1
     end = next((i for i in range(place, len(words)) if words[i].startswith("--")), len(words))
     given = " ".join(words[place:end])
+    for source in re.findall(r"(?:pretrained|tokenizer|peft)=([^,\s]+)", given):
+        check_export(source)
     found = re.search(r"pretrained=([^,\s]+)", given)
     if found is None:
         return words
     trust = re.search(r"trust_remote_code=(True|true|1)", given) is not None
-    check_export(found.group(1))
     config = AutoConfig.from_pretrained(found.group(1), trust_remote_code=trust)
     if config.is_encoder_decoder and "backend=" not in given:
         words[end - 1] += ",backend=seq2seq"

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..auto import find_architecture
+from ..remote_code import check_export
 from .run_folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_checkpoint
 
 if TYPE_CHECKING:
@@ -359,8 +360,11 @@ def load_adapted_model(auto_class: Any, name_or_path: str | os.PathLike, **kwarg
     folder = adapter_folder(name_or_path)
     if folder is None:
         raise ValueError(f"{str(name_or_path)!r} is not an adapter: it has no {ADAPTER_CONFIG_FILE}.")
+    check_export(folder)
     check_checkpoint(folder)
-    name, config, below = base_name(folder), adapted_config(folder), config_below(folder)
+    name = base_name(folder)
+    check_export(name)
+    config, below = adapted_config(folder), config_below(folder)
     if os.path.isdir(name):
         check_checkpoint(name)
     if below.model_type != config.model_type:

@@ -24,9 +24,10 @@ from transformers import (
 from ... import metrics
 from ...data.loading import MissingSplitError, load_table
 from ...data.records import check_reading_options, origin_of, place_of, remember_origin, shortened
+from ...remote_code import check_export
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
-from .models import check_decoder_table, check_export, check_positions, load_model
+from .models import check_decoder_table, check_positions, load_model
 from .options import BAD_RECORD_HELP, ENCODING_HELP, source_names
 from .reports import RunReport
 from .runs import Job

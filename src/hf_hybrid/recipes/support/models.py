@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ...auto import ARCHITECTURES
 from ...configuration.lengths import check_source_length, check_target_length, room_for
-from ...hub import MANIFEST_FILE, verify_export
+from ...remote_code import check_export
 from ...tokenization.special_tokens import padded_vocab_size
 from ...training.adapters import adapted_config, adapter_folder, add_lora, load_adapted_model, state_modules
 from ...training.arguments import FinetuningArguments
@@ -94,23 +93,6 @@ def parse_overrides(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             overrides[name] = value
     return overrides
-
-
-def check_export(name_or_path: str) -> None:
-    """Rejects an export that was changed, before any of its files is loaded or any of its code runs.
-
-    Raises:
-        ValueError: the folder has a manifest and differs from it.
-    """
-    folder = Path(name_or_path)
-    if (folder / MANIFEST_FILE).is_file():
-        stamps = ((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir())
-        _verify(folder, tuple(sorted(stamps)))
-
-
-@lru_cache(maxsize=16)
-def _verify(folder: Path, stamps: tuple) -> None:
-    verify_export(folder)
 
 
 def load_tokenizer(name_or_path: str | None, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -253,8 +235,8 @@ def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedM
         ValueError: the checkpoint cannot be loaded, or is an export that was changed.
     """
     if Path(name_or_path).is_dir():
-        check_checkpoint(name_or_path)
         check_export(name_or_path)
+        check_checkpoint(name_or_path)
     adapter = adapter_folder(name_or_path)
     try:
         if adapter is not None:
