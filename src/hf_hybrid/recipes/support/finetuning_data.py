@@ -297,7 +297,9 @@ def find_labels(rows: Dataset, column: str) -> Labels:
     if not present:
         raise ValueError(f"The column {column!r} of the training data contains no label.")
     if isinstance(feature, ClassLabel):
-        _check_several(set(present) - {-1}, column, feature.int2str)
+        known = set(range(feature.num_classes))
+        if set(present) <= known:  # others are named, with their line, when the labels are encoded
+            _check_several(set(present), column, feature.int2str)
         return Labels(column, list(feature.names), {number: number for number in range(feature.num_classes)})
     _check_one_kind(rows, values, column)
     if any(isinstance(value, float) for value in present):
