@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -99,16 +100,23 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, wh
     monkeypatch.setattr(owner, where, fails)
 
 
-@pytest.mark.parametrize("where", ["_save", "_save_rng_state", "_save_process_state", "publish_checkpoint"])
-def test_what_fails_while_saving_leaves_the_older_checkpoint(finished, toy, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("_save", errno.ENOSPC),
+        ("_save_rng_state", errno.EROFS),
+        ("_save_process_state", errno.EIO),
+        ("publish_checkpoint", errno.ENOSPC),
+    ],
+)
+def test_what_fails_while_saving_leaves_the_older_checkpoint(finished, toy, tmp_path, monkeypatch, where, number):
     """Also with `save_total_limit=1`: the older one goes when the newer one is complete."""
     run = tmp_path / "run"
     options = {**toy, "output_dir": str(run), "save_total_limit": 1}
     with monkeypatch.context() as patch:
-        fail_at(4, OSError(errno.ENOSPC, "No space left on device"), patch, where)
-        with pytest.raises(
-            CheckpointWriteError, match=r"step 4.*run.*No space left.*last good checkpoint is .*checkpoint-2"
-        ):
+        fail_at(4, OSError(number, os.strerror(number)), patch, where)
+        reason = f"step 4.*run.*{os.strerror(number)}.*last good checkpoint is .*checkpoint-2"
+        with pytest.raises(CheckpointWriteError, match=reason):
             pretrain_clm.main(options)
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2"]
     assert not (run / STAGING_FOLDER).exists()
