@@ -182,3 +182,20 @@ def test_rotation(tmp_path, limit, best, left):
     chosen = None if best is None else str(tmp_path / f"checkpoint-{best}")
     rotate_checkpoints(tmp_path, limit, tmp_path / "checkpoint-8", chosen)
     assert sorted(int(path.name[11:]) for path in tmp_path.iterdir()) == left
+
+
+def test_the_best_checkpoint_is_named_by_its_place(toy, tmp_path):
+    """Not by that where it was written before it was complete."""
+    run = tmp_path / "run"
+    options = {
+        **toy,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+    }
+    pretrain_clm.main({**options, "output_dir": str(run), "save_total_limit": 2})
+    state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best == run / f"checkpoint-{state['best_global_step']}" and best.is_dir()
+    assert same_weights(run, best)
