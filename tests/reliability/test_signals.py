@@ -149,7 +149,7 @@ def options_of(recipe: str, toy: dict, folder: Path) -> dict:
     common |= {"save_total_limit": 1}
     small = "hidden_size=16,num_hidden_layers=1"
     if recipe == "train_synthetic":
-        return {**common, "task": "recall", "arch": "bst", "config_overrides": toy["config_overrides"]}
+        return {**common, "task": "associative_recall", "arch": "bst", "config_overrides": toy["config_overrides"]}
     if recipe.startswith("pretrain"):
         text = {name: toy[name] for name in ("data", "tokenizer", "validation_fraction")}
         if recipe == "pretrain_clm":
@@ -172,8 +172,8 @@ def options_of(recipe: str, toy: dict, folder: Path) -> dict:
         options = {**options_of("pretrain_span_corruption", toy, folder), "max_steps": 1, "output_dir": str(model)}
         done = start(options, recipe="pretrain_span_corruption", place="step", call=99)
         assert done.returncode == 0, done.stderr
-    found = {**common, "data": rows, "model_name_or_path": model, "validation_fraction": 0.25, "max_source_length": 32}
-    return found if recipe == "finetune_summarization" else {**found, "max_length": found.pop("max_source_length")}
+    length = "max_source_length" if recipe == "finetune_summarization" else "max_length"
+    return {**common, "data": rows, "model_name_or_path": model, "validation_fraction": 0.25, length: 32}
 
 
 _SPADE = (
