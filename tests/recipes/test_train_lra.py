@@ -197,7 +197,7 @@ def test_pathfinder_is_generated(training):
         ({"task": "text"}, "`data` is required for the task 'text'"),
         ({"pixel_values": True}, "`pixel_values` is for the tasks image and pathfinder"),
         ({"arch": None}, "Pass either `arch`"),
-        ({"config_name": "spade"}, "Unknown option `config_name`"),
+        ({"config_name": "spade"}, "`config_name` is the former name of `arch`, which is given too"),
         ({"arch": "t5gemma2_encoder_of_nowhere"}, "cannot be loaded"),
         ({"arch": "mamba", "config_overrides": None}, "has no head for AutoModelForSequenceClassification.*spade"),
         ({"num_train": 0}, "`num_train` and `num_validation` must be positive"),

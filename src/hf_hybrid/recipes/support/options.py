@@ -75,7 +75,7 @@ def fill_dataclasses(dataclass_types: Sequence[type], options: Mapping[str, Any]
         ImportError: a package that training needs is missing.
     """
     known = _option_names(dataclass_types)
-    options = {_current_name(str(name), known): value for name, value in options.items()}
+    options = _with_current_names(options, known)
     for name in options:
         if name not in known:
             raise ValueError(f"Unknown option `{name}`{_did_you_mean(str(name), known)} `--help` lists all options.")
@@ -112,6 +112,23 @@ def check_counts(options: Any) -> None:
 
 def _option_names(dataclass_types: Sequence[type]) -> set[str]:
     return {item.name for kind in dataclass_types for item in fields(kind) if item.init}
+
+
+def _with_current_names(options: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """The options by their current names.
+
+    Raises:
+        ValueError: an option is given twice, by both of its names.
+    """
+    current: dict[str, Any] = {}
+    for name, value in options.items():
+        successor = _current_name(str(name), known)
+        if successor in current or (successor != name and successor in options):
+            raise ValueError(
+                f"`{name}` is the former name of `{successor}`, which is given too: pass `{successor}` alone."
+            )
+        current[successor] = value
+    return current
 
 
 def _current_name(name: str, known: set[str]) -> str:
