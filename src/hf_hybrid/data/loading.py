@@ -72,7 +72,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     """Data files of one split of a folder, in the order of their names."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path) in _BUILDERS)
     if not files:
-        raise ValueError(
+        raise MissingSplitError(
             f"The folder {folder} contains no data files; accepted are {', '.join(_BUILDERS)} (also with .gz)."
         )
 

@@ -94,7 +94,7 @@ class MegaEmbeddings(nn.Module):
         if hasattr(self, "token_type_embeddings"):
             if token_type_ids is None:
                 token_type_ids = torch.zeros((), dtype=torch.long, device=inputs_embeds.device)
-            inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids)
+            inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids).to(inputs_embeds.device)
         return inputs_embeds
 
 

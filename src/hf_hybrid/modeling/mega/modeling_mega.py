@@ -217,7 +217,9 @@ class MegaModel(MegaPreTrainedModel):
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
         hidden_states = self.embedding_dropout(hidden_states)
-        return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask, 0)
+        return (
+            hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
+        )
 
     @separates_documents
     @capture_outputs
@@ -293,7 +295,7 @@ class MegaModel(MegaPreTrainedModel):
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
         if token_mask is not None:
-            hidden_states = hidden_states.masked_fill(~token_mask, 0)
+            hidden_states = hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
         pooled = None
         if self.pooler is not None:
             pooled = self.pooler(hidden_states, None if mask is None else mask[:, past:])

@@ -136,7 +136,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
         hidden_states = self.embedding_dropout(hidden_states)
-        return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask, 0)
+        return (
+            hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
+        )
 
     def _rotary(self, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         if self.config.position_bias != "rotary":
