@@ -136,7 +136,7 @@ def test_nothing_else_knows_an_architecture_by_name() -> None:
 def test_taken_names_are_refused() -> None:
     before = list(ARCHITECTURES)
     other = {"title": "Other", "package": "other", "config": "c:C", "modeling": "m"}
-    with pytest.raises(ValueError, match="`model_type` 'mega' belongs to hf_hybrid already"):
+    with pytest.raises(ValueError, match="`model_type` 'mega' already belongs to hf_hybrid"):
         register_architecture(Architecture(model_type="mega", heads={"AutoModel": "OtherModel"}, **other))
     with pytest.raises(ValueError, match="`heads` of 'other' name classes of other architectures: MegaModel"):
         register_architecture(Architecture(model_type="other", heads={"AutoModel": "MegaModel"}, **other))

@@ -184,7 +184,7 @@ def test_two_million_input_tokens_per_second():
 
 
 def test_too_few_sentinels_says_how_many_and_how():
-    message = "114 hidden spans .* only 100.*`num_sentinels` >= 114"
+    message = "114 masked spans .* only 100.*`num_sentinels` >= 114"
     with pytest.raises(ValueError, match=message):
         SpanCorruptionDataset(random_tokens(5000), input_length=2048, sentinel_ids=SENTINELS[:100], eos_token_id=EOS)
     with pytest.raises(ValueError, match=message):

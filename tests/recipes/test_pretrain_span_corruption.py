@@ -127,7 +127,7 @@ def test_a_separate_validation_file(pretraining, tmp_path, corpus):
     [
         ({"tokenizer": None}, ValueError, "`tokenizer` is required"),
         ({"tokenizer": "/nowhere/tokenizer"}, ValueError, "cannot be loaded"),
-        ({"input_length": 1024}, ValueError, "57 hidden spans.*only 32"),
+        ({"input_length": 1024}, ValueError, "57 masked spans.*only 32"),
         ({"input_length": 400, "mean_span_length": 20.0}, ValueError, "max_target_positions"),
         ({"data": ["/nowhere.txt"]}, ValueError, "No such file"),
         ({"config_overrides": "d_modle=4"}, ValueError, "d_modle"),

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_hybrid.recipes import pretrain_clm
-from hf_hybrid.training.callbacks import RunInterrupted
+from hf_hybrid.training.callbacks import InterruptCallback, RunInterrupted
 from hf_hybrid.training.run_folder import check_checkpoint
 from hf_hybrid.training.trainer import HybridTrainer
 
@@ -69,6 +69,7 @@ def test_a_stopped_run_leaves_a_checkpoint_and_the_command_to_continue(toy, fini
         command = re.search(r"To continue: (python.* --resume_from_checkpoint last)$", done.stderr, re.MULTILINE)
         assert command is not None and shlex.split(command[1])[-4:-2] == ["--output_dir", str(tmp_path / "run")]
     else:
+        before = signal.signal(number, signal.default_int_handler)  # a background shell has it ignored
         called, step = [], HybridTrainer.training_step
 
         def stopped(self, *args, **kwargs):
@@ -82,7 +83,8 @@ def test_a_stopped_run_leaves_a_checkpoint_and_the_command_to_continue(toy, fini
             with pytest.raises(RunInterrupted) as caught:
                 pretrain_clm.main(options)
         assert caught.value.code == 128 + number and caught.value.is_saved
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.signal(number, before)
     check_checkpoint(tmp_path / "run" / "checkpoint-3", resumable=True)
     assert not (tmp_path / "run" / "model.safetensors").exists()  # it does not pass for a finished run
     pretrain_clm.main({**options, "resume_from_checkpoint": "last"})
@@ -208,3 +210,15 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(
     kept = ("eval_loss", "steps", "input_tokens_seen", "num_parameters")
     first, second = (json.loads((path / "metrics.json").read_text()) for path in (straight, tmp_path / "run"))
     assert {name: first[name] for name in kept} == {name: second[name] for name in kept}
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """A run in the background, by `nohup`, is not stopped by a Ctrl-C that is meant for others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with InterruptCallback().listening():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != before
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
