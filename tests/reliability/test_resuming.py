@@ -65,11 +65,11 @@ def test_two_runs_never_share_a_folder(toy, finished, tmp_path):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    """Neither does a worker that it forked and that lives on."""
+    """Neither does a worker that it forked and that lives on. The worker reports its start: the lock is given up at the end of its fork."""
     code = (
         "import os, sys, time, pathlib\nfrom hf_hybrid.training.folder_lock import FolderLock\n"
         "lock = FolderLock(pathlib.Path(sys.argv[1]))\n"
-        "child = os.fork()\nif child == 0:\n    time.sleep(60)\n    os._exit(0)\nprint(child, flush=True)\ntime.sleep(60)\n"
+        "if os.fork() == 0:\n    print(os.getpid(), flush=True)\n    time.sleep(60)\n    os._exit(0)\ntime.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     child = int(holder.stdout.readline())
