@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+from transformers.configuration_utils import PreTrainedConfig
 
 from .inputs import can_read_values
 from .packed_documents import starts_of_documents
@@ -20,6 +21,29 @@ def check_class_labels(labels: torch.Tensor, num_classes: int) -> None:
             f"`labels` contain {wrong}; accepted are 0 to {num_classes - 1}, and -100 for positions to ignore. A classifier "
             "takes its number of classes from `num_labels`."
         )
+
+
+def decoder_inputs_from_labels(labels: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """The inputs from which a decoder predicts its labels: they shifted right, behind the start token.
+
+    Args:
+        labels: (B, T) target ids; -100 becomes padding.
+        config: with `decoder_start_token_id` and `pad_token_id`.
+
+    Returns:
+        (B, T).
+
+    Raises:
+        ValueError: the configuration lacks one of the two ids.
+    """
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if start is None or pad is None:
+        raise ValueError(
+            "`labels` need `decoder_start_token_id` and `pad_token_id` in the configuration to build decoder inputs; got "
+            f"{start} and {pad}."
+        )
+    shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad)
 
 
 def shift_labels(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

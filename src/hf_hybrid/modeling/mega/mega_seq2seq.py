@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from ...configuration.configuration_mega import MegaConfig
 from ..generation import StateGenerationMixin
 from ..inputs import check_inputs
-from ..losses import token_cross_entropy
+from ..losses import decoder_inputs_from_labels, token_cross_entropy
 from .modeling_mega import MegaModel, MegaPreTrainedModel
 
 _EMBEDDING = "embedding_layer.word_embeddings.weight"
@@ -83,14 +83,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (B, T) shifted right, with `decoder_start_token_id` in front; -100 becomes padding."""
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                "`labels` need `decoder_start_token_id` and `pad_token_id` in the configuration to build decoder inputs; got "
-                f"{start} and {pad}."
-            )
-        shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == -100, pad)
+        return decoder_inputs_from_labels(labels, self.config)
 
     @can_return_tuple
     def forward(

@@ -20,7 +20,7 @@ from ..heads import (
     GenericForTokenClassification,
     GenericHead,
 )
-from ..losses import token_cross_entropy
+from ..losses import decoder_inputs_from_labels, token_cross_entropy
 from .modeling_spade import SpadeEncoderModel, SpadeModel, SpadePreTrainedModel
 from .spade_layers import SpadeClassificationHead
 
@@ -45,14 +45,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (B, T) shifted right, with `decoder_start_token_id` in front; -100 becomes padding."""
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                "`labels` need `decoder_start_token_id` and `pad_token_id` in the configuration to build decoder inputs; got "
-                f"{start} and {pad}."
-            )
-        shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == -100, pad)
+        return decoder_inputs_from_labels(labels, self.config)
 
     def create_masks_for_generate(
         self, *, attention_mask: torch.Tensor | None, **kwargs: object
