@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from hf_hybrid.auto import ARCHITECTURES, PIPELINES, Architecture
 from hf_hybrid.public_names import write_stub
+from hf_hybrid.recipes import list_recipes
+from hf_hybrid.recipes.support.help_text import TRAINER_GROUP, Option, stored_options, write_index
+from hf_hybrid.recipes.support.main_options import MAIN_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [architecture for architecture in ARCHITECTURES if architecture.package == "hf_hybrid"]
@@ -108,12 +115,37 @@ def test_every_head_has_a_name_and_is_known_to_the_pipelines() -> None:
     assert {auto_name for _, auto_name in PIPELINES.values()} <= HEADS.keys()
 
 
+def described_options() -> dict[str, list[Option]]:
+    """The options of every recipe that the index holds: its own, and those of the Trainer that `--help` shows."""
+    found = {}
+    for item in list_recipes():
+        if item.name in ("evaluate", "lm_eval"):  # take the options of others
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            import_module(f"hf_hybrid.recipes.{item.name}").main(["--help-json"])
+        options = [Option(**entry) for entry in json.loads(printed.getvalue())]
+        shown = MAIN_OPTIONS.get(item.name, ())
+        found[item.name] = [option for option in options if option.group != TRAINER_GROUP or option.name in shown]
+    return found
+
+
+def test_the_console_command_knows_the_options() -> None:
+    """It answers `--help` from an index, without importing the recipes."""
+    options = described_options()
+    assert options == {name: list(stored_options(name)) for name in options}, "run `make tables`"
+    for recipe, names in MAIN_OPTIONS.items():
+        assert set(names) <= {option.name for option in options[recipe]} and len(names) <= 13, recipe
+        assert {option.name for option in options[recipe] if option.is_required} <= set(names), recipe
+
+
 def main() -> None:
-    """Writes all tables, and the stub with the public names."""
+    """Writes all tables, the stub with the public names, and the index of options."""
     for (page, name), contents in TABLES.items():
         path = ROOT / page
         path.write_text(with_table(path.read_text(encoding="utf-8"), name, contents()), encoding="utf-8")
     write_stub()
+    write_index(described_options())
 
 
 if __name__ == "__main__":

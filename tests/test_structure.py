@@ -34,6 +34,7 @@ LEVELS: tuple[set[str], ...] = (
     {"recipes/support"},
     {"recipes"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {area: number for number, level in enumerate(LEVELS) for area in level}
 EXPORTED = ("configuration", "layers", "modeling", "ops")  # folders that an export lays out flat

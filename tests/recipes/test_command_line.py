@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -30,16 +31,23 @@ TRAINING = (
     + ["inspect_activations", "train_synthetic"],
 )
 def test_help_is_complete(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        import_module(f"hf_hybrid.recipes.{name}").main(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert (import_module(f"hf_hybrid.recipes.{name}").__doc__ or "").strip() in text, (
-        "the example commands are reflowed"
-    )
+    main, doc = (getattr(import_module(f"hf_hybrid.recipes.{name}"), item) for item in ("main", "__doc__"))
+    texts = {}
+    for word in ("--help", *(["--help-all"] if name in TRAINING else [])):
+        with pytest.raises(SystemExit) as stopped:
+            main([word])
+        assert stopped.value.code == 0
+        texts[word] = capsys.readouterr().out
+        assert all(line.strip() in texts[word] for line in re.split(r"\n| {4,}", doc)), (
+            "the example commands are reflowed"
+        )
     if name in TRAINING:
+        assert 5 <= len(re.findall("^  --", texts["--help"], flags=re.MULTILINE)) <= 15
+        assert "--output_dir" in texts["--help"] and "--resume_from_checkpoint" in texts["--help"]
         for option in ("--data", "--output_dir", "--seed", "--resume_from_checkpoint", "--max_minutes", "--max_steps"):
-            assert option in text
+            assert f"  {option} " in texts["--help-all"]
+        for title in ("Data:", "Model:", "Training:", "Options of the Trainer of Transformers:"):
+            assert f"\n{title}\n" in texts["--help-all"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Complete tasks, each a `main(args) -> dict` that is also a command: `python -m hf_hybrid.recipes.<task>`.
+"""Complete tasks, each a `main(args) -> dict` that is also a command: `hf-hybrid <task>`, or `python -m hf_hybrid.recipes.<task>`.
 
 Every module here is a command; shared code is in `support`.
 """
@@ -25,11 +25,13 @@ class Listed:
     Attributes:
         name: name of its module.
         summary: what it does, in one line.
+        description: what it does, with examples: the text of `--help`.
         trains: whether it trains a model, which `evaluate` can then evaluate.
     """
 
     name: str
     summary: str
+    description: str
     trains: bool
 
     @property
@@ -48,8 +50,9 @@ def list_recipes() -> tuple[Listed, ...]:
         loader = getattr(find_spec(f"{__name__}.{module.name}"), "loader", None)
         tree = ast.parse(loader.get_source(f"{__name__}.{module.name}"))  # type: ignore[union-attr]
         names = {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}  # type: ignore[attr-defined]
-        summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-        found.append(Listed(module.name, summary, trains="RECIPE" in names))
+        description = ast.get_docstring(tree, clean=False) or ""
+        summary = description.partition("\n")[0]
+        found.append(Listed(module.name, summary, description, trains="RECIPE" in names))
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Converts official checkpoints of SPADE (arXiv 2212.08136), Mega (2209.10655) and SeqBoat (2306.11197) to this library, and back.
+"""Convert official checkpoints of SPADE (arXiv 2212.08136), Mega (2209.10655) and SeqBoat (2306.11197) to this library, and back.
 
     python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path official/ --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path checkpoint_best.pt --output_dir converted/

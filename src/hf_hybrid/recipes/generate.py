@@ -29,6 +29,7 @@ from transformers import (
 from ..data.loading import load_table
 from .finetune_summarization import TEXT_COLUMNS
 from .support.finetuning_data import check_vocabulary, require_columns, require_text
+from .support.main_options import MAIN_OPTIONS
 from .support.models import check_decoder_table, load_config, load_model, load_tokenizer
 from .support.options import parse_arguments
 from .support.runs import set_up_logging
@@ -97,7 +98,9 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         ValueError: an option, the input or the checkpoint cannot be used.
         FileExistsError: the output file exists.
     """
-    arguments, decoding = parse_arguments((GenerateArguments, DecodingArguments), args, __doc__)
+    arguments, decoding = parse_arguments(
+        (GenerateArguments, DecodingArguments), args, __doc__, MAIN_OPTIONS["generate"]
+    )
     set_up_logging()
     output = None if arguments.output_file is None else Path(arguments.output_file)
     if output is not None and output.exists():

@@ -40,6 +40,7 @@ from .classify_audio import AUDIO_COLUMNS
 from .finetune_summarization import TEXT_COLUMNS
 from .generate import GenerateArguments, read_inputs
 from .support.finetuning_data import check_vocabulary, choose_column, require_columns, require_text
+from .support.main_options import MAIN_OPTIONS
 from .support.models import load_config, load_model, load_tokenizer
 from .support.options import parse_arguments, require, source_names, split_names
 from .support.runs import set_up_logging
@@ -283,7 +284,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         ValueError: an option, the inputs or the checkpoint cannot be used, or the model has no routers.
         FileExistsError: the output folder is not empty.
     """
-    (options,) = parse_arguments((InspectArguments,), args, __doc__)
+    (options,) = parse_arguments((InspectArguments,), args, __doc__, MAIN_OPTIONS["inspect_activations"])
     require("Pictures", "matplotlib", extra="viz")  # fail now rather than after the measurements
     set_up_logging()
     output = Path(options.output_dir)

@@ -1,6 +1,5 @@
-"""Trains a SentencePiece-unigram tokenizer with sentinels on text files, local data-set folders or Hub data sets.
+"""Train a SentencePiece-unigram tokenizer with sentinels on text files, local data-set folders or Hub data sets.
 
-Example:
     python -m hf_hybrid.recipes.train_tokenizer --data books/ notes.txt --vocab_size 8000 --output_dir my_tokenizer
 
 The folder then loads with `AutoTokenizer.from_pretrained("my_tokenizer")`. It also holds the model in sentencepiece's own format.
@@ -26,6 +25,7 @@ from ..tokenization.sentencepiece_tokenizer import (
     tokenizer_from_sentencepiece,
     train_sentencepiece_model,
 )
+from .support.main_options import MAIN_OPTIONS
 from .support.options import BAD_RECORD_HELP, ENCODING_HELP, parse_arguments, source_names
 from .support.runs import set_up_logging
 
@@ -102,7 +102,7 @@ def main(args: TrainTokenizerArguments | Sequence[str] | Mapping[str, Any] | Non
     if isinstance(args, TrainTokenizerArguments):
         options = args
     else:
-        (options,) = parse_arguments([TrainTokenizerArguments], args, __doc__)
+        (options,) = parse_arguments([TrainTokenizerArguments], args, __doc__, MAIN_OPTIONS["train_tokenizer"])
     set_up_logging()
     output = Path(options.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -1,4 +1,4 @@
-"""The options of a recipe: from the command line, an option file or a mapping to dataclasses."""
+"""The options of a recipe: from the command line, an option file or a mapping to dataclasses; and what its `--help` says."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, asdict, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .console import set_quiet
+from .help_text import TRAINER_GROUP, Option, help_page
+from .main_options import HELP
 from .option_values import option_value
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def parse_arguments(
-    dataclass_types: Sequence[type], args: Sequence[str] | Mapping[str, Any] | None, description: str | None
+    dataclass_types: Sequence[type],
+    args: Sequence[str] | Mapping[str, Any] | None,
+    description: str | None,
+    main_options: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Fills dataclasses from flags, from a YAML or JSON file followed by flags that override it, or from a mapping.
 
@@ -50,6 +57,9 @@ def parse_arguments(
         dataclass_types: dataclasses; one instance of each is returned, in this order.
         args: list of command-line arguments, mapping of option names to values, or None for `sys.argv`.
         description: text shown by `--help`.
+        main_options: names of the options that `--help` shows; none for all. `--help-all` shows all.
+
+    `quiet` is an option of every recipe: nothing is printed but warnings, errors and results.
 
     Raises:
         ValueError: a mapping or a file contains an unknown option or a value of the wrong type, or lacks a required
@@ -58,13 +68,94 @@ def parse_arguments(
         SystemExit: the command line is invalid, or asks for help.
     """
     if isinstance(args, Mapping):
-        return fill_dataclasses(dataclass_types, args)
+        return fill_dataclasses(dataclass_types, _noting_quiet(args))
     words = list(sys.argv[1:] if args is None else args)
+    _answer_help(words, dataclass_types, description or "", main_options)
     from_file: Mapping[str, Any] = {}
     if words and words[0].endswith((".yaml", ".yml", ".json")):
-        from_file, words = _read_options(Path(words[0])), words[1:]
+        from_file, words = read_options(Path(words[0])), words[1:]
+    if "--quiet" in words:
+        from_file = {**from_file, "quiet": True}
+    from_file = _noting_quiet(from_file)
+    words = [word for word in words if word != "--quiet"]
     given = _given_flags(dataclass_types, words, description, complete=not from_file)
     return fill_dataclasses(dataclass_types, {**from_file, **given})
+
+
+def _noting_quiet(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without `quiet`, which is none of the dataclasses."""
+    set_quiet(bool(options.get("quiet", False)))
+    return {name: value for name, value in options.items() if name != "quiet"}
+
+
+def _answer_help(words: Sequence[str], kinds: Sequence[type], description: str, main_options: Sequence[str]) -> None:
+    """Prints the help that the command line asks for, and ends."""
+    if "--help-json" in words:  # for the index of the console command
+        known = [asdict(option) for option in describe_options(kinds)]
+        sys.stdout.write(json.dumps(known))
+    elif {"-h", "--help", "--help-all"} & set(words):
+        options, usage = describe_options(kinds), Path(sys.argv[0]).name
+        show_all = "--help-all" in words
+        sys.stdout.write(help_page(usage, description, options, main_options, show_all=show_all))
+    else:
+        return
+    raise SystemExit(0)
+
+
+def describe_options(kinds: Sequence[type]) -> list[Option]:
+    """The options of dataclasses, in words."""
+    described = []
+    for place, kind in enumerate(kinds):
+        hints = get_type_hints(kind)
+        trains = issubclass(kind, TrainingArguments)
+        titles = (
+            ("Data", "Model") if issubclass(kinds[-1], TrainingArguments) else ("Options",) if len(kinds) == 1 else ()
+        )
+        title = titles[place] if place < len(titles) else (kind.__doc__ or "Options").partition("\n")[0].rstrip(".")
+        own = {
+            name
+            for base in kind.__mro__
+            if base.__module__.startswith(__package__.split(".")[0])
+            for name in vars(base).get("__annotations__", {})
+        }
+        for item in fields(kind):
+            if not item.init:
+                continue
+            group = title if not trains else "Training" if item.name in own else TRAINER_GROUP
+            described.append(_described(item, hints[item.name], group, trains))
+    return described
+
+
+def _described(item: Field, hint: Any, group: str, trains: bool) -> Option:
+    is_required = item.default is MISSING and item.default_factory is MISSING
+    default = None if is_required or item.default in (MISSING, None, "", -1) else item.default
+    text = (HELP.get(item.name) if trains else None) or item.metadata.get("help", "")
+    return Option(
+        name=item.name,
+        value=_kind_of_value(hint, item.metadata.get("choices")),
+        default=None if default is None else str(default.value if isinstance(default, Enum) else default),
+        help=" ".join(str(text).split()),
+        group=group,
+        is_required=is_required,
+    )
+
+
+def _kind_of_value(hint: Any, choices: Sequence[Any] | None) -> str:
+    """What stands for the value of an option in a help text."""
+    accepted = (
+        [kind for kind in get_args(hint) if kind is not type(None)]
+        if get_origin(hint) not in (list, dict, Literal)
+        else []
+    )
+    hint = accepted[0] if accepted else hint
+    if choices is None and get_origin(hint) is Literal:
+        choices = get_args(hint)
+    if choices is not None:
+        return "{" + ",".join(map(str, choices)) + "}"
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
+    if get_origin(hint) is list:
+        return f"{names.get((get_args(hint) or (str,))[0], 'TEXT')} ..."
+    return names.get(hint, "TEXT")
 
 
 def fill_dataclasses(dataclass_types: Sequence[type], options: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -156,10 +247,17 @@ def require(what: str, *modules: str, extra: str) -> None:
 class _Parser(HfArgumentParser):
     """Flags of dataclasses; for an unknown flag it suggests a similar one."""
 
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists the options.\n")
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        flags = [option for action in self._actions for option in action.option_strings]
+        for word in args or ():  # before argparse asks for what is required
+            name = word.partition("=")[0]
+            if re.fullmatch(r"--[A-Za-z][\w-]*", name) and not any(flag.startswith(name) for flag in flags):
+                self.error(f"unknown argument {name}{_did_you_mean(name, flags)}")
         found, rest = self.parse_known_args(args, namespace)
         if rest:
-            flags = [option for action in self._actions for option in action.option_strings]
             self.error(f"unknown argument {rest[0]}{_did_you_mean(rest[0], flags)}")
         return found
 
@@ -210,7 +308,7 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def _read_options(path: Path) -> Mapping[str, Any]:
+def read_options(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         options = json.loads(text) if path.suffix == ".json" else yaml.load(text, _YamlLoader)

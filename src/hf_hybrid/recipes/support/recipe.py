@@ -13,6 +13,7 @@ from transformers import set_seed
 from ...model_card import check_model_name
 from ...training.callbacks import RunInterrupted
 from ...training.run_folder import RunFolder, is_main_process
+from .main_options import MAIN_OPTIONS, TRAINING_ONLY
 from .options import parse_arguments, require, resolved_arguments
 from .runs import Job, finish_together, how_to_continue, set_up_logging, train_and_record
 
@@ -53,7 +54,7 @@ class Recipe:
             RunInterrupted: SIGTERM or Ctrl-C ended the run (a `SystemExit`).
             ImportError: a package that training needs is missing.
         """
-        groups = parse_arguments(self.arguments, args, self.description)
+        groups = parse_arguments(self.arguments, args, self.description, MAIN_OPTIONS.get(self.name, ()))
         training_args = groups[-1]
         set_up_logging(training_args)
         if training_args.output_dir is None:
@@ -90,7 +91,8 @@ class Recipe:
             FileExistsError: the output folder is not empty.
             ImportError: a package that evaluation needs is missing.
         """
-        groups = parse_arguments(self.arguments, args, description or self.description)
+        main_options = [name for name in MAIN_OPTIONS.get(self.name, ()) if name not in TRAINING_ONLY]
+        groups = parse_arguments(self.arguments, args, description or self.description, main_options)
         _, model_args, training_args = groups
         set_up_logging(training_args)
         if model_args.model_name_or_path is None:

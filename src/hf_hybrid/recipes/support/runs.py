@@ -30,6 +30,7 @@ from ...training.run_folder import (
     peak_memory,
 )
 from ...viz import codebook_usage, plot_loss_curves
+from .console import is_quiet
 from .models import set_longest_input
 from .reports import RunReport, make_card
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 def set_up_logging(training_args: TrainingArguments | None = None) -> None:
     """Logs to standard error: everything from the main process, only warnings from the others."""
-    level = logging.INFO if is_main_process() else logging.WARNING
+    level = logging.INFO if is_main_process() and not is_quiet() else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
     logging.getLogger("hf_hybrid").setLevel(level)
     for noisy in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "absl", "datasets"):
@@ -168,7 +169,9 @@ def how_to_continue(error: RunInterrupted, folder: RunFolder, *, is_command: boo
     while "--resume_from_checkpoint" in words:
         place = words.index("--resume_from_checkpoint")
         del words[place : place + 2]
-    command = shlex.join([Path(sys.executable).name, *words, "--resume_from_checkpoint", "last"])
+    is_script = bool(words) and Path(words[0]).name == "hf-hybrid"  # of this library, on the path
+    start = ["hf-hybrid", *words[1:]] if is_script else [Path(sys.executable).name, *words]
+    command = shlex.join([*start, "--resume_from_checkpoint", "last"])
     launched = " (with the launcher of this run)" if dist.is_available() and dist.is_initialized() else ""
     return f"Stopped by {error.signal.name}; {saved}. To continue{launched}: {command}"
 
