@@ -1,0 +1,1 @@
+"""The laboratory of `benchmarks/learning.py`: text, contenders, training, cases and reports."""
