@@ -74,6 +74,7 @@ from .modeling.spade.spade_lm_heads import SpadeLMForQuestionAnswering as SpadeL
 from .modeling.spade.spade_lm_heads import SpadeLMForSequenceClassification as SpadeLMForSequenceClassification
 from .modeling.spade.spade_lm_heads import SpadeLMForTokenClassification as SpadeLMForTokenClassification
 from .modeling.spade.spade_lm_heads import SpadeLMModel as SpadeLMModel
+from .ops.sequence_group import SequenceGroup as SequenceGroup
 from .pipelines import ExtractiveQuestionAnsweringPipeline as ExtractiveQuestionAnsweringPipeline
 from .pipelines import Seq2SeqSummarizationPipeline as Seq2SeqSummarizationPipeline
 from .pipelines import Seq2SeqText2TextPipeline as Seq2SeqText2TextPipeline
@@ -93,6 +94,10 @@ from .training.arguments import HybridSeq2SeqTrainingArguments as HybridSeq2SeqT
 from .training.arguments import HybridTrainingArguments as HybridTrainingArguments
 from .training.callbacks import TimeLimitCallback as TimeLimitCallback
 from .training.codebooks import CodebookCallback as CodebookCallback
+from .training.context_parallel import context_parallel as context_parallel
+from .training.context_parallel import reduce_gradients as reduce_gradients
+from .training.context_parallel import set_sequence_group as set_sequence_group
+from .training.context_parallel import split_batch as split_batch
 from .training.parameter_groups import parameter_groups as parameter_groups
 from .training.trainer import HybridSeq2SeqTrainer as HybridSeq2SeqTrainer
 from .training.trainer import HybridTrainer as HybridTrainer

@@ -13,6 +13,7 @@ from hf_hybrid.ops.local_attention import (
     cached_local_attention,
     chunk_attention,
     chunk_attention_reference,
+    halo_attention,
     local_attention,
     local_attention_reference,
 )
@@ -378,3 +379,25 @@ def test_cached_form_needs_exactly_one_kind():
             cached_local_attention(query, key, value, **options)
     with pytest.raises(ValueError, match="positions"):
         cached_local_attention(query, key, value, chunk_size=3)
+
+
+@pytest.mark.parametrize("radius", [0, 3, 40])
+def test_a_piece_with_its_neighbours(radius: int) -> None:
+    """The rows of a piece in one pass over the whole text, at its ends too, where the neighbours are masked."""
+    query, key, value = states(2, 150)
+    bias = torch.randn(HEADS, 2 * radius + 1, dtype=torch.float64)
+    expected = local_attention(query, key, value, radius=radius, bias=bias)
+    around = [torch.nn.functional.pad(part, (0, 0, radius, radius)) for part in (key, value)]
+    mask = torch.nn.functional.pad(torch.ones(2, 150, dtype=torch.bool), (radius, radius))
+    for start in (0, 50, 100):
+        wide = slice(start, start + 50 + 2 * radius)
+        piece = halo_attention(
+            query[:, :, start : start + 50],
+            *(part[:, :, wide] for part in around),
+            radius=radius,
+            bias=bias,
+            key_mask=mask[:, wide],
+        )
+        torch.testing.assert_close(piece, expected[:, :, start : start + 50])
+    with pytest.raises(ValueError, match="those of the piece and of both sides"):
+        halo_attention(query, *around, radius=radius + 1)

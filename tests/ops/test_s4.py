@@ -20,6 +20,7 @@ from hf_hybrid.ops.s4 import (
     dplr_kernel_from_nodes,
     dplr_kernel_reference,
     dplr_scan,
+    dplr_state_response,
     dplr_step,
     dplr_step_constants,
     from_real_basis,
@@ -180,6 +181,18 @@ def test_any_split_equals_one_pass(lengths: list[int]) -> None:
         pieces.append(piece)
     torch.testing.assert_close(torch.cat(pieces, dim=-1), expected)
     torch.testing.assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize(("length", "elements"), [(1, 1 << 20), (37, 64), (64, 1 << 20)])
+def test_response_to_a_state(length: int, elements: int) -> None:
+    """What a state alone causes is what the recurrence gives for zeros; block after block of features too."""
+    system, output = make_system()
+    dense, state = dplr_dense(system), torch.randn(B, 3, 4, 2, dtype=torch.float64)
+    expected = dplr_scan(torch.zeros(B, 3, length + 1).double(), dplr_blocks(output, dense, block_size=16), state)[0]
+    found = dplr_state_response(output, dense, state, length, max_elements=elements)
+    torch.testing.assert_close(found, expected[..., :length])
+    found = dplr_state_response(output, dense, state, length, offset=2)
+    torch.testing.assert_close(found, expected[..., 1:])
 
 
 def test_block_size_is_a_power_of_two() -> None:

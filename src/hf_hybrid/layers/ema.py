@@ -36,6 +36,8 @@ from ..ops.diagonal_ssm import (
 from ..ops.export_shapes import is_open
 from ..ops.fft_conv import bidirectional_fft_conv, causal_fft_conv
 from ..ops.layout import to_signals, to_states
+from ..ops.sequence_group import SequenceGroup
+from ..ops.sequence_states import entering_state
 from .full_precision import GathersFullPrecision
 from .kept_results import KeepsResults, KeptResults, keeping
 
@@ -69,6 +71,8 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
     Raises:
         ValueError: a size is not positive.
     """
+
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
 
     def __init__(
         self,
@@ -200,6 +204,8 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
     ) -> tuple[torch.Tensor, EmaState | None]:
         """y + feedthrough * u, both (B, D, L), and the state after the last token."""
         system = self.system()
+        if self.sequence_group is not None:
+            return self._piece_average(inputs, system, feedthrough, self.sequence_group), None
         if self.bidirectional:
             return self._average(inputs, system, feedthrough), None
         if self.truncation is not None:
@@ -234,6 +240,23 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
             return causal_fft_conv(inputs, _add_to_first(kernel, feedthrough))
         forward, backward = kernel.split(features)
         return bidirectional_fft_conv(inputs, _add_to_first(forward, feedthrough + backward[:, 0]), backward[:, 1:])
+
+    def _piece_average(
+        self, inputs: torch.Tensor, system: DiagonalSystem, feedthrough: torch.Tensor, group: SequenceGroup
+    ) -> torch.Tensor:
+        """As `_averages`, for the piece of a text that this process holds."""
+        if self.truncation is not None:
+            raise ValueError(
+                "A moving average with `truncation` cannot read texts cut over processes: set it to None."
+            )
+        if not self.bidirectional:
+            state = entering_state(inputs, system, group)
+            return self._causal_average(inputs, system, feedthrough, state, return_state=False)[0]
+        forward, future = _split_rows(system, self.hidden_size)
+        before, behind = entering_state(inputs, forward, group), entering_state(inputs, future, group, reverse=True)
+        averages = self._average(inputs, system, feedthrough)
+        averages = averages + initial_state_response(forward, before, inputs.shape[-1])
+        return averages + initial_state_response(future, behind, inputs.shape[-1]).flip(-1)
 
     def _causal_average(
         self,

@@ -41,10 +41,13 @@ from ..ops.s4 import (
     dplr_kernel,
     dplr_kernel_from_nodes,
     dplr_scan,
+    dplr_state_response,
     dplr_step,
     dplr_step_constants,
     recover_c,
 )
+from ..ops.sequence_group import SequenceGroup
+from ..ops.sequence_states import entering_dense_state, entering_state
 from .full_precision import KeepsFullPrecision
 from .kept_results import KeepsResults, KeptResults, keeping
 
@@ -86,6 +89,7 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
     """
 
     kernel_length: torch.Tensor
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
 
     def __init__(
         self,
@@ -309,7 +313,9 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
                 return self._step(hidden_states, initial_state)
             inputs = hidden_states.transpose(1, 2).to(self._math_dtype)  # (B, H, L)
             state = None
-            if self._use_scan(inputs, return_state):
+            if self.sequence_group is not None and initial_state is None and not return_state:
+                outputs = self._run_piece(inputs, self.sequence_group)
+            elif self._use_scan(inputs, return_state):
                 outputs, state = self._scan(inputs, initial_state)
             elif initial_state is None and not return_state:
                 outputs = self._convolve(inputs)
@@ -341,6 +347,39 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
             forward = system._replace(output_real=real[: self.channels], output_imag=imag[: self.channels])
             backward = system._replace(output_real=real[self.channels :], output_imag=imag[self.channels :])
         return diagonal_scan(inputs, forward, initial_state, backward=backward)
+
+    def _run_piece(self, inputs: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        """(B, H, L) -> (B, c, H, L): the convolution within the piece of this process, and what enters it on either side."""
+        length, channels = inputs.shape[-1], self.channels
+        if self.ssm_type == "s4d":
+            system = self._cached("system", self.diagonal_system)
+            outputs = self._scan(inputs, None)[0] if self._use_scan(inputs, False) else self._convolve(inputs)
+            past, future = (
+                system._replace(output_real=system.output_real[part], output_imag=system.output_imag[part])
+                for part in (slice(channels), slice(channels, None))
+            )
+            outputs = outputs + initial_state_response(past, entering_state(inputs, system, group), length)
+            if self.bidirectional:
+                state = entering_state(inputs, system, group, reverse=True)
+                outputs = outputs + initial_state_response(future, state, length, offset=0).flip(-1)
+            return outputs
+        self._check_whole_reach(length * group.size)
+        dense, rows = dplr_dense(self.dplr_system(self._wide_dtype)), self.raw_c()
+        state = entering_dense_state(inputs, dense, group)
+        outputs = self._convolve(inputs) + dplr_state_response(rows[:channels], dense, state, length).to(inputs.dtype)
+        if self.bidirectional:
+            state = entering_dense_state(inputs, dense, group, reverse=True)
+            response = dplr_state_response(rows[channels:], dense, state, length, offset=0)
+            outputs = outputs + response.flip(-1).to(inputs.dtype)
+        return outputs
+
+    def _check_whole_reach(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"A text of {length} tokens over several processes exceeds the reach of the state space layer, {self.max_length} "
+                "tokens: states that pass from process to process cannot be cut off there. Raise `ssm_max_length` to the length of "
+                "the text, or use `ssm_type='s4d'`."
+            )
 
     def _convolve(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, H, L) -> (B, c, H, L) by convolution with the kernel."""

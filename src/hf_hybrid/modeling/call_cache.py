@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache import StateCache, StateLayer
+from .sequence_pieces import refuse_cache
 
 
 def cache_of_call(stack: Any, cache: Cache | None, use_cache: bool | None, *, is_causal: bool = True) -> Any:
@@ -25,8 +26,10 @@ def cache_of_call(stack: Any, cache: Cache | None, use_cache: bool | None, *, is
         is_causal: whether the stack sees the past only.
 
     Raises:
-        ValueError: the stack sees the future, or the cache is not one of its own.
+        ValueError: the stack sees the future, or a piece of a text, or the cache is not one of its own.
     """
+    if getattr(stack, "sequence_group", None) is not None:
+        return refuse_cache(stack, cache, use_cache)
     if cache is not None and not is_causal:
         raise ValueError(
             "`past_key_values` need a decoder: this model sees the future, so its states cannot be continued."

@@ -114,7 +114,8 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
     that have no value per token names them in a class attribute, `_per_document_outputs`.
 
     Raises:
-        ValueError: positions or a mask of another shape, or restarting positions together with a cache or encoder states.
+        ValueError: positions or a mask of another shape, restarting positions together with a cache or encoder states, or
+            positions in pieces of texts.
     """
     signature = inspect.signature(forward)
 
@@ -123,6 +124,11 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is None:
             return forward(self, *args, **kwargs)
+        if getattr(self, "sequence_group", None) is not None:
+            raise ValueError(
+                "`position_ids` separate the documents of a row, but this model reads texts cut over processes: leave them out, and "
+                "give each document a row of its own."
+            )
         given = signature.bind_partial(self, *args)
         arguments = {name: value for name, value in given.arguments.items() if name != "self"} | kwargs
         tokens = next((arguments[name] for name in _PER_TOKEN if arguments.get(name) is not None), None)

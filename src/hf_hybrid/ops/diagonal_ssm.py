@@ -291,14 +291,19 @@ def unpack_state(state: torch.Tensor, is_complex: bool) -> tuple[torch.Tensor, t
     return (state[..., 0], state[..., 1]) if is_complex else (state, None)
 
 
-def initial_state_response(system: DiagonalSystem, state: torch.Tensor, length: int) -> torch.Tensor:
-    """Outputs caused by an incoming state alone: y_t = Re sum_n c_n q_n^(t+1) x_n, (B, D, length) or (B, S, D, length)."""
+def initial_state_response(
+    system: DiagonalSystem, state: torch.Tensor, length: int, *, offset: int = 1
+) -> torch.Tensor:
+    """Outputs caused by an incoming state alone: y_t = Re sum_n c_n q_n^(t+1) x_n, (B, D, length) or (B, S, D, length).
+
+    `offset` is the power of q in y_0, in place of 1.
+    """
     state_real, state_imag = unpack_state(state, system.log_decay_imag is not None)
     if system.output_real.dim() == 3:
         state_real = state_real.unsqueeze(1)
         state_imag = None if state_imag is None else state_imag.unsqueeze(1)
     coefficient = complex_multiply(system.output_real, system.output_imag, state_real, state_imag)
-    return diagonal_kernel(*coefficient, system.log_decay_real, system.log_decay_imag, length, offset=1)
+    return diagonal_kernel(*coefficient, system.log_decay_real, system.log_decay_imag, length, offset=offset)
 
 
 def diagonal_final_state(

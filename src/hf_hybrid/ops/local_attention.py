@@ -194,6 +194,45 @@ def cached_local_attention(
     )
 
 
+def halo_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    radius: int,
+    bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Bidirectional sliding window attention of a piece of a text to its own keys and the `radius` keys on either side.
+
+    Args:
+        query: (B, n, L, d).
+        key, value: (B, n, radius + L + radius, d).
+        key_mask: (B, radius + L + radius) bool, True = token, False = padding, or beyond the ends of the text.
+        radius, bias, scale, dropout_p: as in `local_attention`.
+
+    Returns:
+        (B, n, L, d) in the dtype of `query`, equal to the rows of the piece in one pass over the whole text.
+
+    Raises:
+        ValueError: shapes do not fit together, or `radius` is negative.
+    """
+    _check_shapes(query, key, value, key_mask)
+    _check_positive("radius", radius, minimum=0)
+    _check_bias(bias, query.shape[1], 2 * radius + 1)
+    if key.shape[2] != query.shape[2] + 2 * radius:
+        raise ValueError(
+            f"`key` must have {query.shape[2]} + 2 * {radius} tokens, those of the piece and of both sides; got {key.shape[2]}."
+        )
+    padded = F.pad(query, (0, 0, 0, radius))  # queries and keys end together
+    outputs = _band_attention(
+        padded, key, value, radius, radius, bias=bias, key_mask=key_mask, scale=scale, dropout_p=dropout_p
+    )
+    return outputs[:, :, : query.shape[2]]
+
+
 def _band_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -203,6 +203,47 @@ def dplr_kernel(output: torch.Tensor, dense: DenseSystem, length: int, *, max_el
     return _over_features(block_kernel, (output, *dense), (1, 0, 0), block, dim=1)
 
 
+def dplr_state_response(
+    output: torch.Tensor,
+    dense: DenseSystem,
+    state: torch.Tensor,
+    length: int,
+    *,
+    offset: int = 1,
+    max_elements: int = 1 << 20,
+) -> torch.Tensor:
+    """Outputs caused by an incoming state alone: y_t = C A_bar^(t + offset) x, by the two-level product of `dplr_kernel`.
+
+    Args:
+        output: C, (S, H, M, 2).
+        dense: `DenseSystem`.
+        state: x, (B, H, M, 2).
+        length: number of tokens.
+        offset: 1 for a state before the first token.
+        max_elements: bound on matrix entries per power; the features are processed in blocks.
+
+    Returns:
+        (B, S, H, length) in the precision of the system.
+    """
+    batch, size = state.shape[0], 1
+    while size * size < length:
+        size *= 2
+    groups = -(-length // size)
+
+    def block_response(output: torch.Tensor, transition: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        squares = _squares(transition, size)
+        first = matrix_power(transition, offset) @ vectors if offset else vectors
+        columns = _grow_columns(squares, first, size * batch)  # (H, N, C B)
+        rows = output_to_real_basis(output).transpose(0, 1).unsqueeze(2)
+        rows = _grow_rows(_squares(squares[-1], groups), rows, groups)  # (H, S, G, N)
+        response = (rows.flatten(1, 2) @ columns).view(len(vectors), -1, groups * size, batch)
+        return response[:, :, :length].permute(3, 1, 0, 2)
+
+    vectors = to_real_basis(state).permute(1, 2, 0).to(dense.transition.dtype)  # (H, N, B)
+    block = max(1, max_elements // dense.transition[0].numel())
+    return _over_features(block_response, (output, dense.transition, vectors), (1, 0, 0), block, dim=2)
+
+
 def dplr_kernel_reference(output: torch.Tensor, dense: DenseSystem, length: int) -> torch.Tensor:
     """`dplr_kernel` by the definition, one matrix-vector product per tap."""
     rows = output_to_real_basis(output)

@@ -27,6 +27,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import check_inputs, pool_tokens, read_inputs, simplify_mask
 from ..packed_documents import separates_documents
+from ..sequence_pieces import ReadsPieces
 from .mega_cache import GatedAttentionLayer
 from .mega_layers import (
     MegaAttention,
@@ -108,7 +109,7 @@ class MegaPooler(nn.Module):
         return torch.tanh(self.dense(pool_tokens(hidden_states, mask, "first")))
 
 
-class MegaModel(MegaPreTrainedModel):
+class MegaModel(ReadsPieces, MegaPreTrainedModel):
     """The bare stack: `last_hidden_state` (B, L, D), and `pooler_output` (B, D) unless `add_pooling_layer=False`.
 
     With `config.is_decoder` it keeps a cache: per layer the keys (B, P, Z) and values (B, P, E) of all P past tokens, or of
@@ -154,6 +155,23 @@ class MegaModel(MegaPreTrainedModel):
                 "new bands, so build a new model."
             )
         return super().resize_token_embeddings(*args, **kwargs)
+
+    def obstacle_to_pieces(self) -> str | None:
+        config = self.config
+        if config.attention_chunk is None:
+            return "its attention sees the whole text. Set `use_chunking=True` and `chunk_size`"
+        if config.truncation is not None:
+            return "its moving averages are truncated. Set `truncation=None`"
+        if config.add_cross_attention:
+            return "it attends to encoder states. Use a model without cross-attention"
+        if self.pooler is not None:
+            return "it pools the first token, which one process holds. Build it with `add_pooling_layer=False`"
+        if config.use_feature_dropout:
+            return "its dropout is the same for all tokens of a text. Set `use_feature_dropout=False`"
+        return None
+
+    def piece_multiple(self) -> int:
+        return self.config.attention_chunk or 1
 
     # ------------------------------------------------------------------------------------------------------- cache
 
@@ -268,7 +286,7 @@ class MegaModel(MegaPreTrainedModel):
             width=config.hidden_size,
             cache=past_key_values,
         )
-        self._check_length(length)
+        self._check_length(length, mask)
         source_mask = self._check_source(encoder_hidden_states, encoder_attention_mask, batch)
         source_mask, source_leading = simplify_mask(source_mask)
         shift = None
@@ -304,7 +322,8 @@ class MegaModel(MegaPreTrainedModel):
             last_hidden_state=hidden_states, pooler_output=pooled, past_key_values=past_key_values
         )
 
-    def _check_length(self, length: int) -> None:
+    def _check_length(self, length: int, mask: torch.Tensor | None) -> None:
+        self.check_piece(length, mask)
         chunk = self.config.attention_chunk
         if chunk is None or self.config.auto_pad_to_chunk or is_open(length):
             return

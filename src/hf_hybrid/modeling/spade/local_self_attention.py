@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...ops.local_attention import cached_local_attention, chunk_attention, local_attention
+from ...ops.local_attention import cached_local_attention, chunk_attention, halo_attention, local_attention
 from ...ops.relative_position import apply_rotary, rotary_cos_sin, window_buckets
+from ...ops.sequence_group import SequenceGroup
 from .spade_cache import SlidingRecurrentLayer
 
 
@@ -32,6 +33,8 @@ class LocalSelfAttention(nn.Module):
         output_norm: optional norm of the result (NormFormer).
         scale_heads: a learned factor per head on the result, viewed as heads (NormFormer).
     """
+
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
 
     def __init__(
         self,
@@ -114,6 +117,8 @@ class LocalSelfAttention(nn.Module):
             "dropout_p": self.dropout if self.training else 0.0,
         }
         if self.attention_type == "window":
+            if self.sequence_group is not None and self.reach:
+                return self._attend_to_neighbours(query, key, value, self.sequence_group, common)
             if keys > query.shape[2]:
                 return cached_local_attention(query, key, value, radius=self.reach, **common)
             return local_attention(query, key, value, radius=self.reach, causal=self.is_causal, **common)
@@ -122,6 +127,43 @@ class LocalSelfAttention(nn.Module):
         if keys > query.shape[2]:
             return cached_local_attention(query, key, value, chunk_size=self.window, **common)
         return chunk_attention(query, key, value, chunk_size=self.window, causal=self.is_causal, **common)
+
+    def _attend_to_neighbours(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SequenceGroup, common: dict
+    ) -> torch.Tensor:
+        """Window attention of a piece of a text, whose neighbours other processes hold; one exchange on each side."""
+        length, reach = query.shape[2], self.reach
+        if length < reach:
+            raise ValueError(
+                f"Each process holds {length} tokens of the text, but a window reaches {reach} tokens on: use fewer processes, "
+                "longer texts, or a smaller `window_size`."
+            )
+        both, mask = torch.cat([key, value], dim=-1), common.pop("key_mask")
+        edges = [(both[:, :, length - reach :], 1)] if self.is_causal else [
+            (both[:, :, length - reach :], 1), (both[:, :, :reach], -1)
+        ]  # fmt: skip
+        halos = [group.shift(edge, pieces) for edge, pieces in edges]
+        both = torch.cat([halos[0], both, *halos[1:]], dim=2)
+        if mask is not None or group.is_first or (group.is_last and not self.is_causal):
+            own = query.new_ones(query.shape[0], length, dtype=torch.bool) if mask is None else mask
+            common["key_mask"] = self._mask_of_neighbours(own, mask is not None, group)
+        key, value = both.split(self.head_dim, dim=-1)
+        if self.is_causal:
+            return cached_local_attention(query, key, value, radius=reach, **common)
+        return halo_attention(query, key, value, radius=reach, **common)
+
+    def _mask_of_neighbours(self, own: torch.Tensor, has_padding: bool, group: SequenceGroup) -> torch.Tensor:
+        """The mask of the tokens within reach; beyond the ends of the text it is False."""
+        reach, numbers = self.reach, own.to(torch.uint8)
+        before, behind = numbers[:, own.shape[1] - reach :], numbers[:, :reach]
+        if has_padding:  # then all processes have a mask
+            before = group.exchange(before, 1)
+            behind = behind if self.is_causal else group.exchange(behind, -1)
+        else:
+            before = torch.full_like(before, not group.is_first)
+            behind = torch.full_like(behind, not group.is_last)
+        parts = [before.bool(), own] if self.is_causal else [before.bool(), own, behind.bool()]
+        return torch.cat(parts, dim=1)
 
     def forward(
         self,
@@ -149,6 +191,9 @@ class LocalSelfAttention(nn.Module):
         key = self._split_heads(self.k_proj(hidden_states))
         value = self._split_heads(self.v_proj(hidden_states))
         if self.position_encoding == "rotary":
+            if self.sequence_group is not None:  # scores depend on differences of positions alone
+                places = torch.arange(length, device=hidden_states.device) + self.sequence_group.rank * length
+                positions = places.unsqueeze(0)
             cos, sin = rotary_cos_sin(positions[:, -length:], self.head_dim, self.rotary_base)
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         bias = self.bias_vector(hidden_states.device) if bias is None else bias

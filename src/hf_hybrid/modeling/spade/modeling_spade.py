@@ -34,6 +34,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, count_tokens
 from ..inputs import check_inputs, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
+from ..sequence_pieces import ReadsPieces
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
 from .spade_cache import FullAttentionLayer, SlidingRecurrentLayer, SpadeDecoderCache, check_decoder_cache
@@ -104,7 +105,7 @@ class SpadePreTrainedModel(FreezableModel, PreTrainedModel):
                 init.zeros_(module.embed_positions.weight[module.embed_positions.padding_idx])
 
 
-class SpadeEncoder(SpadePreTrainedModel):
+class SpadeEncoder(ReadsPieces, SpadePreTrainedModel):
     """Embedding, local-attention layers with SSMs in `config.ssm_layers`, optional final norm."""
 
     main_input_name = "input_ids"
@@ -120,6 +121,9 @@ class SpadeEncoder(SpadePreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def piece_multiple(self) -> int:
+        return self.config.window_size if self.config.local_attention_type == "chunk" else 1
 
     @separates_documents
     @capture_outputs
@@ -147,6 +151,7 @@ class SpadeEncoder(SpadePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         hidden_states = inputs_embeds if self.embedding_norm is None else self.embedding_norm(inputs_embeds)
         hidden_states = self.dropout(hidden_states)
+        self.check_piece(hidden_states.shape[1], mask)
         positions = None
         if self.config.position_encoding == "rotary" or self.config.local_attention_type == "chunk":
             positions = logical_positions(mask, hidden_states.shape[1], device=hidden_states.device)

@@ -30,6 +30,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
+from ..sequence_pieces import ReadsPieces
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
 from .spade_cache import SlidingRecurrentLayer
@@ -135,7 +136,7 @@ class SpadeLMPreTrainedModel(FreezableModel, PreTrainedModel):
                 init.zeros_(module.weight[module.padding_idx])
 
 
-class SpadeLMModel(SpadeLMPreTrainedModel):
+class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
     """The bare decoder-only model: `last_hidden_state` (B, L, D)."""
 
     _can_record_outputs = {"hidden_states": SpadeLMLayer}
@@ -167,6 +168,9 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
                 "new bands, so build a new model."
             )
         return super().resize_token_embeddings(*args, **kwargs)
+
+    def piece_multiple(self) -> int:
+        return self.config.window_size if self.config.local_attention_type == "chunk" else 1
 
     def _cache_layout(self) -> dict[str, object]:
         names = (
@@ -234,6 +238,7 @@ class SpadeLMModel(SpadeLMPreTrainedModel):
         if self.config.scale_embedding:
             hidden_states = hidden_states * math.sqrt(self.config.hidden_size)
         hidden_states = self.dropout(hidden_states)
+        self.check_piece(hidden_states.shape[1], mask)
         positions = self._positions(mask, past, hidden_states.shape[1], hidden_states.device)
         bias = None
         for layer in self.layers:

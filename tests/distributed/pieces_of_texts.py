@@ -1,0 +1,195 @@
+"""Models that read one text in pieces, each in a process of its own, against the same models in one process.
+
+python -m tests.distributed.pieces_of_texts PROCESSES FOLDER [MODEL_TYPE ...]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+
+from hf_hybrid.ops.sequence_group import SequenceGroup
+from hf_hybrid.training.context_parallel import context_parallel, reduce_gradients, set_sequence_group, split_batch
+
+from ..modeling.factories import Case, random_ids
+
+CLOSE = {"rtol": 1e-8, "atol": 1e-9}  # float64: nothing but the order of sums differs
+SINGLE = {"rtol": 1e-5, "atol": 1e-5}
+CHUNKED: dict[str, Any] = {"truncation": None}
+
+# Head, variant and further settings of each model.
+CASES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "spade": [
+        ("SpadeEncoderModel", "default", {}),
+        ("SpadeEncoderModel", "chunk_gated", {}),
+        ("SpadeEncoderModel", "rotary_add", {}),
+        ("SpadeEncoderModel", "stack_s4", {}),
+        ("AutoModelForTokenClassification", "default", {}),
+    ],
+    "spade_lm": [
+        ("AutoModelForCausalLM", "default", {}),
+        ("AutoModelForCausalLM", "official", {}),
+        ("AutoModelForCausalLM", "chunk_gated", {}),
+        ("AutoModelForCausalLM", "rotary_add", {}),
+        ("AutoModelForCausalLM", "stack_s4", {}),
+        ("AutoModelForCausalLM", "attention_only", {}),
+    ],
+    "mega": [
+        ("AutoModelForCausalLM", "chunk_softmax_simple", {}),
+        ("AutoModelForCausalLM", "chunk_laplace", CHUNKED),
+        ("AutoModelForMaskedLM", "chunk_laplace", CHUNKED),
+        ("AutoModelForMaskedLM", "chunk_relu2_adaptive", {"adaptive_cutoffs": None}),
+    ],
+}
+
+
+def build(model_type: str, head: str, variant: str, settings: dict[str, Any]) -> nn.Module:
+    if head != "SpadeEncoderModel":
+        return Case(model_type, head, variant).model(**settings).train()
+    from hf_hybrid import SpadeEncoderModel
+
+    from ..modeling.factories import perturb
+
+    torch.manual_seed(0)
+    return perturb(SpadeEncoderModel(Case(model_type, "AutoModelForSeq2SeqLM", variant).config(**settings))).train()
+
+
+def batch_of(model: nn.Module, head: str, length: int, padded: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    batch = {"input_ids": random_ids(2, length)}
+    if padded:
+        batch["attention_mask"] = torch.ones(2, length, dtype=torch.long)
+        batch["attention_mask"][1, length // 3 :] = 0
+    if head != "SpadeEncoderModel":
+        highest = model.config.num_labels if head == "AutoModelForTokenClassification" else 40
+        batch["labels"] = torch.randint(0, highest, (2, length))
+        if padded:
+            batch["labels"][batch["attention_mask"] == 0] = -100
+    return batch
+
+
+def run(model: nn.Module, inputs: dict[str, Any], number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output per token and the loss, after a backward pass; without labels, the mean over `number` tokens of something."""
+    outputs = model(**inputs)
+    if "loss" in outputs:
+        loss, states = outputs.loss, outputs.logits
+    else:
+        states = outputs.last_hidden_state
+        mask = inputs.get("attention_mask")
+        counted = states if mask is None else states * mask.unsqueeze(-1)
+        loss = counted.tanh().pow(2).sum() / number
+    loss.backward()
+    return states, loss.detach()
+
+
+def check(
+    case: tuple[str, str, str, dict[str, Any]], group: SequenceGroup, length: int, padded: bool, **how: Any
+) -> int:
+    """Compares one model; returns the bytes that this process sent."""
+    dtype = how.get("dtype", torch.float64)
+    model = build(*case).to(dtype)
+    if how.get("checkpointed"):
+        model.gradient_checkpointing_enable()
+    batch = batch_of(model, case[1], length, padded)
+    expected, expected_loss = run(model, batch, batch["input_ids"].numel())
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    sent = group.bytes_sent
+    with context_parallel(model, group):
+        piece = split_batch(batch, group, model)
+        states, loss = run(model, piece, batch["input_ids"].numel())
+    sent = group.bytes_sent - sent
+    reduce_gradients(model, group)
+    close = CLOSE if dtype == torch.float64 else SINGLE
+    total = group.reduce(loss)
+    torch.testing.assert_close(total, expected_loss, **close)
+    if states is not None:
+        size = states.shape[1]
+        expected = expected[:, group.rank * size : (group.rank + 1) * size]
+        states = states[:, : expected.shape[1]]
+        if padded:
+            real = piece["attention_mask"][:, : expected.shape[1]].unsqueeze(-1)
+            states, expected = states * real, expected * real
+        torch.testing.assert_close(states, expected, **close)
+    for name, parameter in model.named_parameters():
+        wanted = torch.zeros_like(parameter) if gradients[name] is None else gradients[name]
+        torch.testing.assert_close(parameter.grad, wanted, msg=lambda text, name=name: f"{name}: {text}", **close)
+    return sent
+
+
+def check_refusals(group: SequenceGroup) -> None:
+    """What cannot read pieces says so by name."""
+    refused = [
+        (Case("seqboat", "AutoModelForCausalLM", "default"), {}, "SeqBoatForCausalLM cannot read"),
+        (Case("mega", "AutoModelForCausalLM", "default"), {}, "use_chunking=True"),
+        (Case("mega", "AutoModelForCausalLM", "chunk_laplace"), {}, "truncation=None"),
+        (Case("spade", "AutoModelForSeq2SeqLM", "default"), {}, "SpadeForConditionalGeneration cannot read"),
+        (Case("spade", "AutoModelForSequenceClassification", "default"), {}, "read the whole input at once"),
+    ]
+    for case, settings, words in refused:
+        try:
+            set_sequence_group(case.model(**settings), group)
+        except ValueError as error:
+            assert words in str(error), f"{case}: {error}"
+        else:
+            raise AssertionError(f"{case} was not refused")
+    model = build("spade_lm", "AutoModelForCausalLM", "default", {})
+    piece = split_batch({"input_ids": random_ids(1, 16)}, group, model)
+    with context_parallel(model, group):
+        for further, words in (
+            ({"use_cache": True}, "use_cache=False"),
+            ({"position_ids": torch.arange(16 // group.size).unsqueeze(0)}, "position_ids"),
+        ):
+            try:
+                model(**piece, **further)
+            except ValueError as error:
+                assert words in str(error)
+            else:
+                raise AssertionError(f"{further} was not refused")
+        try:
+            model(input_ids=random_ids(1, 2))
+        except ValueError as error:
+            assert "a window reaches 3 tokens" in str(error)
+        else:
+            raise AssertionError("a short piece was not refused")
+    assert model(input_ids=random_ids(1, 2), use_cache=True).past_key_values is not None  # whole texts again
+
+
+def work(rank: int, processes: int, folder: str, chosen: list[str]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+    group, failed = SequenceGroup(), False
+    name = ""
+    try:
+        check_refusals(group)
+        for model_type in chosen or CASES:
+            for index, rest in enumerate(CASES[model_type]):
+                case, name = (model_type, *rest), f"{model_type} {rest}"
+                check(case, group, 40 if index else 43, padded=index % 2 == 0)
+                if index == 0:
+                    short, long = (check(case, group, 60 * times, padded=False, checkpointed=True) for times in (1, 2))
+                    assert short == long > 0, f"{short} bytes for a short text, {long} for one of twice the length"
+                    check(case, group, 60, padded=False, dtype=torch.float32)
+    except Exception:
+        failed = True
+        sys.stdout.write(f"rank {rank}, {name}:\n{traceback.format_exc()}\n")
+        sys.stdout.flush()
+        os._exit(1)  # the processes no longer run alike
+    dist.destroy_process_group()
+    assert not failed
+
+
+if __name__ == "__main__":
+    number, place, *models = sys.argv[1:]
+    torch.multiprocessing.spawn(work, args=(int(number), place, models), nprocs=int(number))
+    sys.stdout.write("all alike\n")
