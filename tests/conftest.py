@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +20,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from hf_hybrid.ops.branches import forced_branch
 
 torch.set_num_threads(1)  # torch may have been imported before this file
 
@@ -41,6 +45,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(
             f"Every case of these tests is marked as wide; one of each has to stay: {', '.join(missing)}"
         )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with the marker `both_branches` run twice: as they are, and in the forms for accelerators; with `only="cpu"` once."""
+    marker = metafunc.definition.get_closest_marker("both_branches")
+    if marker is not None and marker.kwargs.get("only") != "cpu":
+        metafunc.fixturenames.append("branch_name")
+        marks = [pytest.mark.wide] if marker.kwargs.get("wide") else []
+        metafunc.parametrize("branch_name", ["cpu", pytest.param("accelerator", marks=marks)])
+
+
+@pytest.fixture(autouse=True)
+def branch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The forms of operations that a test marked with `both_branches` runs."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    name = parameters.get("branch_name")
+    with forced_branch(name) if name == "accelerator" else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

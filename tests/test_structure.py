@@ -316,3 +316,20 @@ def test_only_cache_files_touch_the_caches_of_transformers() -> None:
     assert not found, sorted(found)
     inside = ast.parse(SOURCES["modeling/spade/spade_cache"].read_text(encoding="utf-8"))
     assert {name for _, name in cache_internals(inside)} >= {"is_updated", "cross_attention_cache"}  # it does look
+
+
+# Where the type of a device names a place for data and not the form of an operation.
+ASKING_FOR_DEVICES = {"ops/branches", "ops/autocast", "training/muon", "modeling/spade/spade_heads"}
+
+
+def test_forms_of_operations_are_chosen_in_one_place() -> None:
+    """A test such as `tensor.device.type == "cpu"` would be out of reach of `forced_branch`."""
+    asking = {
+        name
+        for name, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and (node.attr in ("is_cuda", "is_cpu", "is_mps"))
+        or (isinstance(node, ast.Attribute) and node.attr == "type" and "device" in ast.unparse(node.value))
+    }
+    assert asking <= ASKING_FOR_DEVICES | {"ops/products"}

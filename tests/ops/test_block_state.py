@@ -22,6 +22,8 @@ from hf_hybrid.ops.block_state import (
     write_slots,
 )
 
+pytestmark = pytest.mark.both_branches
+
 HEADS, WIDTH = 2, 3
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 sizes = st.integers(1, 6)

@@ -27,6 +27,8 @@ from hf_hybrid.ops.working_memory import (
     write_token,
 )
 
+pytestmark = pytest.mark.both_branches
+
 WIDTH, VALUES = 6, 5
 ACTIVATIONS = ("softmax", "relu2", "laplace")
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -174,6 +176,7 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert (actual.double() - exact).abs().max() < 1e-2
 
 
+@pytest.mark.both_branches(only="cpu")
 class TestPacking:
     @given(seed=st.integers(0, 100), batch=st.integers(1, 4), length=st.integers(1, 20))
     def test_there_and_back(self, seed: int, batch: int, length: int) -> None:

@@ -26,6 +26,8 @@ from hf_hybrid.ops.diagonal_ssm import (
 )
 from hf_hybrid.ops.fft_conv import bidirectional_conv_reference, causal_fft_conv
 
+pytestmark = pytest.mark.both_branches
+
 D, N, B = 3, 4, 2
 
 

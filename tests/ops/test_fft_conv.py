@@ -15,6 +15,8 @@ from hf_hybrid.ops.fft_conv import (
     fast_fft_length,
 )
 
+pytestmark = pytest.mark.both_branches
+
 LENGTHS = st.integers(min_value=1, max_value=70)
 
 

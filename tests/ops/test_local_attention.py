@@ -18,6 +18,8 @@ from hf_hybrid.ops.local_attention import (
     local_attention_reference,
 )
 
+pytestmark = pytest.mark.both_branches
+
 HEADS, WIDTH = 2, 4
 
 
@@ -336,6 +338,7 @@ def test_exports_without_an_own_operator():
     torch.testing.assert_close(exported.module()(*inputs), Window()(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.both_branches(only="cpu")
 def test_long_input_makes_no_quadratic_tensor():
     """2^17 tokens: the square would be 64 GiB in float32; the largest tensor that is made stays near the inputs."""
     length, largest = 2**17, 0

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from hf_hybrid.ops import recompute
 from hf_hybrid.ops.recompute import recomputed
 
+pytestmark = pytest.mark.both_branches
+
 
 def gate(states: torch.Tensor, scale: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return F.silu(states) * torch.sigmoid(scale) * mask

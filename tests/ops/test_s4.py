@@ -32,6 +32,8 @@ from hf_hybrid.ops.s4 import (
     truncate_c,
 )
 
+pytestmark = pytest.mark.both_branches
+
 B = 2
 
 

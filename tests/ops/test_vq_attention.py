@@ -12,6 +12,8 @@ from hf_hybrid.ops import vq_scores
 from hf_hybrid.ops.code_memory import empty_memory, remember
 from hf_hybrid.ops.vq_attention import vq_attention, vq_attention_reference
 
+pytestmark = pytest.mark.both_branches
+
 D, E = 3, 4
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.branches import can_read_values
+
+SCORES_AT_A_TIME = (
+    1 << 28
+)  # 1 GB in float32, recomputed in the backward pass, where every band is evaluated for every token
 
 
 class BandTable(nn.Embedding):
@@ -157,18 +164,26 @@ class AdaptiveSoftmax(nn.Module):
         Args:
             hidden_states: (B, L, D); (T, D) with targets.
             bands: tables of the tied input embedding.
-            targets: (T,) ids; -100 is ignored. Each tail is evaluated only for the tokens that it holds. (A compiled graph
-                has fixed shapes: there every tail is evaluated for every token.)
+            targets: (T,) ids; -100 is ignored. Each tail is evaluated only for the tokens that it holds. (Accelerators and
+                compiled graphs have fixed shapes: there every tail is evaluated for every token.)
 
         Returns:
             (B, L, V), or a scalar; float32 or better.
         """
         if targets is None:
             return self._log_probabilities(hidden_states, bands)
-        if torch.compiler.is_compiling() or targets.is_meta:
-            scores = self._log_probabilities(hidden_states, bands)
-            return F.nll_loss(scores, targets, ignore_index=-100, reduction="sum")
-        return self._negative_log_likelihood(hidden_states, targets, bands)
+        if can_read_values(targets):
+            return self._negative_log_likelihood(hidden_states, targets, bands)
+
+        def loss_of(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            scores = self._log_probabilities(states, bands)
+            return F.nll_loss(scores, ids, ignore_index=-100, reduction="sum")
+
+        size = max(1, SCORES_AT_A_TIME // bands.limits[-1])
+        if torch.compiler.is_compiling() or len(targets) <= size:
+            return loss_of(hidden_states, targets)
+        parts = zip(hidden_states.split(size), targets.split(size))
+        return torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum()
 
     def _log_probabilities(self, hidden_states: torch.Tensor, bands: TiedBands) -> torch.Tensor:
         head = self._head(hidden_states, bands)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..ops.branches import can_read_values
 from ..ops.dropout_masks import random_mask
 from ..ops.recompute import recomputed
 
@@ -22,7 +23,7 @@ class SequenceDropout(nn.Module):
     def _kept(self, states: torch.Tensor) -> torch.Tensor:
         """(B, L, D) or (B, 1, D) bool, False at what is dropped."""
         shape = (states.shape[0], 1, states.shape[2]) if self.by_feature else states.shape
-        if states.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if can_read_values(states):
             return random_mask(torch.Size(shape), self.probability, torch.default_generator)
         return torch.rand(shape, device=states.device) >= self.probability
 

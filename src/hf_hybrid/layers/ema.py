@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.autocast import without_autocast
+from ..ops.branches import uses_cpu_form, widest_float
 from ..ops.diagonal_scan import diagonal_scan
 from ..ops.diagonal_ssm import (
     DiagonalSystem,
@@ -136,7 +137,7 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
 
     def _compute_system(self) -> DiagonalSystem:
         dtype = self._math_dtype
-        wide = dtype if self.damping_factor.device.type == "mps" else torch.float64
+        wide = widest_float(self.damping_factor)
         damping = torch.sigmoid(self.damping_factor.to(wide)).squeeze(-1)
         loss = damping * torch.sigmoid(self.decay_factor.to(wide)).squeeze(-1)  # 1 - q
         log_decay = torch.log1p(-loss.clamp(max=1 - torch.finfo(wide).eps))  # q = 0 has no logarithm
@@ -221,7 +222,7 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
 
     def _uses_scan(self, inputs: torch.Tensor) -> bool:
         """Whether the grouped scan is faster than kernel and FFT: long inputs on a CPU, outside compiled graphs."""
-        if inputs.device.type != "cpu" or torch.compiler.is_compiling():
+        if not uses_cpu_form(inputs) or torch.compiler.is_compiling():
             return False
         return inputs.shape[-1] >= (_SCAN_LENGTH_BIDIRECTIONAL if self.bidirectional else _SCAN_LENGTH)
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..ops.autocast import without_autocast
+from ..ops.branches import uses_cpu_form, widest_float
 from ..ops.diagonal_scan import diagonal_scan
 from ..ops.diagonal_ssm import (
     DiagonalSystem,
@@ -140,6 +141,7 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
         self._initial_kernel_length = kernel_length
         self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
         self._loads = 0
+        self._read: tuple[tuple[int, ...], int] | None = None
         self.reset_parameters()
 
     def _register(self, name: str, *shape: int) -> None:
@@ -197,11 +199,17 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
     @property
     def _wide_dtype(self) -> torch.dtype:
         """Precision of the discretisation: the tensors are small, and phases of long kernels need it."""
-        return self._math_dtype if self.C.device.type == "mps" else torch.float64
+        return widest_float(self.C)
 
     def _truncated_for(self) -> int:
-        """Value of the `kernel_length` buffer as a Python number."""
-        return _read_length(self, self._loads)
+        """Value of the `kernel_length` buffer as a Python number, read again when the buffer has changed."""
+        if torch.compiler.is_compiling():
+            return _read_length(self, self._loads)
+        buffer = self.kernel_length
+        version = (id(buffer), buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version, self._loads)
+        if self._read is None or self._read[0] != version:
+            self._read = version, _read_length(self, self._loads)
+        return self._read[1]
 
     # ------------------------------------------------------------------------------------------------------ systems
 
@@ -334,7 +342,7 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
 
     def _use_scan(self, inputs: torch.Tensor, return_state: bool) -> bool:
         """Whether the grouped scan is faster than kernel plus FFT: long inputs on a CPU, outside compiled graphs."""
-        if self.ssm_type != "s4d" or inputs.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.ssm_type != "s4d" or not uses_cpu_form(inputs) or torch.compiler.is_compiling():
             return False
         has_kernel = not return_state and self._is_frozen
         return inputs.shape[-1] >= (_SCAN_LENGTH_CACHED if has_kernel else _SCAN_LENGTH)

@@ -30,6 +30,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
+from ..ops.branches import can_read_values
 from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_last_tokens, pool_tokens
 from .losses import align_labels, check_class_labels, token_cross_entropy
 from .losses_elsewhere import FusedHeadGuard, check_loss_elsewhere
@@ -281,7 +282,7 @@ class GenericClassifier(GenericHead):
         return self.run_stack(has_labels, **inputs)
 
     def _pool(self, outputs: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        if input_ids is not None and not input_ids.is_meta:
+        if input_ids is not None and can_read_values(input_ids):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
         return pool_tokens(outputs.last_hidden_state, attention_mask, getattr(self.config, self.pooling_field))
 

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from ..ops.branches import can_read_values
 from .cache import StateCache
 
 logger = logging.get_logger(__name__)
@@ -228,11 +229,6 @@ def note_missing_attentions(stack: Any, options: Any) -> None:
         )
 
 
-def can_read_values(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor may be read: eagerly on the CPU, where it costs no synchronisation."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
 def _check_gaps(mask: torch.Tensor, past: int, name: str) -> None:
     """Raises ValueError for padding after a real token among the first `past` ones; not checked on accelerators."""
     if can_read_values(mask) and past > 1 and bool((mask[:, : past - 1] & ~mask[:, 1:past]).any()):
@@ -272,8 +268,8 @@ def leading_padding(mask: torch.Tensor) -> torch.Tensor:
 def simplify_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """A padding mask and the leading padding of its rows, each None where there is no such padding.
 
-    Outside compiled graphs the values of the mask are read: without padding it becomes None, and without leading
-    padding the second result does.
+    Where values may be read (`can_read_values`), a mask without padding becomes None, and without leading padding the
+    second result does. On accelerators the host does not wait for them: without a mask everything is simplest.
 
     Args:
         mask: (B, L) bool, True at real tokens, or None.
@@ -283,7 +279,7 @@ def simplify_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch
     """
     if mask is None:
         return None, None
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and mask.device.type != "meta":
+    if can_read_values(mask):
         if bool(mask.all()):
             return None, None
         if bool(mask[:, 0].all()):

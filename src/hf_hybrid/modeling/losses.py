@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
-from .inputs import can_read_values
+from ..ops.branches import can_read_values
 from .packed_documents import starts_of_documents
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .autocast import without_autocast
+from .branches import uses_cpu_form
 from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
@@ -68,8 +70,9 @@ def blocked_attention(
     exporting = torch.compiler.is_exporting()
     # A decoding step: one call takes half the time.
     single = not exporting and query.shape[2] == 1 and not trains and dropout_p == 0
-    if query.device.type != "cpu" or exporting or single:
-        return _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
+    if not uses_cpu_form(query) or exporting or single:
+        with without_autocast(query.device):
+            return _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     query_segments, key_segments = (None, None) if segments is None else segments
     tensors = (query, key, value, bias, key_mask, query_segments, key_segments, seed)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .autocast import without_autocast
+from .branches import uses_cpu_form, widest_float
 
 PAIRS_AT_A_TIME = 1 << 19  # pairs of key and codeword whose distances exist at one time on CPU
 LEAST_COUNT = 1e-6  # average count below which a codeword is left where it is
@@ -65,7 +66,7 @@ def nearest_codes(keys: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest_codes(keys: torch.Tensor, words: torch.Tensor, offset: torch.Tensor, size: int) -> torch.Tensor:
-    is_whole = keys.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    is_whole = not uses_cpu_form(keys) or torch.compiler.is_compiling() or torch.compiler.is_exporting()
     if is_whole or keys.shape[0] * keys.shape[2] <= size:
         return torch.argmax(keys @ words.mT + offset, dim=-1)
     rows = keys.transpose(0, 1).flatten(1, 2)  # (H, B L, d)
@@ -140,7 +141,7 @@ def gather_statistics(
 
 def averaging_decay(num_updates: torch.Tensor, decay: float, warmup: bool) -> torch.Tensor:
     """Decay of the next update: at first that of a mean over all batches, min(decay, (1 + t) / (10 + t))."""
-    steps = num_updates.double() if num_updates.device.type != "mps" else num_updates.float()
+    steps = num_updates.to(widest_float(num_updates))
     target = torch.full_like(steps, decay)
     return torch.minimum(target, (1 + steps) / (10 + steps)) if warmup else target
 

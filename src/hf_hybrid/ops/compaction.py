@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from .branches import widest_float
 from .gated_scores import ACTIVATIONS, activate
 from .packed_attention import Stream, packed_attention, packed_attention_static
 
@@ -36,6 +37,7 @@ class ActiveTokens(NamedTuple):
         ranks: (C,) active tokens before it in its row.
         positions: (C,) place l in its row.
         counts: (B,) active tokens of each row.
+        longest: a number that no row's active tokens exceed.
         is_static: the shapes do not depend on what is active.
     """
 
@@ -44,6 +46,7 @@ class ActiveTokens(NamedTuple):
     ranks: torch.Tensor
     positions: torch.Tensor
     counts: torch.Tensor
+    longest: int
     is_static: bool
 
 
@@ -63,14 +66,14 @@ def active_tokens(active: torch.Tensor, capacity: int | None = None) -> ActiveTo
     if capacity is None:
         index = flat.nonzero().squeeze(-1)
         rows = torch.div(index, length, rounding_mode="floor")
-        return ActiveTokens(index, rows, ranks[index], index - rows * length, counts, is_static=False)
+        return ActiveTokens(index, rows, ranks[index], index - rows * length, counts, length, is_static=False)
     places = torch.arange(batch * length, device=active.device)
     before = flat.long().cumsum(0)
     slots = torch.where(flat, before - 1, before[-1:] + places - before)  # active ones first, both in their order
     index = torch.zeros_like(places).scatter(0, slots, places)[:capacity]
     rows = torch.div(index, length, rounding_mode="floor")
     positions, taken = index - rows * length, torch.where(flat[index], rows, -1)
-    return ActiveTokens(index, taken, ranks[index], positions, counts, is_static=True)
+    return ActiveTokens(index, taken, ranks[index], positions, counts, length, is_static=True)
 
 
 def gather_active(states: torch.Tensor, tokens: ActiveTokens) -> torch.Tensor:
@@ -133,7 +136,9 @@ def compacted_attention(
         states = states / numbers.clamp(min=1).unsqueeze(-1)
     rows, positions = tokens.rows, tokens.positions
     stream = Stream(states, key, value, rank_bias, position_bias, rows, positions, activation, window, causal)
-    return packed_attention_static(stream, dropout_p) if static else packed_attention(stream, dropout_p)
+    if static:
+        return packed_attention_static(stream, dropout_p)
+    return packed_attention(stream, dropout_p, longest=tokens.longest)
 
 
 def compacted_attention_reference(
@@ -213,7 +218,7 @@ def rotary_table(positions: torch.Tensor, width: int, dtype: torch.dtype, base: 
     """
     if width < 2 or width % 2:
         raise ValueError(f"Rotary positions need an even width; got {width}.")
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    wide = widest_float(positions)
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=wide) / width
     angles = positions.unsqueeze(-1).to(wide) * base**-exponents
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from .autocast import without_autocast
+from .branches import uses_cpu_form
 from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
+from .products import split_bmm, wide_bmm
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
@@ -120,19 +122,25 @@ class _Part(NamedTuple):
 class _Parts:
     """Weights of one call, part by part, in the same order (and with the same dropout) whenever it is iterated.
 
-    On CPUs everything is computed in float32 or better; accelerators multiply matrices in the dtype of the keys.
+    On CPUs everything is computed in float32 or better; accelerators multiply matrices in the dtype of the keys, with sums
+    in float32.
     """
 
     def __init__(self, query, key, bias, hidden, seed, activation, causal, shift, dropout_p):
         self.query, self.key, self.bias, self.hidden = query, key, bias, hidden
         self.activation, self.causal, self.shift, self.dropout_p = activation, causal, shift, dropout_p
         self.dtype = query.dtype
-        self.product_dtype = self.dtype if query.device.type == "cpu" else key.dtype
+        self.product_dtype = self.dtype if uses_cpu_form(query) else key.dtype
         self.generator = None if seed is None else torch.Generator(query.device).manual_seed(int(seed))
 
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Batched matrix product in the working precision."""
-        return torch.bmm(left.to(self.product_dtype), right.to(self.product_dtype)).to(self.dtype)
+        return wide_bmm(left, right, self.product_dtype)
+
+    def forward_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """`product` for scores and outputs."""
+        multiply = split_bmm if self.activation == "relu2" else wide_bmm
+        return multiply(left, right, self.product_dtype)
 
     def add_product(self, target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: int = 1) -> None:
         """target = beta * target + left @ right; without a tensor for the product where the dtypes allow it."""
@@ -148,7 +156,7 @@ class _Parts:
         num_groups, num_rows = self.query.shape[:2]
         num_keys = self.key.shape[1]
         ahead = num_keys - num_rows
-        on_cpu = self.query.device.type == "cpu"
+        on_cpu = uses_cpu_form(self.query)
         pairs = PAIRS_AT_A_TIME if on_cpu else ACCELERATOR_PAIRS_AT_A_TIME
         at_most = min(num_rows, max(16, pairs // num_keys))
         if self.causal:  # keys after a block of rows are not even computed
@@ -170,7 +178,7 @@ class _Parts:
         if self.product_dtype == self.dtype:
             scores = torch.baddbmm(band, query, key.mT)
         else:
-            scores = torch.bmm(query, key.mT) + band
+            scores = self.forward_product(self.query[part.queries_index], key.mT).add_(band)
         hidden = None
         if self.hidden is not None:  # sums and products, as masked_fill_ takes twenty times longer
             hidden = self.hidden[part.keys_index].to(self.dtype).unsqueeze(1)
@@ -207,7 +215,10 @@ def _gated_attention(
         for part, weights, _, factors in parts.each(with_slope=False):
             if factors is not None:
                 weights.mul_(factors)
-            parts.add_product(outputs[part.queries_index], weights, value[part.keys_index], beta=0)
+            if parts.product_dtype == parts.dtype:
+                parts.add_product(outputs[part.queries_index], weights, value[part.keys_index], beta=0)
+            else:
+                outputs[part.queries_index] = parts.forward_product(weights, value[part.keys_index])
         return outputs
 
 

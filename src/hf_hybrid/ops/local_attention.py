@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .blocked_attention import Blocks, blocked_attention
+from .branches import uses_cpu_form
 from .export_shapes import count_blocks, is_open
 from .pieces import PAIRS_AT_A_TIME
 
@@ -283,7 +284,7 @@ def _block_length(reach: int, device: torch.device) -> int:
     A block computes b + 2r keys for every query, of which 2r + 1 count: short blocks waste less, longer ones make
     better products. Time on CPU at radius 127, forward and backward: b = 32 1.25, 64 1, 96 1.1, 128 1.15.
     """
-    if device.type == "cpu":
+    if uses_cpu_form(device):
         return 64 if reach >= 32 else 32
     return max(64, reach + 1)
 

@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from .autocast import without_autocast
+from .branches import uses_cpu_form
 from .dropout_masks import dropout_factors
 from .export_shapes import count_blocks
 from .gated_scores import ACCELERATOR_PAIRS_AT_A_TIME, LAPLACE_MEAN, LAPLACE_STD, activate
 from .pieces import PAIRS_AT_A_TIME
+from .products import split_bmm, wide_bmm
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
 _BLOCK = 64  # queries of a block: fewer waste less on keys out of reach, more make better matrix products
@@ -59,13 +61,20 @@ class Stream(NamedTuple):
     causal: bool
 
 
-def packed_attention(stream: Stream, dropout_p: float = 0.0) -> torch.Tensor:
-    """Outputs (C, E) in the dtype of the values; zeros where `rows` is -1. Weights in float32 or better."""
+def packed_attention(stream: Stream, dropout_p: float = 0.0, longest: int | None = None) -> torch.Tensor:
+    """Outputs (C, E) in the dtype of the values; zeros where `rows` is -1. Weights in float32 or better.
+
+    Args:
+        stream: what the scores are made from.
+        dropout_p: probability of dropping a weight.
+        longest: a number that no row's tokens exceed, by which accelerators, which do not read the rows, limit the reach.
+    """
     if torch.compiler.is_exporting():
         return packed_attention_static(stream, dropout_p)
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     window = -1 if stream.window is None else stream.window
-    return _packed_attention(*stream[:7], seed, stream.activation, window, stream.causal, dropout_p)
+    longest = stream.rows.shape[0] if longest is None else longest
+    return _packed_attention(*stream[:7], seed, stream.activation, window, longest, stream.causal, dropout_p)
 
 
 def packed_attention_static(stream: Stream, dropout_p: float = 0.0) -> torch.Tensor:
@@ -115,7 +124,7 @@ def packed_attention_static(stream: Stream, dropout_p: float = 0.0) -> torch.Ten
 # operator
 # ---------------------------------------------------------------------------------------------------------------------
 
-# One opaque operator for torch.compile: it may read the rows, so that only tokens that are present cost time. Its
+# One opaque operator for torch.compile: on a CPU it reads the rows, so that only tokens that are present cost time. Its
 # namespace is that of the module, so that a second copy of this file (remote code beside the installed package) does not clash.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -137,22 +146,44 @@ class _Blocks:
 
     Far reaches are cut block by block, to exactly the keys of its rows; for near ones the keys of many blocks are overlapping
     slices of the padded stream, and one product serves them all. On CPUs everything is computed in float32 or better;
-    accelerators multiply matrices in the dtype of the keys.
+    accelerators multiply matrices in the dtype of the keys, take many blocks at a time whatever the reach, and do not
+    read the rows: entries without a token are computed too.
     """
 
     def __init__(
-        self, query, key, value, rank_bias, position_bias, rows, positions, seed, activation, window, causal, dropout_p
+        self,
+        query,
+        key,
+        value,
+        rank_bias,
+        position_bias,
+        rows,
+        positions,
+        seed,
+        activation,
+        window,
+        longest,
+        causal,
+        dropout_p,
     ):
         self.activation, self.dropout_p, self.dtype = activation, dropout_p, query.dtype
-        self.product_dtype = self.dtype if query.device.type == "cpu" else key.dtype
+        self.reads_rows = uses_cpu_form(query)
+        self.product_dtype = self.dtype if self.reads_rows else key.dtype
         self.generator = None if seed is None else torch.Generator(query.device).manual_seed(int(seed))
-        counts = torch.bincount(rows[rows >= 0]).tolist() if rows.numel() else []
-        self.length, longest = sum(counts), max([1, *counts])
-        self.starts = [0, *accumulate(counts)]  # of the rows
+        self.starts: list[int] = []  # of the rows
+        self.length = rows.shape[0]
+        if self.reads_rows:
+            counts = torch.bincount(rows[rows >= 0]).tolist() if rows.numel() else []
+            self.length, longest = sum(counts), max([1, *counts])
+            self.starts = [0, *accumulate(counts)]
+        longest = max(1, min(longest, self.length))
         self.left = longest - 1 if window < 0 else min(window, longest - 1)
         self.right = 0 if causal else self.left
-        self.size = min(_BLOCK if self.left < 16 * _BLOCK else 2 * _BLOCK, max(self.length, 1))
-        self.single = self.left + self.right >= _REACH_OF_SINGLE_BLOCKS
+        self.single = self.reads_rows and self.left + self.right >= _REACH_OF_SINGLE_BLOCKS
+        size = _BLOCK if self.left < 16 * _BLOCK else 2 * _BLOCK
+        if not self.reads_rows:  # longer blocks copy less of the keys that neighbours share
+            size = min(max(_BLOCK, 1 << self.left.bit_length()), 8 * _BLOCK)
+        self.size = min(size, max(self.length, 1))
         self.num_blocks = -(-self.length // self.size)
         self.band = query.new_zeros(self.left + self.right + 1)
         if rank_bias is not None:
@@ -173,9 +204,7 @@ class _Blocks:
         self.queries = self.blocks(self.query)
         self.keys, self.values = self._slots(self.key), self._slots(self.value)  # (T, Z, S), (T, E, S)
         query_rows = F.pad(self.rows, (0, self.rest), value=-2).view(self.num_blocks, self.size)
-        key_rows = F.pad(
-            F.pad(self.rows, (self.left, 0), value=-1), (0, self.rest + self.right), value=len(self.starts)
-        )
+        key_rows = F.pad(self.rows, (self.left, self.rest + self.right), value=-3)
         key_rows = key_rows.unfold(0, self.span, self.size)
         self.foreign = query_rows.unsqueeze(-1), key_rows.unsqueeze(-2)
         self.borders = self._borders()
@@ -184,7 +213,10 @@ class _Blocks:
             self.places = query_positions.unsqueeze(-1), self._slots(self.positions).unsqueeze(-2)
 
     def _borders(self) -> list[bool]:
-        """Blocks with keys of several rows, or outside the stream: those inside which a row starts or ends."""
+        """Blocks with keys of several rows, or outside the stream: those inside which a row starts or ends; all where
+        the rows are not read."""
+        if not self.reads_rows:
+            return [True] * self.num_blocks
         flags = [False] * self.num_blocks
         for start in self.starts:
             first = max(0, (start - self.size - self.right) // self.size + 1)
@@ -200,9 +232,18 @@ class _Blocks:
         amounts = (0, 0) * (states.dim() - 1) + (self.left, self.rest + self.right)
         return F.pad(states, amounts).unfold(0, self.span, self.size)
 
+    def without_empty(self, states: torch.Tensor) -> torch.Tensor:
+        """(C, X) with zeros at entries without a token, where such entries are computed."""
+        return states if self.reads_rows else states.masked_fill((self.rows < 0).unsqueeze(-1), 0)
+
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Batched matrix product in the working precision."""
-        return torch.bmm(left.to(self.product_dtype), right.to(self.product_dtype)).to(self.dtype)
+        return wide_bmm(left, right, self.product_dtype)
+
+    def forward_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """`product` for scores and outputs."""
+        multiply = split_bmm if self.activation == "relu2" else wide_bmm
+        return multiply(left, right, self.product_dtype)
 
     def each(self, with_slope: bool) -> Iterator[_Part]:
         """The parts with their weights."""
@@ -232,7 +273,7 @@ class _Blocks:
             yield self._part(queries, keys, shift, scores, distances, with_slope)
 
     def _each_group(self, with_slope: bool) -> Iterator[_Part]:
-        pairs = PAIRS_AT_A_TIME if self.query.device.type == "cpu" else ACCELERATOR_PAIRS_AT_A_TIME
+        pairs = PAIRS_AT_A_TIME if self.reads_rows else ACCELERATOR_PAIRS_AT_A_TIME
         together = max(1, pairs // (self.size * self.span)) if self.length else 1
         for start in range(0, self.num_blocks, together):
             blocks = slice(start, min(start + together, self.num_blocks))
@@ -252,7 +293,7 @@ class _Blocks:
         band = toeplitz_bias(self.band, queries.shape[1], keys.shape[2], shift=shift, fill=-torch.inf)
         if self.product_dtype == self.dtype:
             return torch.baddbmm(band, queries, keys)
-        return self.product(queries, keys) + band
+        return self.forward_product(queries, keys).add_(band)
 
     def _distances(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
         reach = self.table.shape[0] // 2
@@ -303,23 +344,24 @@ def _packed_attention(
     seed: torch.Tensor | None,
     activation: str,
     window: int,
+    longest: int,
     causal: bool,
     dropout_p: float,
 ) -> torch.Tensor:
     with without_autocast(query.device):
         tensors = (query, key, value, rank_bias, position_bias, rows, positions, seed)
-        blocks = _Blocks(*tensors, activation, window, causal, dropout_p)
+        blocks = _Blocks(*tensors, activation, window, longest, causal, dropout_p)
         outputs = value.new_empty(value.shape)
         outputs[blocks.length :] = 0
         for part in blocks.each(with_slope=False):
             weights = part.weights if part.factors is None else part.weights.mul_(part.factors)
             if blocks.single:
-                outputs[part.queries] = blocks.product(weights, blocks.value[None, part.keys])[0]
+                outputs[part.queries] = blocks.forward_product(weights, blocks.value[None, part.keys])[0]
                 continue
             tokens = slice(part.queries.start * blocks.size, min(part.queries.stop * blocks.size, blocks.length))
-            produced = blocks.product(weights, blocks.values[part.keys].mT).flatten(0, 1)
+            produced = blocks.forward_product(weights, blocks.values[part.keys].mT).flatten(0, 1)
             outputs[tokens] = produced[: tokens.stop - tokens.start]
-        return outputs
+        return blocks.without_empty(outputs)
 
 
 @_packed_attention.register_fake
@@ -378,15 +420,16 @@ def _packed_attention_backward(
     seed: torch.Tensor | None,
     activation: str,
     window: int,
+    longest: int,
     causal: bool,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and both biases (empty for one that is absent)."""
     with without_autocast(query.device):
         tensors = (query, key, value, rank_bias, position_bias, rows, positions, seed)
-        blocks = _Blocks(*tensors, activation, window, causal, dropout_p)
+        blocks = _Blocks(*tensors, activation, window, longest, causal, dropout_p)
         dtype = blocks.dtype
-        gradient = gradient[: blocks.length].to(dtype)
+        gradient = blocks.without_empty(gradient[: blocks.length].to(dtype))
         gradients = gradient if blocks.single or not blocks.length else blocks.blocks(gradient)
         query_gradient = torch.zeros(query.shape, dtype=dtype, device=query.device)
         key_gradient, value_gradient = _KeyGradient(blocks, key), _KeyGradient(blocks, value)
@@ -419,14 +462,9 @@ def _packed_attention_backward(
             band_gradient = F.pad(band_gradient, (centre - blocks.left, after)).to(rank_bias.dtype)
         if table_gradient is not None and position_bias is not None:
             table_gradient = table_gradient.to(position_bias.dtype)
-        empty = query.new_zeros(0)
-        return (
-            query_gradient,
-            key_gradient.total().to(key.dtype),
-            value_gradient.total().to(value.dtype),
-            empty if band_gradient is None else band_gradient,
-            empty.clone() if table_gradient is None else table_gradient,
-        )
+        states = (query_gradient, key_gradient.total().to(key.dtype), value_gradient.total().to(value.dtype))
+        biases = (query.new_zeros(0) if found is None else found for found in (band_gradient, table_gradient))
+        return *states, *biases  # type: ignore[return-value]
 
 
 @_packed_attention_backward.register_fake
@@ -443,7 +481,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _backward(ctx, gradient):
     saved = ctx.saved_tensors
     *gradients, band, table = _packed_attention_backward(gradient, *saved, *ctx.options)
-    return *gradients, None if saved[3] is None else band, None if saved[4] is None else table, *(None,) * 7
+    return *gradients, None if saved[3] is None else band, None if saved[4] is None else table, *(None,) * 8
 
 
 _packed_attention.register_autograd(_backward, setup_context=_save_for_backward)

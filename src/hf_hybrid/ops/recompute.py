@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .branches import uses_cpu_form
+
 # Per tensor: results of a few such pieces stay in cache, and no step of a function allocates fresh memory. SiLU,
 # dropout and gating of (1, L, 1024) in float32, forward and backward, one thread: 272 ms whole, 85 ms in pieces at L
 # 4,096; 1,208 and 513 at 16,384. Pieces of 2^17 take as long; smaller ones pay for more calls.
@@ -16,7 +18,7 @@ ELEMENTS_AT_A_TIME = 1 << 18
 def _pieces(tensors: Sequence[torch.Tensor]) -> list[slice] | None:
     """Slices of the rows of tensors of one shape on CPU, or None where they are better taken whole."""
     first = tensors[0]
-    if first.device.type != "cpu" or first.dim() < 2 or first.numel() <= ELEMENTS_AT_A_TIME:
+    if not uses_cpu_form(first) or first.dim() < 2 or first.numel() <= ELEMENTS_AT_A_TIME:
         return None
     if any(tensor.shape != first.shape for tensor in tensors):
         return None

@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .branches import widest_float
 from .diagonal_ssm import diagonal_kernel
 
 
@@ -220,7 +221,7 @@ def _rotary_system(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tenso
     dtype = torch.promote_types(alpha.dtype, torch.float32)
     first, second = alpha.to(dtype).chunk(2, dim=-1)
     other_first, other_second = beta.to(dtype).chunk(2, dim=-1)
-    wide = torch.float32 if alpha.device.type == "mps" else torch.float64
+    wide = widest_float(alpha)
     exponents = torch.arange(width // 2, device=alpha.device, dtype=wide) / (width // 2)
     angles = (10000.0**-exponents).unsqueeze(0)
     return (

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .branches import uses_cpu_form
+
 ELEMENTS_AT_A_TIME = 1 << 18  # of the inputs; intermediate results stay in cache
 
 # Of inputs without gradient; a decoding step has fewer, and torch is faster there.
@@ -30,7 +32,7 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
         (..., D) in the dtype of `inputs`.
     """
     wide = inputs.dtype in (torch.float32, torch.float64) and inputs.dtype == weight.dtype
-    on_cpu = inputs.device.type == weight.device.type == "cpu"
+    on_cpu = uses_cpu_form(inputs) and uses_cpu_form(weight)
     is_eager = not torch.compiler.is_compiling()  # asked before the size: a graph that compared sizes would fix them
     if wide and on_cpu and is_eager and (torch.is_grad_enabled() or inputs.numel() >= FEWEST_ELEMENTS):
         return _RmsNorm.apply(inputs, weight, eps)[0]

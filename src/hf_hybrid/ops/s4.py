@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .branches import widest_float
+
 
 class DplrSystem(NamedTuple):
     """Continuous system with the copies already tiled to the H features."""
@@ -83,12 +85,17 @@ def dplr_dense(system: DplrSystem) -> DenseSystem:
     left = vectors.mT @ diagonal
     identity = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
     core = 0.5 * identity + vectors.mT @ right  # A = W - 2 p p^T in the real basis
-    resolvent = diagonal - right @ torch.linalg.solve(core, left)
+    resolvent = diagonal - right @ _solve(core, left)
     size = resolvent.shape[-1]
     eye = torch.eye(size, dtype=resolvent.dtype, device=resolvent.device)
     transition = (2 * half_rate).unsqueeze(-1) * resolvent - eye
     inputs = 2 * (resolvent @ to_real_basis(system.inputs).unsqueeze(-1)).squeeze(-1)
     return DenseSystem(transition, inputs)
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor, left: bool = True) -> torch.Tensor:
+    """`torch.linalg.solve` without its check for singular matrices, for which the host would wait."""
+    return torch.linalg.solve_ex(matrix, right, left=left).result
 
 
 def matrix_power(matrix: torch.Tensor, exponent: int) -> torch.Tensor:
@@ -121,7 +128,7 @@ def recover_c(output_tilde: torch.Tensor, system: DplrSystem, length: int) -> to
     power = matrix_power(dplr_dense(system).transition, length)
     identity = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
     row = output_to_real_basis(output_tilde).transpose(0, 1)
-    return output_from_real_basis(torch.linalg.solve(identity - power, row, left=False).transpose(0, 1))
+    return output_from_real_basis(_solve(identity - power, row, left=False).transpose(0, 1))
 
 
 def _squares(matrix: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -261,7 +268,7 @@ def dplr_kernel_reference(output: torch.Tensor, dense: DenseSystem, length: int)
 
 def _half_angles(length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """sin and cos of pi k / length, k = 0..length//2, formed in float64; exactly (1, 0) at the Nyquist node."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = widest_float(device)
     angle = torch.arange(length // 2 + 1, dtype=wide, device=device) * (math.pi / length)
     sine, cosine = torch.sin(angle), torch.cos(angle)
     if length % 2 == 0:
@@ -400,7 +407,7 @@ def dplr_step_constants(system: DplrSystem) -> DplrStep:
     core = core - 2 * torch.einsum("rhm,shm->hrs", projected[..., 1], p_imag)
     core = core + torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
     flat = projected.movedim(0, 1)  # (H, R, M, 2)
-    correction = torch.linalg.solve(core, flat.flatten(2)).reshape(flat.shape).movedim(1, 0)
+    correction = _solve(core, flat.flatten(2)).reshape(flat.shape).movedim(1, 0)
     return DplrStep(torch.stack([d_real, d_imag], -1), advance, 2 * system.inputs, system.low_rank, correction)
 
 

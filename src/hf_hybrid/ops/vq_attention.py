@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .branches import uses_cpu_form
 from .code_memory import CodeMemory
 from .relative_position import toeplitz_bias
 from .vq_scores import far_sums, near_bias, vq_scores_attention
@@ -69,7 +70,7 @@ def vq_attention(
         chunk_size = min(chunk_size, max(length, window - 1, 1))  # with a single chunk all keys are near anyway
     arguments = (query, key, value, codes, codebook, window_bias, key_mask, memory)
     keeps_gradient = torch.is_grad_enabled() and memory is not None and memory.code_value_mean.requires_grad
-    if query.device.type == "cpu" and not torch.compiler.is_exporting() and not keeps_gradient:
+    if uses_cpu_form(query) and not torch.compiler.is_exporting() and not keeps_gradient:
         return vq_scores_attention(*arguments, chunk_size, causal, far_key_gradient)
     return _composed_attention(*arguments, chunk_size, causal, far_key_gradient)
 
@@ -156,7 +157,8 @@ def _composed_attention(
     # far: counts and means of every code before (and after) the neighbouring chunks
     size = words.shape[1]
     cut = (-1, chunk_size)
-    hot = F.one_hot(all_codes, size).to(dtype) * mask[:, None, :, None]
+    hot = all_codes.unsqueeze(-1) == torch.arange(size, device=codes.device)  # F.one_hot would read the codes
+    hot = (hot & mask[:, None, :, None]).to(dtype)
     hot = hot.unflatten(2, cut).transpose(-1, -2)  # (B, H, K, S, C)
     counts, means, shift = (
         far_sums(part.flatten(0, 1), causal).unflatten(0, (batch, heads))  # (B, H, T, S), then with widths e and d

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import torch
 
+from .branches import widest_float
+
 _ELEMENTS_AT_A_TIME = 1 << 22  # of the windows before block ends
 
 
 def lag_features(length: int, size: int, base: float, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """phi, (L, E): sines, then cosines, of `size` / 2 geometric frequencies; angles in double precision."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = widest_float(device)
     frequencies = base ** (-torch.arange(0, size, 2, device=device, dtype=wide) / size)
     angles = torch.arange(length, device=device, dtype=wide).unsqueeze(1) * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)

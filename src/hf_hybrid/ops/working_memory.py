@@ -205,6 +205,7 @@ def continued_attention(
         ranks=join(old_ranks, tokens.ranks + memory.counts[rows]),
         positions=join(memory.positions, tokens.positions + first_position),
         counts=totals,
+        longest=slots + tokens.longest,
         is_static=tokens.is_static,
     )
     outputs = compacted_attention(

@@ -33,9 +33,9 @@ from ...ops.block_state import (
     step_attention,
     write_slots,
 )
+from ...ops.branches import can_read_values
 from ...ops.relative_position import window_buckets
 from ..call_cache import layer_state
-from ..inputs import can_read_values
 from .bst_cache import BlockStateLayer
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
 

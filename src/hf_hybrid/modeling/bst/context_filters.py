@@ -26,6 +26,7 @@ from ...layers.kept_results import KeepsResults, KeptResults, keeping
 from ...layers.ssm import StateSpaceLayer
 from ...ops.autocast import without_autocast
 from ...ops.block_state import Start, writable
+from ...ops.branches import uses_cpu_form, widest_float
 from ...ops.diagonal_scan import block_divisor, decayed_state, diagonal_block_states, diagonal_scan
 from ...ops.diagonal_ssm import (
     DiagonalSystem,
@@ -164,7 +165,7 @@ class DiagonalFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
     def system(self) -> DiagonalSystem:
         """Discretised system, formed in float64: decays stay so, coefficients are rounded to working precision."""
         dtype = self.C.dtype
-        wide = dtype if self.C.device.type == "mps" else torch.float64
+        wide = widest_float(self.C)
         dt = torch.exp(self.log_dt.to(wide)).unsqueeze(-1)
         decay_real, decay_imag, input_real, input_imag = discretize_zoh(
             -torch.exp(self.log_A_real.to(wide)), self.A_imag.to(wide), dt
@@ -197,7 +198,7 @@ class DiagonalFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
         system = self._cached("system", self.system)
         if block_size is not None:
             return self._block_ends(inputs, system, initial_state, return_state, counts, block_size, start)
-        if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+        if uses_cpu_form(inputs) and not torch.compiler.is_compiling():
             outputs, state = diagonal_scan(inputs, system, initial_state, feedthrough=self.D)
         else:
             kernel = system_kernel(system, inputs.shape[-1])
@@ -228,7 +229,7 @@ class DiagonalFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
             entering = None
             if initial_state is not None:
                 entering = decayed_state(initial_state, system, block_size - phase)
-            is_loop_slow = inputs.device.type != "cpu" or torch.compiler.is_compiling()
+            is_loop_slow = not uses_cpu_form(inputs) or torch.compiler.is_compiling()
             aligned = aligned[..., : num_blocks * block_size]
             size = block_size if is_loop_slow else None
             states = diagonal_block_states(aligned, system, block_size, entering, group_size=size)

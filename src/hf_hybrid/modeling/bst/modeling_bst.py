@@ -27,6 +27,7 @@ from ...configuration.configuration_bst import BstConfig
 from ...layers.kept_results import FreezableModel
 from ...layers.norms import RMSNorm
 from ...ops.block_state import Start, ring_view, row_order
+from ...ops.branches import can_read_values
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, note_missing_attentions
@@ -180,7 +181,7 @@ def _new_padding(mask: torch.Tensor | None, length: int, *, is_kept: bool) -> to
     if mask is None:
         return None
     mask = mask[:, -length:]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.device.type == "meta":
+    if not can_read_values(mask):
         return mask
     if bool(mask.all()) or not (is_kept or bool((mask[:, 1:] & ~mask[:, :-1]).any())):
         return None

@@ -22,6 +22,7 @@ from torch import nn
 from ...layers.full_precision import KeepsFullPrecision
 from ...layers.kept_results import KeepsResults, KeptResults, keeping
 from ...ops.autocast import without_autocast
+from ...ops.branches import uses_cpu_form, widest_float
 from ...ops.diagonal_scan import diagonal_scan
 from ...ops.diagonal_ssm import (
     DiagonalSystem,
@@ -92,7 +93,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
 
     def _compute_system(self) -> DiagonalSystem:
         dtype = torch.promote_types(self.C.dtype, torch.float32)
-        wide = dtype if self.C.device.type == "mps" else torch.float64
+        wide = widest_float(self.C)
         rate = -torch.exp(self.log_A_real.to(wide))
         dt = torch.exp(self.log_dt.to(wide)).unsqueeze(-1)
         decay_real, decay_imag, input_real, input_imag = discretize_zoh(rate, self.A_imag.to(wide), dt)
@@ -147,7 +148,7 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
         system, length = self.system(), inputs.shape[-1]
         if self.bidirectional:
             inputs = torch.cat([inputs, inputs.flip(-1)], dim=1)
-        if inputs.device.type == "cpu" and not torch.compiler.is_compiling() and length >= _SCAN_LENGTH:
+        if uses_cpu_form(inputs) and not torch.compiler.is_compiling() and length >= _SCAN_LENGTH:
             outputs, final = diagonal_scan(inputs, system, state)
         else:
             outputs = causal_fft_conv(inputs, system_kernel(system, length))

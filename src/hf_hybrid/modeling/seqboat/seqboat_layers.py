@@ -21,6 +21,7 @@ from ...layers.dropout import SequenceDropout
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.norms import SequenceNorm, sequence_norm
 from ...layers.value_embedding import ValueEmbedding
+from ...ops.branches import can_read_values, widest_float
 from ...ops.compaction import (
     ActiveTokens,
     active_tokens,
@@ -53,8 +54,9 @@ def build_norm(config: SeqBoatConfig, affine: bool = True) -> SequenceNorm:
 
 
 def _has_fixed_shapes(states: torch.Tensor) -> bool:
-    """Whether no shape may depend on values: in compiled graphs, and where there are no values."""
-    return torch.compiler.is_compiling() or states.is_meta
+    """Whether no shape may depend on values: in compiled graphs, on accelerators, where the host would wait for them, and
+    where there are no values."""
+    return not can_read_values(states)
 
 
 class SeqBoatEmbeddings(nn.Module):
@@ -92,7 +94,7 @@ class SeqBoatEmbeddings(nn.Module):
 
     def _sinusoids(self, positions: torch.Tensor) -> torch.Tensor:
         """[sin(t f_i), cos(t f_i)], f_i = 10000 ** (-2 i / D); the frequencies are those of float32, as in published models."""
-        wide = torch.float32 if positions.device.type == "mps" else torch.float64
+        wide = widest_float(positions)
         exponents = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32) / self.width
         angles = positions.unsqueeze(-1).to(wide) * (1 / 10000.0**exponents).to(wide)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -235,7 +237,7 @@ class SeqBoatUnit(nn.Module):
     ) -> torch.Tensor:
         """Gated output of the attention unit (B, L, D) by way of the packed stream."""
         shape = routing.active.shape
-        # Compiled graphs have fixed shapes: the stream has room for every token, and attention skips what is not there.
+        # With fixed shapes the stream has room for every token.
         capacity = shape[0] * shape[1] if _has_fixed_shapes(inner) else None
         tokens = active_tokens(routing.active, capacity)
         query, key, value, reset = self._project(gather_active(inner, tokens), rotary, tokens)
@@ -250,7 +252,7 @@ class SeqBoatUnit(nn.Module):
                 query, key, value, tokens, memory, past, dropout_p=dropout, **self._settings()
             )
         if cache_layer is not None:
-            memory = self._room(memory, shape, tokens.counts, key, value)
+            memory = self._room(memory, shape, tokens.counts, key, value, past)
             cache_layer.memory = write_memory(memory, key, value, tokens, past)
         gate = routing.gate.flatten()[tokens.index].unsqueeze(-1)
         # (5) times g
@@ -266,10 +268,10 @@ class SeqBoatUnit(nn.Module):
     ) -> torch.Tensor:
         """As `_attend`, for a few tokens that continue a text: shapes do not depend on which of them are active."""
         active = routing.active
-        if inner.device.type == "cpu" and not torch.compiler.is_compiling() and not active.any():
+        if can_read_values(active) and not active.any():
             return torch.zeros_like(inner)  # the unit need not run at all
         query, key, value, reset = self._project(inner, rotary)
-        memory = self._room(cache_layer.memory, active.shape, active.sum(-1), key, value)
+        memory = self._room(cache_layer.memory, active.shape, active.sum(-1), key, value, past)
         attended = memory_attention(query, key, value, active, memory, past, **self._settings())
         if active.shape[1] == 1:
             cache_layer.memory = write_token(memory, key, value, active, past)
@@ -286,14 +288,17 @@ class SeqBoatUnit(nn.Module):
         new: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        past: int,
     ) -> WorkingMemory:
         """A memory for the new active tokens: of constant size with a window, else of all of them."""
         if self.window is not None:
             return empty_memory(shape[0], self.window, key, value) if memory is None else memory
-        if _has_fixed_shapes(key):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             slots = shape[1] + (0 if memory is None else memory.keys.shape[1])
         else:
-            needed = int((new if memory is None else new + memory.counts).max())
+            needed = past + shape[1]  # of all tokens, unless their number may be read
+            if can_read_values(new):
+                needed = int((new if memory is None else new + memory.counts).max())
             slots = max(16, 1 << (needed - 1).bit_length()) if needed else 16
         if memory is None:
             return empty_memory(shape[0], slots, key, value)

@@ -30,6 +30,7 @@ from ...configuration.configuration_spade import SpadeConfig
 from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
+from ...ops.branches import can_read_values
 from ..cache import StateCache
 from ..call_cache import cache_of_call, count_tokens
 from ..inputs import check_inputs, logical_positions, note_missing_attentions
@@ -223,6 +224,18 @@ class SpadeDecoder(SpadePreTrainedModel):
             rows = rows.masked_fill(~mask[:, past:], self._position_offset - 1)
         return self.embed_positions(rows)
 
+    def _unread_mask(self, mask: torch.Tensor | None, length: int, *, is_causal: bool) -> torch.Tensor | None:
+        """The mask (B, K) as (B, 1, T, K) for `sdpa` where its values may not be read: Transformers asks there whether it
+        hides anything, and the host would wait."""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if mask is None or is_traced or can_read_values(mask) or self.config._attn_implementation != "sdpa":
+            return mask
+        visible = mask.bool()[:, None, None].expand(-1, -1, length, -1)
+        if not is_causal or length == 1:
+            return visible
+        places = torch.arange(mask.shape[1], device=mask.device)
+        return visible & (places <= places[-length:].unsqueeze(-1))
+
     @capture_outputs
     def forward(
         self,
@@ -256,7 +269,7 @@ class SpadeDecoder(SpadePreTrainedModel):
             self_attention_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
-                attention_mask=mask,
+                attention_mask=self._unread_mask(mask, length, is_causal=True),
                 past_key_values=own_cache,
             )
             if self.config.decoder_has_rotary_positions:
@@ -264,7 +277,7 @@ class SpadeDecoder(SpadePreTrainedModel):
         cross_attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=encoder_attention_mask,
+            attention_mask=self._unread_mask(encoder_attention_mask, length, is_causal=False),
             encoder_hidden_states=encoder_hidden_states,
         )
         for layer in self.layers:
