@@ -82,7 +82,7 @@ class StateGenerationMixin(GenerationMixin):
 
 def _check_prompt(mask: torch.Tensor | None, name: str) -> None:
     """Raises ValueError for rows that end with padding. Called once per text, so a synchronisation is affordable."""
-    if mask is None or mask.dim() != 2 or mask.device.type == "meta":
+    if mask is None or mask.dim() != 2 or mask.is_meta:
         return
     if bool(((mask[:, -1] == 0) & (mask != 0).any(-1)).any()):
         raise ValueError(
