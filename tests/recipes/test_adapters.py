@@ -162,6 +162,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(lora: Any, tmp_path:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
     last = {**resumed, "output_dir": str(checkpoint), "resume_from_checkpoint": "last", "max_steps": 6}
+    with pytest.raises(ValueError, match="`lora_rank` was 2 in this run and is 3 now"):
+        main({**last, "lora_rank": 3})
+    (checkpoint / "arguments.json").unlink()
     with pytest.raises(ValueError, match="another adapter than this run trains"):
         main({**last, "lora_rank": 3})
     with pytest.raises(ValueError, match="holds an adapter, but this run is without `lora_rank`"):

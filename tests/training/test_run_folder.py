@@ -101,19 +101,31 @@ def test_a_failed_run_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failed_run_keeps_its_checkpoints(checkpoint):
+def test_a_failed_resume_keeps_checkpoints_and_records(checkpoint):
+    write_json(checkpoint.parent / "arguments.json", {"seed": 1})
     folder = RunFolder(checkpoint.parent, "last")
-    with pytest.raises(RuntimeError), folder.recording({"seed": 1}):
+    with pytest.raises(RuntimeError), folder.recording({"seed": 1, "learning_rate": 1.0}):
         raise RuntimeError("no memory")
-    assert checkpoint.is_dir() and (checkpoint.parent / "arguments.json").is_file()
+    assert checkpoint.is_dir() and json.loads((checkpoint.parent / "arguments.json").read_text()) == {"seed": 1}
 
 
-def test_changed_options_are_reported_on_resume(checkpoint, caplog):
-    write_json(checkpoint.parent / "arguments.json", {"seed": 1, "max_steps": 3})
-    with RunFolder(checkpoint.parent, "last").recording({"seed": 2, "max_steps": 9}):
-        pass
-    assert "`seed` = 2, it was 1" in caplog.text
-    assert "max_steps" not in caplog.text
+def test_changed_options_are_recorded_with_their_step(checkpoint, caplog):
+    """Of continuations that led to no checkpoint nothing remains."""
+    run = checkpoint.parent
+    write_json(checkpoint / "trainer_state.json", {"global_step": 3})
+    write_json(run / "arguments.json", {"learning_rate": 2.0, "weight_decay": 0.1, "max_steps": 3, "output_dir": "a"})
+    abandoned = {"step": 3, "changed": {"learning_rate": [1.0, 2.0]}}
+    earlier = {"step": 1, "changed": {"weight_decay": [0.0, 0.1]}}
+    write_json(run / "environment.json", {"world_size": 1, "resumed": [earlier, abandoned]})
+    folder = RunFolder(run, "last")
+    with folder.recording({"learning_rate": 4.0, "weight_decay": 0.1, "max_steps": 9, "output_dir": "b"}):
+        folder.commit_records()
+    assert "From step 3 on, `learning_rate` is 4.0; it was 1.0." in caplog.text and "max_steps" not in caplog.text
+    written = json.loads((run / "environment.json").read_text())["resumed"]
+    assert [(entry["step"], entry["changed"]) for entry in written] == [
+        (1, {"weight_decay": [0.0, 0.1]}),
+        (3, {"learning_rate": [1.0, 4.0]}),
+    ]
 
 
 def test_environment_names_versions_and_command():

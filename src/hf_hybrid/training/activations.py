@@ -306,6 +306,27 @@ class ActivationCallback(TrainerCallback):
         if self.collector is not None and state.global_step % self.every == 0:
             self.looking = set(range(len(self.collector.units)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The observations since the last log, in JSON types."""
+        if self.collector is None:
+            return {}
+        collected = {
+            name: [[part.tolist() for part in layer] for layer in getattr(self.collector, name)]
+            for name in ("rates", "sums")
+        }
+        return {**collected, "silent": self.silent, "warned": sorted(self.warned)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` returned; an empty state changes nothing."""
+        if self.collector is None or not state or len(state["rates"]) != len(self.collector.units):
+            return
+        device = next(self.collector.units[0].parameters()).device
+        kinds = {"rates": torch.float32, "sums": torch.float64}
+        for name, dtype in kinds.items():
+            parts = [[torch.tensor(part, dtype=dtype, device=device) for part in layer] for layer in state[name]]
+            setattr(self.collector, name, parts)
+        self.silent, self.warned = list(state["silent"]), set(state["warned"])
+
     def entries(self, step: int) -> dict[str, float]:
         """Log entries of the observations since the last call; empty if there were none. Warns of dead layers."""
         layers = [] if self.collector is None else self.collector.summary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -64,6 +65,15 @@ class CodebookCallback(TrainerCallback):
         quantized = quantized_model(model)
         if quantized is not None:
             quantized.apply_codebook_updates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history and the layers in danger, in JSON types."""
+        return {"history": self.history, "in_danger": list(self._in_danger.items())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` returned; an empty state changes nothing."""
+        if state:
+            self.history, self._in_danger = list(state["history"]), dict(state["in_danger"])
 
     def entries(self, model: Any, step: int) -> dict[str, float]:
         """The codebook entries of a training log, also added to the history; empty without codebooks."""

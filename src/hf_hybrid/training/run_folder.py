@@ -1,7 +1,7 @@
 """The output folder of a run: when it may be written, and the records that every run writes to it.
 
 A run writes the checkpoint and its tokenizer, `arguments.json` (every resolved option), `environment.json` (versions,
-hardware, git revision, command), `metrics.json`, `loss_curve.png` and a model card `README.md`. A folder that is not
+hardware, git revision, command), `fingerprints.json` (digests of what it reads), `metrics.json`, `loss_curve.png` and a model card `README.md`. A folder that is not
 empty is rejected unless the run resumes, so that no result is ever overwritten. Only the main process of a distributed
 run writes.
 """
@@ -34,12 +34,15 @@ from .checkpoints import (
     damages,
     list_checkpoints,
 )
+from .fingerprints import Files, changed_files, fingerprints
 from .folder_lock import LOCK_FILE, FolderLock
+from .resuming import changed_options
 
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "arguments.json"
 ENVIRONMENT_FILE = "environment.json"
+FINGERPRINTS_FILE = "fingerprints.json"
 METRICS_FILE = "metrics.json"
 LOSS_CURVE_FILE = "loss_curve.png"
 CODEBOOK_FILE = "codebooks.png"
@@ -57,13 +60,6 @@ RECORDED_PACKAGES = (
     "safetensors",
     "peft",
     "numpy",
-)
-
-# Options that may differ between a run and its continuation without changing what is trained.
-_FREE_ON_RESUME = frozenset(
-    "resume_from_checkpoint max_steps num_train_epochs max_minutes logging_steps save_steps save_total_limit eval_steps "
-    "eval_strategy save_strategy disable_tqdm report_to run_name local_rank dataloader_num_workers log_level "
-    "per_device_eval_batch_size output_dir".split()
 )
 
 
@@ -93,6 +89,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`output_dir` must be a folder; {self.path} is a file. Choose another path.")
         self._refuse_content()
+        self._fingerprints: dict[str, list[Files]] = {}
+        self._same_content: list[str] = []  # options whose files were compared with those of the run that is resumed
+        self._pending: dict[str, Any] = {}  # records that replace those of the run that is resumed
 
     def _refuse_content(self) -> None:
         # The main process decides: when the other processes check, it may already have started to write.
@@ -100,7 +99,7 @@ class RunFolder:
             return
         content = {path.name for path in self.path.iterdir()} - {LOCK_FILE}
         if self._is_auto:  # what a run that was killed before its first checkpoint leaves
-            content -= {ARGUMENTS_FILE, ENVIRONMENT_FILE, STAGING_FOLDER, "runs"}
+            content -= {ARGUMENTS_FILE, ENVIRONMENT_FILE, FINGERPRINTS_FILE, STAGING_FOLDER, "runs"}
             content = {name for name in content if not (name.startswith(".") and name.endswith(".tmp"))}
         if content and self._is_auto:
             raise FileExistsError(
@@ -147,13 +146,52 @@ class RunFolder:
             "a new run."
         )
 
+    def check_sources(self, options: Mapping[str, Any]) -> None:
+        """Takes the fingerprints of what the run reads, and compares them with those of the run that it resumes.
+
+        Args:
+            options: options of the run.
+
+        Raises:
+            ValueError: data, tokenizer or initial model have other contents than when the run began; the message names the files.
+        """
+        if not is_main_process():
+            return
+        known = self._earlier_record(FINGERPRINTS_FILE)
+        self._fingerprints = fingerprints(options, known=known, without=self.path)
+        for option, found in self._fingerprints.items():
+            if option not in known:
+                continue
+            changed = changed_files(known[option], found)
+            if changed:
+                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+                raise ValueError(
+                    f"`{option}` is not what it was when this run began: {'; '.join(changed[:3])}{more}. A continuation would go on "
+                    "with other contents than those recorded. Restore them, or begin a new run from these weights: "
+                    f"`model_name_or_path={self.resume_checkpoint}`, with another `output_dir`."
+                )
+            self._same_content.append(option)
+
+    def _earlier_record(self, name: str) -> dict[str, Any]:
+        """A record of the run whose checkpoint is resumed; empty if there is none."""
+        if self.resume_checkpoint is None:
+            return {}
+        try:
+            found = json.loads((self.resume_checkpoint.parent / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     @contextlib.contextmanager
     def recording(self, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Locks the folder and writes the initial records, which it removes if the run fails before it writes anything else.
 
+        Those of a run that is resumed are replaced by `commit_records` alone.
+
         Raises:
             BlockingIOError: another run uses the folder.
             FileExistsError: another run wrote into it since this object was made.
+            ValueError: the run is resumed with options that a continuation cannot take over.
         """
         if not is_main_process():
             yield
@@ -166,9 +204,13 @@ class RunFolder:
                 raise FileExistsError(
                     f"Another run wrote checkpoints into `output_dir` {self.path} while this one was prepared. Start this one again."
                 )
-            self._warn_about_changes(arguments)
-            write_json(self.path / ARGUMENTS_FILE, arguments)
-            write_json(self.path / ENVIRONMENT_FILE, describe_environment())
+            environment = describe_environment()
+            environment["resumed"] = self._history(to_json(arguments), environment)
+            self._pending = {ARGUMENTS_FILE: arguments, ENVIRONMENT_FILE: environment}
+            if self._fingerprints:
+                self._pending[FINGERPRINTS_FILE] = self._fingerprints
+            if self.resume_checkpoint is None:
+                self.commit_records()
             try:
                 yield
             except BaseException:
@@ -179,26 +221,42 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self.path.rmdir()  # where nothing was left
 
+    def commit_records(self) -> None:
+        """Writes the initial records of a run that is resumed, once it has a checkpoint or an end of its own.
+
+        Until then the folder keeps those of the run as it was, which a resume that fails leaves true.
+        """
+        if is_main_process():
+            for name, record in self._pending.items():
+                write_json(self.path / name, record)
+            self._pending = {}
+
     def _withdraw_records(self) -> None:
-        records = {ARGUMENTS_FILE, ENVIRONMENT_FILE}
+        records = {ARGUMENTS_FILE, ENVIRONMENT_FILE, FINGERPRINTS_FILE}
         with contextlib.suppress(OSError):  # the folder may be gone; the first error is the one to show
             if self.resume_checkpoint is None and {path.name for path in self.path.iterdir()} <= {*records, LOCK_FILE}:
                 for name in records:
                     (self.path / name).unlink(missing_ok=True)
 
-    def _warn_about_changes(self, arguments: Mapping[str, Any]) -> None:
-        previous_file = self.path / ARGUMENTS_FILE
-        if self.resume_checkpoint is None or not previous_file.is_file():
-            return
-        with contextlib.suppress(json.JSONDecodeError):
-            previous, current = json.loads(previous_file.read_text()), to_json(arguments)
-            changed = sorted(
-                key
-                for key in previous.keys() & current.keys()
-                if previous[key] != current[key] and key not in _FREE_ON_RESUME
-            )
-            for key in changed:
-                logger.warning("Resuming with `%s` = %r, it was %r.", key, current[key], previous[key])
+    def _history(self, arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """One entry for each continuation: step, time, and the options that changed from there on.
+
+        Raises:
+            ValueError: the continuation cannot take over a change.
+        """
+        if self.resume_checkpoint is None:
+            return []
+        state = json.loads((self.resume_checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        step = state.get("global_step", 0)
+        before, record = self._earlier_record(ARGUMENTS_FILE), self._earlier_record(ENVIRONMENT_FILE)
+        kept = [entry for entry in record.get("resumed", []) if entry["step"] < step]
+        for entry in reversed(record.get("resumed", [])[len(kept) :]):  # of continuations that led to nothing
+            before.update({name: values[0] for name, values in entry["changed"].items()})
+        processes = (record.get("world_size", environment["world_size"]), environment["world_size"])
+        changed = changed_options(before, arguments, processes=processes, same_content=self._same_content)
+        for name, (old, new) in changed.items():
+            logger.warning("From step %d on, `%s` is %r; it was %r.", step, name, new, old)
+        return [*kept, {"step": step, "started": environment["started"], "changed": changed}]
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics.json` (main process only)."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -27,6 +27,7 @@ from .checkpoints import STAGING_FOLDER, publish_checkpoint, reporting_write_err
 from .codebooks import CodebookCallback, has_codebooks
 from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
+from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +70,36 @@ def smoothing_excess(
     return mean_over_labels(torch.where(counted, chosen - logits.mean(-1), 0).sum(), labels, num_items_in_batch)
 
 
+class _SumsCallback(TrainerCallback):
+    """Continues the sums of the run that is resumed, which `Trainer` sets to zero just before this event."""
+
+    def __init__(self, trainer: HybridTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self._trainer._continue_sums()
+
+
 class HybridTrainer(Trainer):
     """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
+
+    A run that is resumed logs and reports as if it had never stopped: losses, runtime and throughput cover all its sessions up to
+    the checkpoints from which they went on. Learning rates, weight decay and schedule are those of `args`, not of the checkpoint.
 
     Models with routers log the share of active tokens of each layer as well (`ActivationCallback`), those with codebooks their
     perplexity (`CodebookCallback`).
 
     The arguments are those of `Trainer`; pass `HybridTrainingArguments` as `args` for the additional options.
+
+    Attributes:
+        before_publishing: functions that are called, in the main process, when a checkpoint is complete but has not got its name yet.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         self._is_staging = False
+        self.before_publishing: list[Callable[[], None]] = []
+        self._earlier: RunTotals | None = None  # of the run that is resumed
+        self._session_start = time.time()
         super().__init__(*args, **kwargs)
         self._time_limit: TimeLimitCallback | None = None
         max_minutes = getattr(self.args, "max_minutes", None)
@@ -92,6 +112,7 @@ class HybridTrainer(Trainer):
         if self._activations is not None:
             self.add_callback(self._activations)
         self._codebooks = self._codebook_callback()
+        self.add_callback(_SumsCallback(self))  # the last: what the others carry is continued after their beginning
         self._interval_start: tuple[float, int] | None = None
         self._paused_seconds = 0.0
         self._timed_tokens, self._timed_seconds = 0, 0.0
@@ -232,7 +253,7 @@ class HybridTrainer(Trainer):
                 logs.update(self._activations.entries(self.state.global_step))
             if self._codebooks is not None:
                 logs.update(self._codebooks.entries(self.model, self.state.global_step))
-        super().log(logs, start_time)
+        super().log(logs, None if start_time is None else start_time - self._earlier_seconds)
         if not self.args.logging_nan_inf_filter and not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
                 f"The training loss is {logs['loss']} at step {self.state.global_step}. Lower `learning_rate` or "
@@ -241,8 +262,68 @@ class HybridTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Trains; see `Trainer.train` of Transformers."""
-        self._interval_start = None
+        self._interval_start, self._earlier = None, None
+        self._timed_tokens, self._timed_seconds = 0, 0.0
         return super().train(*args, **kwargs)
+
+    @property
+    def _earlier_seconds(self) -> float:
+        """Seconds of the sessions before this one."""
+        return 0.0 if self._earlier is None else self._earlier.seconds
+
+    def _continue_sums(self) -> None:
+        self._session_start = time.time()
+        # The state of a checkpoint would bring back the intervals of logs, evaluations and checkpoints.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        earlier = self._earlier
+        if earlier is None:
+            return
+        pending = earlier.pending_losses
+        is_same_world = len(pending) == self.args.world_size
+        mean = sum(pending) / max(len(pending), 1)
+        self._tr_loss.fill_(pending[self.args.process_index] if is_same_world else mean)
+        self._total_loss_scalar = earlier.loss_sum
+        self._globalstep_last_logged = earlier.last_logged_step
+        self._initial_global_step = self._initial_num_input_tokens_seen = 0
+        self._timed_tokens, self._timed_seconds = earlier.timed_tokens, earlier.timed_seconds
+        for name, monitor in self._monitors().items():
+            monitor.load_state_dict(earlier.monitors.get(name, {}))
+
+    def _monitors(self) -> dict[str, Any]:
+        """The callbacks that observe the model between two logs."""
+        found = {"activations": self._activations, "codebooks": self._codebooks}
+        return {name: monitor for name, monitor in found.items() if monitor is not None}
+
+    def _sums(self) -> RunTotals:
+        """The sums up to now; to be called by all processes."""
+        return RunTotals(
+            loss_sum=self._total_loss_scalar,
+            pending_losses=self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+            last_logged_step=self._globalstep_last_logged,
+            seconds=self._earlier_seconds + time.time() - self._session_start,
+            timed_tokens=self._timed_tokens,
+            timed_seconds=self._timed_seconds,
+            monitors={name: monitor.state_dict() for name, monitor in self._monitors().items()},
+        )
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = self.optimizer
+        settings = optimizer_settings(optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        apply_settings(optimizer, self.lr_scheduler, settings)
+        self._earlier = RunTotals.read(Path(checkpoint))
+        if self._earlier is None:
+            logger.warning(
+                "%s holds no %s: the training loss, runtime and throughput of this run will be those of the steps after it.",
+                checkpoint,
+                TOTALS_FILE,
+            )
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # A finished run that is resumed has nothing left to train, but `Trainer` checks only after another step.
@@ -294,12 +375,16 @@ class HybridTrainer(Trainer):
         finally:
             self._is_staging = False
         self._save_process_state(staged)
+        sums = self._sums()
         best = run / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == final or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(staged / "trainer_state.json"))  # again: with the place of the best checkpoint
+            sums.write(staged)
+            for function in self.before_publishing:
+                function()
             publish_checkpoint(staged, final)
             rotate_checkpoints(run, self.args.save_total_limit, final, self.state.best_model_checkpoint)
             shutil.rmtree(staged.parent, ignore_errors=True)

@@ -66,6 +66,7 @@ class Recipe:
             )
         check_model_name(Path(training_args.output_dir).resolve().name)
         folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
+        folder.check_sources(resolved_arguments(*groups))
         set_seed(training_args.seed)
         job = self.build(*groups)
         try:

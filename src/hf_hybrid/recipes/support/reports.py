@@ -72,7 +72,7 @@ def make_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> ModelC
         lengths=report.lengths,
         adapter_of=display_names([str(job.model.name_or_path)]) if is_adapted(job.trainer.model) else None,
         extra_tags=["lora", "peft"] if is_adapted(job.trainer.model) else [],
-        training=_training_rows(job.trainer, metrics),
+        training=_training_rows(job.trainer, metrics) | _resumed_rows(environment),
         environment={
             "hardware": ", ".join(environment["accelerators"]) or processor,
             "processes": environment["world_size"],
@@ -121,6 +121,16 @@ def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, An
         "peak memory of the process": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
         "training loss": f"{metrics['train_loss']:.4g}" if "train_loss" in metrics else None,
     }
+
+
+def _resumed_rows(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What was changed when the run was resumed; the other rows say what it ended with."""
+    changes = [
+        f"{option} {before} -> {after} (step {entry['step']})"
+        for entry in environment.get("resumed", [])
+        for option, (before, after) in entry["changed"].items()
+    ]
+    return {"changed when resumed": ", ".join(changes)} if changes else {}
 
 
 def _adapter_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:

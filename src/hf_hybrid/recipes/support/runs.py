@@ -21,6 +21,7 @@ from ...training.adapters import base_model, check_resumable
 from ...training.callbacks import InterruptCallback, RunInterrupted
 from ...training.checkpoints import list_checkpoints, reporting_write_errors
 from ...training.codebooks import CodebookCallback, has_codebooks
+from ...training.resuming import TOTALS_FILE
 from ...training.run_folder import (
     CODEBOOK_FILE,
     LOSS_CURVE_FILE,
@@ -29,6 +30,7 @@ from ...training.run_folder import (
     is_main_process,
     peak_memory,
 )
+from ...training.trainer import HybridTrainer
 from ...viz import codebook_usage, plot_loss_curves
 from .console import is_quiet
 from .models import set_longest_input
@@ -120,12 +122,16 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     if folder.resume_checkpoint is not None:
         check_resumable(trainer.model, folder.resume_checkpoint)
     start = -1 if resume is None else _step_of(resume)  # read now, because the run may delete the checkpoint
+    covers_all = resume is None or (Path(resume) / TOTALS_FILE).is_file()
+    if isinstance(trainer, HybridTrainer):
+        trainer.before_publishing.append(folder.commit_records)
     result = trainer.train(resume_from_checkpoint=resume)
     with reporting_write_errors(folder.path, "The final model"):
         trainer.save_model()
-    was_trained = trainer.state.global_step > start
+    folder.commit_records()
+    is_measured = covers_all or trainer.state.global_step > start
     metrics = {
-        **{key: value for key, value in result.metrics.items() if key != "total_flos" and was_trained},
+        **{key: value for key, value in result.metrics.items() if key != "total_flos" and is_measured},
         **job.final_metrics(),
         **job.report.metrics,
         "steps": trainer.state.global_step,
