@@ -148,7 +148,9 @@ def _collect(families: tuple[str, ...], max_source_bytes: int, progress: bool) -
             limit = 4 * max_source_bytes if family == STANDARD_LIBRARY else max_source_bytes
             files += [(family, root, path) for path in _source_files(root, limit)]
     found, seen = [], set()
-    for family, root, path in tqdm(files, desc="Reading docstrings", unit=" files", disable=not progress):
+    for family, root, path in tqdm(
+        files, desc="Reading docstrings", unit=" files", disable=None if progress else True
+    ):
         tree = _parse(path)
         if tree is None:
             continue

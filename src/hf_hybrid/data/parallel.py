@@ -45,7 +45,9 @@ def map_blocks(
     if block < 1 or num_processes < 1:
         raise ValueError(f"`block` and `num_processes` must be positive; got {block} and {num_processes}.")
     blocks = [indices[first : first + block] for first in range(0, len(indices), block)]
-    with tqdm(total=len(indices), desc=description, unit=" samples", disable=not progress, mininterval=1.0) as bar:
+    with tqdm(
+        total=len(indices), desc=description, unit=" samples", disable=None if progress else True, mininterval=1.0
+    ) as bar:
         if min(num_processes, len(blocks)) <= 1:
             for part in blocks:
                 yield make(part)

@@ -135,7 +135,9 @@ def _require_tokens(count: int) -> None:
 def _token_pieces(documents, tokenizer, eos: int, dtype: np.dtype, max_tokens: int | None, progress: bool):
     count = 0
     total = len(documents) if hasattr(documents, "__len__") else None
-    with tqdm(total=total, desc="Tokenising", unit=" documents", disable=not progress, mininterval=1.0) as bar:
+    with tqdm(
+        total=total, desc="Tokenising", unit=" documents", disable=None if progress else True, mininterval=1.0
+    ) as bar:
         for texts in document_batches(documents):
             bar.update(len(texts))
             for ids in encode_documents(tokenizer, texts):

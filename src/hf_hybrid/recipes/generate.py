@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from ..data.loading import load_table
+from ..training.progress import shows_bars
 from .finetune_summarization import TEXT_COLUMNS
 from .support.finetuning_data import check_vocabulary, require_columns, require_text
 from .support.main_options import MAIN_OPTIONS
@@ -114,7 +115,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     set_seed(arguments.seed)
     start, count, generations = time.perf_counter(), 0, []
     batches = range(0, len(inputs), arguments.batch_size)
-    for first in tqdm(batches, desc="generate", unit="batch", disable=len(batches) < 2):
+    for first in tqdm(batches, desc="generate", unit="batch", disable=len(batches) < 2 or not shows_bars()):
         texts = inputs[first : first + arguments.batch_size]
         for text, outputs, tokens in generate_batch(model, tokenizer, texts, arguments, decoding):
             generations.append({"input": text, "outputs": outputs})

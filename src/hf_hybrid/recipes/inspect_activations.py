@@ -29,6 +29,7 @@ from ..data.loading import load_table
 from ..data.lra import PixelSequences, load_lra_table, lra_task, pixel_array
 from ..data.waveforms import read_waveforms
 from ..training.activations import activation_statistics, has_routers, sample_gates, write_activation_statistics
+from ..training.progress import shows_bars
 from ..viz import (
     draw_activation_map,
     draw_image_activations,
@@ -302,7 +303,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         )
     samples = load_samples(options, config, model)
     starts = range(0, samples.number, options.batch_size)
-    bar = tqdm(starts, desc="activations", unit="batch", disable=len(starts) < 2)
+    bar = tqdm(starts, desc="activations", unit="batch", disable=len(starts) < 2 or not shows_bars())
     batches = (samples.batch(slice(start, start + options.batch_size)) for start in bar)
     layers = activation_statistics(model, batches, max_sequences=samples.number + 1)  # all; the bar completes
     output.mkdir(parents=True, exist_ok=True)

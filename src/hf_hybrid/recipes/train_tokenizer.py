@@ -25,6 +25,7 @@ from ..tokenization.sentencepiece_tokenizer import (
     tokenizer_from_sentencepiece,
     train_sentencepiece_model,
 )
+from ..training.progress import shows_bars
 from .support.main_options import MAIN_OPTIONS
 from .support.options import BAD_RECORD_HELP, ENCODING_HELP, parse_arguments, source_names
 from .support.runs import set_up_logging
@@ -81,7 +82,9 @@ def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterato
         on_bad_record=args.on_bad_record,
     )
     total = getattr(data, "num_rows", None)
-    for row in tqdm(data, total=total, desc="Reading documents", unit=" documents", mininterval=1.0):
+    for row in tqdm(
+        data, total=total, desc="Reading documents", unit=" documents", mininterval=1.0, disable=not shows_bars()
+    ):
         if args.max_documents is not None and counts["documents"] >= args.max_documents:
             return
         text = row["text"] or ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import torch
 from transformers import IntervalStrategy, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -43,6 +44,11 @@ class HybridTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite. Default: stop with an error instead."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # for transfers to an accelerator; without one torch warns
 
 
 @dataclass

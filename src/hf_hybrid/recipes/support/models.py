@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,16 +239,50 @@ def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedM
         check_export(name_or_path)
         check_checkpoint(name_or_path)
     adapter = adapter_folder(name_or_path)
+    with _collected_load_reports() as reports:
+        try:
+            if adapter is not None:
+                return load_adapted_model(auto_class, adapter, **kwargs)
+            model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        except (OSError, ValueError, RuntimeError) as error:
+            details = "".join(f"\n{text}" for text in reports)
+            raise ValueError(
+                f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: {error}{details}"
+            ) from error
+    model.untrained_parameters = sorted(report["missing_keys"])
+    _say_what_differs(name_or_path, report)
+    return model
+
+
+@contextlib.contextmanager
+def _collected_load_reports() -> Iterator[list[str]]:
+    """Keeps the tables of Transformers about missing and unused weights off the console: `_say_what_differs` takes a line."""
+    reports: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        reports.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()))
+        return False
+
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(collect)
     try:
-        if adapter is not None:
-            return load_adapted_model(auto_class, adapter, **kwargs)
-        model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-        model.untrained_parameters = sorted(report["missing_keys"])
-        return model
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: {error}"
-        ) from error
+        yield reports
+    finally:
+        source.removeFilter(collect)
+
+
+def _say_what_differs(name: str, report: Mapping[str, Any]) -> None:
+    """One line for the weights that a checkpoint lacks, and one for those that the model has no use for."""
+    for key, message in (
+        ("missing_keys", "%s has no weights for %s: they start from random values."),
+        ("unexpected_keys", "%s has weights that this model does not use: %s."),
+    ):
+        modules = sorted({tensor.rpartition(".")[0] or tensor for tensor in report[key]})
+        if modules:
+            shown = ", ".join(modules[:4]) + (f" and {len(modules) - 4} more modules" if len(modules) > 4 else "")
+            logger.info(message, name, shown)
 
 
 def with_adapter(model: PreTrainedModel, checkpoint: str | None, training_args: FinetuningArguments) -> Any:

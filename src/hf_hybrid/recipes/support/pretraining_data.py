@@ -19,6 +19,7 @@ from ...data.loading import MissingSplitError, load_text_source
 from ...data.records import check_reading_options
 from ...data.token_corpus import tokenize_corpus
 from ...training.arguments import HybridTrainingArguments
+from ...training.progress import UNLIMITED_STEPS
 from ...training.run_folder import is_main_process
 from .options import BAD_RECORD_HELP, ENCODING_HELP, source_names
 
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 DocumentsOf = Callable[[list[dict[str, str]]], list[str]]
 
-UNLIMITED_STEPS = 10_000_000  # of a run that ends only by its time limit
 SHUFFLE_WINDOW = 512  # segments of a stream that are shuffled together
 HELD_OUT_CHARACTERS = 2_000_000  # maximum held out of a single long document
 

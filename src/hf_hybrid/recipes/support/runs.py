@@ -21,6 +21,7 @@ from ...training.adapters import base_model, check_resumable
 from ...training.callbacks import InterruptCallback, RunInterrupted
 from ...training.checkpoints import list_checkpoints, reporting_write_errors
 from ...training.codebooks import CodebookCallback, has_codebooks
+from ...training.progress import report_progress, shows_bars
 from ...training.resuming import TOTALS_FILE
 from ...training.run_folder import (
     CODEBOOK_FILE,
@@ -32,7 +33,7 @@ from ...training.run_folder import (
 )
 from ...training.trainer import HybridTrainer
 from ...viz import codebook_usage, plot_loss_curves
-from .console import is_quiet
+from .console import LineFormatter, LineHandler, hide_bars_of_libraries, is_quiet
 from .models import set_longest_input
 from .reports import RunReport, make_card
 
@@ -40,14 +41,17 @@ logger = logging.getLogger(__name__)
 
 
 def set_up_logging(training_args: TrainingArguments | None = None) -> None:
-    """Logs to standard error: everything from the main process, only warnings from the others."""
+    """Logs to standard error: everything from the main process, only warnings from the others or if the recipe is quiet."""
     level = logging.INFO if is_main_process() and not is_quiet() else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
+    handler = LineHandler()
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(handlers=[handler], level=level)
     logging.getLogger("hf_hybrid").setLevel(level)
     for noisy in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "absl", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if training_args is not None:
         transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    hide_bars_of_libraries(all_of_them=not shows_bars())
 
 
 @dataclass
@@ -65,6 +69,9 @@ class Job:
     report: RunReport
     derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     write_results: Callable[[Path], None] | None = None
+
+    def __post_init__(self) -> None:
+        report_progress(self.trainer)
 
     def final_metrics(self) -> dict[str, Any]:
         """Metrics of the final weights: logged last if training ended with an evaluation, else measured now."""
