@@ -64,7 +64,8 @@ class TestDictionaryOfOutputs:
         assert (outputs.past_key_values is not None) == use_cache
 
     def test_format_of_the_cache(self, case: Case) -> None:
-        """One layer per layer of the decoder, rows of the batch first, and a count of the tokens it has seen."""
+        """One layer per layer of the decoder, rows of the batch first, and a count of the tokens it has seen. A row of the
+        source serves all beams of the row."""
         model = case.model()
         inputs = {"input_ids": random_ids(2, PROMPT)}
         cache = generate(
@@ -72,15 +73,15 @@ class TestDictionaryOfOutputs:
         ).past_key_values
         seen = NEW if case.is_seq2seq else PROMPT + NEW - 1
         assert cache.get_seq_length() == seen
-        parts = [cache]
+        parts, source = [cache], getattr(cache, "source_axes", {})
         if isinstance(cache, EncoderDecoderCache):
             parts = [cache.self_attention_cache, cache.cross_attention_cache]
         for part in parts:
             assert len(part.layers) == decoder_layers(model)
             tensors = part.tensors()
             assert {name.split(".")[0] for name in tensors} == {str(index) for index in range(len(part.layers))}
-            for tensor in tensors.values():
-                assert tensor.shape[0] == 6 and tensor.isfinite().all()
+        for name, tensor in cache.tensors().items():
+            assert tensor.shape[0] == (2 if name in source else 6) and tensor.isfinite().all()
 
 
 @parametrize(CAUSAL)

@@ -109,17 +109,15 @@ class StateLayer(CacheLayerMixin):
     def detach(self) -> None:
         """Cuts the state off the graph that made it: the next segment of a text gets no gradient into this one."""
         self._map(torch.Tensor.detach)
+        self._map_source(torch.Tensor.detach)
 
     def reset_rows(self, rows: torch.Tensor) -> None:
         """Begins a new text in the rows (B,) bool, as if everything before were padding; the others go on."""
         if self.num_rows is None:
             return
-        source = {name: getattr(self, name) for name in self.source_axes}
         begins = torch.zeros_like(rows, dtype=torch.long) if self.begins is None else self.begins
         self._map(lambda tensor: zeroed(tensor, rows))
         self.begins = begins.masked_fill(rows.to(begins.device), self.cumulative_length)
-        for name, tensor in source.items():
-            setattr(self, name, tensor)
 
     def drop_past(self, tokens: int) -> None:
         """Drops the first tokens, which no row sees any more, if the layer keeps them."""
@@ -128,14 +126,30 @@ class StateLayer(CacheLayerMixin):
         self._clear()
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an operation along the batch to every tensor."""
+        """Applies an operation along the batch to every tensor, except those of the source."""
         for name in self.batch_tensors:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
+            tensor = None if name in self.source_axes else getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, change(tensor))
         if isinstance(self.state, tuple):
             self.state = tuple(change(tensor) for tensor in self.state)
         elif self.state is not None:
             self.state = change(self.state)
+
+    def _map_source(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an operation along the batch to the tensors of the source, which have a row for each source only."""
+        for name in self.source_axes:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+
+    def _select_sources(self, indices: torch.Tensor) -> None:
+        rows = self.num_rows
+        if rows is not None:
+            self._map_source(lambda tensor: select_sources(tensor, indices, rows))
+
+    def reorder_targets(self, beam_idx: torch.Tensor) -> None:
+        """`reorder_cache` for beams (B,), each of which takes the place of one with the same source: that one stays."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     # -------------------------------------------------------------------------------- the interface of Transformers
 
@@ -153,12 +167,14 @@ class StateLayer(CacheLayerMixin):
         return -1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._select_sources(beam_idx)
+        self.reorder_targets(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))  # the copies share the source
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select_sources(indices)
         self._map(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -183,6 +199,12 @@ class StateLayer(CacheLayerMixin):
 def zeroed(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """A tensor (B, ...) with zeros in the rows (B,) bool."""
     return tensor.masked_fill(rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+def select_sources(source: torch.Tensor, indices: torch.Tensor, num_targets: int) -> torch.Tensor:
+    """Sources of selected targets: of (S, ...) those that the `indices` among `num_targets` rows, in groups of S, read."""
+    rows = torch.arange(num_targets, device=source.device)[indices.to(source.device)]
+    return source[torch.div(rows, num_targets // source.shape[0], rounding_mode="floor")]
 
 
 class StateCache(Cache):
@@ -225,6 +247,11 @@ class StateCache(Cache):
         """See `StateLayer.detach`."""
         for layer in self.layers:
             layer.detach()
+
+    def reorder_targets(self, beam_idx: torch.Tensor) -> None:
+        """See `StateLayer.reorder_targets`."""
+        for layer in self.layers:
+            layer.reorder_targets(beam_idx)
 
     def reset_rows(self, rows: torch.Tensor) -> None:
         """See `StateLayer.reset_rows`."""

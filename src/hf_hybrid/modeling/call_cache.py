@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .cache import StateCache, StateLayer
 from .sequence_pieces import refuse_cache
@@ -70,6 +70,12 @@ def count_tokens(cache: Cache | None, length: int, mask: torch.Tensor | None = N
     """Counts the tokens of a call, once they have passed all layers. Caches of Transformers count for themselves."""
     if isinstance(cache, StateCache):
         cache.count(length, mask)
+
+
+def reorder_targets(cache: Cache, beam_idx: torch.Tensor) -> None:
+    """Reorders a cache for beam search; the keys and values of the source, which the beams of a row share, stay."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    (own.reorder_targets if isinstance(own, StateCache) else own.reorder_cache)(beam_idx)
 
 
 # ------------------------------------------------------------------------------------------- segments of a document

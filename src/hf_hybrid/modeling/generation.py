@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+
+from .call_cache import reorder_targets
+
+# Arguments with a row for each source; the beams and samples of a source share it.
+_SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "token_type_ids")
 
 
 class StateGenerationMixin(GenerationMixin):
@@ -38,6 +44,30 @@ class StateGenerationMixin(GenerationMixin):
         else:
             self._check_cache_implementation(name)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Repeats each target `expand_size` times, for beams and samples; a source is not repeated: they share it."""
+        source: dict[str, Any] = {}
+        if is_encoder_decoder and expand_size > 1:
+            if model_kwargs.get("encoder_outputs") is None:
+                raise ValueError(
+                    "`encoder_outputs` are missing: the source has to be encoded before targets share it."
+                )
+            source = {name: model_kwargs.pop(name) for name in _SOURCE_ARGUMENTS if name in model_kwargs}
+            source["targets_per_source"] = model_kwargs.pop("targets_per_source", 1) * expand_size
+        ids, expanded = super()._expand_inputs_for_generation(expand_size, False, input_ids, **model_kwargs)
+        return ids, expanded | source
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+        """Called by beam search, whose beams only take the place of others with the same source."""
+        reorder_targets(past_key_values, beam_idx)
+        return past_key_values
 
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -168,6 +168,21 @@ def read_inputs(
     return SequenceInputs(values, *simplify_mask(mask), batch, length)
 
 
+def check_source_rows(targets: int, sources: int, targets_per_source: int) -> None:
+    """Raises ValueError unless the target has `targets_per_source` rows for each row of the encoder output."""
+    if targets == sources * targets_per_source:
+        return
+    if targets_per_source == 1:
+        raise ValueError(
+            f"The decoder input has {targets} rows but the encoder output has {sources}; both must share the batch dimension. "
+            "(Several targets of each source in succession: `targets_per_source`.)"
+        )
+    raise ValueError(
+        f"The decoder input has {targets} rows but the encoder output has {sources}, and `targets_per_source` is "
+        f"{targets_per_source}: pass {sources * targets_per_source} rows, or another `targets_per_source`."
+    )
+
+
 def check_pair(has_pair: bool, dual_encoder: bool) -> None:
     """Raises ValueError for a pair of texts where a classifier reads single texts, or the reverse."""
     if has_pair != dual_encoder:

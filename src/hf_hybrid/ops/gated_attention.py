@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from .export_shapes import count_blocks, is_open
-from .gated_scores import ACTIVATIONS, Scores, activate, attend, score_weights
+from .gated_scores import ACTIVATIONS, Scores, activate, activate_visible, attend, score_weights
+from .shared_source import targets_per_source
 
 # ---------------------------------------------------------------------------------------------------------------------
 # self attention
@@ -271,12 +272,13 @@ def gated_cross_attention(
 
     Args:
         query: (B, T, Z), unscaled.
-        key: (B, S, Z).
-        value: (B, S, E).
+        key: (B, S, Z), or with fewer rows, each of which several consecutive rows of queries share.
+        value: (B, S, E), with as many rows as `key`.
         activation: "softmax", "laplace" or "relu2".
         bias: (T + S - 1,), or (B, T + S - 1) when rows are shifted by padding; entry T - 1 + j - i is added to the score of
             query i and key j.
-        key_mask: (B, S) bool, True = token. `laplace` and `relu2` divide by the number of tokens, at least 1.
+        key_mask: (B, S) bool, True = token, or with as many rows as `key`. `laplace` and `relu2` divide by the number of
+            tokens, at least 1.
         dropout_p: probability of dropping a weight.
 
     Returns:
@@ -285,7 +287,14 @@ def gated_cross_attention(
     Raises:
         ValueError: unknown activation, or shapes that do not fit together.
     """
-    return attend(_source_scores(query, key, value, activation, bias, key_mask), value, dropout_p)
+    if query.shape[0] == key.shape[0]:
+        return attend(_source_scores(query, key, value, activation, bias, key_mask), value, dropout_p)
+    trains = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    each = _scores_of_each_target(query, key, value, activation, bias, key_mask)
+    if query.shape[1] == 1 and not trains and dropout_p == 0:  # a decoding step
+        weights = _step_weights(list(each))
+        return (weights @ value.to(weights.dtype)).to(value.dtype).flatten(0, 1).unsqueeze(1)
+    return torch.stack([attend(scores, value, dropout_p) for scores in each], dim=1).flatten(0, 1)
 
 
 def gated_cross_attention_weights(
@@ -297,7 +306,35 @@ def gated_cross_attention_weights(
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights A of `gated_cross_attention`, all at once: (B, T, S) in float32 or better."""
-    return score_weights(_source_scores(query, key, None, activation, bias, key_mask))
+    if query.shape[0] == key.shape[0]:
+        return score_weights(_source_scores(query, key, None, activation, bias, key_mask))
+    each = _scores_of_each_target(query, key, None, activation, bias, key_mask)
+    return torch.stack([score_weights(scores) for scores in each], dim=1).flatten(0, 1)
+
+
+def _scores_of_each_target(query, key, value, activation, bias, key_mask) -> Iterator[Scores]:
+    """Scores of the first target of every source, of the second ..., where several rows of queries share a row of keys."""
+    sources = key.shape[0]
+    shared = targets_per_source(query.shape[0], sources)
+
+    def of_target(states: torch.Tensor | None, target: int) -> torch.Tensor | None:
+        return states if states is None or states.shape[0] == sources else states[target::shared]
+
+    for target in range(shared):
+        own_bias = bias if bias is None or bias.dim() == 1 else bias[target::shared]
+        own_mask = of_target(key_mask, target)
+        yield _source_scores(query[target::shared], key, value, activation, own_bias, own_mask)
+
+
+def _step_weights(targets: list[Scores]) -> torch.Tensor:
+    """Weights (S, R, keys) of R targets with one token each for their source, from one product."""
+    first = targets[0]
+    query = torch.cat([scores.query for scores in targets], dim=1)
+    bias = torch.stack([scores.bias for scores in targets], dim=1)  # a single token has an entry for each key
+    raw = query @ first.key.to(query.dtype).mT + bias.to(query.dtype)
+    masks = [scores.hidden for scores in targets if scores.hidden is not None]  # of all targets, or of none
+    hidden = torch.stack(masks, dim=1) if masks else None
+    return activate_visible(raw, hidden, first.activation)
 
 
 def _source_scores(query, key, value, activation, bias, key_mask) -> Scores:

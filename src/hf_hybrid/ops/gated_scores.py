@@ -51,10 +51,14 @@ def score_weights(scores: Scores) -> torch.Tensor:
     dtype = query.dtype
     band = _band(bias.to(dtype), causal, shift, slice(0, query.shape[1]), key.shape[1], key.shape[1] - query.shape[1])
     raw = query @ key.to(dtype).mT + band
+    return activate_visible(raw, None if hidden is None else hidden.unsqueeze(1), activation)
+
+
+def activate_visible(scores: torch.Tensor, hidden: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """Weights of scores, 0 where `hidden` (bool, broadcast) is True."""
     if hidden is None:
-        return activate(raw, activation)
-    hidden = hidden.unsqueeze(1)
-    weights = activate(raw.masked_fill(hidden, torch.finfo(dtype).min), activation)
+        return activate(scores, activation)
+    weights = activate(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), activation)
     return weights.masked_fill(hidden, 0)
 
 

@@ -100,6 +100,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
         token_type_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        targets_per_source: int = 1,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """Encodes `input_ids` (B, L), unless `encoder_outputs` is given, and decodes `decoder_input_ids` (B, T).
@@ -113,6 +114,8 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
             labels: (B, T) target ids, -100 ignored; they also give `decoder_input_ids` when none are passed.
             use_cache: return the cache; default `config.use_cache` outside training and without labels.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
+            targets_per_source: rows of the target that share a row of the source; row i reads source i // `targets_per_source`.
+                `generate` sets it for beams and `num_return_sequences`.
 
         Returns:
             `logits` (B, T, V), and with `labels` the mean cross-entropy as `loss`.
@@ -127,15 +130,9 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         source = encoder_outputs.last_hidden_state
-        check_inputs(
-            decoder_input_ids,
-            decoder_inputs_embeds,
-            decoder_attention_mask,
-            self.config.vocab_size,
-            hidden_size=self.config.hidden_size,
-            cache=past_key_values,
-            prefix="decoder_",
-        )
+        target = (decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask)
+        width = self.config.hidden_size
+        check_inputs(*target, self.config.vocab_size, hidden_size=width, cache=past_key_values, prefix="decoder_")
         check_inputs(None, source, attention_mask, None)
         decoder_outputs = self.decoder(
             decoder_input_ids,
@@ -145,6 +142,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
             encoder_attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            targets_per_source=targets_per_source,
             **kwargs,
         )
         logits = self.lm_head(decoder_outputs.last_hidden_state)

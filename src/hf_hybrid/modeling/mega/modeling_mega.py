@@ -25,7 +25,7 @@ from ...layers.value_embedding import ValueEmbedding
 from ...ops.export_shapes import is_open
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
-from ..inputs import check_inputs, pool_tokens, read_inputs, simplify_mask
+from ..inputs import check_inputs, check_source_rows, pool_tokens, read_inputs, simplify_mask
 from ..packed_documents import separates_documents
 from ..sequence_pieces import ReadsPieces
 from .mega_cache import GatedAttentionLayer
@@ -95,6 +95,13 @@ class MegaPreTrainedModel(FreezableModel, PreTrainedModel):
             tied = self.all_tied_weights_keys.items()
             missing_keys.update(target for target, source in tied if source not in missing_keys)
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+
+
+def _difference(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """`first - second`, where None stands for zeros; None if both are."""
+    if second is None:
+        return first
+    return -second if first is None else first - second
 
 
 class MegaPooler(nn.Module):
@@ -198,22 +205,19 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
     # ------------------------------------------------------------------------------------------------------ inputs
 
     def _check_source(
-        self, source: torch.Tensor | None, source_mask: torch.Tensor | None, batch: int
-    ) -> torch.Tensor | None:
-        """Checks the encoder states and returns their mask as booleans."""
+        self, source: torch.Tensor | None, source_mask: torch.Tensor | None, batch: int, targets_per_source: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Checks the encoder states; returns their mask as booleans, and the leading padding (B,) for each target, or None."""
         if source is None:
-            return None if source_mask is None else source_mask.bool()
+            return simplify_mask(None if source_mask is None else source_mask.bool())
         if not self.config.add_cross_attention:
             raise ValueError(
                 "`encoder_hidden_states` need a decoder with cross-attention: set `is_decoder=True, add_cross_attention=True`."
             )
         mask = check_inputs(None, source, source_mask, None, hidden_size=self.config.hidden_size, prefix="encoder_")
-        if source.shape[0] != batch:
-            raise ValueError(
-                f"The decoder input has {batch} rows but the encoder output has {source.shape[0]}; both must share the batch "
-                "dimension."
-            )
-        return mask
+        check_source_rows(batch, source.shape[0], targets_per_source)
+        mask, leading = simplify_mask(mask)
+        return mask, leading if leading is None else leading.repeat_interleave(targets_per_source)
 
     def _positions(self, mask: torch.Tensor | None, leading: torch.Tensor | None) -> torch.Tensor | None:
         """Positions of cached and new tokens from the first real one, where a layer needs them."""
@@ -252,6 +256,7 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         input_values: torch.Tensor | None = None,
+        targets_per_source: int = 1,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Runs over a text, or over its next tokens.
@@ -260,11 +265,12 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
             input_ids: (B, L), L >= 1, with or without a cache; or `inputs_embeds` (B, L, D).
             attention_mask: (B, past + L), 1 at real tokens; either side may be padded.
             token_type_ids: (B, L), for models with token types.
-            encoder_hidden_states: (B, S, D), for decoders with cross-attention.
-            encoder_attention_mask: (B, S), 1 at real source tokens.
+            encoder_hidden_states: (B / targets_per_source, S, D), for decoders with cross-attention.
+            encoder_attention_mask: (B / targets_per_source, S), 1 at real source tokens.
             past_key_values: cache of an earlier call; decoders only.
             use_cache: return the cache; default `config.use_cache` outside training, for decoders.
             input_values: (B, L) real numbers, instead of ids, for models with `input_type="values"`.
+            targets_per_source: rows that share a row of the encoder states; row i reads source i // `targets_per_source`.
 
         Returns:
             The states; with `output_attentions` the weights of each layer, (B, chunks, C, C), and of its cross-attention,
@@ -287,11 +293,10 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
             cache=past_key_values,
         )
         self._check_length(length, mask)
-        source_mask = self._check_source(encoder_hidden_states, encoder_attention_mask, batch)
-        source_mask, source_leading = simplify_mask(source_mask)
-        shift = None
-        if config.add_cross_attention and (leading is not None or source_leading is not None):
-            shift = (0 if leading is None else leading) - (0 if source_leading is None else source_leading)
+        source_mask, source_leading = self._check_source(
+            encoder_hidden_states, encoder_attention_mask, batch, targets_per_source
+        )
+        shift = _difference(leading, source_leading) if config.add_cross_attention else None
         token_mask = None if mask is None or not config.mask_padded_states else mask[:, past:].unsqueeze(-1)
 
         hidden_states = self._embed(input_ids, token_type_ids, inputs_embeds, token_mask)

@@ -33,7 +33,7 @@ from ...layers.ssm import StateSpaceLayer
 from ...ops.branches import can_read_values
 from ..cache import StateCache
 from ..call_cache import cache_of_call, count_tokens
-from ..inputs import check_inputs, logical_positions, note_missing_attentions
+from ..inputs import check_inputs, check_source_rows, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
 from ..sequence_pieces import ReadsPieces
 from .feed_forward import FeedForward
@@ -363,6 +363,7 @@ class SpadeModel(SpadePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        targets_per_source: int = 1,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         """Encodes `input_ids` (B, L), unless `encoder_outputs` is given, and decodes `decoder_input_ids` (B, T).
@@ -373,6 +374,8 @@ class SpadeModel(SpadePreTrainedModel):
                 right padding then changes nothing for the real ones.
             past_key_values: cache of an earlier call.
             use_cache: return the cache; default `config.use_cache` outside training.
+            targets_per_source: rows of the target that share a row of the source; row i reads source i // `targets_per_source`.
+                `generate` sets it for beams and `num_return_sequences`.
 
         Raises:
             ValueError: see `SpadeEncoder.forward`; also a target longer than the position table.
@@ -397,11 +400,7 @@ class SpadeModel(SpadePreTrainedModel):
             decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
         source = encoder_outputs.last_hidden_state
         check_inputs(None, source, attention_mask, None)
-        if source.shape[0] != decoder_inputs_embeds.shape[0]:
-            raise ValueError(
-                f"The decoder input has {decoder_inputs_embeds.shape[0]} rows but the encoder output has {source.shape[0]}; "
-                "both must share the batch dimension."
-            )
+        check_source_rows(decoder_inputs_embeds.shape[0], source.shape[0], targets_per_source)
         decoder_outputs = self.decoder(
             decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,

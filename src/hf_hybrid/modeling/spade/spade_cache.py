@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ..cache import StateCache
+from ..cache import StateCache, select_sources
 from ..call_cache import check_cache
 from ..token_cache import TokenLayer
 
@@ -89,13 +89,23 @@ class SpadeDecoderCache(EncoderDecoderCache):
     def crop(self, tokens_to_remove: int) -> None:
         self.self_attention_cache.crop(tokens_to_remove)
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select_sources(beam_idx)
+        self.self_attention_cache.reorder_cache(beam_idx)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.self_attention_cache.batch_repeat_interleave(repeats)
-        self.cross_attention_cache.batch_repeat_interleave(repeats)
+        self.self_attention_cache.batch_repeat_interleave(repeats)  # the copies share the source
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select_sources(indices)
         self.self_attention_cache.batch_select_indices(indices)
-        self.cross_attention_cache.batch_select_indices(indices)
+
+    def _select_sources(self, indices: torch.Tensor) -> None:
+        """Keeps the sources of selected rows; several rows may share one."""
+        rows = self.self_attention_cache.layers[0].num_rows
+        for layer in self.cross_attention_cache.layers:
+            if layer.keys is not None and rows is not None:
+                layer.keys, layer.values = (select_sources(t, indices, rows) for t in (layer.keys, layer.values))
 
 
 def _of_source(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,12 +122,14 @@ def check_decoder_cache(cache: Cache, num_layers: int, layout: Mapping[str, Any]
         check_cache(cache.self_attention_cache, SlidingRecurrentLayer, num_layers, layout)
 
 
-def kept_source(cache: EncoderDecoderCache | None, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Keys and values of the source in a layer, once a call has had them."""
+def kept_source(
+    cache: EncoderDecoderCache | None, layer_idx: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values of the source in a layer, once a call has had them; an offloaded cache keeps them elsewhere."""
     if cache is None or not cache.is_updated.get(layer_idx):
         return None
     layer = cache.cross_attention_cache.layers[layer_idx]
-    return layer.keys, layer.values
+    return layer.keys.to(device, non_blocking=True), layer.values.to(device, non_blocking=True)
 
 
 def keep_source(

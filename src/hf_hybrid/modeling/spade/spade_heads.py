@@ -77,6 +77,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        targets_per_source: int = 1,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """Scores or generates targets; arguments as in `SpadeModel.forward`.
@@ -102,6 +103,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            targets_per_source=targets_per_source,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

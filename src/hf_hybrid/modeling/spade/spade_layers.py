@@ -18,6 +18,7 @@ from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ...ops.relative_position import apply_rotary, rotary_cos_sin
+from ...ops.shared_source import mask_of_sources, targets_per_source
 from ..call_cache import layer_state
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
@@ -179,7 +180,7 @@ class SpadeAttention(nn.Module):
         turns: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = kept_source(past_key_values, self.layer_idx) if self.is_cross_attention else None
+        kept = kept_source(past_key_values, self.layer_idx, source.device) if self.is_cross_attention else None
         if kept is not None:
             return kept
         key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
@@ -200,20 +201,29 @@ class SpadeAttention(nn.Module):
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) to ((B, T, D), weights or None).
+        """(B, T, D) to ((B, T, D), weights (B, n, T, keys) or None).
 
-        `source` (B, L, D) is the encoder output for cross-attention, `positions` (1 or B, T) those of rotary self-attention.
+        `source` (S, L, D) is the encoder output for cross-attention; B / S consecutive rows share one of its rows, and their
+        tokens are queries of the same product. `positions` (1 or B, T) are those of rotary self-attention.
         """
-        query, turns = self._split_heads(self.q_proj(hidden_states)), None
+        query, turns = self.q_proj(hidden_states), None
         if self.has_rotary_positions:
             turns = rotary_cos_sin(positions, self.head_dim, self.config.rotary_base)
-            query = apply_rotary(query, *turns)
         key, value = self._keys_and_values(hidden_states if source is None else source, turns, past_key_values)
+        shared = targets_per_source(query.shape[0], key.shape[0])
+        if shared > 1:
+            query = query.reshape(key.shape[0], -1, query.shape[-1])
+            attention_mask = mask_of_sources(attention_mask, key.shape[0], query.shape[1])
+        query = self._split_heads(query)
+        if turns is not None:
+            query = apply_rotary(query, *turns)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
+        if shared > 1 and weights is not None:
+            weights = weights.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 1)
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1).contiguous()), weights
 
 
@@ -311,7 +321,7 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """(B, T, D) and encoder output (B, L, D) to (B, T, D); additive masks (B or 1, 1, T, keys) or None."""
+        """(B, T, D) and encoder output (B or fewer, L, D) to (B, T, D); additive masks (B or 1, 1, T, keys) or None."""
 
         def attend_to_self(states: torch.Tensor) -> torch.Tensor:
             if not self.is_local:
