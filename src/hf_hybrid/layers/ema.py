@@ -31,6 +31,7 @@ from ..ops.diagonal_ssm import (
     diagonal_final_state,
     diagonal_step,
     initial_state_response,
+    split_rows,
     step_decay,
     system_kernel,
 )
@@ -232,7 +233,7 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
         if self._uses_scan(inputs) and self._reach(length) == length:
             if not self.bidirectional:
                 return diagonal_scan(inputs, system, feedthrough=feedthrough, group_size=_GROUP_SIZE)[0]
-            forward, future = _split_rows(system, features)
+            forward, future = split_rows(system, features)
             feedthrough = feedthrough + (future.input_real * future.output_real).sum(-1)  # lag 0 counts twice
             future = future._replace(output_real=future.output_real * step_decay(future)[0])  # from lag -1 on
             return diagonal_scan(inputs, forward, backward=future, feedthrough=feedthrough, group_size=_GROUP_SIZE)[0]
@@ -253,7 +254,7 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
         if not self.bidirectional:
             state = entering_state(inputs, system, group)
             return self._causal_average(inputs, system, feedthrough, state, return_state=False)[0]
-        forward, future = _split_rows(system, self.hidden_size)
+        forward, future = split_rows(system, self.hidden_size)
         before, behind = entering_state(inputs, forward, group), entering_state(inputs, future, group, reverse=True)
         averages = self._average(inputs, system, feedthrough)
         averages = averages + initial_state_response(forward, before, inputs.shape[-1])
@@ -344,12 +345,6 @@ class MultiDimensionalDampedEma(GathersFullPrecision, KeepsResults):
         found = [tuple(part.shape) for part in ([state] if isinstance(state, torch.Tensor) else state)]
         if found != expected:
             raise ValueError(f"The state must consist of tensors of shapes {expected}; got {found}.")
-
-
-def _split_rows(system: DiagonalSystem, features: int) -> tuple[DiagonalSystem, DiagonalSystem]:
-    """The systems of the first `features` rows and of the others."""
-    halves = [(None, None) if part is None else part.split(features) for part in system]
-    return DiagonalSystem(*(half[0] for half in halves)), DiagonalSystem(*(half[1] for half in halves))
 
 
 def _add_to_first(kernel: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ..ops.branches import can_read_values
 from ..ops.sequence_group import SequenceGroup
-from .inputs import can_read_values
 
 
 class ReadsPieces:

@@ -270,6 +270,12 @@ def diagonal_kernel_reference(
     )
 
 
+def split_rows(system: DiagonalSystem, features: int) -> tuple[DiagonalSystem, DiagonalSystem]:
+    """The systems of the first `features` rows and of the others."""
+    halves = [(None, None) if part is None else part.split(features) for part in system]
+    return DiagonalSystem(*(half[0] for half in halves)), DiagonalSystem(*(half[1] for half in halves))
+
+
 def system_kernel(system: DiagonalSystem, length: int) -> torch.Tensor:
     """Convolution kernel of a system: (D, length), or (S, D, length) when it has S outputs per channel."""
     coefficient = complex_multiply(system.output_real, system.output_imag, system.input_real, system.input_imag)

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from .branches import uses_cpu_form
 from .code_memory import CodeMemory
 from .relative_position import toeplitz_bias
+from .sequence_group import SequenceGroup
+from .vq_pieces import far_sums_of_others, put_neighbours_around
 from .vq_scores import far_sums, near_bias, vq_scores_attention
 
 
@@ -40,6 +42,7 @@ def vq_attention(
     key_mask: torch.Tensor | None = None,
     memory: CodeMemory | None = None,
     far_key_gradient: bool = True,
+    group: SequenceGroup | None = None,
 ) -> torch.Tensor:
     """Attention over quantised keys.
 
@@ -55,6 +58,7 @@ def vq_attention(
         key_mask: (B, L) bool, True at real tokens, or None.
         memory: memory of the text before these tokens (causal only); it gets no gradient.
         far_key_gradient: False stops the gradient of far keys, as arXiv 2309.16354 does; the outputs are the same.
+        group: processes that hold the other pieces of the texts; L is then a multiple of C.
 
     Returns:
         (B, H, L, e) in the dtype of `value`; zeros for queries that see no token. The softmax is in float32 or better.
@@ -69,6 +73,8 @@ def vq_attention(
     if not torch.compiler.is_exporting():
         chunk_size = min(chunk_size, max(length, window - 1, 1))  # with a single chunk all keys are near anyway
     arguments = (query, key, value, codes, codebook, window_bias, key_mask, memory)
+    if group is not None:
+        return _composed_attention(*arguments, chunk_size, causal, far_key_gradient, group)
     keeps_gradient = torch.is_grad_enabled() and memory is not None and memory.code_value_mean.requires_grad
     if uses_cpu_form(query) and not torch.compiler.is_exporting() and not keeps_gradient:
         return vq_scores_attention(*arguments, chunk_size, causal, far_key_gradient)
@@ -133,7 +139,7 @@ def vq_attention_reference(
 
 
 def _composed_attention(
-    query, key, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal, far_key_gradient
+    query, key, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal, far_key_gradient, group=None
 ):
     """Attention by operations that PyTorch differentiates, for accelerators and exported graphs."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -151,6 +157,9 @@ def _composed_attention(
     residual = F.pad((key - key.detach()).to(dtype), (0, 0, *layout))
     if memory is not None:
         mask, all_codes, values = _put_window_in_front(mask, all_codes, values, memory, chunk_size)
+    if group is not None:
+        padded = (mask, all_codes, values, residual)
+        mask, all_codes, values, residual = put_neighbours_around(group, *padded, chunk_size, causal)
     row = torch.arange(heads, device=codes.device)[:, None]
     near_keys = words[row, all_codes] + residual  # (B, H, K C, d)
 
@@ -160,10 +169,8 @@ def _composed_attention(
     hot = all_codes.unsqueeze(-1) == torch.arange(size, device=codes.device)  # F.one_hot would read the codes
     hot = (hot & mask[:, None, :, None]).to(dtype)
     hot = hot.unflatten(2, cut).transpose(-1, -2)  # (B, H, K, S, C)
-    counts, means, shift = (
-        far_sums(part.flatten(0, 1), causal).unflatten(0, (batch, heads))  # (B, H, T, S), then with widths e and d
-        for part in (hot.sum(-1), hot @ values.unflatten(2, cut), hot @ residual.unflatten(2, cut))
-    )
+    parts = [hot.sum(-1), hot @ values.unflatten(2, cut), hot @ residual.unflatten(2, cut)]
+    counts, means, shift = _far_sums(parts, causal, group)  # (B, H, T, S), then with widths e and d
     if memory is not None:
         before = memory.code_count.to(dtype).unsqueeze(2)
         counts = counts + before
@@ -192,6 +199,14 @@ def _composed_attention(
     weights = torch.softmax(torch.cat([far_scores, near_scores], dim=-1), dim=-1)
     outputs = weights[..., :size] @ means + weights[..., size:] @ slabs[1].mT
     return outputs.masked_fill(~seen, 0).flatten(2, 3)[:, :, :length].to(value.dtype)
+
+
+def _far_sums(parts: list[torch.Tensor], causal: bool, group: SequenceGroup | None) -> list[torch.Tensor]:
+    """`far_sums` of (B, H, K, ...) sums of chunks, those of the pieces of other processes included."""
+    found = [far_sums(part.flatten(0, 1), causal).unflatten(0, part.shape[:2]) for part in parts]
+    if group is None:
+        return found
+    return [own + others for own, others in zip(found, far_sums_of_others(group, parts, causal))]
 
 
 def _put_window_in_front(mask, codes, values, memory: CodeMemory, chunk_size: int):

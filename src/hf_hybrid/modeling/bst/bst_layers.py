@@ -34,7 +34,9 @@ from ...ops.block_state import (
     write_slots,
 )
 from ...ops.branches import can_read_values
+from ...ops.local_attention import cached_local_attention
 from ...ops.relative_position import window_buckets
+from ...ops.sequence_group import SequenceGroup
 from ..call_cache import layer_state
 from .bst_cache import BlockStateLayer
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
@@ -121,6 +123,8 @@ class BstAttention(_HeadScores):
     them.
     """
 
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
+
     def __init__(self, config: BstConfig, *, has_context: bool) -> None:
         super().__init__(config)
         self.is_sliding = not has_context or config.local_attention == "sliding_window"
@@ -148,6 +152,8 @@ class BstAttention(_HeadScores):
         key = self.normalize_keys(self.split_heads(self.k_proj(states)))
         value = self.split_heads(self.v_proj(states))
         bias = self._bias(states.device)
+        if self.sequence_group is not None and self.is_sliding and self.block_size > 1:
+            return self._attend_to_earlier_piece(query, key, value, bias, self.sequence_group)
         if passage.step is not None:
             step = passage.step
             cache_layer.keys = write_slots(cache_layer.keys, key, step.slot, step.valid)
@@ -170,6 +176,20 @@ class BstAttention(_HeadScores):
         if cache_layer is not None:
             cache_layer.keys, cache_layer.values = _rings_after(rings, (key, value), self.block_size, passage)
         return attended
+
+    def _attend_to_earlier_piece(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, group: SequenceGroup
+    ) -> torch.Tensor:
+        """Window attention of a piece of a text, given the last tokens of the piece before it."""
+        reach, length = self.block_size - 1, query.shape[2]
+        both = torch.cat([key, value], dim=-1)
+        both = torch.cat([group.shift(both[:, :, length - reach :], 1), both], dim=2)
+        mask = None
+        if group.is_first:
+            mask = F.pad(query.new_ones(query.shape[0], length, dtype=torch.bool), (reach, 0))
+        key, value = both.split(self.head_dim, dim=-1)
+        options = {"bias": bias, "key_mask": mask, "scale": self.scale, "dropout_p": self.dropout_p}
+        return cached_local_attention(query, key, value, radius=reach, **options)
 
 
 def _rings_after(rings: Rings | None, new: Rings, size: int, passage: Passage) -> list[torch.Tensor]:
@@ -206,6 +226,8 @@ class BstContext(_HeadScores):
         (4) k = K c and v = V c for each context state c, k normalised with `qk_norm`
         (5) o_t = attention(q_t, k, v): "sh", "mh": to the states j <= t of block b; "mf": to all S states
     """
+
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
 
     def __init__(self, config: BstConfig) -> None:
         super().__init__(config)
@@ -336,6 +358,8 @@ class BstContext(_HeadScores):
         )
         if outputs.shape[1]:
             later = self._contexts(outputs.to(states.dtype))  # (3), (4)
+            if self.sequence_group is not None:
+                contexts = self._from_earlier_piece(contexts, later, self.sequence_group)
             contexts = [torch.cat(pair, dim=2) for pair in zip(contexts, later)]
         if self.training and torch.is_grad_enabled():
             contexts = [part + (0 * outputs.sum()).to(part.dtype) for part in contexts]
@@ -353,6 +377,13 @@ class BstContext(_HeadScores):
             cache_layer.state = state
             cache_layer.context_keys, cache_layer.context_values = (_take_block(part, passed) for part in contexts)
         return read
+
+    @staticmethod
+    def _from_earlier_piece(initial: list[torch.Tensor], later: Rings, group: SequenceGroup) -> list[torch.Tensor]:
+        """The context of the first block of a piece: that after the piece before it, zero in front of the first."""
+        share = float(group.is_first)  # every parameter takes part in every process, if only with weight zero
+        before = [group.shift(part[:, :, -1:], 1) for part in later]
+        return [entering + share * first for entering, first in zip(before, initial)]
 
     def _step_multi_filter(
         self,

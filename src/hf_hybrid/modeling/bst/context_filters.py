@@ -40,6 +40,8 @@ from ...ops.diagonal_ssm import (
 from ...ops.fft_conv import causal_fft_conv
 from ...ops.input_history import InputHistory
 from ...ops.s4 import DenseSystem, dplr_advance, dplr_block_states, dplr_dense, dplr_step
+from ...ops.sequence_group import SequenceGroup
+from ...ops.sequence_states import entering_dense_state, entering_state
 from ...ops.windowed_filter import filtered_block_ends, lag_features, windowed_filters
 
 _GROUP = 32  # tokens per group where only a final state is wanted
@@ -65,8 +67,11 @@ def _block_aligned(inputs: torch.Tensor, start: Start, block_size: int) -> tuple
 class ContextFilters(nn.Module):
     """Common part of the three kinds; everything that reads their tensors runs inside a call of the module.
 
-    A kind defines `_run`, `_advance` and `_read_token`.
+    A kind defines `_run`, `_advance`, `_read_token` and `_entering`, the state that enters the piece of a text which this process
+    holds.
     """
+
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
 
     def forward(
         self,
@@ -103,6 +108,8 @@ class ContextFilters(nn.Module):
                 return self._advance(hidden_states, initial_state, valid)
             if token == "read":
                 return self._read_token(hidden_states, initial_state, is_block_end)
+            if self.sequence_group is not None:
+                initial_state = self._entering(hidden_states, self.sequence_group)
             return self._run(hidden_states, initial_state, return_state, counts, block_size, start)
 
     def advance(self, hidden_states: torch.Tensor, state: Any, valid: torch.Tensor | None = None) -> Any:
@@ -210,6 +217,10 @@ class DiagonalFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
             state = self._last_state(inputs, system, initial_state, counts)
         return outputs, state if return_state else None
 
+    def _entering(self, hidden_states: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        inputs = hidden_states.transpose(1, 2).to(self.C.dtype)
+        return entering_state(inputs, self._cached("system", self.system), group)
+
     def _last_state(
         self,
         inputs: torch.Tensor,
@@ -295,6 +306,9 @@ class DplrFilters(ContextFilters, StateSpaceLayer):
         if return_state and (counts is not None or block_size is not None):
             state = self._last_state(inputs, initial_state, counts)
         return outputs, state
+
+    def _entering(self, hidden_states: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        return entering_dense_state(hidden_states.transpose(1, 2).to(self._math_dtype), self._dense(), group)
 
     def _compute_dense(self) -> DenseSystem:
         return dplr_dense(self.dplr_system(self._wide_dtype))
@@ -475,6 +489,15 @@ class ExplicitFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
         else:
             outputs = self._block_ends(known, before, block_size, start)
         return outputs, self._history_after(known, inputs.shape[-1], counts) if return_state else None
+
+    def _entering(self, hidden_states: torch.Tensor, group: SequenceGroup) -> InputHistory:
+        inputs = hidden_states.transpose(1, 2).to(self.D.dtype)
+        if inputs.shape[-1] < self.length:
+            raise ValueError(
+                f"Each process holds {inputs.shape[-1]} tokens of the text, but the filters reach {self.length} tokens back: use "
+                "fewer processes, longer texts, or a smaller `ssm_filter_length`."
+            )
+        return InputHistory.of(group.shift(inputs[..., -self.length :], 1))
 
     def _block_ends(self, known: torch.Tensor, before: int, block_size: int, start: Start) -> torch.Tensor:
         aligned, phase, _ = _block_aligned(known, start, block_size)

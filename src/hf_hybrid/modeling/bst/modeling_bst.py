@@ -32,6 +32,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, note_missing_attentions
 from ..packed_documents import separates_documents
+from ..sequence_pieces import ReadsPieces
 from .bst_cache import BlockStateLayer
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
 from .context_filters import DiagonalFilters, DplrFilters, ExplicitFilters
@@ -87,7 +88,7 @@ class BstPreTrainedModel(FreezableModel, PreTrainedModel):
             init.normal_(module.initial, std=0.1)
 
 
-class BstModel(BstPreTrainedModel):
+class BstModel(ReadsPieces, BstPreTrainedModel):
     """The bare model: `last_hidden_state` (B, T, D)."""
 
     _can_record_outputs = {"hidden_states": BstLayer}
@@ -100,6 +101,9 @@ class BstModel(BstPreTrainedModel):
         self.final_dropout = nn.Dropout(final_dropout)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def piece_multiple(self) -> int:
+        return self.config.block_size
 
     def _layout(self) -> dict[str, object]:
         return {name: getattr(self.config, name) for name in _LAYOUT}
@@ -165,6 +169,7 @@ class BstModel(BstPreTrainedModel):
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = hidden_states.shape
+        self.check_piece(length, mask)
         mask = _new_padding(mask, length, is_kept=past_key_values is not None)
         start: Start = 0 if past_key_values is None else layer_state(past_key_values, 0).start
         passage = self._passage(mask, start, batch, length, hidden_states.device)

@@ -23,6 +23,7 @@ from ...layers.norms import build_norm as norm_by_name
 from ...ops.autocast import without_autocast
 from ...ops.code_memory import empty_memory, remember
 from ...ops.recompute import recomputed
+from ...ops.sequence_group import SequenceGroup
 from ...ops.vq_attention import vq_attention
 from ..call_cache import layer_state
 from .longvq_cache import CodeMemoryLayer
@@ -69,6 +70,8 @@ class LongVQMixer(nn.Module):
         (7) h = f(c + H (o * silu(r)))
         (8) y = x + sigmoid(u) * (h - x)
     """
+
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
 
     def __init__(self, config: LongVQConfig) -> None:
         super().__init__()
@@ -158,6 +161,7 @@ class LongVQMixer(nn.Module):
             key_mask=mask,
             memory=memory,
             far_key_gradient=self.far_key_gradient,
+            group=self.sequence_group,
         )
         if cache_layer is not None:
             if memory is None:

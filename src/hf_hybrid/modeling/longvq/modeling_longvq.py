@@ -22,6 +22,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
+from ..sequence_pieces import ReadsPieces
 from .longvq_cache import CodeMemoryLayer, check_codebooks
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
 from .longvq_outputs import LongVQModelOutput
@@ -81,7 +82,7 @@ class LongVQPreTrainedModel(FreezableModel, PreTrainedModel):
         return super().save_pretrained(*args, **kwargs)
 
 
-class LongVQModel(LongVQPreTrainedModel):
+class LongVQModel(ReadsPieces, LongVQPreTrainedModel):
     """The bare stack.
 
     A causal one keeps a cache of constant size: per layer the state of the moving average, (B, D, N) (or of the state space,
@@ -109,6 +110,9 @@ class LongVQModel(LongVQPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         setattr(self, "value_embeddings" if self.config.input_type == "values" else "embed_tokens", value)
+
+    def piece_multiple(self) -> int:
+        return self.config.attention_chunk
 
     # ------------------------------------------------------------------------------------------------------- cache
 
@@ -183,6 +187,7 @@ class LongVQModel(LongVQPreTrainedModel):
             cache=past_key_values,
         )
         mask = None if read.mask is None else read.mask[:, past:]
+        self.check_piece(read.length, mask)
 
         hidden_states = self.get_input_embeddings()(read.values) if inputs_embeds is None else inputs_embeds
         inputs_device = hidden_states.device  # layers may lie on several

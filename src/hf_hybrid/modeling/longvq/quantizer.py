@@ -30,6 +30,7 @@ from ...ops.codebook import (
     perplexity,
     start_codebook,
 )
+from ...ops.sequence_group import SequenceGroup
 
 logger = logging.get_logger(__name__)
 
@@ -76,6 +77,7 @@ class VectorQuantizer(KeepsFullPrecision):
         ValueError: unknown kind of `init`.
     """
 
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
     codebook: torch.Tensor
     ema_count: torch.Tensor
     ema_sum: torch.Tensor
@@ -155,15 +157,23 @@ class VectorQuantizer(KeepsFullPrecision):
         square = keys.detach().square().sum(-1)
         if mask is not None:
             error, square = error * mask.unsqueeze(1), square * mask.unsqueeze(1)
-        number = codes.shape[0] * codes.shape[2] if mask is None else mask.sum().clamp(min=1)
-        commitment = error.sum() / (number * words.shape[0] * words.shape[2])
         counts = code_counts(codes, mask, self.codebook_size, words.dtype)
-        used = perplexity(counts)
+        total_error, number, total_counts = error.sum(), self._number(codes, mask), counts
+        if self.sequence_group is not None:
+            total_error, total_counts = self.sequence_group.sum(total_error), self.sequence_group.reduce(counts)
+            number = total_counts[0].sum().clamp(min=1)
+        commitment = total_error / (number * words.shape[0] * words.shape[2])
+        used = perplexity(total_counts)
         if self.training and not self.frozen:
             self._store(keys.detach(), codes, error.detach(), mask, counts, slot)
         if not torch.compiler.is_exporting():
             self._last = (used.detach(), error.detach().sum() / square.sum().clamp(min=1e-12))
         return Quantized(codes, words, commitment, used)
+
+    @staticmethod
+    def _number(codes: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:
+        """Real tokens of the batch, at least 1."""
+        return codes.shape[0] * codes.shape[2] if mask is None else mask.sum().clamp(min=1)
 
     def _store(
         self,

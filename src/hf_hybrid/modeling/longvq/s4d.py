@@ -30,11 +30,14 @@ from ...ops.diagonal_ssm import (
     diagonal_step,
     discretize_zoh,
     initial_state_response,
+    split_rows,
     step_decay,
     system_kernel,
 )
 from ...ops.fft_conv import causal_fft_conv
 from ...ops.layout import to_signals, to_states
+from ...ops.sequence_group import SequenceGroup
+from ...ops.sequence_states import entering_state
 
 _SCAN_LENGTH = 1024  # tokens from which the scan beats computing a kernel and convolving, on CPU
 
@@ -53,6 +56,8 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
     Raises:
         ValueError: a size is not positive, or N is odd.
     """
+
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
 
     def __init__(self, hidden_size: int, state_size: int = 16, *, bidirectional: bool = False) -> None:
         super().__init__()
@@ -146,6 +151,8 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y (B, D, L) of u (B, D, L), and the state after the last token."""
         system, length = self.system(), inputs.shape[-1]
+        if self.sequence_group is not None:
+            state = self._entering_states(inputs, system, self.sequence_group)
         if self.bidirectional:
             inputs = torch.cat([inputs, inputs.flip(-1)], dim=1)
         if uses_cpu_form(inputs) and not torch.compiler.is_compiling() and length >= _SCAN_LENGTH:
@@ -159,6 +166,15 @@ class ActivatedS4D(KeepsFullPrecision, KeepsResults):
             past, future = outputs.chunk(2, dim=1)
             outputs = past + future.flip(-1)
         return outputs, final if return_state else None
+
+    def _entering_states(self, inputs: torch.Tensor, system: DiagonalSystem, group: SequenceGroup) -> torch.Tensor:
+        """States (B, K, N / 2, 2) that enter the piece of this process from its beginning, and from its end."""
+        if not self.bidirectional:
+            return entering_state(inputs, system, group)
+        past, future = split_rows(system, self.hidden_size)
+        return torch.cat(
+            [entering_state(inputs, past, group), entering_state(inputs, future, group, reverse=True)], dim=1
+        )
 
 
 class _PlainInit:
