@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="show the cases and leave")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="cases to run")
     parser.add_argument(
-        "--only", nargs="+", metavar="WORDS", help="only the variants whose name contains one of these"
+        "--only", nargs="+", metavar="NAME", help="only the variants with one of these names, or parts of names"
     )
     parser.add_argument(
         "--data",
@@ -70,13 +70,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def select(case: Case, words: list[str] | None) -> list[Variant]:
-    """Variants of a case whose names contain one of the words."""
-    chosen = [variant for variant in case.variants if not words or any(word in variant.name for word in words)]
+    """Variants of a case that the words name: by their whole name, or by a part of it."""
+    names = {variant.name for variant in case.variants}
+    chosen = [
+        variant
+        for variant in case.variants
+        if not words or any(word == variant.name or (word not in names and word in variant.name) for word in words)
+    ]
     if not chosen:
-        raise SystemExit(
-            f"--only: no variant of {case.name!r} has one of {words}; it has "
-            f"{', '.join(variant.name for variant in case.variants)}."
-        )
+        raise SystemExit(f"--only: no variant of {case.name!r} is called {words}; it has {', '.join(sorted(names))}.")
     return chosen
 
 
