@@ -6,6 +6,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_hybrid.training.muon import MuonAdamW, orthogonalize
 
@@ -91,3 +94,21 @@ def test_resumed_is_uninterrupted() -> None:
 def test_tensors_that_are_not_matrices_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Muon trains matrices; got a tensor of shape \(4,\)"):
         MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(4))], "muon": True}])
+
+
+def _train_sharded(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        plain, sharded = make_model(), make_model()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+        train(plain, [make_optimizer(plain)], range(4))
+        train(sharded, [make_optimizer(sharded)], range(4))
+        for actual, expected in zip(sharded.parameters(), plain.parameters()):
+            torch.testing.assert_close(actual.full_tensor(), expected)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow  # two more processes
+def test_sharded_matrices_take_the_same_steps(tmp_path) -> None:
+    torch.multiprocessing.spawn(_train_sharded, (str(tmp_path),), nprocs=2)

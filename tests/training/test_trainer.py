@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_hybrid.training.arguments import HybridTrainingArguments
+from hf_hybrid.training.arguments import HybridTrainingArguments, PretrainingArguments, SyntheticTrainingArguments
 from hf_hybrid.training.callbacks import EpochCallback, TimeLimitCallback
 from hf_hybrid.training.trainer import EpochLengthSampler, HybridTrainer
 
@@ -75,9 +75,26 @@ def test_muon_trains_the_matrices(tmp_path):
     assert not torch.equal(model.linear.weight, torch.full((1, 4), 0.5))
 
 
+def test_muon_is_an_optimizer(tmp_path):
+    """By its name, by its learning rate, and what records hold of it."""
+    chosen = arguments(tmp_path, optim="muon")
+    assert (chosen.muon_learning_rate, chosen.optim) == (1e-2, arguments(tmp_path).optim)
+    assert arguments(tmp_path, optim="muon", muon_learning_rate=2e-2).muon_learning_rate == 2e-2
+    assert arguments(tmp_path).muon_learning_rate is None
+    again = HybridTrainingArguments(
+        **{name: chosen.to_dict()[name] for name in ("output_dir", "optim", "muon_learning_rate")}
+    )
+    assert (again.optim, again.muon_learning_rate) == (chosen.optim, 1e-2)
+    pretraining = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert PretrainingArguments(**pretraining).muon_learning_rate == 1e-2
+    for other in ("adamw_torch", "adafactor"):
+        assert PretrainingArguments(**pretraining, optim=other).muon_learning_rate is None
+    assert SyntheticTrainingArguments(**pretraining).muon_learning_rate is None
+
+
 def test_muon_beside_another_optimizer_is_refused(tmp_path):
     args = arguments(tmp_path, muon_learning_rate=1e-2, optim="sgd", max_steps=1)
-    with pytest.raises(ValueError, match="`optim` is 'sgd': use `optim='adamw_torch'`"):
+    with pytest.raises(ValueError, match="`optim` is 'sgd': use `optim='muon'`"):
         HybridTrainer(model=Model(), args=args, train_dataset=Numbers()).train()
 
 

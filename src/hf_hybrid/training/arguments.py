@@ -8,18 +8,31 @@ from typing import Literal
 import torch
 from transformers import IntervalStrategy, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from .adapters import check_lora_options
 
-SAMPLING_STRATEGIES = next(
-    item.metadata["choices"] for item in fields(TrainingArguments) if item.name == "train_sampling_strategy"
+_TRAINER_FIELDS = {item.name: item for item in fields(TrainingArguments)}
+SAMPLING_STRATEGIES = _TRAINER_FIELDS["train_sampling_strategy"].metadata["choices"]
+
+MUON = "muon"
+MUON_LEARNING_RATE = 1e-2
+_ADAMW = _TRAINER_FIELDS["optim"].default  # the AdamW that Transformers prefers for the installed torch
+_OPTIM_HELP = (
+    "Optimizer: `muon` (Muon for the matrices of the blocks, AdamW at `learning_rate` for the rest), `adamw_torch`, or another "
+    "name that Transformers knows."
 )
 
 
 @dataclass
 class HybridTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with a learning rate for state space parameters, a time limit and token counts."""
+    """`TrainingArguments` with a learning rate for state space parameters, Muon, a time limit and token counts.
 
+    `optim="muon"` becomes AdamW with a `muon_learning_rate`, which is what records and checkpoints hold: the plain `Trainer` then
+    trains everything with AdamW.
+    """
+
+    optim: OptimizerNames | str = field(default=_ADAMW, metadata={"help": _OPTIM_HELP})
     ssm_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate of the state space parameters (no weight decay). Default: `learning_rate`."},
@@ -27,8 +40,8 @@ class HybridTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Train the matrices of the blocks with Muon at this learning rate (1e-2 is a good start), everything else "
-            "with AdamW at `learning_rate`. Default: AdamW for all."
+            "help": "Learning rate of the matrices of the blocks under `optim='muon'`, which it implies. Default: 1e-2 with "
+            "`optim='muon'`."
         },
     )
     max_minutes: float | None = field(
@@ -46,6 +59,10 @@ class HybridTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if getattr(self.optim, "value", self.optim) == MUON:
+            self.optim = _ADAMW
+            if self.muon_learning_rate is None:
+                self.muon_learning_rate = MUON_LEARNING_RATE
         super().__post_init__()
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # for transfers to an accelerator; without one torch warns
@@ -58,9 +75,10 @@ class HybridSeq2SeqTrainingArguments(HybridTrainingArguments, Seq2SeqTrainingArg
 
 @dataclass
 class PretrainingArguments(HybridTrainingArguments):
-    """Training arguments with defaults for pretraining from scratch."""
+    """Training arguments with defaults for pretraining from scratch; docs/training.md says why these."""
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    optim: OptimizerNames | str = field(default=MUON, metadata={"help": _OPTIM_HELP})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     ssm_learning_rate: float | None = field(
         default=1e-3, metadata={"help": "Peak learning rate of the state space parameters (no weight decay)."}
     )
@@ -82,6 +100,7 @@ class PretrainingArguments(HybridTrainingArguments):
 class SyntheticTrainingArguments(PretrainingArguments):
     """Training arguments with defaults for synthetic tasks."""
 
+    optim: OptimizerNames | str = field(default=_ADAMW, metadata={"help": _OPTIM_HELP})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples per step and device."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})

@@ -22,6 +22,20 @@ _RMS_OF_ADAMW = (
 )
 
 
+def _whole(tensor: Any) -> torch.Tensor:
+    """A tensor in one piece; the pieces of a sharded one are gathered."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded_as(tensor: torch.Tensor, other: Any) -> torch.Tensor:
+    """A tensor that every process has in one piece, in pieces like those of `other`."""
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The matrices with singular values near one, by `steps` Newton-Schulz iterations.
 
@@ -106,7 +120,10 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _step_matrices(self, group: dict[str, Any], found: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Orthogonalises matrices of the same shape together: many small products cost more than a few large ones."""
+        """Orthogonalises matrices of the same shape together: many small products cost more than a few large ones.
+
+        Those that are sharded are gathered, and orthogonalised by every process.
+        """
         alike: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for parameter, gradient in found:
             state = self.state[parameter]
@@ -123,8 +140,8 @@ class MuonAdamW(torch.optim.AdamW):
             dtype = self.orthogonalization_dtype
             if dtype is None:
                 dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-            updates = orthogonalize(torch.stack([update for _, update in pairs]).to(dtype))
+            updates = orthogonalize(torch.stack([_whole(update) for _, update in pairs]).to(dtype))
             rate = group["lr"] * _RMS_OF_ADAMW * max(shape) ** 0.5
             for (parameter, _), update in zip(pairs, updates):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.to(parameter.dtype), alpha=-rate)
+                parameter.add_(_sharded_as(update.to(parameter.dtype), parameter), alpha=-rate)

@@ -146,7 +146,7 @@ class HybridTrainer(Trainer):
                     chosen = getattr(self.args.optim, "value", self.args.optim)
                     raise ValueError(
                         f"`muon_learning_rate` trains the matrices with Muon and the rest with AdamW, but `optim` is "
-                        f"{chosen!r}: use `optim='adamw_torch'` or leave `muon_learning_rate` unset."
+                        f"{chosen!r}: use `optim='muon'` or leave `muon_learning_rate` unset."
                     )
                 optimizer_class = MuonAdamW
             if is_plain and not chooses_groups:

@@ -102,11 +102,15 @@ def _rounded(value: float | None) -> str | None:
 def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
     args = trainer.args
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    muon_rate = getattr(args, "muon_learning_rate", None)
     return {
         "optimizer steps": f"{trainer.state.global_step:,}",
         "input tokens seen": f"{trainer.state.num_input_tokens_seen:,}",
         "batch (sequences per step)": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "optimizer": getattr(args.optim, "value", args.optim),
+        "optimizer": getattr(args.optim, "value", args.optim)
+        if muon_rate is None
+        else "Muon for matrices, AdamW for the rest",
+        **({} if muon_rate is None else {"learning rate of Muon": muon_rate}),
         "learning rate": args.learning_rate,
         "learning rate of state space parameters": getattr(args, "ssm_learning_rate", None) or args.learning_rate,
         "schedule": f"{schedule}, warm-up {args.warmup_steps}",
