@@ -213,8 +213,8 @@ def _mamba2(settings: Settings, width: int) -> dict[str, Any]:
         "hidden_size": width,
         "num_hidden_layers": 2 * settings.layers,
         "expand": 2,
-        "head_dim": 16,
-        "num_heads": width // 8,
+        "head_dim": 8,
+        "num_heads": width // 4,
         "state_size": 64,
         "n_groups": 1,
         "chunk_size": 64,
@@ -235,7 +235,7 @@ CONTENDERS = {
         Contender("LongVQ", "longvq", NEXT_TOKEN, _longvq, of_library=True),
         Contender("Llama", "llama", NEXT_TOKEN, _llama),
         Contender("Mistral", "mistral", NEXT_TOKEN, _mistral),
-        Contender("Mamba2", "mamba2", NEXT_TOKEN, _mamba2, step=8),
+        Contender("Mamba2", "mamba2", NEXT_TOKEN, _mamba2),
     )
 }
 REFERENCES = {SPAN_CORRUPTION: "SPADE", NEXT_TOKEN: "SPADE-LM"}

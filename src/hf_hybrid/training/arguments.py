@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import IntervalStrategy, Seq2SeqTrainingArguments, TrainingArguments
@@ -13,11 +13,11 @@ from transformers.training_args import OptimizerNames
 from .adapters import check_lora_options
 
 _TRAINER_FIELDS = {item.name: item for item in fields(TrainingArguments)}
-SAMPLING_STRATEGIES = _TRAINER_FIELDS["train_sampling_strategy"].metadata["choices"]
+SAMPLING_STRATEGIES: Any = _TRAINER_FIELDS["train_sampling_strategy"].metadata["choices"]
 
 MUON = "muon"
 MUON_LEARNING_RATE = 1e-2
-_ADAMW = _TRAINER_FIELDS["optim"].default  # the AdamW that Transformers prefers for the installed torch
+_ADAMW: Any = _TRAINER_FIELDS["optim"].default  # the AdamW that Transformers prefers for the installed torch
 _OPTIM_HELP = (
     "Optimizer: `muon` (Muon for the matrices of the blocks, AdamW at `learning_rate` for the rest), `adamw_torch`, or another "
     "name that Transformers knows."
