@@ -182,8 +182,46 @@ def check_refusals(group: SequenceGroup) -> None:
     assert model(input_ids=random_ids(1, 2), use_cache=True).past_key_values is not None  # whole texts again
 
 
+def check_trainer(folder: str, processes: int) -> None:
+    """Training on pieces equals training on other texts in every process, with the same batch: weights, losses, tokens."""
+    from transformers import default_data_collator
+
+    from hf_hybrid.training.arguments import HybridTrainingArguments
+    from hf_hybrid.training.trainer import HybridTrainer
+
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randint(3, 40, (20,), generator=generator).tolist() for _ in range(4 * processes)]
+    data = [{"input_ids": row, "labels": row[:-3] + [-100] * 3, "attention_mask": [1] * 20} for row in rows]
+    results = []
+    for pieces in (1, processes):
+        model = Case("spade_lm", "AutoModelForCausalLM", "default").model()
+        arguments = HybridTrainingArguments(
+            output_dir=f"{folder}/run{pieces}", use_cpu=True, max_steps=3, learning_rate=1e-2, report_to="none",
+            per_device_train_batch_size=pieces, per_device_eval_batch_size=4 * pieces, save_strategy="no", logging_steps=1,
+            train_sampling_strategy="sequential", context_parallel_size=pieces, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = HybridTrainer(
+            model, arguments, train_dataset=data, eval_dataset=data, data_collator=default_data_collator
+        )
+        trained = trainer.train().training_loss
+        assert trainer.get_cp_size() == pieces and trainer.num_data_groups == processes // pieces
+        results.append((trained, trainer.evaluate()["eval_loss"], trainer.state.num_input_tokens_seen, model))
+    (train_loss, eval_loss, tokens, expected), (found_train, found_eval, found_tokens, found) = results
+    assert found_tokens == tokens == 3 * processes * 20, f"{found_tokens} tokens instead of {tokens}"
+    assert abs(found_train - train_loss) < 1e-5 and abs(found_eval - eval_loss) < 1e-5, f"{results}"
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
 def work(rank: int, processes: int, folder: str, chosen: list[str]) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": 1,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
@@ -191,7 +229,11 @@ def work(rank: int, processes: int, folder: str, chosen: list[str]) -> None:
     name = ""
     try:
         check_refusals(group)
-        for model_type in chosen or CASES:
+        for model_type in chosen or [*CASES, "trainer"]:
+            if model_type == "trainer":
+                name = model_type
+                check_trainer(folder, processes)
+                continue
             for index, rest in enumerate(CASES[model_type]):
                 case, name = (model_type, *rest), f"{model_type} {rest}"
                 check(case, group, 40 if index else 43, padded=index % 2 == 0)
@@ -210,5 +252,7 @@ def work(rank: int, processes: int, folder: str, chosen: list[str]) -> None:
 
 if __name__ == "__main__":
     number, place, *models = sys.argv[1:]
-    torch.multiprocessing.spawn(work, args=(int(number), place, models), nprocs=int(number))
+    # By fork: the processes need not import everything again.
+    arguments = (int(number), place, models)
+    torch.multiprocessing.start_processes(work, args=arguments, nprocs=int(number), start_method="fork")
     sys.stdout.write("all alike\n")

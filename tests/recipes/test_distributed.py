@@ -191,3 +191,29 @@ def test_block_states_on_two_processes(reading, tmp_path, tokenizer_folder, corp
     same_weights(tmp_path / "one", tmp_path / "two")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+
+
+TINY_LM = (
+    "hidden_size=16,num_attention_heads=2,intermediate_size=32,num_hidden_layers=2,window_size=5,ssm_state_size=4,"
+    "hidden_dropout=0,attention_dropout=0,activation_dropout=0"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["spade_lm", "bst"])
+def test_texts_in_pieces(arch, tmp_path, tokenizer_folder, corpus):
+    """Both processes hold half of every text: weights, losses and counted tokens are those of one process."""
+    overrides = {"spade_lm": TINY_LM, "bst": f"{TINY_BST},block_size=4"}[arch]
+    options = {
+        "arch": arch, "config_overrides": overrides, "tokenizer": tokenizer_folder, "data": corpus, "block_length": 32,
+        "validation_fraction": 0.2, "max_steps": 5, "learning_rate": 1e-3, "use_cpu": True, "eval_strategy": "no",
+        "save_strategy": "no", "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
+    }  # fmt: skip
+    one = pretrain_clm.main(command_line({**options, "output_dir": tmp_path / "one"}))
+    pieces = {"context_parallel_size": 2, "output_dir": tmp_path / "two"}
+    launch("torchrun", "run_pretrain_clm.py", {**options, **pieces})
+    same_weights(tmp_path / "one", tmp_path / "two")
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+    assert two["input_tokens_seen"] == one["input_tokens_seen"]

@@ -65,6 +65,22 @@ class BstConfig(HybridConfig):
     """
 
     model_type = "bst"
+    base_model_tp_plan = {  # see `modeling.parallel_plans`
+        "layers.*.attn.q_proj": "colwise_gather_output",
+        "layers.*.attn.k_proj": "colwise_gather_output",
+        "layers.*.attn.v_proj": "colwise_gather_output",
+        "layers.*.attn.o_proj": "rowwise_split_input",
+        "layers.*.context.q_proj": "colwise_gather_output",
+        "layers.*.context.k_proj": "colwise_gather_output",
+        "layers.*.context.v_proj": "colwise_gather_output",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "passage"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"logit_divisor": "logits_scaling", "rms_norm_eps": "norm_eps"}  # the names in earlier checkpoints
 

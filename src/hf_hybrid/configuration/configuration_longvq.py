@@ -67,6 +67,13 @@ class LongVQConfig(HybridConfig):
     """
 
     model_type = "longvq"
+    base_model_tp_plan = {  # see `modeling.parallel_plans`
+        "layers.*.mixer.v_proj": "colwise_gather_output",
+        "layers.*.mixer.mx_proj": "colwise_gather_output",
+        "layers.*.mixer.h_proj": "rowwise_split_input",
+        "layers.*.ffn.fc1": "colwise",
+        "layers.*.ffn.fc2": "rowwise",
+    }
     attribute_map = {"is_causal": "is_decoder"}
     former_fields = {"dropout": "hidden_dropout"}
     # Codebook statistics are not predictions: Trainer must not gather them during evaluation.

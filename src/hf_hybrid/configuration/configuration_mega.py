@@ -115,6 +115,18 @@ class MegaConfig(HybridConfig):
     """
 
     model_type = "mega"
+    base_model_tp_plan = {  # see `modeling.parallel_plans`
+        "embedding_layer.word_embeddings": "embedding_rowwise",
+        "layers.*.mega_layer.v_proj": "colwise_gather_output",
+        "layers.*.mega_layer.mx_proj": "colwise_gather_output",
+        "layers.*.mega_layer.h_proj": "rowwise_split_input",
+        "layers.*.cross_attn.q_proj": "colwise_gather_output",
+        "layers.*.cross_attn.k_proj": "colwise_gather_output",
+        "layers.*.cross_attn.v_proj": "colwise_gather_output",
+        "layers.*.cross_attn.h_proj": "rowwise_split_input",
+        "layers.*.nffn.fc1": "colwise",
+        "layers.*.nffn.fc2": "rowwise",
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"encoder_layers": "num_hidden_layers", "hidden_dropout": "dropout_prob"}
 

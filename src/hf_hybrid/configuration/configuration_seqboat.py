@@ -76,6 +76,14 @@ class SeqBoatConfig(HybridConfig):
     """
 
     model_type = "seqboat"
+    base_model_tp_plan = {  # see `modeling.parallel_plans`
+        "embeddings.embed_tokens": "embedding_rowwise",
+        "layers.*.unit.skip_proj": "colwise_gather_output",
+        "layers.*.unit.in_proj": "colwise_gather_output",
+        "layers.*.unit.out_proj": "rowwise_split_input",
+        "layers.*.ffn.fc1": "colwise",
+        "layers.*.ffn.fc2": "rowwise",
+    }
     attribute_map = {"prenorm": "norm_first", "value_dropout": "activation_dropout"}
     former_fields = {"max_position_embeddings": "distance_table_size"}
     # Activation statistics are not predictions: Trainer must not gather them during evaluation.

@@ -169,6 +169,36 @@ class SpadeConfig(HybridConfig):
     """
 
     model_type = "spade"
+    base_model_tp_plan = {  # see `modeling.parallel_plans`
+        "encoder.layers.*.mixer.attention.q_proj": "colwise_gather_output",
+        "encoder.layers.*.mixer.attention.k_proj": "colwise_gather_output",
+        "encoder.layers.*.mixer.attention.v_proj": "colwise_gather_output",
+        "encoder.layers.*.mixer.attention.o_proj": "rowwise_split_input",
+        "encoder.layers.*.mixer.aggregate": "colwise_gather_output",
+        "encoder.layers.*.mixer.aggregate_gate": "colwise_gather_output",
+        "encoder.layers.*.feed_forward.wi": "colwise",
+        "encoder.layers.*.feed_forward.wi_0": "colwise",
+        "encoder.layers.*.feed_forward.wi_1": "colwise",
+        "encoder.layers.*.feed_forward.wo": "rowwise",
+        "decoder.layers.*.self_attention.q_proj": "colwise_gather_output",
+        "decoder.layers.*.self_attention.k_proj": "colwise_gather_output",
+        "decoder.layers.*.self_attention.v_proj": "colwise_gather_output",
+        "decoder.layers.*.self_attention.o_proj": "rowwise_split_input",
+        "decoder.layers.*.self_attention.attention.q_proj": "colwise_gather_output",
+        "decoder.layers.*.self_attention.attention.k_proj": "colwise_gather_output",
+        "decoder.layers.*.self_attention.attention.v_proj": "colwise_gather_output",
+        "decoder.layers.*.self_attention.attention.o_proj": "rowwise_split_input",
+        "decoder.layers.*.self_attention.aggregate": "colwise_gather_output",
+        "decoder.layers.*.self_attention.aggregate_gate": "colwise_gather_output",
+        "decoder.layers.*.cross_attention.q_proj": "colwise_gather_output",
+        "decoder.layers.*.cross_attention.k_proj": "colwise_gather_output",
+        "decoder.layers.*.cross_attention.v_proj": "colwise_gather_output",
+        "decoder.layers.*.cross_attention.o_proj": "rowwise_split_input",
+        "decoder.layers.*.feed_forward.wi": "colwise",
+        "decoder.layers.*.feed_forward.wi_0": "colwise",
+        "decoder.layers.*.feed_forward.wi_1": "colwise",
+        "decoder.layers.*.feed_forward.wo": "rowwise",
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "d_model": "hidden_size",
@@ -345,6 +375,18 @@ class SpadeLMConfig(HybridConfig):
     """
 
     model_type = "spade_lm"
+    base_model_tp_plan = {  # see `modeling.parallel_plans`
+        "layers.*.mixer.attention.q_proj": "colwise_gather_output",
+        "layers.*.mixer.attention.k_proj": "colwise_gather_output",
+        "layers.*.mixer.attention.v_proj": "colwise_gather_output",
+        "layers.*.mixer.attention.o_proj": "rowwise_split_input",
+        "layers.*.mixer.aggregate": "colwise_gather_output",
+        "layers.*.mixer.aggregate_gate": "colwise_gather_output",
+        "layers.*.feed_forward.wi": "colwise",
+        "layers.*.feed_forward.wi_0": "colwise",
+        "layers.*.feed_forward.wi_1": "colwise",
+        "layers.*.feed_forward.wo": "rowwise",
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "d_model": "hidden_size",

@@ -51,6 +51,13 @@ class HybridTrainingArguments(TrainingArguments):
             "follows whichever is further ahead, the steps or the time."
         },
     )
+    context_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Cut every text over this many processes, each of which holds a piece of it. The batch size is then that of a "
+            "group of so many processes."
+        },
+    )
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] = field(
         default="non_padding", metadata={"help": "Count the tokens of the inputs: all, non_padding or no."}
     )

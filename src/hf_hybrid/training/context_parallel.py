@@ -73,6 +73,11 @@ def _stack(model: nn.Module) -> ReadsPieces:
     return stacks[0]
 
 
+def check_reads_pieces(model: nn.Module) -> None:
+    """Raises ValueError for a model that needs whole texts, with the reason."""
+    _stack(model)
+
+
 def set_sequence_group(model: nn.Module, group: SequenceGroup | None) -> None:
     """Makes a model read pieces of texts from now on; None makes it read whole texts again.
 

@@ -62,6 +62,11 @@ class SegmentTrainer(HybridTrainer):
         super().__init__(*args, **kwargs)
         self._new_state()
         self.args.remove_unused_columns = False  # `begins` is not an argument of the model
+        if self.get_cp_size() > 1:
+            raise ValueError(
+                "`context_parallel_size` cannot be used with `segment_length`: a segment already continues the state of the one before "
+                "it. Leave out one of them."
+            )
         if self.args.gradient_checkpointing:
             raise ValueError(
                 "`gradient_checkpointing` cannot be used with `segment_length`: recomputed layers have no state. Lower "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -27,6 +27,7 @@ from .checkpoints import STAGING_FOLDER, publish_checkpoint, reporting_write_err
 from .codebooks import CodebookCallback, has_codebooks
 from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
+from .pieces_trainer import PiecesTrainer
 from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class _SumsCallback(TrainerCallback):
         self._trainer._continue_sums()
 
 
-class HybridTrainer(Trainer):
+class HybridTrainer(PiecesTrainer):
     """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
 
     A run that is resumed logs and reports as if it had never stopped: losses, runtime and throughput cover all its sessions up to
@@ -187,7 +188,7 @@ class HybridTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.num_data_groups
             sampler = EpochLengthSampler(batch, lengths=sampler.lengths, seed=seed)
             self._epochs.add(sampler)
         return sampler

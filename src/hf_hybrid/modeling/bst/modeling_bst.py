@@ -32,6 +32,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, note_missing_attentions
 from ..packed_documents import separates_documents
+from ..parallel_plans import ParallelPlans
 from ..sequence_pieces import ReadsPieces
 from .bst_cache import BlockStateLayer
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
@@ -56,7 +57,7 @@ _LAYOUT = (
 _TRUNCATED_STD = 0.87962566103423978  # deviation of a standard normal cut off at two
 
 
-class BstPreTrainedModel(FreezableModel, PreTrainedModel):
+class BstPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers."""
 
     config: BstConfig

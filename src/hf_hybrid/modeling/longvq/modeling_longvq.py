@@ -22,6 +22,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
+from ..parallel_plans import ParallelPlans
 from ..sequence_pieces import ReadsPieces
 from .longvq_cache import CodeMemoryLayer, check_codebooks
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
@@ -30,7 +31,7 @@ from .quantizer import VectorQuantizer, update_quantizers
 from .s4d import ActivatedS4D
 
 
-class LongVQPreTrainedModel(FreezableModel, PreTrainedModel):
+class LongVQPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
     """Weight initialisation, the codebooks, and the interface to Transformers, for all LongVQ models."""
 
     config: LongVQConfig

@@ -27,6 +27,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import check_inputs, check_source_rows, pool_tokens, read_inputs, simplify_mask
 from ..packed_documents import separates_documents
+from ..parallel_plans import ParallelPlans
 from ..sequence_pieces import ReadsPieces
 from .mega_cache import GatedAttentionLayer
 from .mega_layers import (
@@ -39,7 +40,7 @@ from .mega_layers import (
 )
 
 
-class MegaPreTrainedModel(FreezableModel, PreTrainedModel):
+class MegaPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers, for all Mega models."""
 
     config: MegaConfig

@@ -25,13 +25,14 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
+from ..parallel_plans import ParallelPlans
 from .router import ActivationRouter
 from .seqboat_cache import WorkingMemoryLayer
 from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
 from .seqboat_outputs import SeqBoatModelOutput
 
 
-class SeqBoatPreTrainedModel(FreezableModel, PreTrainedModel):
+class SeqBoatPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers, for all SeqBoat models."""
 
     config: SeqBoatConfig

@@ -35,6 +35,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, count_tokens
 from ..inputs import check_inputs, check_source_rows, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
+from ..parallel_plans import ParallelPlans
 from ..sequence_pieces import ReadsPieces
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
@@ -47,7 +48,7 @@ from .spade_layers import (
 )
 
 
-class SpadePreTrainedModel(FreezableModel, PreTrainedModel):
+class SpadePreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers, for both SPADE models."""
 
     config: SpadeConfig

@@ -30,6 +30,7 @@ from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
+from ..parallel_plans import GATHER, SPLIT, ParallelPlans
 from ..sequence_pieces import ReadsPieces
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
@@ -81,7 +82,7 @@ class SpadeLMLayer(GradientCheckpointingLayer):
         return residual + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states))), bias
 
 
-class SpadeLMPreTrainedModel(FreezableModel, PreTrainedModel):
+class SpadeLMPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
     """Weight initialisation and the interface to Transformers."""
 
     config: SpadeLMConfig
@@ -168,6 +169,15 @@ class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
                 "new bands, so build a new model."
             )
         return super().resize_token_embeddings(*args, **kwargs)
+
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        if self.config.scale_feed_forward:  # the norm between the matrices needs whole states
+            inner = [rule for rule in self._tp_plan or {} if ".feed_forward." in rule]
+            self._tp_plan = {
+                **(self._tp_plan or {}),
+                **{rule: SPLIT if rule.endswith("wo") else GATHER for rule in inner},
+            }
 
     def piece_multiple(self) -> int:
         return self.config.window_size if self.config.local_attention_type == "chunk" else 1

@@ -106,7 +106,9 @@ def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, An
     return {
         "optimizer steps": f"{trainer.state.global_step:,}",
         "input tokens seen": f"{trainer.state.num_input_tokens_seen:,}",
-        "batch (sequences per step)": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch (sequences per step)": args.train_batch_size
+        * args.gradient_accumulation_steps
+        * (args.world_size // getattr(args, "context_parallel_size", 1)),
         "optimizer": getattr(args.optim, "value", args.optim)
         if muon_rate is None
         else "Muon for matrices, AdamW for the rest",

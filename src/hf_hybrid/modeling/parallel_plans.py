@@ -1,0 +1,47 @@
+"""Plans by which Transformers cuts a model over processes (`DistributedConfig`): matrices by `tp_plan`, layers by `pp_plan`.
+
+Feed-forward layers are cut along their inner width, with one sum at the end. All other wide matrices are cut along their
+outputs, which are gathered, or along their inputs: between them stand recurrences, single-head attention, biases and
+norms that need whole states. Configurations hold the rules of a stack as `base_model_tp_plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+GATHER, SPLIT = "colwise_gather_output", "rowwise_split_input"
+
+
+class ParallelPlans:
+    """Base of all models: keeps the rules that a model has a matrix for, and refuses what it cannot be cut by."""
+
+    _tp_plan: dict[str, str] | None = {"lm_head": GATHER, "mlm_head": GATHER}  # often tied to the embeddings
+
+    def init_parallel_plans(self) -> None:
+        """Collects the plans; options of a configuration leave out some of the matrices that it names."""
+        super().init_parallel_plans()  # type: ignore[misc]
+        matrices = {
+            re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            for name, module in self.named_modules()  # type: ignore[attr-defined]
+            if isinstance(module, (nn.Linear, nn.Embedding))
+        }
+        self._tp_plan = {rule: style for rule, style in (self._tp_plan or {}).items() if rule in matrices}
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers.
+
+        Raises:
+            ValueError: pipeline stages of a model that has no plan for them.
+        """
+        is_mapping = isinstance(distributed_config, dict)
+        stages = distributed_config.get("pp_size") if is_mapping else getattr(distributed_config, "pp_size", None)
+        if (stages or 1) > 1 and not cls.config_class.base_model_pp_plan:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{cls.__name__} cannot be cut into pipeline stages (`pp_size={stages}`): what passes between its layers is more "
+                "than one tensor, or its embeddings have names that Transformers does not know. Use `tp_size` or `fsdp_size`."
+            )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,126 @@
+"""Models whose matrices or layers are cut over two processes by Transformers' plans, against the same models in one piece.
+
+python -m tests.distributed.cut_models FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+
+from ..modeling.factories import Case, random_ids
+
+WORLD = 2
+CLOSE = {"rtol": 1e-7, "atol": 1e-9}  # float64
+CASES = [
+    Case("spade", "AutoModelForSeq2SeqLM", "default"),
+    Case("spade", "AutoModelForSeq2SeqLM", "local_decoder"),
+    Case("spade_lm", "AutoModelForCausalLM", "default"),
+    Case("spade_lm", "AutoModelForCausalLM", "official"),
+    Case("spade_lm", "AutoModelForCausalLM", "normformer"),
+    Case("mega", "AutoModelForCausalLM", "default"),
+    Case("mega", "AutoModelForMaskedLM", "chunk_laplace"),
+    Case("mega", "AutoModelForSeq2SeqLM", "laplace_simple"),
+    Case("seqboat", "AutoModelForCausalLM", "unlimited_t5"),
+    Case("bst", "AutoModelForCausalLM", "default"),
+    Case("bst", "AutoModelForCausalLM", "mh_sliding"),
+    Case("longvq", "AutoModelForCausalLM", "default"),
+]
+
+
+def stored(case: Case, folder: Path) -> tuple[nn.Module, Path]:
+    """The model in one piece, and its checkpoint."""
+    model = case.model().double()
+    place = folder / f"{case.model_type}-{case.auto_name}-{case.variant}"
+    if dist.get_rank() == 0:
+        model.save_pretrained(place)
+    dist.barrier()
+    return model, place
+
+
+def load(model: nn.Module, place: Path, **sizes: Any) -> nn.Module:
+    from transformers.distributed import DistributedConfig
+
+    return type(model).from_pretrained(place, dtype=torch.float64, distributed_config=DistributedConfig(**sizes))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_matrices(case: Case, folder: Path) -> None:
+    """Loss and gradients, and text that the cut model writes."""
+    model, place = stored(case, folder)
+    cut = load(model, place, tp_size=WORLD, tp_plan="auto")
+    shards = [name for name, parameter in cut.named_parameters() if hasattr(parameter, "full_tensor")]
+    assert any("layers.1." in name for name in shards) and len(shards) >= 8, f"{case}: only {shards} are cut"
+    torch.manual_seed(2)
+    inputs = case.inputs()
+    if model.can_generate():
+        prompt = {"input_ids": inputs["input_ids"], "max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(cut.generate(**prompt), model.generate(**prompt)), f"{case}: other text"
+    inputs |= case.labels(inputs)
+    expected, actual = (net.train()(**inputs).loss for net in (model, cut))
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    expected.backward()
+    actual.backward()
+    for name, parameter in model.named_parameters():
+        found = cut.get_parameter(name).grad
+        assert (found is None) == (parameter.grad is None), f"{case}: {name}"
+        if found is not None:
+            torch.testing.assert_close(
+                whole(found), parameter.grad, msg=lambda text, name=name: f"{name}: {text}", **CLOSE
+            )
+
+
+def check_layers(folder: Path) -> None:
+    """Pipeline stages of BST compute its logits and write its text; the other architectures refuse by name."""
+    model, place = stored(Case("bst", "AutoModelForCausalLM", "mf"), folder)
+    stages = load(model, place, pp_size=WORLD).eval()
+    ids = random_ids(2, 11) if dist.get_rank() == 0 else torch.zeros(2, 11, dtype=torch.long)
+    dist.broadcast(ids, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(stages(ids).logits, model(ids).logits, **CLOSE)
+        prompt = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(stages.generate(**prompt), model.generate(**prompt))
+    for case in (Case("mega", "AutoModelForCausalLM", "default"), Case("longvq", "AutoModelForCausalLM", "default")):
+        model, place = stored(case, folder)
+        try:
+            load(model, place, pp_size=WORLD)
+        except ValueError as error:
+            assert f"{type(model).__name__} cannot be cut into pipeline stages" in str(error)
+        else:
+            raise AssertionError(f"{case} was not refused")
+
+
+def work(rank: int, folder: str) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    at: Any = "pipeline"
+    try:
+        check_layers(Path(folder))
+        for at in CASES:
+            check_matrices(at, Path(folder))
+    except Exception:
+        sys.stdout.write(f"rank {rank}, {at}:\n{traceback.format_exc()}\n")
+        sys.stdout.flush()
+        os._exit(1)  # the processes no longer run alike
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # By fork: the processes need not import everything again.
+    torch.multiprocessing.start_processes(work, args=tuple(sys.argv[1:]), nprocs=WORLD, start_method="fork")
+    sys.stdout.write("all alike\n")
