@@ -98,7 +98,16 @@ CASES = {
             ),
             MUON,
         ),
-        Case("batches", "How many rows to a step?", _each("SPADE", "batch_size", (4, 8, 16, 32)), MUON),
+        Case(
+            "batches",
+            "How many rows to a step?",
+            (
+                *_each("SPADE", "batch_size", (4, 8, 16, 32)),
+                Variant("batch_size 4, 8, 16", "SPADE", {"batch_size": 4, "batch_growth": 4}),
+                Variant("batch_size 8, 16, 32", "SPADE", {"batch_size": 8, "batch_growth": 4}),
+            ),
+            MUON,
+        ),
         Case(
             "vocabularies",
             "How many pieces? (compare nats per byte)",

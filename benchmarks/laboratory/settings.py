@@ -25,6 +25,7 @@ class Settings:
         length: tokens of an input.
         noise_density, mean_span_length: noise of the training inputs; held-out inputs always have the usual 0.15 and 3.
         batch_size: rows of a step.
+        batch_growth: how many times as many rows the last third of the steps has; the second third has the geometric mean.
         optimizer: one of `OPTIMIZERS`; "adamw" and "muon" are those of the library, "adafactor" that of Transformers with
             steps relative to the size of the weights, as T5 has it, "rms_adamw" AdamW with such steps, "lion" Lion.
         learning_rate, matrix_learning_rate, ssm_learning_rate: of everything, of the matrices of the blocks (Muon), of state
@@ -48,6 +49,7 @@ class Settings:
     noise_density: float = 0.15
     mean_span_length: float = 3.0
     batch_size: int = 16
+    batch_growth: int = 1
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
     matrix_learning_rate: float | None = None
@@ -75,6 +77,11 @@ class Settings:
     def heads(self) -> int:
         """Number of attention heads."""
         return self.hidden_size // self.head_dim
+
+    def batch_sizes(self, steps: int) -> list[int]:
+        """Rows of each step."""
+        sizes = [round(self.batch_size * self.batch_growth ** (third / 2)) for third in range(3)]
+        return [sizes[3 * step // steps] for step in range(steps)]
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
         """The same with other values.

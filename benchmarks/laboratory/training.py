@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, default_data_collator, set_seed
 from transformers.optimization import Adafactor
 from transformers.trainer_utils import get_last_checkpoint
@@ -48,8 +50,33 @@ class ProcessorClock(TrainerCallback):
         self.seconds += self.steps[-1]
 
 
+class GrowingBatches(Sampler[list[int]]):
+    """Batches of given sizes in a random order of the rows, which begins anew when all were seen.
+
+    Args:
+        rows: number of rows of the data.
+        sizes: rows of each batch.
+        seed: seed of the order.
+    """
+
+    def __init__(self, rows: int, sizes: Sequence[int], seed: int) -> None:
+        self.rows, self.sizes, self.seed = rows, sizes, seed
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        order: list[int] = []
+        for size in self.sizes:
+            while len(order) < size:
+                order += torch.randperm(self.rows, generator=generator).tolist()
+            yield order[:size]
+            del order[:size]
+
+
 class LearningTrainer(HybridTrainer):
-    """`HybridTrainer` with the other optimizers, whose logs contain the processor seconds."""
+    """`HybridTrainer` with the other optimizers and growing batches, whose logs contain the processor seconds."""
 
     def __init__(self, *args: Any, settings: Settings, clock: ProcessorClock, **kwargs: Any) -> None:
         self.settings, self.clock = settings, clock
@@ -76,6 +103,15 @@ class LearningTrainer(HybridTrainer):
             else:
                 self.optimizer = Lion(groups, settings.learning_rate)
         return super().create_optimizer(model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The usual one, or one whose batches grow."""
+        if self.settings.batch_growth == 1:
+            return super().get_train_dataloader()
+        sizes = self.settings.batch_sizes(self.args.max_steps)
+        batches = GrowingBatches(len(self.train_dataset), sizes, self.args.seed)  # type: ignore[arg-type]
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the processor seconds."""
@@ -192,7 +228,12 @@ def make_trainer(
 
 
 def seconds_per_step(contender: Contender, settings: Settings, text: Text, width: int) -> float:
-    """Processor seconds of a training step, optimizer included: the median of a few, without the first."""
+    """Processor seconds of a training step, optimizer included: the median of a few, without the first.
+
+    Where batches grow, it is that of a step of the mean size.
+    """
+    growth = statistics.mean(settings.batch_sizes(3)) / settings.batch_size
+    settings = settings.changed({"batch_growth": 1})
     with tempfile.TemporaryDirectory(prefix="learning-") as folder:
         trainer = make_trainer(
             contender,
@@ -206,7 +247,7 @@ def seconds_per_step(contender: Contender, settings: Settings, text: Text, width
             rows=1,
         )
         trainer.train()
-        return statistics.median(trainer.clock.steps[1:])
+        return growth * statistics.median(trainer.clock.steps[1:])
 
 
 def train_contender(
@@ -248,11 +289,11 @@ def train_contender(
     if not diverged and (not history or history[-1]["step"] < steps):
         trainer.evaluate()
         history = [entry for entry in trainer.state.log_history if "eval_text_loss" in entry]
-    tokens_per_step = settings.batch_size * settings.length
+    tokens = [settings.length * rows for rows in accumulate(settings.batch_sizes(steps))]
     curve = [
         {
             "step": entry["step"],
-            "tokens": entry["step"] * tokens_per_step,
+            "tokens": tokens[entry["step"] - 1],
             "seconds": round(entry["processor_seconds"], 2),
             **{name: entry[f"eval_{name}"] for name in ("text_loss", "text_accuracy", "nats_per_byte", "all_loss")},
         }

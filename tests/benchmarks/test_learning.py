@@ -188,6 +188,18 @@ def test_every_optimizer_lowers_the_loss(lab, text, tmp_path, optimizer):
     assert type(trainer.optimizer.optimizer).__name__.lower().replace("adamw", "") in optimizer.replace("_adamw", "")
 
 
+def test_batches_grow(lab, text, tmp_path):
+    changes = {**TINY, "batch_growth": 4}
+    settings, contender = lab.settings.Settings(**changes), lab.contenders.CONTENDERS["SPADE"]
+    assert settings.batch_sizes(7) == [2, 2, 2, 4, 4, 8, 8]
+    batches = list(lab.training.GrowingBatches(10, [2, 4, 8], seed=0))
+    assert [len(batch) for batch in batches] == [2, 4, 8] and sorted(sum(batches, [])[:10]) == list(range(10))
+    result = lab.training.train_contender(
+        contender, settings, text, 32, folder=tmp_path, seed=0, steps=3, evaluations=1, rows=4
+    )
+    assert result["steps"] == 3 and result["curve"][-1]["tokens"] == (2 + 4 + 8) * 32
+
+
 def test_steps_of_lion_and_scaled_adamw(lab):
     def step(optimizer_class, **options):
         parameter = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
