@@ -157,6 +157,7 @@ class ModelCard:
                 metric_value=round(float(result.value), 6),
             )
             for result in self.results
+            if math.isfinite(result.value)  # the table says it, the index of the Hub takes numbers only
         ]
         data = ModelCardData(
             language=list(self.language) or None,
@@ -318,16 +319,6 @@ def check_model_card(text: str) -> None:
     problems = model_card_problems(text)
     if problems:
         raise ValueError("The model card is not valid: " + "; ".join(problems) + ".")
-
-
-def check_model_name(name: str) -> None:
-    """Rejects a name that reads like a placeholder, before a run whose card would bear it.
-
-    Raises:
-        ValueError: the name is a placeholder.
-    """
-    if _PLACEHOLDERS.search(name):
-        raise ValueError(f"A model cannot be called {name!r}, which reads like a placeholder: choose another folder.")
 
 
 def model_card_problems(text: str) -> list[str]:

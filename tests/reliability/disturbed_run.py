@@ -27,7 +27,8 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def disturb(place: str, call: int, number: int) -> None:
+def disturb(place: str, call: int, number: int, *, launcher: bool = False) -> None:
+    """Send the signal to this process, or to the launcher that started it."""
     owner, name = PLACES[place]
     original, calls = getattr(owner, name), 0
 
@@ -35,7 +36,7 @@ def disturb(place: str, call: int, number: int) -> None:
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), number)
+            os.kill(os.getppid() if launcher else os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(owner, name, disturbed)
@@ -48,7 +49,8 @@ def main() -> None:
     if rank == given.get("rank", 0) and not (mark and Path(mark).exists()):
         if mark:
             Path(mark).touch()
-        disturb(given["place"], given.get("call", 1), given.get("signal", signal.SIGKILL))
+        launcher = given.get("launcher", False)
+        disturb(given["place"], given.get("call", 1), given.get("signal", signal.SIGKILL), launcher=launcher)
     importlib.import_module(f"hf_hybrid.recipes.{given['recipe']}").main()
 
 

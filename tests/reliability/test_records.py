@@ -44,6 +44,20 @@ def test_records_are_those_of_an_uninterrupted_run(toy, tmp_path, recipe, change
     assert records_of(straight) == records_of(resumed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("recipe", ["pretrain_clm", "pretrain_mlm", "pretrain_span_corruption"])
+def test_another_number_of_workers_reads_the_same_rows(toy, tmp_path, recipe, streaming):
+    options = {**options_of(recipe, toy, tmp_path), "streaming": streaming, "save_total_limit": 9}
+    options |= {"segment_length": None, "block_length": 32} if recipe == "pretrain_clm" else {}
+    options |= {"held_out_documents": 3} if streaming else {}
+    main_of(recipe)({**options, "output_dir": str(tmp_path / "straight")})
+    resumed = as_killed(tmp_path / "straight", 2, tmp_path / "resumed")
+    continued = {**options, "dataloader_num_workers": 2, "resume_from_checkpoint": "last"}
+    main_of(recipe)({**continued, "output_dir": str(resumed)})
+    assert same_weights(tmp_path / "straight", resumed)
+
+
 def settings_seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Fills with the settings in force at every step: group -> learning rate, base rate, weight decay, betas."""
     seen: list[dict] = []
@@ -147,6 +161,25 @@ def test_a_checkpoint_of_another_program_has_no_sums(toy, finished, tmp_path, ca
         (run / "checkpoint-2" / name).unlink()
     pretrain_clm.main({**toy, "output_dir": str(run), "resume_from_checkpoint": "last"})
     assert f"holds no {TOTALS_FILE}" in caplog.text
+
+
+def test_the_time_of_all_sessions_counts_against_the_limit(toy, finished, tmp_path):
+    """A run that ended by its time is as finished as one that ended by its steps."""
+    run = as_killed(finished, 2, tmp_path / "run")
+    (run / "checkpoint-2" / "checkpoint_manifest.json").unlink()
+    totals = RunTotals.read(run / "checkpoint-2")
+    totals.seconds = 59.9 * 60
+    totals.write(run / "checkpoint-2")
+    options = {**toy, "output_dir": str(run), "resume_from_checkpoint": "last", "lr_scheduler_type": "linear"}
+    before = json.loads((run / "arguments.json").read_text())["learning_rate"]
+    pretrain_clm.main({**options, "max_minutes": 60, "logging_steps": 1})
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates and max(rates) < 0.5 * before  # the schedule stands where the time stands, not the step
+    totals = RunTotals.read(run / "checkpoint-4")
+    assert totals.seconds > 59.9 * 60
+    metrics = pretrain_clm.main({**options, "max_minutes": 59, "max_steps": 9})
+    assert metrics["steps"] == 4 and metrics["train_runtime"] > 59.9 * 60
 
 
 def same_size(path: Path) -> None:

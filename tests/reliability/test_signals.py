@@ -92,14 +92,38 @@ def test_a_signal_while_saving_ends_after_that_checkpoint(toy, finished, tmp_pat
     assert same_weights(tmp_path / "run", finished)
 
 
+def launcher_of_two(*options: str) -> tuple[str, ...]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *options)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_stopped_leaves_a_checkpoint_of_both(toy, tmp_path):
+    """As a queue does it: SIGTERM to torchrun, which passes it on. The next job ends as an uninterrupted one, records included."""
+    options = {**toy, "max_steps": 6, "per_device_train_batch_size": 1, "logging_steps": 4}
+    options |= {"save_steps": 99, "resume_from_checkpoint": "auto"}
+    straight = start({**options, "output_dir": tmp_path / "straight"}, *launcher_of_two(), place="step", rank=9)
+    assert straight.returncode == 0, straight.stderr
+    queued = {**options, "output_dir": tmp_path / "run"}
+    stopped = start(queued, *launcher_of_two(), place="step", call=3, rank=1, signal=signal.SIGTERM, launcher=True)
+    assert stopped.returncode != 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    check_checkpoint(checkpoint, resumable=True)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+    assert re.search(r"Stopped by SIGTERM; .*checkpoint-\d is complete", stopped.stderr), stopped.stderr
+    again = start(queued, *launcher_of_two(), place="step", rank=9)
+    assert again.returncode == 0, again.stderr
+    assert same_weights(tmp_path / "run", tmp_path / "straight")
+    assert records_of(tmp_path / "run") == records_of(tmp_path / "straight")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_launcher_restarts_what_was_killed(toy, tmp_path, number):
     """One of two processes is killed at a random step; a signal to one of them stops both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--max-restarts=3")
+    launcher = launcher_of_two("--max-restarts=3")
     options = {**toy, "max_steps": 6, "per_device_train_batch_size": 1, "resume_from_checkpoint": "auto"}
     straight = start({**options, "output_dir": tmp_path / "straight"}, *launcher, place="step", rank=9)
     assert straight.returncode == 0, straight.stderr

@@ -118,7 +118,8 @@ def test_changed_options_are_recorded_with_their_step(checkpoint, caplog):
     earlier = {"step": 1, "changed": {"weight_decay": [0.0, 0.1]}}
     write_json(run / "environment.json", {"world_size": 1, "resumed": [earlier, abandoned]})
     folder = RunFolder(run, "last")
-    with folder.recording({"learning_rate": 4.0, "weight_decay": 0.1, "max_steps": 9, "output_dir": "b"}):
+    options = {"learning_rate": 4.0, "weight_decay": 0.1, "max_steps": 9, "output_dir": "b"}
+    with folder.recording(options):
         folder.commit_records()
     assert "From step 3 on, `learning_rate` is 4.0; it was 1.0." in caplog.text and "max_steps" not in caplog.text
     written = json.loads((run / "environment.json").read_text())["resumed"]

@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_hybrid.training.arguments import HybridTrainingArguments, PretrainingArguments, SyntheticTrainingArguments
 from hf_hybrid.training.callbacks import EpochCallback, TimeLimitCallback
+from hf_hybrid.training.divergence import DivergedError
 from hf_hybrid.training.trainer import EpochLengthSampler, HybridTrainer
 
 
@@ -129,7 +130,7 @@ def test_a_lost_loss_stops_the_run(tmp_path):
     trainer = HybridTrainer(
         model=Model(), args=arguments(tmp_path, logging_steps=1), train_dataset=Numbers(float("nan"))
     )
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1.*learning_rate"):
+    with pytest.raises(DivergedError, match="diverged at step 1: the loss is nan.*no checkpoint.*`learning_rate`"):
         trainer.train()
 
 

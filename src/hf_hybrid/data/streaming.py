@@ -4,9 +4,10 @@ For corpora that should not be tokenised in advance. Documents are read in order
 blocks. The sequence of samples depends only on (documents, seed, epoch) and the shard, and `state_dict` describes a
 position in it: after `load_state_dict` the next sample is bit for bit the one that would have followed.
 
-Sharding. The workers of a DataLoader divide the documents among themselves. Processes do so only if `rank` and
-`world_size` are given, because the Trainer (Accelerate) already distributes the samples of an iterable data set over
-its processes.
+Sharding. Processes divide the documents among themselves only if `rank` and `world_size` are given, because the Trainer (Accelerate)
+already distributes the samples of an iterable data set over its processes. Of the workers of a DataLoader, one reads: so the order
+of the samples does not depend on their number, and a resumed run may have another one. A second worker would not help, because
+tokens have a place in the stream only when all before them are counted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils import worker as workers
 from transformers import PreTrainedTokenizerBase
 
 from .packing import concatenate_documents
@@ -56,12 +58,6 @@ class _DocumentSource:
         self.documents = copy.deepcopy(documents) if self.is_stream else documents
         self.has_state = self.is_stream and not _has_shuffle_buffer(documents)
 
-    def shard(self) -> tuple[int, int]:
-        """(index, count) among all processes and DataLoader workers."""
-        worker = get_worker_info()
-        workers, worker_id = (worker.num_workers, worker.id) if worker is not None else (1, 0)
-        return self.rank * workers + worker_id, self.world_size * workers
-
     def set_epoch(self, epoch: int) -> None:
         if self.is_stream:
             self.documents.set_epoch(epoch)  # type: ignore[union-attr]
@@ -70,7 +66,7 @@ class _DocumentSource:
         """Returns the documents after `position` and a function that returns the position reached so far."""
         read = 0 if position is None else position["documents"]
         source: Any = self.documents
-        index, count = self.shard()
+        index, count = self.rank, self.world_size
         if self.has_state:
             # `load_state_dict` affects all later iterations of an object, and `copy.copy` of a stream returns itself.
             source = object.__new__(type(source))
@@ -78,7 +74,7 @@ class _DocumentSource:
             if position is not None and position["source"] is not None:
                 source.load_state_dict(position["source"])
             iterator = iter(source)
-        elif self.is_stream:  # its own workers divide it
+        elif self.is_stream:
             iterator = itertools.islice(iter(source), read, None)
         elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
             iterator = (source[i] for i in range(index + read * count, len(source), count))
@@ -99,6 +95,20 @@ class _DocumentSource:
             return {"documents": done, "source": copy.deepcopy(state)}
 
         return counted(), position_now
+
+
+def _reads_alone() -> bool:
+    """Whether this process reads the stream; of the workers of a DataLoader the first does, and passes for the only one from now on.
+
+    Streams of `datasets` divide their shards among the workers that they see.
+    """
+    info = get_worker_info()
+    if info is None:
+        return True
+    if info.id == 0 and info.num_workers > 1:
+        alone = workers.WorkerInfo(id=0, num_workers=1, seed=info.seed, dataset=info.dataset)
+        workers._worker_info = alone
+    return info.id == 0
 
 
 def _is_one_shot(documents: object) -> bool:
@@ -197,11 +207,13 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         place = self._pending if self._pending is not None else self._beginning(self.epoch)
         self._pending = None
+        if not _reads_alone():
+            return
         while True:
             self._place = place
             yield from self._epoch_samples()
             is_empty = self._place["first"] == 0
-            if is_empty and self.source.shard()[1] == 1:
+            if is_empty and self.source.world_size == 1:
                 raise ValueError(
                     f"`documents` hold fewer tokens than one block of {self.block_length}. Use more text or a shorter length."
                 )
@@ -215,7 +227,7 @@ class PackedStream(IterableDataset):
         self.source.set_epoch(place["epoch"])
         documents, position_now = self.source.read(place["position"])
         batches = document_batches(documents, characters=_BATCH_CHARACTERS, limit=256)
-        shard, num_shards = self.source.shard()
+        shard, num_shards = self.source.rank, self.source.world_size
         at_end = False
         while not at_end:
             tokens = np.asarray(place["carry"], dtype=np.int64)

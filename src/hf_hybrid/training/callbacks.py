@@ -22,7 +22,11 @@ class TimeLimitCallback(TrainerCallback):
     The clock of the main process decides for all processes, so that all stop at the same step.
 
     Args:
-        minutes: wall-clock time from the start of training, including evaluations.
+        minutes: wall-clock time from the start of training, including evaluations, over all sessions of a run that is resumed.
+
+    Attributes:
+        earlier_seconds: of the limit, spent in the sessions before this one.
+        elapsed_fraction: share of the limit that is spent, the same number in every process.
 
     Raises:
         ValueError: `minutes` is not positive.
@@ -32,20 +36,21 @@ class TimeLimitCallback(TrainerCallback):
         if not minutes > 0:
             raise ValueError(f"`max_minutes` must be positive; got {minutes}.")
         self.seconds = 60.0 * minutes
-        self.elapsed_fraction = 0.0  # of the limit, the same number in every process
+        self.earlier_seconds = 0.0
+        self.elapsed_fraction = 0.0
         self._start = time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> TrainerControl:
         self._start = time.monotonic()
-        self.elapsed_fraction = 0.0
+        self.elapsed_fraction = self.earlier_seconds / self.seconds
         return control
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> TrainerControl:
-        fraction = (time.monotonic() - self._start) / self.seconds
+        fraction = (self.earlier_seconds + time.monotonic() - self._start) / self.seconds
         if dist.is_available() and dist.is_initialized():
             shared = torch.tensor(fraction, dtype=torch.float64, device=args.device)
             dist.broadcast(shared, src=0)
@@ -66,19 +71,21 @@ class RunInterrupted(SystemExit):
     Attributes:
         signal: SIGTERM or SIGINT.
         is_saved: whether it ended with a checkpoint of its last step.
+        is_trained: whether the training was complete and its weights are saved; only the evaluation is missing.
     """
 
-    def __init__(self, number: int, *, is_saved: bool) -> None:
+    def __init__(self, number: int, *, is_saved: bool, is_trained: bool = False) -> None:
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
         self.is_saved = is_saved
+        self.is_trained = is_trained
 
 
 class InterruptCallback(TrainerCallback):
     """Ends a run cleanly on SIGTERM and Ctrl-C: the step is finished, a checkpoint is written, and `RunInterrupted` is raised.
 
     All processes of a distributed run stop at the same step, whichever got the signal. A second signal ends at once, as does one that
-    arrives before or after training.
+    arrives before training or after it, except while the final weights are saved.
     """
 
     _ECHO_SECONDS = 3.0  # a launcher passes on what the terminal has already sent
@@ -111,9 +118,19 @@ class InterruptCallback(TrainerCallback):
         self._number, self._time = number, time.monotonic()
         name = signal.Signals(number).name
         # Not by logging, which may be in the middle of a message.
-        os.write(2, f"\n{name}: stopping after this step, with a checkpoint; again to stop at once.\n".encode())
+        os.write(2, f"\n{name}: stopping as soon as the weights are saved; again to stop at once.\n".encode())
 
-    def _agree(self, args: TrainingArguments) -> int:
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let a signal wait for the end of this block, as it does in training."""
+        before, self.is_training = self.is_training, True
+        try:
+            yield
+        finally:
+            self.is_training = before
+
+    def agree(self, args: TrainingArguments) -> int:
+        """The signal that ends the run, the same in every process; 0 for none. All processes must call it."""
         if not self._agreed:
             self._agreed = self._number
             if dist.is_available() and dist.is_initialized():
@@ -137,7 +154,7 @@ class InterruptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> TrainerControl:
-        if self._agree(args):
+        if self.agree(args):
             control.should_save = True
             if args.save_strategy == SaveStrategy.BEST:  # an evaluation would decide whether to save
                 control.should_evaluate = False
@@ -146,7 +163,7 @@ class InterruptCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> TrainerControl:
-        if self._agree(args):
+        if self.agree(args):
             raise RunInterrupted(self._agreed, is_saved=True)
         return control
 

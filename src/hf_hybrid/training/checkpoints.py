@@ -111,6 +111,11 @@ def remove_checkpoint(folder: Path) -> None:
         trash.parent.rmdir()
 
 
+def last_good_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; None if there is none."""
+    return next((path for path in list_checkpoints(run) if damages(path) == []), None)
+
+
 @contextlib.contextmanager
 def reporting_write_errors(run: Path, what: str) -> Iterator[None]:
     """Says where a failed write leaves the run.
@@ -128,7 +133,7 @@ def reporting_write_errors(run: Path, what: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         shutil.rmtree(run / STAGING_FOLDER, ignore_errors=True)  # a full disk needs the room
-        good = next((path for path in list_checkpoints(run) if damages(path) == []), None)
+        good = last_good_checkpoint(run)
         if good is None:
             rest = "There is no earlier checkpoint of this run."
         else:

@@ -87,7 +87,7 @@ def _files(folder: Path, option: str, without: Path | None) -> Iterable[Path]:
                 yield path
         return
     excluded = None if without is None else without.resolve()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder):
         here = Path(root)
         folders[:] = sorted(
             name

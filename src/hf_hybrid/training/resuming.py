@@ -7,7 +7,7 @@ those of the options: optimizers and schedulers store them too, and would bring 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _FREE = frozenset(
     "resume_from_checkpoint max_steps num_train_epochs max_minutes logging_steps logging_strategy logging_dir save_steps "
     "save_total_limit eval_steps eval_strategy save_strategy disable_tqdm report_to run_name local_rank dataloader_num_workers "
     "dataloader_prefetch_factor dataloader_persistent_workers dataloader_pin_memory log_level per_device_eval_batch_size output_dir "
-    "trust_remote_code num_processes logging_first_step".split()
+    "trust_remote_code num_processes logging_first_step quiet".split()
 )
 # Options of training that a continuation cannot take over: they decide what the stored optimizer state, the order of the rows or
 # the adapter mean. Everything else among them is applied from the first step on.
@@ -36,9 +36,7 @@ _APPLIED = frozenset(
     "validation_data validation_split max_eval_samples max_validation_segments metrics length_penalty no_repeat_ngram_size "
     "min_new_tokens targets_column num_test".split()
 )
-_TRAINING = _FIXED.union(item.name for item in fields(Seq2SeqTrainingArguments)).union(
-    ("ssm_learning_rate", "muon_learning_rate", "lora_dropout")
-)
+_TRAINING = _FIXED.union(item.name for item in fields(Seq2SeqTrainingArguments))
 _RATES = frozenset(
     "learning_rate ssm_learning_rate muon_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps".split()
 )
@@ -118,6 +116,7 @@ def changed_options(
     *,
     processes: tuple[int, int],
     same_content: Sequence[str] = (),
+    training: Collection[str] = (),
 ) -> dict[str, list[Any]]:
     """The options that a continuation changes: name -> [value before, value after].
 
@@ -125,6 +124,7 @@ def changed_options(
         before, after: recorded and current options, in JSON types.
         processes: number of processes of the run and of its continuation.
         same_content: options whose files were compared; they may have moved.
+        training: names of the training arguments, if they are more than those of Transformers.
 
     Raises:
         ValueError: a change could not be applied to the rest of the run; the message names the option and the remedy.
@@ -140,7 +140,7 @@ def changed_options(
         )
     stateful = [str(options.get("lr_scheduler_type")) in _STATEFUL_SCHEDULES for options in (before, after)]
     for name in names:
-        is_applied = name not in _FIXED if name in _TRAINING else name in _APPLIED
+        is_applied = name not in _FIXED if name in _TRAINING.union(training) else name in _APPLIED
         if name in ("validation_data", "muon_learning_rate"):  # without it, other rows or parameters are trained
             is_applied = before[name] is not None and after[name] is not None
         if name in _RATES and any(stateful):

@@ -19,7 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -183,10 +183,14 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     @contextlib.contextmanager
-    def recording(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+    def recording(self, arguments: Mapping[str, Any], *, training: Collection[str] = ()) -> Iterator[None]:
         """Locks the folder and writes the initial records, which it removes if the run fails before it writes anything else.
 
         Those of a run that is resumed are replaced by `commit_records` alone.
+
+        Args:
+            arguments: all options of the run.
+            training: names of those that are training arguments.
 
         Raises:
             BlockingIOError: another run uses the folder.
@@ -205,7 +209,7 @@ class RunFolder:
                     f"Another run wrote checkpoints into `output_dir` {self.path} while this one was prepared. Start this one again."
                 )
             environment = describe_environment()
-            environment["resumed"] = self._history(to_json(arguments), environment)
+            environment["resumed"] = self._history(to_json(arguments), environment, training)
             self._pending = {ARGUMENTS_FILE: arguments, ENVIRONMENT_FILE: environment}
             if self._fingerprints:
                 self._pending[FINGERPRINTS_FILE] = self._fingerprints
@@ -238,7 +242,9 @@ class RunFolder:
                 for name in records:
                     (self.path / name).unlink(missing_ok=True)
 
-    def _history(self, arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _history(
+        self, arguments: Mapping[str, Any], environment: Mapping[str, Any], training: Collection[str]
+    ) -> list[dict[str, Any]]:
         """One entry for each continuation: step, time, and the options that changed from there on.
 
         Raises:
@@ -253,7 +259,9 @@ class RunFolder:
         for entry in reversed(record.get("resumed", [])[len(kept) :]):  # of continuations that led to nothing
             before.update({name: values[0] for name, values in entry["changed"].items()})
         processes = (record.get("world_size", environment["world_size"]), environment["world_size"])
-        changed = changed_options(before, arguments, processes=processes, same_content=self._same_content)
+        changed = changed_options(
+            before, arguments, processes=processes, same_content=self._same_content, training=training
+        )
         for name, (old, new) in changed.items():
             logger.warning("From step %d on, `%s` is %r; it was %r.", step, name, new, old)
         return [*kept, {"step": step, "started": environment["started"], "changed": changed}]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import shutil
 import time
@@ -25,6 +24,7 @@ from .adapters import base_model, is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
 from .checkpoints import STAGING_FOLDER, publish_checkpoint, reporting_write_errors, rotate_checkpoints
 from .codebooks import CodebookCallback, has_codebooks
+from .divergence import DivergenceMonitor, diverged, lost_weights
 from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
 from .pieces_trainer import PiecesTrainer
@@ -101,6 +101,7 @@ class HybridTrainer(PiecesTrainer):
         self.before_publishing: list[Callable[[], None]] = []
         self._earlier: RunTotals | None = None  # of the run that is resumed
         self._session_start = time.time()
+        self._divergence: DivergenceMonitor | None = None
         super().__init__(*args, **kwargs)
         self._time_limit: TimeLimitCallback | None = None
         max_minutes = getattr(self.args, "max_minutes", None)
@@ -237,8 +238,10 @@ class HybridTrainer(PiecesTrainer):
         """Adds the throughput since the previous log (excluding evaluations and checkpoints).
 
         Raises:
-            FloatingPointError: the training loss is no longer finite.
+            DivergedError: the training loss or a gradient is no longer finite.
         """
+        if "loss" in logs:
+            self._refuse_divergence()
         if "loss" in logs:
             now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
             if self._interval_start is not None and tokens > self._interval_start[1]:
@@ -255,16 +258,13 @@ class HybridTrainer(PiecesTrainer):
             if self._codebooks is not None:
                 logs.update(self._codebooks.entries(self.model, self.state.global_step))
         super().log(logs, None if start_time is None else start_time - self._earlier_seconds)
-        if not self.args.logging_nan_inf_filter and not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"The training loss is {logs['loss']} at step {self.state.global_step}. Lower `learning_rate` or "
-                "`max_grad_norm`, lengthen `warmup_steps`, or train in float32 or bf16 instead of fp16."
-            )
 
     def train(self, *args, **kwargs):
         """Trains; see `Trainer.train` of Transformers."""
-        self._interval_start, self._earlier = None, None
+        self._interval_start, self._earlier, self._divergence = None, None, None
         self._timed_tokens, self._timed_seconds = 0, 0.0
+        if self._time_limit is not None:
+            self._time_limit.earlier_seconds = self._time_limit.elapsed_fraction = 0.0
         return super().train(*args, **kwargs)
 
     @property
@@ -308,6 +308,7 @@ class HybridTrainer(PiecesTrainer):
         )
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        self._refuse_lost_weights()
         return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -317,8 +318,11 @@ class HybridTrainer(PiecesTrainer):
         optimizer: Any = self.optimizer
         settings = optimizer_settings(optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
-        apply_settings(optimizer, self.lr_scheduler, settings)
         self._earlier = RunTotals.read(Path(checkpoint))
+        if self._time_limit is not None:  # before the schedule, which follows it
+            self._time_limit.earlier_seconds = self._earlier_seconds
+            self._time_limit.elapsed_fraction = self._earlier_seconds / self._time_limit.seconds
+        apply_settings(optimizer, self.lr_scheduler, settings)
         if self._earlier is None:
             logger.warning(
                 "%s holds no %s: the training loss, runtime and throughput of this run will be those of the steps after it.",
@@ -328,7 +332,8 @@ class HybridTrainer(PiecesTrainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # A finished run that is resumed has nothing left to train, but `Trainer` checks only after another step.
-        if self.state.global_step >= self.state.max_steps:
+        is_over = self._time_limit is not None and self._time_limit.elapsed_fraction >= 1.0
+        if is_over or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -337,11 +342,43 @@ class HybridTrainer(PiecesTrainer):
         """One forward and backward pass; the first one starts the clock for the throughput."""
         if self._interval_start is None:
             self._interval_start, self._paused_seconds = (time.perf_counter(), self.state.num_input_tokens_seen), 0.0
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        if self._divergence is None:
+            model = args[0] if args else kwargs["model"]
+            self._divergence = DivergenceMonitor(model, gradients_overflow=self.args.fp16)
+        is_complete = self.accelerator.sync_gradients
+        self._divergence.observe(loss, self.state.global_step + 1, is_complete=is_complete)
+        if is_complete and self._checks_every_step:
+            self._refuse_divergence()
+        return loss
+
+    @property
+    def _checks_every_step(self) -> bool:
+        """Whether a value can be read without waiting for the device; else divergence is noticed when it is waited for anyway."""
+        return self.args.device.type == "cpu"
+
+    def _refuse_divergence(self) -> None:
+        if self._divergence is None or self.args.logging_nan_inf_filter:
+            return
+        step = self._divergence.step()
+        if step is not None:
+            what, grown = self._divergence.describe(self.optimizer.param_groups if self.optimizer is not None else ())
+            raise diverged(step, what, Path(str(self.args.output_dir)), self.args, grown)
+
+    def _refuse_lost_weights(self) -> None:
+        """Ends the run rather than letting a checkpoint that nothing can be done with displace a good one."""
+        self._refuse_divergence()
+        lost = lost_weights(self.model)
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            what = f"weights are not finite ({', '.join(lost[:3])}{more})."
+            raise diverged(self.state.global_step, what, Path(str(self.args.output_dir)), self.args)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Evaluates; the time does not count as training time."""
         start = time.perf_counter()
+        if self.is_in_train:
+            self._refuse_divergence()
         metrics = super().evaluate(*args, **kwargs)
         self._paused_seconds += time.perf_counter() - start
         return metrics
@@ -355,6 +392,7 @@ class HybridTrainer(PiecesTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         start = time.perf_counter()
         run = Path(self._get_output_dir(trial))
+        self._refuse_lost_weights()
         with reporting_write_errors(run, f"The checkpoint of step {self.state.global_step}"):
             self._write_checkpoint(model, trial, run)
         if self.args.push_to_hub:

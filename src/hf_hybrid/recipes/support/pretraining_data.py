@@ -125,6 +125,8 @@ def check_length_of_run(arguments: PretrainingDataArguments, training_args: Hybr
     Raises:
         ValueError: streaming with neither `max_steps` nor `max_minutes`.
     """
+    if arguments.streaming and training_args.dataloader_num_workers > 1:
+        logger.info("One worker reads the stream, so that its order does not depend on `dataloader_num_workers`.")
     if not arguments.streaming or training_args.max_steps > 0:
         return
     if training_args.max_minutes is None:

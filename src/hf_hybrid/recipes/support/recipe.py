@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import set_seed
 
-from ...model_card import check_model_name
 from ...training.callbacks import RunInterrupted
 from ...training.run_folder import RunFolder, is_main_process
 from .main_options import MAIN_OPTIONS, TRAINING_ONLY
@@ -51,6 +49,7 @@ class Recipe:
             FileExistsError: the output folder is not empty.
             BlockingIOError: another run uses the output folder.
             CheckpointWriteError: a checkpoint or the final model could not be written.
+            DivergedError: the loss, a gradient or a weight is no longer finite (a `FloatingPointError`).
             RunInterrupted: SIGTERM or Ctrl-C ended the run (a `SystemExit`).
             ImportError: a package that training needs is missing.
         """
@@ -64,13 +63,13 @@ class Recipe:
             raise ValueError(
                 "`hub_token` would be written into the run folder: set HF_TOKEN or run `hf auth login` instead."
             )
-        check_model_name(Path(training_args.output_dir).resolve().name)
         folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
         folder.check_sources(resolved_arguments(*groups))
         set_seed(training_args.seed)
         job = self.build(*groups)
         try:
-            with folder.recording(resolved_arguments(*groups)):
+            training = {item.name for item in fields(training_args)}
+            with folder.recording(resolved_arguments(*groups), training=training):
                 return train_and_record(job, folder)
         except RunInterrupted as error:
             if is_main_process():

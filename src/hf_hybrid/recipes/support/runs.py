@@ -16,7 +16,8 @@ import torch.distributed as dist
 import transformers
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ...hub import CARD_FILE, write_model_card
+from ...hub import CARD_FILE
+from ...model_card import model_card_problems
 from ...training.adapters import base_model, check_resumable
 from ...training.callbacks import InterruptCallback, RunInterrupted
 from ...training.checkpoints import list_checkpoints, reporting_write_errors
@@ -75,16 +76,24 @@ class Job:
 
     def final_metrics(self) -> dict[str, Any]:
         """Metrics of the final weights: logged last if training ended with an evaluation, else measured now."""
-        trainer = self.trainer
-        if trainer.eval_dataset is None:
+        if self.trainer.eval_dataset is None:
             return {}
-        metrics: dict[str, Any] = {}
-        if trainer.state.global_step > 0 and not trainer.args.load_best_model_at_end:
-            for entry in trainer.state.log_history:
-                if entry.get("step") == trainer.state.global_step:
-                    metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
-        metrics = metrics or trainer.evaluate()
+        metrics = self._logged_metrics() or self.trainer.evaluate()
         return {**metrics, **(self.derive(metrics) if self.derive is not None else {})}
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether nothing is left to evaluate after the training."""
+        return self.trainer.eval_dataset is None or bool(self._logged_metrics())
+
+    def _logged_metrics(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        state = self.trainer.state
+        if state.global_step > 0 and not self.trainer.args.load_best_model_at_end:
+            for entry in state.log_history:
+                if entry.get("step") == state.global_step:
+                    metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
+        return metrics
 
     @property
     def model(self) -> PreTrainedModel:
@@ -103,18 +112,21 @@ class Job:
 
 
 def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
-    """Trains, evaluates and saves; writes metrics, pictures and the model card to the folder. Returns the metrics.
+    """Trains, saves and evaluates; then writes pictures and the model card to the folder. Returns the metrics.
+
+    Weights and metrics come first. What comes after them can fail without an error: a warning says what is missing.
 
     Raises:
         RunInterrupted: SIGTERM or Ctrl-C; where it met the training there is a checkpoint of the last step.
         CheckpointWriteError: a checkpoint or the final model could not be written.
+        DivergedError: the loss, a gradient or a weight is no longer finite.
     """
     trainer = job.trainer
     interrupt = InterruptCallback()
     trainer.add_callback(interrupt)
     try:
         with interrupt.listening():
-            return _train_and_record(job, folder)
+            return _train_and_record(job, folder, interrupt)
     except RunInterrupted:
         if interrupt.is_training:  # what logs elsewhere closes its files
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
@@ -122,9 +134,30 @@ def train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
         raise
 
 
-def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
+def _train_and_record(job: Job, folder: RunFolder, interrupt: InterruptCallback) -> dict[str, Any]:
     trainer = job.trainer
     set_longest_input(trainer.processing_class, job.model.config)
+    measured = _train(job, folder, interrupt)
+    metrics = {
+        **measured,
+        **job.report.metrics,
+        "steps": trainer.state.global_step,
+        "epoch": trainer.state.epoch,
+        "input_tokens_seen": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": getattr(trainer, "tokens_per_second", None),
+        "num_parameters": job.num_parameters(),
+        "num_trainable_parameters": job.num_trainable_parameters(),
+    }
+    metrics = {**_evaluate(job, folder, metrics, interrupt), **metrics, **peak_memory()}
+    _record(trainer, folder, metrics)
+    _write_the_rest(job, folder, metrics)
+    finish_together(trainer)
+    return metrics
+
+
+def _train(job: Job, folder: RunFolder, interrupt: InterruptCallback) -> dict[str, Any]:
+    """Trains and saves the weights; returns what was measured meanwhile."""
+    trainer = job.trainer
     resume = None if folder.resume_checkpoint is None else str(folder.resume_checkpoint)
     if folder.resume_checkpoint is not None:
         check_resumable(trainer.model, folder.resume_checkpoint)
@@ -133,35 +166,96 @@ def _train_and_record(job: Job, folder: RunFolder) -> dict[str, Any]:
     if isinstance(trainer, HybridTrainer):
         trainer.before_publishing.append(folder.commit_records)
     result = trainer.train(resume_from_checkpoint=resume)
-    with reporting_write_errors(folder.path, "The final model"):
-        trainer.save_model()
-    folder.commit_records()
-    is_measured = covers_all or trainer.state.global_step > start
-    metrics = {
-        **{key: value for key, value in result.metrics.items() if key != "total_flos" and is_measured},
-        **job.final_metrics(),
-        **job.report.metrics,
-        "steps": trainer.state.global_step,
-        "epoch": trainer.state.epoch,
-        "input_tokens_seen": trainer.state.num_input_tokens_seen,
-        "tokens_per_second": getattr(trainer, "tokens_per_second", None),
-        "num_parameters": job.num_parameters(),
-        "num_trainable_parameters": job.num_trainable_parameters(),
-        **peak_memory(),
-    }
-    folder.write_metrics(metrics)
+    with interrupt.deferred(), reporting_write_errors(folder.path, "The final model"):
+        trainer.save_model(_internal_call=True)  # else it is pushed as well, which may fail
+        folder.commit_records()
+    if not covers_all and trainer.state.global_step == start:
+        return {}
+    return {key: value for key, value in result.metrics.items() if key != "total_flos"}
+
+
+def _evaluate(job: Job, folder: RunFolder, metrics: Mapping[str, Any], interrupt: InterruptCallback) -> dict[str, Any]:
+    """Metrics of the final weights. If they cannot be measured, those of the training are recorded all the same."""
+    trainer = job.trainer
+    try:
+        number = interrupt.agree(trainer.args)
+        if number and not job.is_evaluated:
+            raise RunInterrupted(number, is_saved=False)
+        return job.final_metrics()
+    except (Exception, RunInterrupted) as error:
+        _record(trainer, folder, {**metrics, **peak_memory()})
+        if isinstance(error, RunInterrupted):
+            error.is_trained = True
+        else:
+            error.add_note(
+                f"The training is complete; its weights and metrics are in {folder.path}. {_how_to_repeat(folder)}"
+            )
+        raise
+
+
+def _record(trainer: Trainer, folder: RunFolder, metrics: Mapping[str, Any]) -> None:
+    with reporting_write_errors(folder.path, "The metrics"):
+        folder.write_metrics(metrics)
+        if is_main_process():
+            trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
+
+
+def _write_the_rest(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> None:
+    """Pictures, card, further files and copies on the Hub: what fails here is said, and costs nothing of the run."""
+    trainer, path = job.trainer, folder.path
+    parts: dict[str, Callable[[], Any]] = {}
+    if trainer.args.push_to_hub:  # by all processes, and first: it drafts a card of its own
+        parts["the copy on the Hub"] = lambda: trainer.push_to_hub(commit_message="Model save")
     if is_main_process():
-        trainer.state.save_to_json(str(folder.path / "trainer_state.json"))
-        plot_loss_curves(trainer.state.log_history, folder.path / LOSS_CURVE_FILE)
-        _plot_codebooks(trainer, folder.path)
-        write_model_card(make_card(job, folder, metrics), folder.path)
+        parts[LOSS_CURVE_FILE] = lambda: plot_loss_curves(trainer.state.log_history, path / LOSS_CURVE_FILE)
+        parts[CODEBOOK_FILE] = lambda: _plot_codebooks(trainer, path)
+        parts[f"the model card {CARD_FILE}"] = lambda: _write_card(job, folder, metrics)
         if job.write_results is not None:
-            job.write_results(folder.path)
+            write_results = job.write_results
+            parts["the files of results"] = lambda: write_results(path)
         if trainer.args.push_to_hub:
-            _push_records(trainer, folder)
-        logger.info("All files of this run are in %s", folder.path)
-    finish_together(trainer)
-    return metrics
+            parts["the records on the Hub"] = lambda: _push_records(trainer, folder)
+    missing = []
+    for name, write in parts.items():
+        try:
+            write()
+        except Exception as error:
+            logger.debug("%s", name, exc_info=True)
+            missing.append(f"{name} ({type(error).__name__}: {error})")
+    if missing:
+        logger.warning(
+            "The training is complete; its weights and metrics are in %s. Not written as they should be: %s. %s",
+            path,
+            "; ".join(missing),
+            _how_to_repeat(folder),
+        )
+    elif is_main_process():
+        logger.info("All files of this run are in %s", path)
+
+
+def _how_to_repeat(folder: RunFolder) -> str:
+    """How to do again what comes after the training."""
+    if list_checkpoints(folder.path):
+        return (
+            "To repeat what is missing: the same options with `resume_from_checkpoint=last`, which trains no further."
+        )
+    return (
+        f"To evaluate the weights: the recipe `evaluate` with `model_name_or_path={folder.path}`. The losses of all steps are in "
+        "trainer_state.json."
+    )
+
+
+def _write_card(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> None:
+    """Writes the card of the run, whatever it says.
+
+    Raises:
+        ValueError: it is written, but the Hub or a reader would object to it.
+    """
+    text = make_card(job, folder, metrics).render()
+    (folder.path / CARD_FILE).write_text(text, encoding="utf-8")
+    problems = model_card_problems(text)
+    if problems:
+        raise ValueError(f"written, but to be corrected before it is published: {'; '.join(problems)}")
 
 
 def how_to_continue(error: RunInterrupted, folder: RunFolder, *, is_command: bool) -> str:
@@ -173,6 +267,9 @@ def how_to_continue(error: RunInterrupted, folder: RunFolder, *, is_command: boo
         is_command: whether the words of this process are the command of the run.
     """
     newest = next(iter(list_checkpoints(folder.path)), None)
+    if error.is_trained:
+        ended = f"Stopped by {error.signal.name} after the training: its weights and metrics are in {folder.path}"
+        return f"{ended}, only the evaluation is missing. {_how_to_repeat(folder)}"
     if newest is None:
         return f"Stopped by {error.signal.name}; {folder.path} holds no checkpoint."
     saved = f"{newest} is complete" if error.is_saved else f"the newest checkpoint is {newest}"
