@@ -71,8 +71,9 @@ def groups_of(model: Layers) -> list[dict]:
     ]
 
 
-def test_what_grew_before_the_end_is_named():
-    model = Layers()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_grew_before_the_end_is_named(dtype):
+    model = Layers().to(dtype)
     monitor = DivergenceMonitor(model)
     for number in range(1, 9):
         model.step(monitor, number, growth=3.0 if number < 8 else 900.0)

@@ -36,7 +36,7 @@ def test_auto_begins_continues_and_ends(toy, finished, tmp_path):
 
 
 def test_auto_begins_anew_where_a_run_was_killed_before_its_first_checkpoint(tmp_path):
-    for name in ("arguments.json", "environment.json", LOCK_FILE, ".arguments.json.12.tmp"):
+    for name in ("arguments.json", "environment.json", "fingerprints.json", LOCK_FILE, ".arguments.json.12.tmp"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "_saving" / "checkpoint-2").mkdir(parents=True)
     assert RunFolder(tmp_path, "auto").resume_checkpoint is None

@@ -74,10 +74,13 @@ class DivergenceMonitor:
         """(P,), float32: the norms of the gradients; of sharded ones those of the part in this process."""
         grads: list[torch.Tensor] = [item.grad for item in self.parameters if item.grad is not None]
         local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        found = iter(torch._foreach_norm(local, dtype=torch.float32) if local else ())
+        local = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in local]
+        is_double = any(grad.dtype == torch.float64 for grad in local)  # which a norm does not narrow
+        found = iter(torch._foreach_norm(local, dtype=torch.float64 if is_double else torch.float32) if local else ())
         zero = torch.zeros((), device=device)
         return torch.stack(
-            [zero if item.grad is None else next(found).to(device) for item in self.parameters] or [zero]
+            [zero if item.grad is None else next(found).to(device, torch.float32) for item in self.parameters]
+            or [zero]
         )
 
     def step(self) -> int | None:
