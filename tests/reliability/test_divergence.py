@@ -82,7 +82,7 @@ def test_what_grew_before_the_end_is_named(dtype):
     assert monitor.step() == 9
     what, grown = monitor.describe(groups_of(model))
     assert grown[0] == "state" and "the loss is nan" in what
-    assert "`state` x240 (second.weight)" in what  # 300, and it was one step ago
+    assert "`state` x300 (second.weight)" in what
     model.step(monitor, 10, growth=1.0, lost=True)
     assert monitor.step() == 9  # the first counts
 

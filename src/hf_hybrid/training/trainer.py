@@ -368,7 +368,8 @@ class HybridTrainer(PiecesTrainer):
     def _refuse_lost_weights(self) -> None:
         """Ends the run rather than letting a checkpoint that nothing can be done with displace a good one."""
         self._refuse_divergence()
-        lost = lost_weights(self.model)
+        model: Any = self.model
+        lost = lost_weights(model)
         if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             what = f"weights are not finite ({', '.join(lost[:3])}{more})."
