@@ -304,3 +304,11 @@ def test_checkpoint_of_another_architecture(architecture: Architecture, tmp_path
     for reader in (load_config_class(architecture), *(model_class for _, model_class in load_heads(architecture))):
         with pytest.raises(ValueError, match=message):
             reader.from_pretrained(tmp_path)
+
+
+def test_no_attribute_hides_a_method() -> None:
+    """Of a subclass, which would find the value of its base class in its place. In every variant of every architecture."""
+    for case in EVERY_CASE:
+        for name, module in case.model().named_modules():
+            hidden = [key for key in vars(module) if callable(getattr(type(module), key, None))]
+            assert not hidden, f"{case}: {name} ({type(module).__name__}) hides {hidden}"

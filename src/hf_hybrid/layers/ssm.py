@@ -141,7 +141,7 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
         self._initial_kernel_length = kernel_length
         self.register_buffer("kernel_length", torch.tensor(kernel_length, dtype=torch.int64))
         self._loads = 0
-        self._read: tuple[tuple[int, ...], int] | None = None
+        self._length_read: tuple[tuple[int, ...], int] | None = None
         self.reset_parameters()
 
     def _register(self, name: str, *shape: int) -> None:
@@ -207,9 +207,9 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
             return _read_length(self, self._loads)
         buffer = self.kernel_length
         version = (id(buffer), buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version, self._loads)
-        if self._read is None or self._read[0] != version:
-            self._read = version, _read_length(self, self._loads)
-        return self._read[1]
+        if self._length_read is None or self._length_read[0] != version:
+            self._length_read = version, _read_length(self, self._loads)
+        return self._length_read[1]
 
     # ------------------------------------------------------------------------------------------------------ systems
 
