@@ -15,8 +15,10 @@ import pytest
 from hf_hybrid.auto import ARCHITECTURES, PIPELINES, Architecture
 from hf_hybrid.public_names import write_stub
 from hf_hybrid.recipes import list_recipes
+from hf_hybrid.recipes.support.experiment_files import experiment_names
 from hf_hybrid.recipes.support.help_text import TRAINER_GROUP, Option, stored_options, write_index
 from hf_hybrid.recipes.support.main_options import MAIN_OPTIONS
+from hf_hybrid.recipes.support.published import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [architecture for architecture in ARCHITECTURES if architecture.package == "hf_hybrid"]
@@ -88,17 +90,32 @@ def adapters() -> str:
     )
 
 
+def experiments() -> str:
+    """Published experiments, with what was published and what we measured."""
+    rows = []
+    for name in experiment_names():
+        found = load_experiment(name)
+        figure = "not known" if found.figure is None else f"{found.figure:g}"
+        source = "" if found.figure is None else found.source or "memory"
+        number = "" if found.parameters is None else f"{found.parameters:,}"
+        url = f"[{name}](../configs/published/{name}.yaml)"
+        rows.append([url, found.title, found.metric, figure, source, number, found.ours or "not run"])
+    return table("| experiment | | metric | paper | source | parameters | ours |", rows)
+
+
 # Page, name of the table in its markers -> what writes it.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "architectures"): architectures,
     ("docs/training.md", "pretraining"): pretraining,
     ("docs/training.md", "adapters"): adapters,
+    ("docs/published.md", "experiments"): experiments,
 }
 
 
 def with_table(text: str, name: str, contents: str) -> str:
     """A page with one table replaced."""
-    begin, end = f"<!-- table: {name} (from hf_hybrid.auto, do not edit) -->", "<!-- end of table -->"
+    source = "configs/published" if name == "experiments" else "hf_hybrid.auto"
+    begin, end = f"<!-- table: {name} (from {source}, do not edit) -->", "<!-- end of table -->"
     found = re.findall(f"{re.escape(begin)}.*?{end}", text, flags=re.DOTALL)
     assert len(found) == 1, f"the page needs the table {name!r} once, between {begin} and {end}"
     return text.replace(found[0], f"{begin}\n{contents}\n{end}")
@@ -119,7 +136,7 @@ def described_options() -> dict[str, list[Option]]:
     """The options of every recipe that the index holds: its own, and those of the Trainer that `--help` shows."""
     found = {}
     for item in list_recipes():
-        if item.name in ("evaluate", "lm_eval"):  # take the options of others
+        if item.name in ("evaluate", "lm_eval", "reproduce"):  # take the options of others
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .recipes import Listed, list_recipes
+from .recipes.support.experiment_files import experiment_names
 from .recipes.support.help_text import help_page, stored_options
 from .recipes.support.main_options import MAIN_OPTIONS, TRAINING_ONLY
 
@@ -40,6 +41,7 @@ COMMANDS: dict[str, str] = {
     "convert": "convert_checkpoint",
     "push": "push_to_hub",
     "data lra": "generate_lra",
+    "reproduce": "reproduce",
     "demo": "demo",
 }
 _GROUPS = {
@@ -184,6 +186,12 @@ def _help(command: str, rest: Sequence[str]) -> str | None:
             return help_page(f"{usage} TASK", description, [])
         recipe, usage = trained.name, f"{usage} {trained.task}"
         main_options = [name for name in MAIN_OPTIONS.get(recipe, ()) if name not in TRAINING_ONLY]
+    if recipe == "reproduce":
+        return (
+            None
+            if any("/" in word for word in rest)
+            else help_page(f"{usage} EXPERIMENT [--scale X]", description, [])
+        )
     options = stored_options(recipe)
     return help_page(usage, description, options, main_options) if options else None
 
@@ -221,6 +229,8 @@ def completions(words: Sequence[str]) -> list[str]:
         known = list(dict.fromkeys([*(command.split()[0] for command in COMMANDS), "completion"]))
     elif before == ["evaluate"]:
         known = [item.task for item in list_recipes() if item.trains]
+    elif before == ["reproduce"]:
+        known = [*experiment_names(), "--list"]
     elif before == ["completion"]:
         known = list(_COMPLETION)
     elif len(before) == 1:

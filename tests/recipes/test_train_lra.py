@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from factories import TINY_OVERRIDES
 from PIL import Image
 from transformers import (
-    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     pipeline,
@@ -21,8 +17,6 @@ from transformers import (
 from hf_hybrid.auto import ARCHITECTURES
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import evaluate, generate_lra
-from hf_hybrid.recipes.support.finetuning_data import Labels
-from hf_hybrid.recipes.support.sequence_classification import ClassifierArguments, build_classifier, classifier_config
 from hf_hybrid.recipes.train_lra import main
 
 ARCHES = [item.model_type for item in ARCHITECTURES if "AutoModelForSequenceClassification" in item.heads]
@@ -106,33 +100,6 @@ def test_generated_files_give_what_is_generated_on_the_way(training, tmp_path):
     assert read["eval_loss"] == made["eval_loss"] and read["eval_samples"] == 12
     with pytest.raises(FileExistsError, match="not empty"):
         generate_lra.main({**SHORT, "task": "listops", "output_dir": str(tmp_path / "lists")})
-
-
-@pytest.mark.parametrize(
-    ("task", "vocab_size", "longest", "published"),
-    [
-        ("listops", 24, 2002, 602_578),
-        ("text", 260, 4002, 990_484),
-        ("retrieval", 260, 4002, 1_485_086),
-        ("image", None, 1024, 2_839_096),
-        ("pathfinder", None, 1024, 1_386_874),
-    ],
-)
-def test_documented_settings_have_the_published_sizes(task, vocab_size, longest, published):
-    text = (Path(__file__).resolve().parents[2] / "docs" / "long_range_arena.md").read_text()
-    own, kind = re.search(rf"^\| {task} \| `(hidden[^`]*)` \+ (\w+)", text, re.MULTILINE).groups()
-    options = own + re.search(rf"^- {kind}: `([^`]*)`", text, re.MULTILINE).group(1)
-    is_pixels = kind == "pre"
-    auto_class = AutoModelForImageClassification if is_pixels else AutoModelForSequenceClassification
-    wishes = {"input_type": "values"} if is_pixels else {"dual_encoder": task == "retrieval"}
-    arguments = ClassifierArguments(arch="mega", config_overrides=options)
-    config = classifier_config(auto_class, arguments, {"vocab_size": vocab_size} if vocab_size else {}, wishes)
-    classes = [str(number) for number in range({"listops": 10, "image": 10}.get(task, 2))]
-    with torch.device("meta"):
-        model = build_classifier(auto_class, config, arguments, Labels("label", classes), longest)
-    # The bias tables of new models are not shorter than the default of their configuration.
-    spare = 2 * (config.max_positions - longest) * config.num_hidden_layers
-    assert sum(parameter.numel() for parameter in model.parameters()) == published + spare
 
 
 def write_distributed(folder, task: str) -> None:

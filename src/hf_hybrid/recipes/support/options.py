@@ -71,14 +71,15 @@ def parse_arguments(
         return fill_dataclasses(dataclass_types, _noting_quiet(args))
     words = list(sys.argv[1:] if args is None else args)
     _answer_help(words, dataclass_types, description or "", main_options)
-    from_file: Mapping[str, Any] = {}
+    from_file: dict[str, Any] = {}
     if words and words[0].endswith((".yaml", ".yml", ".json")):
-        from_file, words = read_options(Path(words[0])), words[1:]
+        from_file, words = dict(read_options(Path(words[0]))), words[1:]
+        from_file.pop("published", None)  # what the file is about
     if "--quiet" in words:
         from_file = {**from_file, "quiet": True}
     from_file = _noting_quiet(from_file)
     words = [word for word in words if word != "--quiet"]
-    given = _given_flags(dataclass_types, words, description, complete=not from_file)
+    given = given_flags(dataclass_types, words, description, complete=not from_file)
     return fill_dataclasses(dataclass_types, {**from_file, **given})
 
 
@@ -268,7 +269,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f": did you mean `{close[0]}`?" if close else "."
 
 
-def _given_flags(
+def given_flags(
     dataclass_types: Sequence[type], words: Sequence[str], description: str | None, *, complete: bool
 ) -> dict[str, Any]:
     """The options given on a command line, without any defaults.
