@@ -1,4 +1,4 @@
-"""Texts, matrices and layers cut over processes: `pieces_of_texts` and `cut_models` in processes of their own."""
+"""Texts, matrices, layers and checkpoints cut over processes, each program in processes of its own."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def test_pieces_of_texts_of_all_models(processes: int, tmp_path: Path) -> None:
 def test_matrices_and_layers(tmp_path: Path) -> None:
     """`tp_plan="auto"` and pipeline stages: loss, gradients and generated text of the model in one piece."""
     run("cut_models", tmp_path)
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints(tmp_path: Path) -> None:
+    """A run sharded by FSDP2 is saved whole, loaded by one process, and resumed by two as if there had been no break."""
+    run("sharded_checkpoints", tmp_path)

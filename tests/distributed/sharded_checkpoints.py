@@ -1,0 +1,116 @@
+"""A run that is sharded over two processes, saved, loaded whole and resumed; run by `test_sharded_checkpoints`.
+
+python -m tests.distributed.sharded_checkpoints FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from ..modeling.factories import Case
+
+WORLD = 2
+CASES = [
+    Case("spade_lm", "AutoModelForCausalLM", "default"),
+    Case("mega", "AutoModelForCausalLM", "default"),
+    Case("seqboat", "AutoModelForCausalLM", "default"),
+    Case("bst", "AutoModelForCausalLM", "mf"),
+    Case("longvq", "AutoModelForCausalLM", "default"),
+]
+
+
+def load(kind: type, place: Path) -> nn.Module:
+    from transformers.distributed import DistributedConfig
+
+    return kind.from_pretrained(place, distributed_config=DistributedConfig(fsdp_size=WORLD)).train()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[dict[str, torch.Tensor]]) -> None:
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def check(case: Case, folder: Path) -> None:
+    plain = case.model()
+    place = folder / case.model_type
+    if dist.get_rank() == 0:
+        plain.save_pretrained(place / "start")
+    dist.barrier()
+    batches = []
+    for step in range(4):
+        torch.manual_seed(10 * step + dist.get_rank())
+        inputs = case.inputs()
+        batches.append(inputs | case.labels(inputs))
+    model = load(type(plain), place / "start")
+    optimizer = optimizer_of(model)
+    train(model, optimizer, batches[:2])
+
+    model.save_pretrained(place / "whole")
+    saved = get_optimizer_state_dict(model, optimizer)
+    dcp.save({"optimizer": saved}, checkpoint_id=place / "optimizer")
+    expected = whole(model)
+    again = type(plain).from_pretrained(place / "whole")  # in one piece
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, expected[name]), f"{case}: {name} of the whole checkpoint differs"
+    torch.manual_seed(0)
+    prompt: dict[str, Any] = {"input_ids": case.inputs()["input_ids"], "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.eval().generate(**prompt), again.generate(**prompt)), f"{case}: other text"
+
+    train(model.train(), optimizer, batches[2:])  # without a break
+    resumed = load(type(plain), place / "whole")
+    optimizer = optimizer_of(resumed)
+    state = {"optimizer": get_optimizer_state_dict(resumed, optimizer)}
+    dcp.load(state, checkpoint_id=place / "optimizer")
+    set_optimizer_state_dict(resumed, optimizer, state["optimizer"])
+    train(resumed, optimizer, batches[2:])
+    found = whole(resumed)
+    for name, tensor in whole(model).items():
+        assert torch.equal(found[name], tensor), f"{case}: {name} differs after the break"
+
+
+def work(rank: int, folder: str) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    case: Any = None
+    try:
+        for case in CASES:
+            check(case, Path(folder))
+    except Exception:
+        sys.stdout.write(f"rank {rank}, {case}:\n{traceback.format_exc()}\n")
+        sys.stdout.flush()
+        os._exit(1)  # the processes no longer run alike
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # By fork: the processes need not import everything again.
+    torch.multiprocessing.start_processes(work, args=tuple(sys.argv[1:]), nprocs=WORLD, start_method="fork")
+    sys.stdout.write("all alike\n")
