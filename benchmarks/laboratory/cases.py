@@ -74,6 +74,7 @@ CASES = {
                 Variant("Muon 1e-2, AdamW 3e-3", "SPADE", MUON),
                 Variant("Muon 2e-2, AdamW 3e-3", "SPADE", MUON | {"matrix_learning_rate": 2e-2}),
                 Variant("Muon 5e-3, AdamW 3e-3", "SPADE", MUON | {"matrix_learning_rate": 5e-3}),
+                Variant("Muon 2.5e-3, AdamW 3e-3", "SPADE", MUON | {"matrix_learning_rate": 2.5e-3}),
                 Variant("Muon 1e-2, AdamW 6e-3", "SPADE", MUON | {"learning_rate": 6e-3}),
                 Variant(
                     "RMS-scaled AdamW 2e-2", "SPADE", _RELATIVE | {"optimizer": "rms_adamw", "learning_rate": 2e-2}
