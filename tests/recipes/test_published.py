@@ -52,6 +52,7 @@ def test_files_hold_options_of_their_recipe() -> None:
         assert set(found.overrides) <= {item.name for item in fields(config)}, name
         assert found.unknown and found.title and found.metric and found.data, name
         assert found.arxiv == architecture.paper.arxiv, name
+        assert "optim" in found.options or not found.recipe.startswith("pretrain"), name  # that of the recipe is Muon
         assert found.parameters is None or found.parameters_of, name
         assert (found.tolerance == 0) == (found.difference is None), name
         assert (found.data_format is None) == (found.data == "generated"), name
