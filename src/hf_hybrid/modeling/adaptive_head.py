@@ -10,6 +10,7 @@ from torch import nn
 from ..layers.adaptive import AdaptiveSoftmax, TiedBands
 from .heads import GenericForCausalLM
 from .losses import mean_over_labels
+from .vocabulary_loss import LossOptions
 
 
 class GenericForAdaptiveCausalLM(GenericForCausalLM):
@@ -57,13 +58,16 @@ class GenericForAdaptiveCausalLM(GenericForCausalLM):
         hidden_states: torch.Tensor,
         kept: slice | torch.Tensor,
         labels: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
+        options: LossOptions,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.config.adaptive_cutoffs is None:
-            return super().predict(hidden_states, kept, labels, num_items_in_batch)
+            return super().predict(hidden_states, kept, labels, options)
+        if options.label_smoothing:
+            raise ValueError("`label_smoothing` is not defined for the adaptive softmax: leave it unset.")
         bands, loss = TiedBands(self.base_model.get_input_embeddings()), None
         if labels is not None:
             targets = labels.to(hidden_states.device).flatten()
             total = self.lm_head(hidden_states.flatten(0, 1), bands, targets)
-            loss = mean_over_labels(total, targets, num_items_in_batch)
-        return None if self.training and labels is not None else self.lm_head(hidden_states[:, kept], bands), loss
+            loss = mean_over_labels(total, targets, options.num_items_in_batch)
+        skips = labels is not None and (self.training or options.skip_logits)
+        return None if skips else self.lm_head(hidden_states[:, kept], bands), loss

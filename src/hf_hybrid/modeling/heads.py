@@ -1,8 +1,8 @@
 """The heads that architectures share. Those of an architecture inherit from a class of this file, then from its own base
 classes, and add the stack, the output class, further arguments, an auxiliary loss or a published classifier.
 
-A forward pass names every column that it reads, because `Trainer` drops the others. Only `shift_labels` is a keyword
-(`CausalLMKwargs`): in evaluation `Trainer` computes a loss only if every argument named like a label has a value.
+A forward pass names every column that it reads, because `Trainer` drops the others. Only `shift_labels` and options of the loss are
+keywords (`CausalLMKwargs`): in evaluation `Trainer` computes a loss only if every argument named like a label has a value.
 
 Shapes: B batch, L tokens, D hidden size, V vocabulary.
 """
@@ -32,26 +32,18 @@ from transformers.utils.generic import can_return_tuple
 
 from ..ops.branches import can_read_values
 from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_last_tokens, pool_tokens
-from .losses import align_labels, check_class_labels, token_cross_entropy
+from .losses import align_labels, check_class_labels
 from .losses_elsewhere import FusedHeadGuard, check_loss_elsewhere
+from .vocabulary_loss import CausalLMKwargs, LossKwargs, LossOptions, logits_and_loss
 
 logger = logging.get_logger(__name__)
-
-
-class CausalLMKwargs(TransformersKwargs, total=False):
-    """Keywords of a causal language model.
-
-    Attributes:
-        shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
-    """
-
-    shift_labels: torch.LongTensor | None
 
 
 class GenericHead:
     """Common part of all heads: the stack under `base_model_prefix`, and hooks for what architectures do differently.
 
     Attributes:
+        accepts_loss_options: whether `forward` takes `LossKwargs`.
         stack_class: class of the stack.
         output_class: class of what `forward` returns. Fields of the same name are taken over from the output of the stack.
         required_settings: fields of the configuration and the values that they must have.
@@ -61,6 +53,7 @@ class GenericHead:
         auxiliary_weight_field: field of the configuration with its weight.
     """
 
+    accepts_loss_options: ClassVar[bool] = False
     stack_class: ClassVar[Any]
     output_class: ClassVar[type[ModelOutput]]
     required_settings: ClassVar[dict[str, object]] = {}
@@ -137,6 +130,7 @@ class GenericHead:
 class GenericForCausalLM(FusedHeadGuard, GenericHead):
     """Language model. Put `StateGenerationMixin` among the bases of the class itself: Transformers looks for it there."""
 
+    accepts_loss_options = True
     output_class = CausalLMOutputWithPast
     lm_head: nn.Module
 
@@ -152,12 +146,15 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         hidden_states: torch.Tensor,
         kept: slice | torch.Tensor,
         labels: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
+        options: LossOptions,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits (B, kept, V) and the loss of (B, L, D) states; `labels` (B, L) are at the positions that predict
         them."""
-        logits = self.lm_head(self.scale_states(hidden_states[:, kept]))
-        return logits, None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+
+        def head(states: torch.Tensor) -> torch.Tensor:
+            return self.lm_head(self.scale_states(states))
+
+        return logits_and_loss(head, hidden_states, labels, options, self.config.vocab_size, kept)
 
     def scale_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The states as the matrix of the head multiplies them."""
@@ -191,13 +188,13 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
             labels: (B, L) ids, unshifted; -100 is ignored.
             logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
-            shift_labels: (B, L) ids that each position is to predict, for texts cut into shards; they replace `labels`.
+            shift_labels, skip_logits, label_smoothing: see `CausalLMKwargs`.
 
         Returns:
             `logits` (B, L, V), and with labels the mean next-token cross-entropy as `loss`, with the auxiliary loss of the
             architecture. In training an adaptive softmax evaluates only what the loss needs, and `logits` is None.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, options = kwargs.pop("shift_labels", None), LossOptions.pop(kwargs, num_items_in_batch)
         has_labels = labels is not None or shift_labels is not None
         if has_labels:
             use_cache = False if use_cache is None else use_cache
@@ -214,7 +211,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         hidden_states = outputs.last_hidden_state
         targets = align_labels(labels, shift_labels, hidden_states.shape[:2], position_ids)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.predict(hidden_states, kept, targets, num_items_in_batch)
+        logits, loss = self.predict(hidden_states, kept, targets, options)
         loss = self.add_auxiliary_loss(loss, outputs, targets, num_items_in_batch)
         return self.build_output(outputs, loss=loss, logits=logits)
 
@@ -222,6 +219,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
 class GenericForMaskedLM(GenericHead):
     """Encoder that predicts masked tokens."""
 
+    accepts_loss_options = True
     output_class = MaskedLMOutput
     lm_head: nn.Module
 
@@ -242,9 +240,10 @@ class GenericForMaskedLM(GenericHead):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LossKwargs],
     ) -> Any:
         """`logits` (B, L, V); `labels` (B, L), -100 ignored, give the mean cross-entropy as `loss`."""
+        options = LossOptions.pop(kwargs, num_items_in_batch)
         outputs = self.run_stack(
             labels is not None,
             input_ids=input_ids,
@@ -253,8 +252,8 @@ class GenericForMaskedLM(GenericHead):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.predict(outputs.last_hidden_state)
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        states, width = outputs.last_hidden_state, self.config.vocab_size
+        logits, loss = logits_and_loss(self.predict, states, labels, options, width)
         loss = self.add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
         return self.build_output(outputs, loss=loss, logits=logits)
 
@@ -520,6 +519,7 @@ class GenericForMultipleChoice(GenericHead):
 class GenericForTokenClassification(GenericHead):
     """A label for every token."""
 
+    accepts_loss_options = True
     output_class = TokenClassifierOutput
 
     def build_head(self) -> None:
@@ -536,9 +536,10 @@ class GenericForTokenClassification(GenericHead):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LossKwargs],
     ) -> Any:
         """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
+        options = LossOptions.pop(kwargs, num_items_in_batch)
         outputs = self.read_whole(
             labels is not None,
             use_cache,
@@ -548,8 +549,8 @@ class GenericForTokenClassification(GenericHead):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        states = self.dropout(outputs.last_hidden_state)
+        logits, loss = logits_and_loss(self.classifier, states, labels, options, self.num_labels)
         loss = self.add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
         return self.build_output(outputs, loss=loss, logits=logits)
 

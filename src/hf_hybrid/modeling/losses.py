@@ -108,8 +108,19 @@ def mean_over_labels(
     return total / num_items_in_batch
 
 
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Sum of the cross-entropy of (..., V) logits over the labels (...) that are not -100, in float32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    flat = logits.reshape(-1, logits.shape[-1])
+    targets = labels.to(logits.device).reshape(-1)
+    return F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing)
+
+
 def token_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy of unshifted labels: sum over the labels that count, divided by `num_items_in_batch` or their number.
 
@@ -117,14 +128,11 @@ def token_cross_entropy(
         logits: (..., V).
         labels: (...), -100 is ignored. Without any label that counts the loss is 0.
         num_items_in_batch: labels that count in the whole (accumulated, distributed) batch.
+        label_smoothing: weight of the uniform distribution in the targets.
 
     Returns:
         Scalar in float32 or better.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     check_class_labels(labels, logits.shape[-1])
-    labels = labels.to(logits.device)
-    total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100, reduction="sum"
-    )
-    return mean_over_labels(total, labels, num_items_in_batch)
+    total = summed_cross_entropy(logits, labels, label_smoothing)
+    return mean_over_labels(total, labels.to(total.device), num_items_in_batch)

@@ -97,7 +97,7 @@ class HybridTrainer(PiecesTrainer):
     """
 
     def __init__(self, *args, **kwargs) -> None:
-        self._is_staging = False
+        self._is_staging = self._needs_loss_only = False
         self.before_publishing: list[Callable[[], None]] = []
         self._earlier: RunTotals | None = None  # of the run that is resumed
         self._session_start = time.time()
@@ -201,30 +201,51 @@ class HybridTrainer(PiecesTrainer):
         return SequentialSampler(eval_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of the model, plus label smoothing.
+        """The loss of the model, plus label smoothing; logits are computed only if they are asked for.
 
         With label smoothing `Trainer` would withhold the labels from the model and compute the loss from the logits,
         which loses auxiliary terms and leaves encoder-decoders without decoder inputs.
         """
         labels = inputs.get("labels")
-        smooths = self.label_smoother is not None and self.compute_loss_func is None and labels is not None
         base: Any = base_model(self.accelerator.unwrap_model(model))
+        has_labels = labels is not None or inputs.get("shift_labels") is not None
+        smooths = self.label_smoother is not None and self.compute_loss_func is None and labels is not None
         # With labels, the adaptive softmax returns no logits in training, and it has no auxiliary terms.
-        if not smooths or labels.is_floating_point() or getattr(base.config, "adaptive_cutoffs", None):
+        is_adaptive = bool(getattr(getattr(base, "config", None), "adaptive_cutoffs", None))
+        takes_options = getattr(base, "accepts_loss_options", False) and not (smooths and is_adaptive)
+        if takes_options and has_labels and self.compute_loss_func is None:
+            inputs = {**inputs, "skip_logits": self._needs_loss_only or not return_outputs}
+            if smooths:
+                inputs["label_smoothing"] = self.label_smoother.epsilon
+            return self._loss_of_model(model, inputs, return_outputs, num_items_in_batch)
+        if not smooths or labels.is_floating_point() or is_adaptive:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        smoother, self.label_smoother = self.label_smoother, None
-        try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        finally:
-            self.label_smoother = smoother
+        smoother = self.label_smoother
+        loss, outputs = self._loss_of_model(model, inputs, True, num_items_in_batch)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-        if type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        if type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # one of Transformers
             labels = align_labels(labels, inputs.get("shift_labels"), logits.shape[:2], inputs.get("position_ids"))
         excess = smoothing_excess(logits, labels, num_items_in_batch if self.model_accepts_loss_kwargs else None)
         if self._loss_is_multiplied(num_items_in_batch):
             excess = excess * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         loss = loss + smoother.epsilon * excess
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_of_model(self, model, inputs, return_outputs, num_items_in_batch):
+        """The loss as the model computes it, without the smoother of `Trainer`."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.label_smoother = smoother
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
+        """One evaluation step; see `Trainer`. Without logits where the loss alone is wanted."""
+        self._needs_loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+        finally:
+            self._needs_loss_only = False
 
     def _loss_is_multiplied(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
         """Whether `Trainer` multiplies the loss by the number of processes, which `num_items_in_batch` counts together."""

@@ -29,7 +29,6 @@ from ...configuration.configuration_mega import MegaConfig
 from ..adaptive_head import GenericForAdaptiveCausalLM
 from ..generation import StateGenerationMixin
 from ..heads import (
-    CausalLMKwargs,
     GenericClassifier,
     GenericForAudioClassification,
     GenericForImageClassification,
@@ -40,6 +39,7 @@ from ..heads import (
     GenericForTokenClassification,
     GenericHead,
 )
+from ..vocabulary_loss import CausalLMKwargs, LossKwargs
 from .mega_layers import build_classifier
 from .mega_seq2seq import MegaForConditionalGeneration
 from .modeling_mega import MegaModel, MegaPreTrainedModel
@@ -117,7 +117,7 @@ class MegaForMaskedLM(GenericForMaskedLM, MegaHead):
         labels: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LossKwargs],
     ) -> MaskedLMOutput:
         """`logits` (B, L, V); `labels` (B, L), -100 ignored, give the mean cross-entropy as `loss`."""
         inputs: dict[str, Any] = {
@@ -239,7 +239,7 @@ class MegaForTokenClassification(GenericForTokenClassification, MegaEncoderHead)
         position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LossKwargs],
     ) -> TokenClassifierOutput:
         """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
         inputs: dict[str, Any] = {

@@ -8,13 +8,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_mega import MegaConfig
 from ..generation import StateGenerationMixin
 from ..inputs import check_inputs
-from ..losses import decoder_inputs_from_labels, token_cross_entropy
+from ..losses import decoder_inputs_from_labels
+from ..vocabulary_loss import LossKwargs, LossOptions, logits_and_loss
 from .modeling_mega import MegaModel, MegaPreTrainedModel
 
 _EMBEDDING = "embedding_layer.word_embeddings.weight"
@@ -27,6 +27,8 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
     `share_encoder_decoder_embeddings=False` (the head then belongs to the decoder), or three with
     `tie_word_embeddings=False`.
     """
+
+    accepts_loss_options = True  # see `GenericHead`
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
@@ -101,7 +103,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         targets_per_source: int = 1,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LossKwargs],
     ) -> Seq2SeqLMOutput:
         """Encodes `input_ids` (B, L), unless `encoder_outputs` is given, and decodes `decoder_input_ids` (B, T).
 
@@ -116,10 +118,12 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
             targets_per_source: rows of the target that share a row of the source; row i reads source i // `targets_per_source`.
                 `generate` sets it for beams and `num_return_sequences`.
+            skip_logits, label_smoothing: see `LossKwargs`.
 
         Returns:
             `logits` (B, T, V), and with `labels` the mean cross-entropy as `loss`.
         """
+        options = LossOptions.pop(kwargs, num_items_in_batch)
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -145,8 +149,8 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
             targets_per_source=targets_per_source,
             **kwargs,
         )
-        logits = self.lm_head(decoder_outputs.last_hidden_state)
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        states = decoder_outputs.last_hidden_state
+        logits, loss = logits_and_loss(self.lm_head, states, labels, options, self.config.vocab_size)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

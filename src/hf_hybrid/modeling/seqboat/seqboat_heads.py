@@ -20,7 +20,6 @@ from transformers.utils import ModelOutput
 from ...layers.classifier import LraClassificationHead
 from ..generation import StateGenerationMixin
 from ..heads import (
-    CausalLMKwargs,
     GenericClassifier,
     GenericForAudioClassification,
     GenericForCausalLM,
@@ -32,6 +31,7 @@ from ..heads import (
     GenericForTokenClassification,
     GenericHead,
 )
+from ..vocabulary_loss import CausalLMKwargs
 from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
 from .seqboat_outputs import (
     SeqBoatCausalLMOutput,

@@ -8,7 +8,6 @@ from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_spade import SpadeConfig
@@ -20,7 +19,8 @@ from ..heads import (
     GenericForTokenClassification,
     GenericHead,
 )
-from ..losses import decoder_inputs_from_labels, token_cross_entropy
+from ..losses import decoder_inputs_from_labels
+from ..vocabulary_loss import LossKwargs, LossOptions, logits_and_loss
 from .modeling_spade import SpadeEncoderModel, SpadeModel, SpadePreTrainedModel
 from .spade_layers import SpadeClassificationHead
 
@@ -29,6 +29,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
     """Encoder-decoder with a (tied) language model head: span corruption, summarization, translation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+    accepts_loss_options = True  # see `GenericHead`
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
@@ -63,6 +64,10 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
                 "leave `cache_implementation` unset."
             )
 
+    def _score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        scaling = self.config.logits_scaling
+        return self.lm_head(hidden_states if scaling == 1 else hidden_states / scaling)
+
     @can_return_tuple
     def forward(
         self,
@@ -78,17 +83,19 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         targets_per_source: int = 1,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LossKwargs],
     ) -> Seq2SeqLMOutput:
         """Scores or generates targets; arguments as in `SpadeModel.forward`.
 
         Args:
             labels: (B, T) target ids, -100 ignored; they also give `decoder_input_ids` when none are passed.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
+            skip_logits, label_smoothing: see `LossKwargs`.
 
         Returns:
             `logits` (B, T, V), and with `labels` the mean cross-entropy as `loss`.
         """
+        options = LossOptions.pop(kwargs, num_items_in_batch)
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -106,11 +113,8 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
             targets_per_source=targets_per_source,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if self.config.logits_scaling != 1:
-            hidden_states = hidden_states / self.config.logits_scaling
-        logits = self.lm_head(hidden_states)
-        loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        states, width = outputs.last_hidden_state, self.config.vocab_size
+        logits, loss = logits_and_loss(self._score, states, labels, options, width)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
