@@ -29,7 +29,7 @@ LEVELS: tuple[set[str], ...] = (
     {"layers"},
     {"modeling"},
     {"modeling/*"},
-    {"auto", "metric_names", "metrics", "new_folder", "offline_metrics", "processing", "tokenization"},
+    {"auto", "metric_names", "metrics", "new_folder", "offline_metrics", "processing", "published", "tokenization"},
     {"conversion", "data", "export", "hub", "model_card", "pipelines", "remote_code", "training", "viz"},
     {"recipes/support"},
     {"recipes"},

@@ -31,6 +31,7 @@ from .configuration.lengths import max_source_length, max_target_length
 from .layers.kept_results import frozen_results
 from .modeling.decoding_step import DecodingStep, State
 from .new_folder import new_folder
+from .published import clean_folder
 
 Inputs = dict[str, torch.Tensor]
 
@@ -283,7 +284,7 @@ def _trace(forward: _Forward, inputs: Inputs) -> ExportedProgram:
         name: _open_sizes(tensor, 0) if name == "pixel_values" else _open_sizes(tensor, 0, -1)
         for name, tensor in inputs.items()
     }
-    return torch.export.export(forward, (), inputs, dynamic_shapes=shapes, strict=False)
+    return _without_traces(torch.export.export(forward, (), inputs, dynamic_shapes=shapes, strict=False))
 
 
 def trace_decoding_step(step: DecodingStep) -> ExportedProgram:
@@ -304,7 +305,15 @@ def trace_decoding_step(step: DecodingStep) -> ExportedProgram:
     if step.has_encoder:
         shapes["source"] = state_shapes(inputs["source"], step.source_axes)
         shapes["source_mask"] = _open_sizes(inputs["source_mask"], 0, 1)
-    return torch.export.export(step, (), inputs, dynamic_shapes=shapes, strict=False)
+    return _without_traces(torch.export.export(step, (), inputs, dynamic_shapes=shapes, strict=False))
+
+
+def _without_traces(program: ExportedProgram) -> ExportedProgram:
+    """The program without the lines of source that made each operation, which name folders of this machine."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 @contextmanager
@@ -388,3 +397,4 @@ def _save_beside(folder: Path, model: PreTrainedModel | None, tokenizer: PreTrai
         model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    clean_folder(folder)

@@ -30,13 +30,16 @@ from .model_card import (
     with_metadata,
     write_model_card,
 )
+from .published import write_published
 from .remote_code import (
     MANIFEST_FILE,
     architecture_of,
     export_remote_code,
     file_digest,
+    files_of,
     save_checkpoint,
     verify_export,
+    write_manifest,
 )
 
 logger = logging.getLogger(__name__)
@@ -139,11 +142,20 @@ def push_folder(
             f"{folder} holds {', '.join(foreign)}, which do not belong to a shared model. The recipe push_to_hub "
             "shares only the model of a run folder."
         )
+    listed: list[str] = []
     if (folder / MANIFEST_FILE).is_file():
         verify_export(folder)
+        listed = files_of(folder)
     api, repo_id = log_in(repo_id, token)
     message = commit_message or "Upload model"
-    return _upload(api, folder, repo_id, private=private, overwrite=overwrite, message=message)
+    beside = folder.resolve().parent
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=beside if os.access(beside, os.W_OK) else None) as copy:
+        written = write_published(folder, Path(copy), further=listed)
+        if written.left:
+            logger.warning("%s stay here: they do not belong to a shared model.", ", ".join(written.left))
+        if listed and set(written.changed) - {CARD_FILE}:
+            write_manifest(copy)
+        return _upload(api, Path(copy), repo_id, private=private, overwrite=overwrite, message=message)
 
 
 def log_in(repo_id: str, token: str | None = None) -> tuple[HfApi, str]:

@@ -27,6 +27,7 @@ from .auto import ARCHITECTURES, Architecture
 from .configuration.name_tables import enter_names
 from .model_card import CARD_FILE, ModelCard, card_of_model, check_model_card
 from .new_folder import new_folder
+from .published import clean_folder
 
 logger = logging.getLogger(__name__)
 
@@ -293,6 +294,7 @@ def save_checkpoint(
             part.save_pretrained(folder)
     _set_auto_map(folder / "config.json", None)  # left behind by a checkpoint that came with code
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    clean_folder(folder)
 
 
 def _processor_kind(processor: Any) -> str:
@@ -328,7 +330,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _files_of(folder: Path) -> list[str]:
+def files_of(folder: Path) -> list[str]:
     """Names of all files of an export, relative to its folder, without those that a manifest never lists.
 
     A link to a folder counts as a file: loaders follow it. What git and huggingface_hub keep in a copy of a repository is left out,
@@ -351,7 +353,7 @@ def _files_of(folder: Path) -> list[str]:
 def write_manifest(folder: str | os.PathLike) -> None:
     """Lists every file of a folder with its SHA-256 in `SHA256SUMS`, which `sha256sum --check` reads."""
     folder = Path(folder)
-    lines = [f"{file_digest(folder / name)}  {name}\n" for name in _files_of(folder)]
+    lines = [f"{file_digest(folder / name)}  {name}\n" for name in files_of(folder)]
     (folder / MANIFEST_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -383,7 +385,7 @@ def verify_export(folder: str | os.PathLike, digest: str | None = None) -> str:
                 f"Line {number} of {manifest} is not of the form `sha256  name`: the manifest was changed."
             )
         expected[match[2]] = match[1]
-    present = set(_files_of(folder))
+    present = set(files_of(folder))
     problems = [f"{name} was added" for name in sorted(present - expected.keys())]
     for name, sha256 in sorted(expected.items()):
         if name in present and not (folder / name).is_file():

@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 CHECKPOINT_MANIFEST_FILE = "checkpoint_manifest.json"
-STAGING_FOLDER = "_saving"  # Trainer never pushes what begins with `_`
+STAGING_FOLDER = "_saving"
+PUBLISHING_FOLDER = "_publishing"  # clean copies on their way to the Hub, hard links where possible
 
 
 class CheckpointWriteError(OSError):
@@ -52,6 +53,23 @@ def publish_checkpoint(staged: Path, final: Path) -> None:
         remove_checkpoint(final)
     os.rename(staged, final)
     _sync_folder(final.parent)
+
+
+def amend_manifest(folder: Path, changed: Iterable[str]) -> None:
+    """Adapts the manifest of a copy of a checkpoint, if it has one, to files that were left out or changed on purpose.
+
+    Args:
+        folder: the copy.
+        changed: names of the changed files.
+    """
+    manifest = folder / CHECKPOINT_MANIFEST_FILE
+    if not manifest.is_file():
+        return
+    files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    files = {name: entry for name, entry in files.items() if (folder / name).is_file()}
+    for name in set(changed) & files.keys():
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+    manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def damages(folder: Path) -> list[str] | None:

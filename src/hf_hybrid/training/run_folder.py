@@ -29,6 +29,7 @@ import torch
 
 from .checkpoints import (
     CHECKPOINT_MANIFEST_FILE,
+    PUBLISHING_FOLDER,
     STAGING_FOLDER,
     check_safetensors,
     damages,
@@ -99,7 +100,7 @@ class RunFolder:
             return
         content = {path.name for path in self.path.iterdir()} - {LOCK_FILE}
         if self._is_auto:  # what a run that was killed before its first checkpoint leaves
-            content -= {ARGUMENTS_FILE, ENVIRONMENT_FILE, FINGERPRINTS_FILE, STAGING_FOLDER, "runs"}
+            content -= {ARGUMENTS_FILE, ENVIRONMENT_FILE, FINGERPRINTS_FILE, STAGING_FOLDER, PUBLISHING_FOLDER, "runs"}
             content = {name for name in content if not (name.startswith(".") and name.endswith(".tmp"))}
         if content and self._is_auto:
             raise FileExistsError(

@@ -28,6 +28,7 @@ from .divergence import DivergenceMonitor, diverged, lost_weights
 from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
 from .pieces_trainer import PiecesTrainer
+from .publishing import PublishingTrainer
 from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class _SumsCallback(TrainerCallback):
         self._trainer._continue_sums()
 
 
-class HybridTrainer(PiecesTrainer):
+class HybridTrainer(PublishingTrainer, PiecesTrainer):
     """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
 
     A run that is resumed logs and reports as if it had never stopped: losses, runtime and throughput cover all its sessions up to

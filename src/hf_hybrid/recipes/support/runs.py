@@ -23,11 +23,11 @@ from ...training.callbacks import InterruptCallback, RunInterrupted
 from ...training.checkpoints import list_checkpoints, reporting_write_errors
 from ...training.codebooks import CodebookCallback, has_codebooks
 from ...training.progress import report_progress, shows_bars
+from ...training.publishing import PublishingTrainer
 from ...training.resuming import TOTALS_FILE
 from ...training.run_folder import (
     CODEBOOK_FILE,
     LOSS_CURVE_FILE,
-    METRICS_FILE,
     RunFolder,
     is_main_process,
     peak_memory,
@@ -213,8 +213,9 @@ def _write_the_rest(job: Job, folder: RunFolder, metrics: Mapping[str, Any]) -> 
         if job.write_results is not None:
             write_results = job.write_results
             parts["the files of results"] = lambda: write_results(path)
-        if trainer.args.push_to_hub:
-            parts["the records on the Hub"] = lambda: _push_records(trainer, folder)
+        if trainer.args.push_to_hub and isinstance(trainer, PublishingTrainer):  # else it has pushed a card of its own
+            push_records = trainer.push_records
+            parts["the records on the Hub"] = lambda: push_records("Model card and figures of the run")
     missing = []
     for name, write in parts.items():
         try:
@@ -316,16 +317,3 @@ def _plot_codebooks(trainer: Trainer, folder: Path) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CodebookCallback) and has_codebooks(trainer.model):
             codebook_usage(trainer.model, folder / CODEBOOK_FILE, history=callback.history)
-
-
-def _push_records(trainer: Trainer, folder: RunFolder) -> None:
-    """Replaces the model card that the Trainer drafted on the Hub with that of the run, and adds its figures."""
-    from huggingface_hub import HfApi
-
-    HfApi(library_name="hf_hybrid").upload_folder(
-        repo_id=str(trainer.hub_model_id),
-        folder_path=folder.path,
-        allow_patterns=[CARD_FILE, METRICS_FILE, LOSS_CURVE_FILE, CODEBOOK_FILE],
-        revision=trainer.args.hub_revision,
-        commit_message="Model card and figures of the run",
-    )
