@@ -9,26 +9,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .loading import load_table
+from .loading import MissingSplitError, load_table
+from .records import place_of
 
 GROUP = "blimp_local"
 PARADIGM_COLUMNS = ("paradigm", "UID")  # the second is the name in the published files
 
 
-def read_minimal_pairs(sources: Sequence[str] | str) -> dict[str, list[dict[str, str]]]:
+def read_minimal_pairs(
+    sources: Sequence[str] | str, *, encoding: str | None = None, on_bad_record: str = "error"
+) -> dict[str, list[dict[str, str]]]:
     """Pairs of sentences by paradigm, in the order of the data.
 
     Args:
         sources: files, a folder, or a Hub data set, with the columns `sentence_good` and `sentence_bad`, and `paradigm` (or `UID`).
+        encoding, on_bad_record: as in `load_table`.
 
     Raises:
         ValueError: the data cannot be read, has no rows, or a sentence is missing.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
+    reading: dict[str, Any] = {"encoding": encoding, "on_bad_record": on_bad_record}
     try:
-        rows: Any = load_table(sources, "validation")
+        rows: Any = load_table(sources, "validation", **reading)
+    except MissingSplitError:
+        rows = load_table(sources, "train", **reading)  # files that are not named after splits
     except ValueError:
-        rows = load_table(sources, "train")  # files that are not named after splits
+        if any(Path(source).exists() for source in sources):  # a damaged file is no missing one
+            raise
+        rows = load_table(sources, "train", **reading)
     missing = [name for name in ("sentence_good", "sentence_bad") if name not in rows.column_names]
     if missing:
         raise ValueError(f"Minimal pairs need the column {missing[0]!r}; there are {', '.join(rows.column_names)}.")
@@ -37,7 +46,9 @@ def read_minimal_pairs(sources: Sequence[str] | str) -> dict[str, list[dict[str,
     for number, row in enumerate(rows):
         pair = {name: row[name] for name in ("sentence_good", "sentence_bad")}
         if not all(isinstance(text, str) and text.strip() for text in pair.values()):
-            raise ValueError(f"Row {number} of the minimal pairs has an empty sentence: {pair}.")
+            raise ValueError(
+                f"{place_of(rows, number, 'minimal pairs')}: a sentence is missing, empty or no text: {pair}."
+            )
         name = "all" if column is None else re.sub(r"\W+", "_", str(row[column]))
         pairs.setdefault(name, []).append(pair)
     if not pairs:

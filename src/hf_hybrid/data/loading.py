@@ -7,12 +7,13 @@ that is not an existing path is taken as the name of a Hub data set.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .records import (
     DEFAULT_ENCODING,
@@ -26,6 +27,7 @@ from .records import (
     place_of,
     read_records,
     remember_origin,
+    settle,
     shortened,
 )
 
@@ -118,7 +120,7 @@ def load_table(
         source: a file, several files of the same format, a folder, or the name of a Hub data set.
         split: split of a folder or Hub data set; a file given by its path is read whole.
         config_name: configuration of a Hub data set ("wikitext-103-raw-v1").
-        streaming: return an `IterableDataset` that reads on demand.
+        streaming: return an `IterableDataset` that reads on demand. Local files are read through once before, for corrupt records.
         encoding: encoding of local text; None = UTF-8, with or without a byte order mark.
         on_bad_record: "error", or "skip" to leave out and log the corrupt records of local files.
 
@@ -127,8 +129,6 @@ def load_table(
     """
     datasets = _import_datasets()
     check_reading_options(encoding, on_bad_record)
-    if streaming and on_bad_record == "skip":
-        raise ValueError("`on_bad_record=skip` reads files before training; leave out `streaming`.")
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     if not sources:
         raise ValueError("`source` is an empty list; pass at least one file, folder or data set name.")
@@ -183,19 +183,23 @@ class _Reader:
         self.builder = str(next(iter(builders)))
         self.separator = "\t" if _suffix(files[0]) == ".tsv" else ","
         self.encoding = encoding
-        self.skips = on_bad_record == "skip"
+        self.on_bad_record = on_bad_record
 
     def load(self, datasets, streaming: bool):
         """The rows of all files."""
-        if not streaming and self._must_look_through():
+        if streaming and self.builder != "parquet":
+            return self._stream(datasets)
+        if self._must_look_through():
             problems = self.problems()
-            if self.skips and problems and not any(problem.ends_file for problem in problems):
+            settle(problems, self.on_bad_record)
+            if problems:
                 return self._load_readable(datasets, problems)
-            self._refuse(problems, None)
+            self._refuse_empty(None)
         try:
             return self._build(datasets, self.files, streaming)
         except Exception as error:  # every builder raises its own exceptions
-            self._refuse([] if self.builder == "parquet" else self.problems(), error)
+            settle([] if self.builder == "parquet" else self.problems(), self.on_bad_record, error)
+            self._refuse_empty(error)
             raise ValueError(
                 f"Could not read {self._names()} as {self.builder}: {_first_cause(error)}. Check that the file is complete and "
                 "that its suffix matches its format."
@@ -206,8 +210,41 @@ class _Reader:
         if self.builder == "csv":  # rows with too few cells are filled up
             return True
         if self.builder == "json":  # bytes that are no text are found when a value is used
-            return self.skips or not all(is_decodable(path, self.encoding) for path in self.files)
-        return self.skips and self.builder == "text"
+            return self._skips or not all(is_decodable(path, self.encoding) for path in self.files)
+        return self._skips and self.builder == "text"
+
+    @property
+    def _skips(self) -> bool:
+        return self.on_bad_record == "skip"
+
+    def _stream(self, datasets):
+        """The rows of all files on demand, after one look at all of them."""
+        problems: list[BadRecord] = []
+        columns: dict[str, None] = {}
+        rows = 0
+        for path in self.files:
+            readable = 0
+            for record in self.records(path):
+                if isinstance(record, BadRecord):
+                    problems.append(record)
+                    continue
+                readable += 1
+                if self.builder == "json" or (self.builder == "csv" and readable == 1):
+                    columns |= dict.fromkeys(record.content)
+            rows += max(readable - (self.builder == "csv"), 0)
+        settle(problems, self.on_bad_record)
+        if rows == 0:
+            self._refuse_empty(None)
+            raise ValueError(f"No record of {self._names()} can be read:\n{list_problems(problems)}")
+        source = {
+            "paths": [str(path) for path in self.files],  # the shards of the stream
+            "builder": self.builder,
+            "separator": self.separator,
+            "encoding": self.encoding,
+            "on_bad_record": self.on_bad_record,
+            "columns": tuple(columns),
+        }
+        return datasets.IterableDataset.from_generator(_rows_of, gen_kwargs=source)
 
     def records(self, path: Path) -> Iterator[Record | BadRecord]:
         """All records of a file."""
@@ -236,11 +273,7 @@ class _Reader:
         is_array = self.builder == "json" and is_array_file(path)
         yield from (f"record {record.line}" if is_array else f"line {record.line}" for record in readable)
 
-    def _refuse(self, problems: list[BadRecord], error: Exception | None) -> None:
-        if problems:
-            can_skip = not (self.skips or any(problem.ends_file for problem in problems))
-            advice = "" if not can_skip else "\nCorrect the file, or leave such records out with --on_bad_record skip."
-            raise ValueError(list_problems(problems) + advice) from error
+    def _refuse_empty(self, error: Exception | None) -> None:
         if self.builder in ("csv", "json") and (error is None or "no data" in str(error)):
             header = int(self.builder == "csv")
             rows = sum(1 for path in self.files for _ in self.records(path)) - header * len(self.files)
@@ -267,7 +300,6 @@ class _Reader:
 
     def _load_readable(self, datasets, problems: list[BadRecord]):
         """The rows of copies without the corrupt records."""
-        logger.warning("%d corrupt records are left out:\n%s", len(problems), "\n".join(map(str, problems)))
         folder = Path(tempfile.mkdtemp())
         copies = []
         try:
@@ -284,6 +316,32 @@ class _Reader:
             return self._build(datasets, copies, streaming=False)
         finally:
             shutil.rmtree(folder)
+
+
+def _rows_of(
+    paths: Sequence[str],
+    builder: str,
+    separator: str,
+    encoding: str | None,
+    on_bad_record: str,
+    columns: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """The rows of files as a stream; corrupt records were named or counted when it was opened."""
+    for path in paths:
+        header: list[str] | None = None
+        for record in read_records(Path(path), builder, separator, encoding):
+            if isinstance(record, BadRecord):
+                if on_bad_record == "error" or record.ends_file:  # the file has changed since
+                    settle([record], "error")
+            elif builder == "text":
+                yield {"text": record.text.replace("\r\n", "\n").replace("\r", "\n")}
+            elif builder == "json":
+                yield {column: record.content.get(column) for column in columns}
+            elif header is None:
+                header = record.content
+            else:  # an empty cell is missing
+                cells = dict(zip(header, record.content))
+                yield {column: cells.get(column) or None for column in columns}
 
 
 def _first_cause(error: BaseException) -> str:
@@ -361,12 +419,22 @@ def _only_conversations(table, column: str, name: str, documents_of: Callable[[l
     )
 
 
+def _first_values(stream) -> dict[str, Any]:
+    """The first value of each column of a stream that is not missing, among its first rows."""
+    first: dict[str, Any] = {}
+    for row in itertools.islice(stream, 100):
+        for column, value in row.items():
+            if first.get(column) is None:
+                first[column] = value
+    return first
+
+
 def _only_text(table, text_column: str | None, name: str):
     columns = table.column_names
     datasets = _import_datasets()
-    if columns is None:  # a stream with unknown features: read its first row
-        first = next(iter(table), None)
-        if first is None:
+    if columns is None:  # a stream with unknown features: read its first rows
+        first = _first_values(table)
+        if not first:
             raise ValueError(f"{name} has no rows.")
         columns = list(first)
         strings = [column for column in columns if isinstance(first[column], str)]

@@ -113,7 +113,7 @@ def load_lra_table(
         source: folders or files in the distributed format of the task, or anything that `load_table` reads.
         split: "train", "validation" or "test".
         config_name: configuration of a Hub data set.
-        **reading: `encoding` and `on_bad_record` of `load_table`; for other files than the distributed ones.
+        **reading: `encoding` and `on_bad_record` of `load_table`.
 
     Raises:
         ValueError: there is nothing to read, a file is damaged, or a column is missing.
@@ -123,7 +123,7 @@ def load_lra_table(
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     parts = []
     for item in sources:
-        columns = read_original(task.name, item, split)
+        columns = read_original(task.name, item, split, **reading)
         if columns is None:
             parts.append(_usual_columns(load_table(item, split, config_name=config_name, **reading), task, str(item)))
         else:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from .records import BadRecord, read_lines, read_records, settle
+
 Columns = dict[str, Any]
 
 _LISTOPS_FILES = {"train": "train", "validation": "val", "test": "test"}
@@ -31,19 +33,27 @@ _SPLITS = {
 }  # shares of Pathfinder, in the order of its files
 
 
-def read_original(task: str, source: str | Path, split: str) -> Columns | None:
+def read_original(
+    task: str, source: str | Path, split: str, *, encoding: str | None = None, on_bad_record: str = "error"
+) -> Columns | None:
     """Columns of one split of a distributed folder or file; None if the path does not have the format of the task.
 
     Args:
         task: "listops", "text", "retrieval", "image" or "pathfinder".
         source: folder, or for the `.tsv` tasks also a single file, which is read whole.
         split: "train", "validation" or "test".
+        encoding: encoding of texts; None = UTF-8.
+        on_bad_record: "error", or "skip" to leave out and log damaged lines and texts.
 
     Raises:
         ValueError: a file is damaged, or the split is missing.
     """
     path = Path(source).expanduser()
-    return _READERS[task](path, split) if path.exists() and split in _SPLITS else None
+    if not path.exists() or split not in _SPLITS:
+        return None
+    if task in _TEXT_READERS:
+        return _TEXT_READERS[task](path, split, encoding, on_bad_record)
+    return _READERS[task](path, split)
 
 
 def _tsv_of_split(path: Path, split: str, names: dict[str, str], separator: str) -> Path | None:
@@ -56,44 +66,48 @@ def _tsv_of_split(path: Path, split: str, names: dict[str, str], separator: str)
     return files[0] if files else None
 
 
-def _read_listops(path: Path, split: str) -> Columns | None:
+def _read_listops(path: Path, split: str, encoding: str | None, on_bad_record: str) -> Columns | None:
     file = _tsv_of_split(path, split, _LISTOPS_FILES, "_")
     if file is None:
         return None
-    with file.open(encoding="utf-8") as lines:
-        header = next(lines, "").rstrip("\n").split("\t")
-        if not {"Source", "Target"} <= set(header):
-            return None
-        source_at, target_at = header.index("Source"), header.index("Target")
-        sources, targets = [], []
-        for number, line in enumerate(lines, 2):
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) != len(header) or not fields[target_at].isdigit():
-                raise ValueError(f"Line {number} of {file} does not have the columns {', '.join(header)}.")
-            sources.append(fields[source_at])
-            targets.append(int(fields[target_at]))
+    (_, header_line), *lines = read_lines(file, encoding, on_bad_record) or [(1, "")]
+    header = header_line.rstrip("\r").split("\t")
+    if not {"Source", "Target"} <= set(header):
+        return None
+    source_at, target_at = header.index("Source"), header.index("Target")
+    sources, targets, problems = [], [], []
+    for number, line in lines:
+        fields = line.rstrip("\r").split("\t")
+        if len(fields) != len(header) or not fields[target_at].isdigit():
+            problems.append(BadRecord(file, number, f"not the columns {', '.join(header)}"))
+            continue
+        sources.append(fields[source_at])
+        targets.append(int(fields[target_at]))
+    settle(problems, on_bad_record)
     return {"source": sources, "target": targets}
 
 
-def _read_retrieval(path: Path, split: str) -> Columns | None:
+def _read_retrieval(path: Path, split: str, encoding: str | None, on_bad_record: str) -> Columns | None:
     file = _tsv_of_split(path, split, _RETRIEVAL_FILES, ".")
     if file is None:
         return None
     columns: Columns = {"text1": [], "text2": [], "label": []}
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) != 5 or fields[0] not in ("0", "1", "0.0", "1.0"):
-                if number == 1 and path.is_file():
-                    return None  # a table with a header
-                raise ValueError(f"Line {number} of {file} does not have a label (0 or 1), two names and two texts.")
-            columns["label"].append(int(float(fields[0])))
-            columns["text1"].append(fields[3])
-            columns["text2"].append(fields[4])
+    problems = []
+    for number, line in read_lines(file, encoding, on_bad_record):
+        fields = line.split("\t")
+        if len(fields) != 5 or fields[0] not in ("0", "1", "0.0", "1.0"):
+            if number == 1 and path.is_file():
+                return None  # a table with a header
+            problems.append(BadRecord(file, number, "not a label (0 or 1), two names and two texts"))
+            continue
+        columns["label"].append(int(float(fields[0])))
+        columns["text1"].append(fields[3])
+        columns["text2"].append(fields[4])
+    settle(problems, on_bad_record)
     return columns
 
 
-def _read_reviews(path: Path, split: str) -> Columns | None:
+def _read_reviews(path: Path, split: str, encoding: str | None, on_bad_record: str) -> Columns | None:
     folder = path / split
     if not (path / "train" / "pos").is_dir():
         return None
@@ -103,10 +117,16 @@ def _read_reviews(path: Path, split: str) -> Columns | None:
             "`validation_fraction` of the training rows."
         )
     columns: Columns = {"text": [], "label": []}
+    problems = []
     for label, name in enumerate(("neg", "pos")):
         for file in sorted((folder / name).glob("*.txt")):
-            columns["text"].append(file.read_text(encoding="utf-8"))
-            columns["label"].append(label)
+            for record in read_records(file, "text", "", encoding):
+                if isinstance(record, BadRecord):
+                    problems.append(record)
+                else:
+                    columns["text"].append(record.text.replace("\r\n", "\n"))
+                    columns["label"].append(label)
+    settle(problems, on_bad_record)
     return columns
 
 
@@ -192,10 +212,12 @@ def _read_grey_image(path: Path) -> np.ndarray | None:
         raise ValueError(f"The image {path} cannot be read: {error}.") from error
 
 
-_READERS: dict[str, Callable[[Path, str], Columns | None]] = {
+_TEXT_READERS: dict[str, Callable[[Path, str, str | None, str], Columns | None]] = {
     "listops": _read_listops,
     "text": _read_reviews,
     "retrieval": _read_retrieval,
+}
+_READERS: dict[str, Callable[[Path, str], Columns | None]] = {
     "image": _read_cifar,
     "pathfinder": _read_pathfinder,
 }

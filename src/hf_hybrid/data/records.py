@@ -1,4 +1,4 @@
-"""Records of local files: which are corrupt, where, and which line of a file became a row of a data set."""
+"""Records of local files: which are corrupt, where, what to do with them, and which line of a file became a row of a data set."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import csv
 import gzip
 import io
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +20,8 @@ from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
 ON_BAD_RECORD = ("error", "skip")
@@ -46,10 +50,15 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """A readable record: its lines as they stand in the file, and the number of the first."""
+    """A readable record: its lines as they stand in the file, the number of the first, and what they say.
+
+    Attributes:
+        content: the object of a JSON record, the cells of a row of a .csv; None of a text.
+    """
 
     line: int
     text: str
+    content: Any = None
 
 
 def check_reading_options(encoding: str | None, on_bad_record: str) -> None:
@@ -69,6 +78,63 @@ def list_problems(problems: Sequence[BadRecord]) -> str:
     """The first problems, one a line, and the number of the others."""
     more = len(problems) - _SHOWN
     return "\n".join(map(str, problems[:_SHOWN])) + (f"\n... and {more} more." if more > 0 else "")
+
+
+_LEFT_OUT: ContextVar[set[BadRecord] | None] = ContextVar("left_out", default=None)
+
+
+@contextmanager
+def counting_left_out() -> Iterator[set[BadRecord]]:
+    """Collects the corrupt records that readers leave out meanwhile, each once."""
+    found: set[BadRecord] = set()
+    token = _LEFT_OUT.set(found)
+    try:
+        yield found
+    finally:
+        _LEFT_OUT.reset(token)
+
+
+def settle(problems: Sequence[BadRecord], on_bad_record: str, error: Exception | None = None) -> None:
+    """Refuses corrupt records, or leaves them out: then they are logged, and counted by `counting_left_out`.
+
+    Args:
+        problems: the corrupt records of some files.
+        on_bad_record: "error" or "skip".
+        error: what a reader said to them.
+
+    Raises:
+        ValueError: there are some that may not or cannot be left out.
+    """
+    if not problems:
+        return
+    skips, is_fatal = on_bad_record == "skip", any(problem.ends_file for problem in problems)
+    if is_fatal or not skips:
+        advice = "\nCorrect the file, or leave such records out with --on_bad_record skip."
+        raise ValueError(list_problems(problems) + ("" if is_fatal or skips else advice)) from error
+    logger.warning("%d corrupt records are left out:\n%s", len(problems), "\n".join(map(str, problems)))
+    collected = _LEFT_OUT.get()
+    if collected is not None:
+        collected.update(problems)
+
+
+def read_lines(path: Path, encoding: str | None, on_bad_record: str) -> list[tuple[int, str]]:
+    """The numbered lines of a text file without the final line feed, also compressed by gzip.
+
+    Raises:
+        ValueError: a line is not of this encoding, and is not to be left out; or the compression is damaged.
+    """
+    found, problems = [], []
+    try:
+        with _open(path) as file:
+            for number, line in _lines(path, file, encoding):
+                if isinstance(line, BadRecord):
+                    problems.append(line)
+                else:
+                    found.append((number, line.removesuffix("\n")))
+    except (OSError, EOFError) as error:
+        problems.append(BadRecord(path, None, str(error), ends_file=True))
+    settle(problems, on_bad_record)
+    return found
 
 
 def read_records(path: Path, builder: str, separator: str, encoding: str | None) -> Iterator[Record | BadRecord]:
@@ -174,7 +240,7 @@ def _whole_file(path: Path, raw: bytes, builder: str, encoding: str | None) -> I
         if fault := _problem_of(row):
             yield BadRecord(path, None, f"record {number}: {fault}")
         else:
-            yield Record(number, json.dumps(row))
+            yield Record(number, json.dumps(row), row)
 
 
 def _problem_of(row: Any) -> str | None:
@@ -194,13 +260,15 @@ def _json_lines(path: Path, lines: Iterator[tuple[int, str | BadRecord]]) -> Ite
         if isinstance(line, BadRecord):
             yield line
         elif line.strip():
+            row: Any = None
             try:
-                problem: str | None = _problem_of(json.loads(line))
+                row = json.loads(line)
+                problem: str | None = _problem_of(row)
             except json.JSONDecodeError as error:
                 problem = f"no valid JSON: {error.msg} (character {error.colno})"
             except RecursionError:
                 problem = "too deeply nested"
-            yield BadRecord(path, number, problem) if problem else Record(number, line)
+            yield BadRecord(path, number, problem) if problem else Record(number, line, row)
 
 
 @contextmanager
@@ -246,13 +314,13 @@ def _csv_rows(
                 header = cells
                 twice = next((name for name in cells if cells.count(name) > 1), None)
                 problem = f"the column {twice!r} occurs twice"
-                yield Record(first, text) if twice is None else BadRecord(path, first, problem, ends_file=True)
+                yield Record(first, text, cells) if twice is None else BadRecord(path, first, problem, ends_file=True)
             elif cells and header is not None and len(cells) != len(header):
                 hint = "; a quotation mark may not be closed" if text.count("\n") > 1 else ""
                 counts = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}, but the header names {len(header)} columns"
                 yield BadRecord(path, first, counts + hint)
             elif cells:
-                yield Record(first, text)
+                yield Record(first, text, cells)
     yield from undecodable
 
 

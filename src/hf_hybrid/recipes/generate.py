@@ -27,12 +27,13 @@ from transformers import (
 )
 
 from ..data.loading import load_table
+from ..data.records import counting_left_out, read_lines
 from ..training.progress import shows_bars
 from .finetune_summarization import TEXT_COLUMNS
 from .support.finetuning_data import check_vocabulary, require_columns, require_text
 from .support.main_options import MAIN_OPTIONS
 from .support.models import check_decoder_table, load_config, load_model, load_tokenizer
-from .support.options import parse_arguments
+from .support.options import BAD_RECORD_HELP, ENCODING_HELP, parse_arguments, reading_options
 from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class GenerateArguments:
         default=None, metadata={"help": "Inputs: .txt with one per line, or a table (jsonl, csv, parquet ...)."}
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the inputs in a table."})
+    encoding: str | None = field(default=None, metadata={"help": ENCODING_HELP})
+    on_bad_record: str = field(default="error", metadata={"help": BAD_RECORD_HELP})
     source_prefix: str = field(default="", metadata={"help": "Text before every input."})
     output_file: str | None = field(
         default=None, metadata={"help": "JSON Lines file to write. Default: standard output."}
@@ -93,7 +96,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
         args: command-line arguments, a mapping of options, or None for `sys.argv`.
 
     Returns:
-        `generations`: a list of {"input", "outputs"}; `seconds` and `new_tokens_per_second`.
+        `generations`: a list of {"input", "outputs"}; `seconds` and `new_tokens_per_second`; `skipped_records` where they may be.
 
     Raises:
         ValueError: an option, the input or the checkpoint cannot be used.
@@ -106,7 +109,8 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     output = None if arguments.output_file is None else Path(arguments.output_file)
     if output is not None and output.exists():
         raise FileExistsError(f"`output_file` {output} exists. Choose another name or remove it.")
-    inputs = read_inputs(arguments)
+    with counting_left_out() as left_out:
+        inputs = read_inputs(arguments)
     tokenizer = load_tokenizer(
         arguments.tokenizer or arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code
     )
@@ -127,7 +131,8 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(lines, encoding="utf-8")
-    return {"generations": generations, "seconds": seconds, "new_tokens_per_second": count / seconds}
+    result = {"generations": generations, "seconds": seconds, "new_tokens_per_second": count / seconds}
+    return result | ({"skipped_records": len(left_out)} if arguments.on_bad_record == "skip" else {})
 
 
 def read_inputs(arguments: GenerateArguments) -> list[str]:
@@ -146,9 +151,10 @@ def read_inputs(arguments: GenerateArguments) -> list[str]:
         path = Path(arguments.input_file)
         if not path.is_file():
             raise ValueError(f"No such file: {path}.")
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_lines(path, **reading_options(arguments))
+        texts = [line.rstrip("\r") for _, line in lines if line.strip()]
     else:
-        rows: Any = load_table(arguments.input_file or "")
+        rows: Any = load_table(arguments.input_file or "", **reading_options(arguments))
         column = arguments.text_column or next((name for name in TEXT_COLUMNS if name in rows.column_names), None)
         if column is None:
             raise ValueError(f"Name the column of the inputs with `text_column`: {', '.join(rows.column_names)}.")

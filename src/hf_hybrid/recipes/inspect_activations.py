@@ -43,7 +43,15 @@ from .generate import GenerateArguments, read_inputs
 from .support.finetuning_data import check_vocabulary, choose_column, require_columns, require_text
 from .support.main_options import MAIN_OPTIONS
 from .support.models import load_config, load_model, load_tokenizer
-from .support.options import parse_arguments, require, source_names, split_names
+from .support.options import (
+    BAD_RECORD_HELP,
+    ENCODING_HELP,
+    parse_arguments,
+    reading_options,
+    require,
+    source_names,
+    split_names,
+)
 from .support.runs import set_up_logging
 from .support.sequence_classification import saved_image_processor
 
@@ -78,6 +86,8 @@ class InspectArguments:
     audio_column: str | None = field(
         default=None, metadata={"help": f"Column of the waveforms. Default: the first of {', '.join(AUDIO_COLUMNS)}."}
     )
+    encoding: str | None = field(default=None, metadata={"help": ENCODING_HELP})
+    on_bad_record: str = field(default="error", metadata={"help": BAD_RECORD_HELP})
     batch_size: int = field(default=4, metadata={"help": "Samples read together."})
     max_length: int = field(
         default=4096, metadata={"help": "Tokens of a text or samples of a waveform to read; the rest is dropped."}
@@ -147,9 +157,17 @@ def kind_of(config: PreTrainedConfig, options: InspectArguments) -> str:
 def _texts(options: InspectArguments, kind: str) -> list[str]:
     """The texts; of pairs, one after the other, each of which a layer reads alone."""
     if options.data is None:
-        names = ("model_name_or_path", "prompts", "input_file", "text_column", "batch_size")
+        names = (
+            "model_name_or_path",
+            "prompts",
+            "input_file",
+            "text_column",
+            "batch_size",
+            "encoding",
+            "on_bad_record",
+        )
         return read_inputs(GenerateArguments(**{name: getattr(options, name) for name in names}))[: options.max_texts]
-    rows: Any = load_table(options.data, options.split, config_name=options.dataset_config)
+    rows: Any = load_table(options.data, options.split, config_name=options.dataset_config, **reading_options(options))
     columns = split_names(options.text_column)
     if not columns and kind == "pairs":
         columns = list(next((pair for pair in PAIR_COLUMNS if set(pair) <= set(rows.column_names)), ()))
@@ -197,7 +215,8 @@ def image_samples(options: InspectArguments, config: PreTrainedConfig) -> Sample
     Raises:
         ValueError: the images differ in size from each other or from the model.
     """
-    rows = load_lra_table(lra_task("image"), options.data or [], options.split, config_name=options.dataset_config)
+    source = {"config_name": options.dataset_config, **reading_options(options)}
+    rows = load_lra_table(lra_task("image"), options.data or [], options.split, **source)
     pixels = pixel_array(rows.select(range(min(options.max_texts, len(rows)))), "data")
     as_values = getattr(config, "input_type", "tokens") == "values"
     side = getattr(config, "image_size", None)
@@ -235,7 +254,9 @@ def audio_samples(options: InspectArguments) -> Samples:
         extractor = AutoFeatureExtractor.from_pretrained(options.model_name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(f"The checkpoint {options.model_name_or_path} has no feature extractor: {error}") from error
-    rows: Any = load_table(options.data or [], options.split, config_name=options.dataset_config)
+    rows: Any = load_table(
+        options.data or [], options.split, config_name=options.dataset_config, **reading_options(options)
+    )
     column = choose_column(rows, options.audio_column, AUDIO_COLUMNS, "audio_column")
     rows = rows.select(range(min(options.max_texts, len(rows))))
     rate = extractor.sampling_rate

@@ -27,8 +27,9 @@ from transformers import AutoConfig
 import hf_hybrid  # noqa: F401  registers the architectures with the Auto classes
 
 from ..data.blimp import GROUP, read_minimal_pairs, write_blimp_tasks
+from ..data.records import ON_BAD_RECORD
 from ..remote_code import check_export
-from .support.options import HelpFormatter
+from .support.options import BAD_RECORD_HELP, ENCODING_HELP, HelpFormatter
 
 # The harness needs a maximum number of tokens; no text is longer than this.
 _UNLIMITED = 1 << 30
@@ -50,6 +51,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--blimp_data", nargs="+", help="Minimal pairs: files, a folder, or a Hub data set.")
     parser.add_argument("--blimp_rows", type=int, help="Use only this many first pairs of every paradigm.")
+    parser.add_argument("--blimp_encoding", help=ENCODING_HELP)
+    parser.add_argument("--blimp_on_bad_record", default="error", choices=ON_BAD_RECORD, help=BAD_RECORD_HELP)
     parser.add_argument("--blimp_context", default="", help="Text that the sentences continue, e.g. <extra_id_0>.")
     options, words = parser.parse_known_args(sys.argv[1:] if args is None else list(args))
     if importlib.util.find_spec("lm_eval") is None:
@@ -57,7 +60,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         if options.blimp_data is not None:
             tasks = Path(scratch) / "tasks"
-            pairs = read_minimal_pairs(options.blimp_data)
+            pairs = read_minimal_pairs(
+                options.blimp_data, encoding=options.blimp_encoding, on_bad_record=options.blimp_on_bad_record
+            )
             write_blimp_tasks(pairs, tasks, rows=options.blimp_rows, context=options.blimp_context)
             words += ["--include_path", str(tasks)]
             words += [] if "--tasks" in words else ["--tasks", GROUP]

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.loading import load_text_source
+from ..data.records import counting_left_out
 from ..tokenization.sentencepiece_tokenizer import (
     padded_vocab_size,
     tokenizer_from_sentencepiece,
@@ -27,7 +28,7 @@ from ..tokenization.sentencepiece_tokenizer import (
 )
 from ..training.progress import shows_bars
 from .support.main_options import MAIN_OPTIONS
-from .support.options import BAD_RECORD_HELP, ENCODING_HELP, parse_arguments, source_names
+from .support.options import BAD_RECORD_HELP, ENCODING_HELP, parse_arguments, reading_options, source_names
 from .support.runs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,7 @@ def _documents(args: TrainTokenizerArguments, counts: dict[str, int]) -> Iterato
         text_column=args.text_column,
         config_name=args.dataset_config,
         streaming=args.streaming,
-        encoding=args.encoding,
-        on_bad_record=args.on_bad_record,
+        **reading_options(args),
     )
     total = getattr(data, "num_rows", None)
     for row in tqdm(
@@ -115,20 +115,22 @@ def main(args: TrainTokenizerArguments | Sequence[str] | Mapping[str, Any] | Non
 
     started = time.perf_counter()
     counts = {"documents": 0, "characters": 0}
-    model = train_sentencepiece_model(
-        _documents(options, counts),
-        vocab_size=options.vocab_size,
-        normalization=options.normalization,
-        character_coverage=options.character_coverage,
-        max_sentences=options.max_sentences,
-        split_digits=options.split_digits,
-        num_threads=options.num_threads,
-    )
+    with counting_left_out() as left_out:
+        model = train_sentencepiece_model(
+            _documents(options, counts),
+            vocab_size=options.vocab_size,
+            normalization=options.normalization,
+            character_coverage=options.character_coverage,
+            max_sentences=options.max_sentences,
+            split_digits=options.split_digits,
+            num_threads=options.num_threads,
+        )
     tokenizer = tokenizer_from_sentencepiece(
         model, num_sentinels=options.num_sentinels, model_max_length=options.model_max_length
     )
     metrics = {
         **counts,
+        **({"skipped_records": len(left_out)} if options.on_bad_record == "skip" else {}),
         "pieces": options.vocab_size,
         "vocab_size": len(tokenizer),
         "padded_vocab_size": padded_vocab_size(tokenizer),

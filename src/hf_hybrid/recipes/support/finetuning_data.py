@@ -23,12 +23,12 @@ from transformers import (
 
 from ... import metrics
 from ...data.loading import MissingSplitError, load_table
-from ...data.records import check_reading_options, origin_of, place_of, remember_origin, shortened
+from ...data.records import origin_of, place_of, remember_origin, shortened
 from ...remote_code import check_export
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
 from .models import check_decoder_table, check_positions, load_model
-from .options import BAD_RECORD_HELP, ENCODING_HELP, source_names
+from .options import BAD_RECORD_HELP, ENCODING_HELP, reading_options, source_names
 from .reports import RunReport
 from .runs import Job
 
@@ -77,7 +77,7 @@ class TableArguments:
         self.validation_data = source_names(self.validation_data, "validation_data")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must lie between 0 and 1; got {self.validation_fraction}.")
-        check_reading_options(self.encoding, self.on_bad_record)
+        reading_options(self)
 
 
 def load_tables(
@@ -116,8 +116,7 @@ def load_tables(
 
 
 def _load(sources: Sequence[str], split: str, arguments: TableArguments, load: Callable[..., Any] | None) -> Dataset:
-    reading: dict[str, Any] = {"encoding": arguments.encoding, "on_bad_record": arguments.on_bad_record}
-    return (load or load_table)(sources, split, config_name=arguments.dataset_config, **reading)
+    return (load or load_table)(sources, split, config_name=arguments.dataset_config, **reading_options(arguments))
 
 
 def _split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ...data.records import check_reading_options
 from .console import set_quiet
 from .help_text import TRAINER_GROUP, Option, help_page
 from .main_options import HELP
@@ -37,6 +38,16 @@ _COUNT = re.compile(r".*_length|max_(\w+_)?(samples|documents|segments)|held_out
 
 ENCODING_HELP = "Encoding of local text files. Default: UTF-8, with or without a byte order mark."
 BAD_RECORD_HELP = "What to do with corrupt records of local files: `error`, or `skip` to leave them out and list them."
+
+
+def reading_options(arguments: Any) -> dict[str, Any]:
+    """What the readers of texts take from the options of a recipe: `encoding` and `on_bad_record`.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    check_reading_options(arguments.encoding, arguments.on_bad_record)
+    return {"encoding": arguments.encoding, "on_bad_record": arguments.on_bad_record}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -16,12 +16,11 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
 from ...data.loading import MissingSplitError, load_text_source
-from ...data.records import check_reading_options
 from ...data.token_corpus import tokenize_corpus
 from ...training.arguments import HybridTrainingArguments
 from ...training.progress import UNLIMITED_STEPS
 from ...training.run_folder import is_main_process
-from .options import BAD_RECORD_HELP, ENCODING_HELP, source_names
+from .options import BAD_RECORD_HELP, ENCODING_HELP, reading_options, source_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -67,7 +66,7 @@ class PretrainingDataArguments:
         self.validation_data = source_names(self.validation_data, "validation_data")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must lie between 0 and 1; got {self.validation_fraction}.")
-        check_reading_options(self.encoding, self.on_bad_record)
+        reading_options(self)
 
 
 @dataclass
@@ -140,8 +139,7 @@ def _loader(arguments: PretrainingDataArguments, documents_of: DocumentsOf | Non
         text_column=arguments.text_column,
         config_name=arguments.dataset_config,
         documents_of=documents_of,
-        encoding=arguments.encoding,
-        on_bad_record=arguments.on_bad_record,
+        **reading_options(arguments),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from ...data.records import counting_left_out
 from ...training.callbacks import RunInterrupted
 from ...training.run_folder import RunFolder, is_main_process
 from .main_options import MAIN_OPTIONS, TRAINING_ONLY
@@ -66,7 +67,7 @@ class Recipe:
         folder = RunFolder(training_args.output_dir, training_args.resume_from_checkpoint)
         folder.check_sources(resolved_arguments(*groups))
         set_seed(training_args.seed)
-        job = self.build(*groups)
+        job = self._job(groups)
         try:
             training = {item.name for item in fields(training_args)}
             with folder.recording(resolved_arguments(*groups), training=training):
@@ -75,6 +76,14 @@ class Recipe:
             if is_main_process():
                 logger.warning(how_to_continue(error, folder, is_command=args is None))
             raise
+
+    def _job(self, groups: Sequence[Any], **options: Any) -> Job:
+        """Builds the job; its metrics count the corrupt records that are left out."""
+        with counting_left_out() as left_out:
+            job = self.build(*groups, **options)
+        if getattr(groups[0], "on_bad_record", "error") == "skip":
+            job.report.metrics["skipped_records"] = len(left_out)
+        return job
 
     def evaluate(self, args: Sequence[str] | Mapping[str, Any], description: str | None = None) -> dict[str, Any]:
         """Evaluates a checkpoint with the data options and the metrics of the recipe.
@@ -104,7 +113,7 @@ class Recipe:
                 "`lora_rank` is for training; to evaluate an adapter pass its folder as `model_name_or_path`."
             )
         folder = RunFolder(training_args.output_dir)
-        job = self.build(*groups, evaluate_only=True)
+        job = self._job(groups, evaluate_only=True)
         with folder.recording({"recipe": self.name, **resolved_arguments(*groups)}):
             metrics = {**job.final_metrics(), **job.report.metrics, "num_parameters": job.num_parameters()}
             folder.write_metrics(metrics)
