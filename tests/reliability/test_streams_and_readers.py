@@ -115,7 +115,7 @@ def test_records_that_were_left_out_are_counted(streaming, tmp_path):
     again = {key: options[key] for key in ("data", "on_bad_record", "block_length", "use_cpu", "validation_fraction")}
     again |= {"kind": "clm", "model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "eval")}
     assert evaluate.main(again)["skipped_records"] == 2
-    made = {"data": str(tmp_path / "a.jsonl"), "vocab_size": 300, "output_dir": str(tmp_path / "tokenizer")}
+    made = {"data": str(tmp_path / "a.jsonl"), "vocab_size": 340, "output_dir": str(tmp_path / "tokenizer")}
     assert train_tokenizer.main({**made, "on_bad_record": "skip"})["skipped_records"] == 2
 
 

@@ -66,7 +66,7 @@ def test_other_tokenizers_and_ids_are_refused():
     from hf_hybrid.tokenization.sentencepiece_tokenizer import train_sentencepiece_tokenizer
 
     other = train_sentencepiece_tokenizer(
-        ["a few words of text here"] * 9, vocab_size=272, num_sentinels=0, num_threads=1
+        ["a few words of text here"] * 9, vocab_size=271, num_sentinels=0, num_threads=1
     )
     with pytest.raises(ValueError, match="not a byte tokenizer"):
         encode_bytes(other, b"a")
