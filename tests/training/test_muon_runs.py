@@ -51,4 +51,4 @@ def test_resumed_training_is_uninterrupted(architecture: Architecture, tmp_path:
     assert "momentum_buffer" in kinds.pop("muon")
     assert kinds and all("exp_avg" in keys for keys in kinds.values())
     rates = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
-    assert rates["muon"] == 1e-2 and rates["no_decay"] == 3e-3 and rates.get("state", 1e-3) == 1e-3
+    assert rates["muon"] == 5e-3 and rates["no_decay"] == 3e-3 and rates.get("state", 1e-3) == 1e-3

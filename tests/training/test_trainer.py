@@ -79,15 +79,15 @@ def test_muon_trains_the_matrices(tmp_path):
 def test_muon_is_an_optimizer(tmp_path):
     """By its name, by its learning rate, and what records hold of it."""
     chosen = arguments(tmp_path, optim="muon")
-    assert (chosen.muon_learning_rate, chosen.optim) == (1e-2, arguments(tmp_path).optim)
+    assert (chosen.muon_learning_rate, chosen.optim) == (5e-3, arguments(tmp_path).optim)
     assert arguments(tmp_path, optim="muon", muon_learning_rate=2e-2).muon_learning_rate == 2e-2
     assert arguments(tmp_path).muon_learning_rate is None
     again = HybridTrainingArguments(
         **{name: chosen.to_dict()[name] for name in ("output_dir", "optim", "muon_learning_rate")}
     )
-    assert (again.optim, again.muon_learning_rate) == (chosen.optim, 1e-2)
+    assert (again.optim, again.muon_learning_rate) == (chosen.optim, 5e-3)
     pretraining = {"output_dir": str(tmp_path), "use_cpu": True}
-    assert PretrainingArguments(**pretraining).muon_learning_rate == 1e-2
+    assert PretrainingArguments(**pretraining).muon_learning_rate == 5e-3
     for other in ("adamw_torch", "adafactor"):
         assert PretrainingArguments(**pretraining, optim=other).muon_learning_rate is None
     assert SyntheticTrainingArguments(**pretraining).muon_learning_rate is None

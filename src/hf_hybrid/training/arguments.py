@@ -16,7 +16,7 @@ _TRAINER_FIELDS = {item.name: item for item in fields(TrainingArguments)}
 SAMPLING_STRATEGIES: Any = _TRAINER_FIELDS["train_sampling_strategy"].metadata["choices"]
 
 MUON = "muon"
-MUON_LEARNING_RATE = 1e-2
+MUON_LEARNING_RATE = 5e-3
 _ADAMW: Any = _TRAINER_FIELDS["optim"].default  # the AdamW that Transformers prefers for the installed torch
 _OPTIM_HELP = (
     "Optimizer: `muon` (Muon for the matrices of the blocks, AdamW at `learning_rate` for the rest), `adamw_torch`, or another "
@@ -40,7 +40,7 @@ class HybridTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the matrices of the blocks under `optim='muon'`, which it implies. Default: 1e-2 with "
+            "help": "Learning rate of the matrices of the blocks under `optim='muon'`, which it implies. Default: 5e-3 with "
             "`optim='muon'`."
         },
     )
