@@ -208,14 +208,14 @@ def _mistral(settings: Settings, width: int) -> dict[str, Any]:
 
 
 def _mamba2(settings: Settings, width: int) -> dict[str, Any]:
-    """Without feed-forward layers it has twice as many layers, as usual; its width makes up for the rest."""
+    """Without feed-forward layers it has twice as many layers, as usual; the size of its state makes up for the rest."""
     return {
-        "hidden_size": width,
+        "hidden_size": settings.hidden_size,
         "num_hidden_layers": 2 * settings.layers,
         "expand": 2,
-        "head_dim": 8,
-        "num_heads": width // 4,
-        "state_size": 64,
+        "head_dim": 16,
+        "num_heads": settings.hidden_size // 8,
+        "state_size": width,
         "n_groups": 1,
         "chunk_size": 64,
     } | _SPECIAL
