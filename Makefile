@@ -17,7 +17,7 @@ help:
 	@echo "make test-slow  every test that needs neither an accelerator nor a network"
 	@echo "make test-company  the programs of other projects (TRL, sentence-transformers, lm-eval ...) around these models"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
-	@echo "make tables     the tables of architectures in README.md and docs/, and the stub, from the records"
+	@echo "make tables     the tables in README.md and docs/, the stub and the index of options, from the records"
 	@echo "make install    only the virtual environment in $(VENV)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_hybrid.auto import ARCHITECTURES, PIPELINES, Architecture
+from hf_hybrid.cli import COMMANDS
 from hf_hybrid.public_names import write_stub
 from hf_hybrid.recipes import list_recipes
 from hf_hybrid.recipes.support.experiment_files import experiment_names
@@ -58,7 +59,7 @@ def architectures() -> str:
         paper = f"[{found.paper.arxiv}]({found.paper.url})" if found.paper else ""
         heads = ", ".join(HEADS[name] for name in sorted(found.heads, key=list(HEADS).index))
         return [
-            f"[{found.title}]({found.docs})",
+            f"[{found.title}]({str(found.docs).removeprefix('docs/')})",
             paper,
             f"`{found.model_type}`",
             found.summary,
@@ -68,6 +69,40 @@ def architectures() -> str:
 
     header = "| | paper | `model_type` | what it combines | heads | state kept while generating |"
     return table(header, map(row, OWN))
+
+
+# When to choose a model.
+CHOICE = {
+    "spade": "long documents into short texts: summaries, rewriting; understanding by its encoder",
+    "spade_lm": "language models with windows and one long memory: the simplest of all",
+    "mega": "classification of long texts, pixels and waveforms, translation; the best studied of all",
+    "seqboat": "to spend attention only where it is needed, and to see where that is",
+    "longvq": "recall from far behind a window, in constant memory",
+    "bst": "long documents with a state that is carried from segment to segment",
+}
+SHORT_HEADS = dict(zip(HEADS, ("B", "B", "C", "S", "M", "sc", "tc", "qa", "mc", "ic", "ac")))
+
+
+def choice() -> str:
+    """Every model type in a short line: when to choose it, its heads, its state, its paper."""
+
+    def row(found: Architecture) -> list[str]:
+        heads = dict.fromkeys(SHORT_HEADS[name] for name in sorted(found.heads, key=list(HEADS).index))
+        paper = f"[{found.paper.arxiv}]({found.paper.url})" if found.paper else ""
+        grows = {"spade": "grows with the target", "mega": "constant in chunks"}
+        state = grows.get(found.model_type, "constant")
+        return [f"[`{found.model_type}`]({found.docs})", CHOICE[found.model_type], " ".join(heads), state, paper]
+
+    return table("| model | choose it for | heads | state while generating | paper |", map(row, OWN))
+
+
+def commands() -> str:
+    """Every command, its module and what it does."""
+    summaries = {item.name: item.summary.rstrip(".:") for item in list_recipes()}
+    rows = [
+        [f"`hf-hybrid {words}`", f"`hf_hybrid.recipes.{name}`", summaries[name]] for words, name in COMMANDS.items()
+    ]
+    return table("| command | module | |", rows)
 
 
 def pretraining() -> str:
@@ -105,7 +140,9 @@ def experiments() -> str:
 
 # Page, name of the table in its markers -> what writes it.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
-    ("README.md", "architectures"): architectures,
+    ("README.md", "choice"): choice,
+    ("docs/architectures.md", "architectures"): architectures,
+    ("docs/commands.md", "commands"): commands,
     ("docs/training.md", "pretraining"): pretraining,
     ("docs/training.md", "adapters"): adapters,
     ("docs/published.md", "experiments"): experiments,
@@ -114,7 +151,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
 
 def with_table(text: str, name: str, contents: str) -> str:
     """A page with one table replaced."""
-    source = "configs/published" if name == "experiments" else "hf_hybrid.auto"
+    source = {"experiments": "configs/published", "commands": "hf_hybrid.cli"}.get(name, "hf_hybrid.auto")
     begin, end = f"<!-- table: {name} (from {source}, do not edit) -->", "<!-- end of table -->"
     found = re.findall(f"{re.escape(begin)}.*?{end}", text, flags=re.DOTALL)
     assert len(found) == 1, f"the page needs the table {name!r} once, between {begin} and {end}"
@@ -125,6 +162,10 @@ def with_table(text: str, name: str, contents: str) -> str:
 def test_a_table_is_that_of_the_records(page: str, name: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert with_table(text, name, TABLES[page, name]()) == text, "run `make tables`"
+
+
+def test_every_model_has_a_reason_to_choose_it() -> None:
+    assert CHOICE.keys() == {found.model_type for found in OWN}
 
 
 def test_every_head_has_a_name_and_is_known_to_the_pipelines() -> None:

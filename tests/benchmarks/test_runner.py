@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -142,3 +142,13 @@ def test_a_revision_runs_its_own_case(monkeypatch, tmp_path):
     assert theirs.sources == earlier / "src"
     newer = harness.Case("new", "", "ours", ({"length": 1},), "check", module=current / "tiny.py")
     assert next(harness.groups(newer, earlier, "earlier"))[1].module is None
+
+
+def test_the_picture_of_the_readme_is_that_of_the_tables() -> None:
+    """Every pair is drawn at two lengths, with ratios that stand in the table."""
+    spec = importlib.util.spec_from_file_location("picture", REPOSITORY / "benchmarks" / "picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    for pair, points in picture.measured().items():
+        assert len(points) >= 2 and any(memory for _, _, memory in points), pair
+        assert all(0.3 < ratio < 50 for _, ratio, _ in points), pair

@@ -117,7 +117,7 @@ def _classifier(experiment: Experiment, arch: str, vocabulary: Mapping[str, int]
     if is_values:
         is_audio = experiment.recipe == "classify_audio"
         auto_class = AutoModelForAudioClassification if is_audio else AutoModelForImageClassification
-    wishes = {"input_type": "values"} if is_values else {}
+    wishes: dict[str, Any] = {"input_type": "values"} if is_values else {}
     if options.get("task") == "retrieval":
         wishes["dual_encoder"] = True
     arguments = ClassifierArguments(arch=arch, config_overrides=dict(experiment.overrides))
