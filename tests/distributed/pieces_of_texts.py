@@ -37,6 +37,8 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("SpadeEncoderModel", "rotary_add", {}),
         ("SpadeEncoderModel", "stack_s4", {}),
         ("AutoModelForTokenClassification", "default", {}),
+        ("AutoModelForSeq2SeqLM", "default", {}),
+        ("AutoModelForSeq2SeqLM", "local_decoder_chunk", {}),
     ],
     "spade_lm": [
         ("AutoModelForCausalLM", "default", {}),
@@ -87,7 +89,10 @@ def batch_of(model: nn.Module, head: str, length: int, padded: bool) -> dict[str
     if padded:
         batch["attention_mask"] = torch.ones(2, length, dtype=torch.long)
         batch["attention_mask"][1, length // 3 :] = 0
-    if head != "SpadeEncoderModel":
+    if head == "AutoModelForSeq2SeqLM":
+        batch["labels"] = random_ids(2, 7)
+        batch["labels"][1, 4:] = -100
+    elif head != "SpadeEncoderModel":
         highest = model.config.num_labels if head == "AutoModelForTokenClassification" else 40
         batch["labels"] = torch.randint(0, highest, (2, length))
         if padded:
@@ -130,7 +135,9 @@ def check(
     close = CLOSE if dtype == torch.float64 else SINGLE
     total = group.reduce(loss)
     torch.testing.assert_close(total, expected_loss, **close)
-    if states is not None:
+    if case[1] == "AutoModelForSeq2SeqLM":  # every process decodes all targets
+        torch.testing.assert_close(states, expected, **close)
+    elif states is not None:
         size = states.shape[1]
         expected = expected[:, group.rank * size : (group.rank + 1) * size]
         states = states[:, : expected.shape[1]]
@@ -150,7 +157,11 @@ def check_refusals(group: SequenceGroup) -> None:
         (Case("seqboat", "AutoModelForCausalLM", "default"), {}, "SeqBoatForCausalLM cannot read"),
         (Case("mega", "AutoModelForCausalLM", "default"), {}, "use_chunking=True"),
         (Case("mega", "AutoModelForCausalLM", "chunk_laplace"), {}, "truncation=None"),
-        (Case("spade", "AutoModelForSeq2SeqLM", "default"), {}, "SpadeForConditionalGeneration cannot read"),
+        (
+            Case("mega", "AutoModelForSeq2SeqLM", "chunk_softmax_simple"),
+            {},
+            "MegaForConditionalGeneration cannot read",
+        ),
         (Case("spade", "AutoModelForSequenceClassification", "default"), {}, "read the whole input at once"),
     ]
     for case, settings, words in refused:
@@ -193,7 +204,7 @@ def check_trainer(folder: str, processes: int) -> None:
     rows = [torch.randint(3, 40, (20,), generator=generator).tolist() for _ in range(4 * processes)]
     data = [{"input_ids": row, "labels": row[:-3] + [-100] * 3, "attention_mask": [1] * 20} for row in rows]
     results = []
-    for pieces in (1, processes):
+    for pieces in sorted({1, 2, processes}):
         model = Case("spade_lm", "AutoModelForCausalLM", "default").model()
         arguments = HybridTrainingArguments(
             output_dir=f"{folder}/run{pieces}", use_cpu=True, max_steps=3, learning_rate=1e-2, report_to="none",
@@ -206,11 +217,13 @@ def check_trainer(folder: str, processes: int) -> None:
         trained = trainer.train().training_loss
         assert trainer.get_cp_size() == pieces and trainer.num_data_groups == processes // pieces
         results.append((trained, trainer.evaluate()["eval_loss"], trainer.state.num_input_tokens_seen, model))
-    (train_loss, eval_loss, tokens, expected), (found_train, found_eval, found_tokens, found) = results
-    assert found_tokens == tokens == 3 * processes * 20, f"{found_tokens} tokens instead of {tokens}"
-    assert abs(found_train - train_loss) < 1e-5 and abs(found_eval - eval_loss) < 1e-5, f"{results}"
-    for name, parameter in expected.named_parameters():
-        torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+    train_loss, eval_loss, tokens, expected = results[0]
+    assert tokens == 3 * processes * 20, f"{tokens} tokens"
+    for found_train, found_eval, found_tokens, found in results[1:]:
+        assert found_tokens == tokens, f"{found_tokens} tokens instead of {tokens}"
+        assert abs(found_train - train_loss) < 1e-5 and abs(found_eval - eval_loss) < 1e-5, f"{results}"
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
 def work(rank: int, processes: int, folder: str, chosen: list[str]) -> None:

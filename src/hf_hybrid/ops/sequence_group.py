@@ -65,6 +65,10 @@ class SequenceGroup:
         """Sum over all processes."""
         return _Sum.apply(tensor, self)
 
+    def gather(self, piece: torch.Tensor) -> torch.Tensor:
+        """The whole (B, N L, ...) of the pieces (B, L, ...): the one exchange that grows with the text."""
+        return _Gather.apply(piece, self)
+
     def exclusive_scan(
         self,
         state: torch.Tensor,
@@ -119,6 +123,15 @@ class SequenceGroup:
         self.bytes_sent += total.numel() * total.element_size()
         return total
 
+    @torch.compiler.disable
+    def collect(self, piece: torch.Tensor) -> torch.Tensor:
+        """As `gather`."""
+        own = piece.detach().contiguous()
+        pieces = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(pieces, own, group=self.process_group)
+        self.bytes_sent += own.numel() * own.element_size()
+        return torch.cat(pieces, dim=1)
+
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.process_group, rank)
 
@@ -153,3 +166,19 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.group.reduce(grads[0]), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(piece: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        return group.collect(piece)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        piece, ctx.group = inputs
+        ctx.length = piece.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        whole = ctx.group.reduce(grads[0])
+        return whole.narrow(1, ctx.group.rank * ctx.length, ctx.length), None

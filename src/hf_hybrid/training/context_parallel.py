@@ -29,6 +29,7 @@ from ..modeling.sequence_pieces import ReadsPieces
 from ..ops.sequence_group import SequenceGroup
 
 _PER_TOKEN_HEADS = (GenericForCausalLM, GenericForMaskedLM, GenericForTokenClassification)
+_OF_TARGETS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels")  # of encoder-decoders
 _PER_TOKEN = {  # inputs with a value per token, and the value of padding
     "input_ids": 0,
     "inputs_embeds": 0.0,
@@ -62,10 +63,11 @@ def _stack(model: nn.Module) -> ReadsPieces:
     ]  # and wrappers
     bodies = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
     is_reader = inner in readers or isinstance(inner, _PER_TOKEN_HEADS)
-    if not is_reader or any(body is not inner and body not in readers for body in bodies):
+    is_reader = is_reader and all(body is inner or body in readers for body in bodies)
+    if not is_reader and not getattr(inner, "gathers_source", False):
         raise ValueError(
-            f"{name}: of the heads, those for causal and masked language modelling and for token classification can; others read "
-            "the whole input at once. Use whole texts (`context_parallel_size=1`)."
+            f"{name}: of the heads, those for causal and masked language modelling, for token classification, and the "
+            "encoder-decoder of SPADE can; others read the whole input at once. Use whole texts (`context_parallel_size=1`)."
         )
     obstacle = stacks[0].obstacle_to_pieces()
     if obstacle is not None:
@@ -84,9 +86,7 @@ def set_sequence_group(model: nn.Module, group: SequenceGroup | None) -> None:
     Raises:
         ValueError: the model cannot.
     """
-    if group is not None:
-        _stack(model)
-    for module in _inner(model).modules():
+    for module in _stack(model).modules() if group is not None else _inner(model).modules():  # type: ignore[attr-defined]
         if hasattr(type(module), "sequence_group"):
             module.sequence_group = group  # type: ignore[assignment]
 
@@ -115,7 +115,8 @@ def split_batch(batch: dict[str, Any], group: SequenceGroup, model: nn.Module) -
     """The piece of a batch that this process reads, and what its share of the loss needs.
 
     Rows are padded on the right until they can be cut. For a causal language model `labels` become `shift_labels`, as the
-    last token of a piece predicts the first of the next. The loss is divided by the labels of the whole batch.
+    last token of a piece predicts the first of the next. An encoder-decoder gets the whole targets, and the labels of a part of
+    them. The loss is divided by the labels of the whole batch.
 
     Args:
         batch: inputs and labels of whole texts, the same in all processes of the group.
@@ -127,6 +128,13 @@ def split_batch(batch: dict[str, Any], group: SequenceGroup, model: nn.Module) -
     """
     stack = _stack(model)
     piece = {name: value for name, value in batch.items() if value is not None}
+    inner: Any = _inner(model)
+    targets: dict[str, Any] = {}
+    if getattr(inner, "gathers_source", False):
+        targets, number = _share_of_targets(
+            inner, group, {name: piece.pop(name) for name in _OF_TARGETS if name in piece}
+        )
+        piece |= {} if number is None else {"num_items_in_batch": number}
     unknown = [name for name, value in piece.items() if isinstance(value, torch.Tensor) and value.dim() > 1]
     unknown = [name for name in unknown if name not in _PER_TOKEN]
     if unknown:
@@ -139,7 +147,7 @@ def split_batch(batch: dict[str, Any], group: SequenceGroup, model: nn.Module) -
             "The batch has none of `input_ids`, `inputs_embeds` and `input_values`: there is no text to cut."
         )
     length = tokens.shape[1]
-    if isinstance(_inner(model), GenericForCausalLM) and "labels" in piece:
+    if isinstance(inner, GenericForCausalLM) and "labels" in piece:
         labels = piece.pop("labels")
         piece.setdefault("shift_labels", shift_labels(labels, labels.shape))
     target = piece.get("shift_labels", piece.get("labels"))
@@ -153,7 +161,21 @@ def split_batch(batch: dict[str, Any], group: SequenceGroup, model: nn.Module) -
         if name in piece:
             padded = _pad_right(piece[name], missing, filler)
             piece[name] = padded[:, group.rank * size : (group.rank + 1) * size].contiguous()
-    return piece
+    return piece | targets
+
+
+def _share_of_targets(
+    model: Any, group: SequenceGroup, targets: dict[str, Any]
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Inputs of a decoder, which every process reads whole, with the labels of this process; and how many labels there are."""
+    labels = targets.get("labels")
+    if labels is None:
+        return targets, None
+    if not targets.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        targets["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    places = torch.arange(labels.shape[1], device=labels.device) * group.size // labels.shape[1]
+    targets["labels"] = labels.masked_fill(places != group.rank, -100)
+    return targets, (labels != -100).sum().clamp(min=1)
 
 
 def _pad_right(tensor: torch.Tensor, missing: int, filler: float) -> torch.Tensor:

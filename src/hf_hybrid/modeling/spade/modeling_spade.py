@@ -36,7 +36,7 @@ from ..call_cache import cache_of_call, count_tokens
 from ..inputs import check_inputs, check_source_rows, logical_positions, note_missing_attentions
 from ..packed_documents import separates_documents
 from ..parallel_plans import ParallelPlans
-from ..sequence_pieces import ReadsPieces
+from ..sequence_pieces import ReadsPieces, refuse_cache
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
 from .spade_cache import FullAttentionLayer, SlidingRecurrentLayer, SpadeDecoderCache, check_decoder_cache
@@ -400,6 +400,11 @@ class SpadeModel(SpadePreTrainedModel):
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
         source = encoder_outputs.last_hidden_state
+        group = self.encoder.sequence_group
+        if group is not None:  # every process decodes, given the whole source
+            refuse_cache(self, past_key_values, use_cache)
+            source = group.gather(source)
+            attention_mask = None if attention_mask is None else group.collect(attention_mask)
         check_inputs(None, source, attention_mask, None)
         check_source_rows(decoder_inputs_embeds.shape[0], source.shape[0], targets_per_source)
         decoder_outputs = self.decoder(

@@ -30,6 +30,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
     accepts_loss_options = True  # see `GenericHead`
+    gathers_source = True  # of the pieces of a text that several processes hold
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
