@@ -66,7 +66,7 @@ class TestEncoderDecoder:
             model(**inputs, decoder_attention_mask=torch.ones(2, 2))
 
     def test_batches_that_differ(self) -> None:
-        with pytest.raises(ValueError, match="decoder input has 3 rows but the encoder output has 2"):
+        with pytest.raises(ValueError, match="`decoder_input_ids`.* has 3 rows but the encoder output has 2"):
             SEQ2SEQ.model()(random_ids(2, 5), decoder_input_ids=random_ids(3, 4))
 
     def test_mask_that_does_not_fit_given_encoder_outputs(self) -> None:

@@ -161,7 +161,7 @@ class TestForward:
         (wanted,) = torch.autograd.grad(expected.square().mean(), repeated)
         torch.testing.assert_close(gradient, wanted.unflatten(0, (2, 3)).sum(1), **EXACT)
         for rows, targets in ((6, 1), (4, 3), (2, 2)):
-            with pytest.raises(ValueError, match=f"decoder input has {rows} rows but the encoder output has 2"):
+            with pytest.raises(ValueError, match=f"has {rows} rows but the encoder output has 2"):
                 model(encoder_outputs=(hidden,), decoder_input_ids=target[:rows], targets_per_source=targets)
 
     @torch.no_grad()

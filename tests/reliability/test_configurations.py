@@ -77,3 +77,15 @@ def test_numbers_inside_lists_count_too():
 
 def test_large_numbers_that_are_no_sizes_pass():
     assert SpadeConfig(rotary_base=5e6).rotary_base == 5e6
+
+
+@pytest.mark.parametrize("cls", CONFIGURATIONS)
+def test_labels_of_classifiers(cls):
+    for wrong in (0, -1, 10**12):
+        with pytest.raises(ValueError, match="`num_labels` must lie between 1 and"):
+            cls(num_labels=wrong)
+    for wrong in ("3", [], 1.5):
+        with pytest.raises(TypeError, match="`num_labels` must be an int"):
+            cls(num_labels=wrong)
+    with pytest.raises(Exception, match="`problem_type` must be one of 'regression'"):
+        cls(problem_type="classification")

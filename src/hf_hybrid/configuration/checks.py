@@ -129,3 +129,13 @@ def check_numbers(config: PreTrainedConfig) -> None:
                 f"`{name}` ({rows:,}) times `hidden_size` ({width:,}) must be at most {_LARGEST_TABLE:,}: no machine holds "
                 "such a table."
             )
+
+
+def check_num_labels(num_labels: object) -> None:
+    """Refuses numbers of labels for which Transformers would fail, or build tables of names without end; None passes."""
+    if num_labels is None:
+        return
+    if not isinstance(num_labels, int) or isinstance(num_labels, bool):
+        raise TypeError(f"`num_labels` must be an int; got {num_labels!r}.")
+    if not 1 <= num_labels <= _WIDEST:
+        raise ValueError(f"`num_labels` must lie between 1 and {_WIDEST:,}; got {num_labels:,}.")

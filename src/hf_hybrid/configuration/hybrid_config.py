@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checks import check_numbers
+from .checks import check_num_labels, check_numbers
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 class HybridConfig(PreTrainedConfig):
@@ -25,11 +27,20 @@ class HybridConfig(PreTrainedConfig):
     former_fields = {}  # type: ignore[var-annotated]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**self.take_old_spellings(kwargs))
+        kwargs = self.take_old_spellings(kwargs)
+        check_num_labels(kwargs.get("num_labels"))
+        super().__post_init__(**kwargs)
 
     def validate_all_numbers(self) -> None:
         """Checks every number by itself; called, in the order of names, before the architecture's own checks."""
         check_numbers(self)
+
+    def validate_labels(self) -> None:
+        """Checks what classifiers are trained for."""
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(
+                f"`problem_type` must be one of {', '.join(map(repr, PROBLEM_TYPES))}, or None; got {self.problem_type!r}."
+            )
 
     def take_old_spellings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sets fields that were given under a former name, before others are derived from them; returns the rest."""

@@ -207,6 +207,11 @@ def select_sources(source: torch.Tensor, indices: torch.Tensor, num_targets: int
     return source[torch.div(rows, num_targets // source.shape[0], rounding_mode="floor")]
 
 
+def is_cache(value: object) -> bool:
+    """Whether a value is a cache, of this library or of Transformers."""
+    return isinstance(value, Cache)
+
+
 class StateCache(Cache):
     """The layers of a model, one for each of its blocks."""
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import (
@@ -21,18 +20,25 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
-    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..ops.branches import can_read_values
-from .inputs import check_pair, check_pair_rows, flatten_pixels, pool_last_tokens, pool_tokens
-from .losses import align_labels, check_class_labels
+from .argument_types import checks_types
+from .inputs import (
+    check_pair,
+    check_pair_rows,
+    flatten_choices,
+    flatten_pixels,
+    kept_positions,
+    pool_last_tokens,
+    pool_tokens,
+)
+from .losses import align_labels, classification_loss, problem_of, token_cross_entropy
 from .losses_elsewhere import FusedHeadGuard, check_loss_elsewhere
 from .vocabulary_loss import CausalLMKwargs, LossKwargs, LossOptions, logits_and_loss
 
@@ -65,7 +71,6 @@ class GenericHead:
     base_model: Any
     base_model_prefix: str
     training: bool
-    loss_function: Any
     post_init: Any
     warn_if_padding_and_no_attention_mask: Any
 
@@ -92,7 +97,7 @@ class GenericHead:
 
     def run_stack(self, has_labels: bool, **inputs: Any) -> Any:
         """Output of the stack; `has_labels` says whether a loss will be computed."""
-        return self.base_model(**inputs)
+        return self.base_model(**inputs, return_dict=True)
 
     def add_auxiliary_loss(
         self,
@@ -167,6 +172,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
             return None
         return f"it would leave out the loss that `{field}` weighs. Set `{field}=0`, or train with `HybridTrainer`."
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -186,7 +192,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         Args:
             position_ids: (B, L) or (1, L); where they restart, a new document begins.
             labels: (B, L) ids, unshifted; -100 is ignored.
-            logits_to_keep: compute only the last k logits (0: all), or those at the given indices.
+            logits_to_keep: return only the last k logits (0: all), or those at the given indices; the loss is of all.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that count.
             shift_labels, skip_logits, label_smoothing: see `CausalLMKwargs`.
 
@@ -210,7 +216,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
         )
         hidden_states = outputs.last_hidden_state
         targets = align_labels(labels, shift_labels, hidden_states.shape[:2], position_ids)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = kept_positions(logits_to_keep, hidden_states.shape[1])
         logits, loss = self.predict(hidden_states, kept, targets, options)
         loss = self.add_auxiliary_loss(loss, outputs, targets, num_items_in_batch)
         return self.build_output(outputs, loss=loss, logits=logits)
@@ -231,6 +237,7 @@ class GenericForMaskedLM(GenericHead):
         """Logits (B, L, V) of (B, L, D) states."""
         return self.lm_head(hidden_states)
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -288,14 +295,16 @@ class GenericClassifier(GenericHead):
     def _output(self, outputs: Any, pooled: torch.Tensor, labels: torch.Tensor | None) -> ModelOutput:
         logits, loss = self.classify(pooled), None
         if labels is not None:
-            check_class_labels(labels, self.num_labels)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            loss = classification_loss(logits, labels, self.config)
+            if self.training:
+                self.config.problem_type = problem_of(labels, self.config)  # pipelines read it from the file
         return self.build_output(outputs, loss=self.add_auxiliary_loss(loss, outputs), logits=logits)
 
 
 class GenericForTextClassification(GenericClassifier):
     """Classification or regression of a text."""
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -332,6 +341,7 @@ class GenericForLastTokenClassification(GenericClassifier):
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.score(self.dropout(pooled))
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -362,6 +372,7 @@ class GenericForLastTokenClassification(GenericClassifier):
 class GenericForSequenceClassification(GenericClassifier):
     """Classification or regression of a text, of a sequence of real numbers, or (`config.dual_encoder`) of a pair of texts."""
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -423,6 +434,7 @@ class GenericForImageClassification(GenericClassifier):
     output_class = ImageClassifierOutput
     required_settings: ClassVar = {"input_type": "values", "dual_encoder": False}
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -445,6 +457,7 @@ class GenericForAudioClassification(GenericClassifier):
     main_input_name = "input_values"
     required_settings: ClassVar = {"input_type": "values", "dual_encoder": False}
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -476,6 +489,7 @@ class GenericForMultipleChoice(GenericHead):
         """(rows, D) of the output of the stack and the mask (rows, L), one row for each text."""
         return pool_tokens(outputs.last_hidden_state, attention_mask, getattr(self.config, self.pooling_field))
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -496,105 +510,23 @@ class GenericForMultipleChoice(GenericHead):
                 "Multiple choice needs `input_ids` (batch, choices, length), or `inputs_embeds` (batch, choices, length, "
                 f"hidden_size); got {shape}."
             )
-        batch, choices = inputs.shape[:2]
+        batch, choices, length = inputs.shape[:3]
+        if batch == 0 or choices == 0:
+            raise ValueError(
+                f"Pass at least one row of one text; `input_ids` or `inputs_embeds` has shape {tuple(inputs.shape)}."
+            )
         texts = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        rows = {name: None if text is None else text.flatten(0, 1) for name, text in texts.items()}
+        if "token_type_ids" in kwargs:
+            texts["token_type_ids"] = kwargs.pop("token_type_ids")  # type: ignore[typeddict-item]
+        rows = flatten_choices(texts, (batch, choices, length))
         outputs = self.read_whole(labels is not None, use_cache, **rows, **kwargs)
         logits = self.classifier(self.dropout(self.pool(outputs, rows["attention_mask"]))).view(batch, choices)
         loss = None
         if labels is not None:
-            check_class_labels(labels, choices)
-            loss = F.cross_entropy(logits, labels.to(logits.device))
+            loss = token_cross_entropy(logits, labels)
         return self.build_output(outputs, loss=self.add_auxiliary_loss(loss, outputs), logits=logits)
-
-
-# -------------------------------------------------------------------------------------------------- labels for tokens
-
-
-class GenericForTokenClassification(GenericHead):
-    """A label for every token."""
-
-    accepts_loss_options = True
-    output_class = TokenClassifierOutput
-
-    def build_head(self) -> None:
-        self.dropout = nn.Dropout(getattr(self.config, self.dropout_field))
-        self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[LossKwargs],
-    ) -> Any:
-        """`logits` (B, L, num_labels); `labels` (B, L), -100 ignored."""
-        options = LossOptions.pop(kwargs, num_items_in_batch)
-        outputs = self.read_whole(
-            labels is not None,
-            use_cache,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        states = self.dropout(outputs.last_hidden_state)
-        logits, loss = logits_and_loss(self.classifier, states, labels, options, self.num_labels)
-        loss = self.add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
-        return self.build_output(outputs, loss=loss, logits=logits)
-
-
-class GenericForQuestionAnswering(GenericHead):
-    """Start and end of the answer inside the text."""
-
-    accepts_loss_kwargs = False
-    output_class = QuestionAnsweringModelOutput
-
-    def build_head(self) -> None:
-        self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Any:
-        """`start_logits` and `end_logits` (B, L); the positions (B,) are token indices, outside the input = ignored."""
-        has_labels = start_positions is not None and end_positions is not None
-        outputs = self.read_whole(
-            has_labels,
-            use_cache,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            targets = (positions.to(start_logits.device) for positions in (start_positions, end_positions))
-            loss = self.loss_function(start_logits, end_logits, *targets)
-        return self.build_output(
-            outputs,
-            loss=self.add_auxiliary_loss(loss, outputs),
-            start_logits=start_logits.contiguous(),
-            end_logits=end_logits.contiguous(),
-        )

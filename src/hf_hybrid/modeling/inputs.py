@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import logging
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..ops.branches import can_read_values
 from .cache import StateCache
@@ -174,13 +175,66 @@ def check_source_rows(targets: int, sources: int, targets_per_source: int) -> No
         return
     if targets_per_source == 1:
         raise ValueError(
-            f"The decoder input has {targets} rows but the encoder output has {sources}; both must share the batch dimension. "
+            f"`decoder_input_ids` (or `decoder_inputs_embeds`) has {targets} rows but the encoder output has {sources}; both must share the batch dimension. "
             "(Several targets of each source in succession: `targets_per_source`.)"
         )
     raise ValueError(
-        f"The decoder input has {targets} rows but the encoder output has {sources}, and `targets_per_source` is "
+        f"`decoder_input_ids` (or `decoder_inputs_embeds`) has {targets} rows but the encoder output has {sources}, and `targets_per_source` is "
         f"{targets_per_source}: pass {sources * targets_per_source} rows, or another `targets_per_source`."
     )
+
+
+def kept_positions(logits_to_keep: int | torch.Tensor, length: int) -> slice | torch.Tensor:
+    """Index of the positions of a text of `length` tokens whose logits are wanted: the last k (0: all), or the given ones.
+
+    Raises:
+        TypeError: neither an int nor a tensor.
+        ValueError: a negative number, or indices of another type or outside of the text.
+    """
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be a number of last tokens, or 0 for all; got {logits_to_keep}.")
+        return slice(-logits_to_keep, None)
+    if not isinstance(logits_to_keep, torch.Tensor):
+        raise TypeError(
+            f"`logits_to_keep` must be an int or a tensor of indices; got {type(logits_to_keep).__name__}."
+        )
+    indices = logits_to_keep
+    if indices.dim() != 1 or indices.is_floating_point() or indices.is_complex():
+        raise ValueError(
+            f"`logits_to_keep` must be one axis of integer indices; got {indices.dtype} of shape {tuple(indices.shape)}."
+        )
+    if can_read_values(indices) and indices.numel() and (int(indices.max()) >= length or int(indices.min()) < -length):
+        raise ValueError(
+            f"`logits_to_keep` names positions outside of the {length} tokens of the input: {indices.tolist()}."
+        )
+    return indices
+
+
+def read_encoder_outputs(encoder_outputs: Any, hidden_size: int) -> BaseModelOutput:
+    """The output of an encoder that the caller has run, or a tuple that begins with its states (B, L, `hidden_size`).
+
+    Raises:
+        TypeError: anything else.
+        ValueError: states of another shape.
+    """
+    is_read = isinstance(encoder_outputs, (ModelOutput, tuple, list)) and len(encoder_outputs) > 0
+    states = encoder_outputs[0] if is_read else None
+    if not isinstance(states, torch.Tensor):
+        raise TypeError(
+            "`encoder_outputs` must be what the encoder returned, or a tuple that begins with its states; got "
+            f"{type(encoder_outputs).__name__}."
+        )
+    if states.dim() != 3 or states.shape[2] != hidden_size or not states.is_floating_point():
+        raise ValueError(
+            f"`encoder_outputs` must begin with states (batch, length, {hidden_size}); got {states.dtype} of shape "
+            f"{tuple(states.shape)}."
+        )
+    if isinstance(encoder_outputs, BaseModelOutput):
+        return encoder_outputs
+    if isinstance(encoder_outputs, ModelOutput):
+        return BaseModelOutput(last_hidden_state=states)
+    return BaseModelOutput(*encoder_outputs[:3])
 
 
 def check_pair(has_pair: bool, dual_encoder: bool) -> None:
@@ -199,6 +253,38 @@ def check_pair_rows(first: torch.Tensor, second: torch.Tensor) -> None:
         raise ValueError(
             f"`pair_input_ids` has {second.shape[0]} rows but `input_ids` has {first.shape[0]}; both must share the "
             "batch dimension."
+        )
+
+
+def flatten_choices(
+    texts: dict[str, torch.Tensor | None], shape: tuple[int, int, int]
+) -> dict[str, torch.Tensor | None]:
+    """Tensors (batch, choices, length, ...) by argument as rows (batch * choices, length, ...).
+
+    Raises:
+        ValueError: a tensor of another shape than `shape` (batch, choices, length).
+    """
+    for name, text in texts.items():
+        if text is not None and tuple(text.shape[:3]) != shape:
+            raise ValueError(
+                f"`{name}` must have the shape {shape} (batch, choices, length); got {tuple(text.shape)}."
+            )
+    return {name: None if text is None else text.flatten(0, 1) for name, text in texts.items()}
+
+
+def check_token_types(token_type_ids: torch.Tensor, shape: tuple[int, int], num_types: int) -> None:
+    """Raises ValueError for token types of another shape than the tokens, or outside the types; values are read on the CPU only."""
+    if tuple(token_type_ids.shape) != shape:
+        raise ValueError(
+            f"`token_type_ids` must have the shape {shape} of the tokens; got {tuple(token_type_ids.shape)}."
+        )
+    if not can_read_values(token_type_ids):
+        return
+    lowest, highest = torch.aminmax(token_type_ids)
+    if lowest < 0 or highest >= num_types:
+        wrong = int(lowest) if lowest < 0 else int(highest)
+        raise ValueError(
+            f"`token_type_ids` contain {wrong}; accepted are 0 to {num_types - 1} (`type_vocab_size` = {num_types})."
         )
 
 

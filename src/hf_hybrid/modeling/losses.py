@@ -11,8 +11,12 @@ from .packed_documents import starts_of_documents
 
 
 def check_class_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Raises ValueError for integer labels outside 0 to `num_classes - 1`; -100 passes. Values are read on the CPU only."""
-    if labels.is_floating_point() or num_classes < 2 or not can_read_values(labels):
+    """Raises ValueError unless labels are integers from 0 to `num_classes - 1`, or -100. Values are read on the CPU only."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"`labels` must hold classes as integers; got {labels.dtype}. Convert them (`labels.long()`)."
+        )
+    if not can_read_values(labels):
         return
     counted = labels[labels != -100]
     if counted.numel() and (counted.min() < 0 or counted.max() >= num_classes):
@@ -21,6 +25,66 @@ def check_class_labels(labels: torch.Tensor, num_classes: int) -> None:
             f"`labels` contain {wrong}; accepted are 0 to {num_classes - 1}, and -100 for positions to ignore. A classifier "
             "takes its number of classes from `num_labels`."
         )
+
+
+def problem_of(labels: torch.Tensor, config: PreTrainedConfig) -> str:
+    """What a classifier is trained for: `config.problem_type`, or what the labels mean where it is None."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """Loss of a classifier of whole inputs: cross-entropy, mean squared error, or binary cross-entropy of each label.
+
+    Args:
+        logits: (B, num_labels).
+        labels: (B,) or (B, 1) integers, -100 ignored; numbers of the same shape for regression with one label; (B, num_labels)
+            numbers otherwise.
+        config: with `num_labels` and `problem_type`; see `problem_of`.
+
+    Returns:
+        Scalar in float32 or better; 0 without any label that counts.
+
+    Raises:
+        ValueError: labels of another shape or type, or outside the classes.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    problem, (batch, num_labels) = problem_of(labels, config), logits.shape
+    has_one = problem == "single_label_classification" or (problem == "regression" and num_labels == 1)
+    accepted = ((batch,), (batch, 1)) if has_one else ((batch, num_labels),)
+    if tuple(labels.shape) not in accepted:
+        raise ValueError(
+            f"`labels` must have the shape {accepted[0]} for `problem_type={problem!r}` with {num_labels} labels (`num_labels`); got "
+            f"{tuple(labels.shape)} of {labels.dtype}. Integers are classes, floating-point numbers several labels at once."
+        )
+    if problem == "single_label_classification":
+        return token_cross_entropy(logits, labels.flatten())
+    targets = labels.to(logits).view_as(logits)
+    return (
+        F.mse_loss(logits, targets) if problem == "regression" else F.binary_cross_entropy_with_logits(logits, targets)
+    )
+
+
+def span_loss(logits: torch.Tensor, positions: torch.Tensor, name: str) -> torch.Tensor:
+    """Cross-entropy of one end of the answers.
+
+    Args:
+        logits: (B, L).
+        positions: (B,) or (B, 1) token indices; those outside the input are ignored.
+        name: argument that they were given as.
+
+    Raises:
+        ValueError: positions of another shape.
+    """
+    batch, length = logits.shape
+    if tuple(positions.shape) not in ((batch,), (batch, 1)):
+        raise ValueError(f"`{name}` must have the shape {(batch,)}, one index per row; got {tuple(positions.shape)}.")
+    positions = positions.flatten().to(logits.device)
+    is_outside = (positions < 0) | (positions >= length)
+    return token_cross_entropy(logits, positions.masked_fill(is_outside, -100))
 
 
 def decoder_inputs_from_labels(labels: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
@@ -34,8 +98,10 @@ def decoder_inputs_from_labels(labels: torch.Tensor, config: PreTrainedConfig) -
         (B, T).
 
     Raises:
-        ValueError: the configuration lacks one of the two ids.
+        ValueError: the configuration lacks one of the two ids, or the labels are no ids.
     """
+    if labels.dim() != 2 or labels.is_floating_point():
+        raise ValueError(f"`labels` must be ids (batch, length); got {labels.dtype} of shape {tuple(labels.shape)}.")
     start, pad = config.decoder_start_token_id, config.pad_token_id
     if start is None or pad is None:
         raise ValueError(
@@ -100,19 +166,33 @@ def align_labels(
 def mean_over_labels(
     total: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """A summed loss divided by `num_items_in_batch`, or by the number of labels that count (at least 1)."""
-    if num_items_in_batch is None:
+    """A summed loss divided by `num_items_in_batch`, or by the number of labels that count (at least 1).
+
+    Raises:
+        TypeError: anything but a number, or a tensor that holds one.
+        ValueError: a negative number, or NaN; that of a tensor is read on the CPU only.
+    """
+    number = num_items_in_batch
+    if number is None:
         return total / (labels != -100).sum().clamp(min=1)
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    is_number = isinstance(number, (int, float)) or (isinstance(number, torch.Tensor) and number.numel() == 1)
+    if not is_number:
+        got = f"shape {tuple(number.shape)}" if isinstance(number, torch.Tensor) else type(number).__name__
+        raise TypeError(
+            f"`num_items_in_batch` must be the number of labels that count, an int or a tensor of one; got {got}."
+        )
+    if not isinstance(number, torch.Tensor) or can_read_values(number):
+        if not number >= 0:
+            raise ValueError(f"`num_items_in_batch` must be the number of labels that count; got {number}.")
+    # Without any label the total is 0, and so is the mean.
+    return total / (number.to(total.device).clamp(min=1) if isinstance(number, torch.Tensor) else max(number, 1))
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Sum of the cross-entropy of (..., V) logits over the labels (...) that are not -100, in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     flat = logits.reshape(-1, logits.shape[-1])
-    targets = labels.to(logits.device).reshape(-1)
+    targets = labels.to(logits.device).reshape(-1).long()
     return F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing)
 
 
@@ -133,6 +213,10 @@ def token_cross_entropy(
     Returns:
         Scalar in float32 or better.
     """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"`labels` must have the shape {tuple(logits.shape[:-1])}, one for each of the logits; got {tuple(labels.shape)}."
+        )
     check_class_labels(labels, logits.shape[-1])
     total = summed_cross_entropy(logits, labels, label_smoothing)
     return mean_over_labels(total, labels.to(total.device), num_items_in_batch)

@@ -129,8 +129,8 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
                 "`position_ids` separate the documents of a row, but this model reads texts cut over processes: leave them out, and "
                 "give each document a row of its own."
             )
-        given = signature.bind_partial(self, *args)
-        arguments = {name: value for name, value in given.arguments.items() if name != "self"} | kwargs
+        bound = signature.bind_partial(self, *args)
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"} | kwargs
         tokens = next((arguments[name] for name in _PER_TOKEN if arguments.get(name) is not None), None)
         cache = arguments.get("past_key_values")
         if tokens is None or tokens.dim() < 2 or (cache is not None and cache.get_seq_length() > 0):
@@ -145,9 +145,10 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
                 "Pass `use_cache=False` without `past_key_values` and `encoder_hidden_states`, or give each document a row "
                 "of its own."
             )
-        for name in _PER_TOKEN:
-            if arguments.get(name) is not None:
-                arguments[name] = documents.unpack(arguments[name])
+        given = {name: arguments[name] for name in _PER_TOKEN if arguments.get(name) is not None}
+        if any(tensor.shape[:2] != shape for tensor in given.values()):
+            return forward(self, **arguments)  # which explains what is wrong
+        arguments |= {name: documents.unpack(tensor) for name, tensor in given.items()}
         arguments["attention_mask"] = documents.mask
         if "use_cache" in signature.parameters:
             arguments["use_cache"] = False

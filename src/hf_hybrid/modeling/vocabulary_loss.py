@@ -56,12 +56,15 @@ class LossOptions(NamedTuple):
 
     @classmethod
     def pop(cls, kwargs: Any, num_items_in_batch: torch.Tensor | int | None) -> LossOptions:
-        """Takes the options out of the keywords of a call."""
-        return cls(
-            num_items_in_batch,
-            bool(kwargs.pop("skip_logits", None)),
-            float(kwargs.pop("label_smoothing", None) or 0.0),
-        )
+        """Takes the options out of the keywords of a call.
+
+        Raises:
+            ValueError: `label_smoothing` is not a number from 0 to 1.
+        """
+        smoothing = kwargs.pop("label_smoothing", None) or 0.0
+        if not isinstance(smoothing, (int, float)) or not 0 <= smoothing <= 1:
+            raise ValueError(f"`label_smoothing` must be a number from 0 to 1; got {smoothing!r}.")
+        return cls(num_items_in_batch, bool(kwargs.pop("skip_logits", None)), float(smoothing))
 
 
 def logits_and_loss(
@@ -79,10 +82,10 @@ def logits_and_loss(
         hidden_states: (B, L, D).
         labels: (B, L) at the positions that predict them, -100 is ignored; None: logits alone.
         width: V.
-        kept: positions whose logits are returned. All have to be, where a short text has labels.
+        kept: positions whose logits are returned; the loss is of all.
 
     Raises:
-        ValueError: `skip_logits` without labels.
+        ValueError: `skip_logits` without labels, or labels of another shape.
     """
     if labels is None:
         if options.skip_logits:
@@ -90,11 +93,14 @@ def logits_and_loss(
                 "`skip_logits=True` leaves nothing to compute without labels: pass `labels`, or leave it unset."
             )
         return head(hidden_states[:, kept]), None
+    if labels.shape != hidden_states.shape[:2]:
+        shape = tuple(hidden_states.shape[:2])
+        raise ValueError(f"`labels` must have the shape {shape}, one for each token; got {tuple(labels.shape)}.")
     num_items, skips, smoothing = options
     rows = hidden_states.shape[0] * hidden_states.shape[1]
     if rows * width < WHOLE_ELEMENTS or torch.compiler.is_exporting():
-        logits = head(hidden_states[:, kept])
-        return None if skips else logits, token_cross_entropy(logits, labels, num_items, smoothing)
+        logits = head(hidden_states)
+        return None if skips else logits[:, kept], token_cross_entropy(logits, labels, num_items, smoothing)
     check_class_labels(labels, width)
     keeps_all = not skips and isinstance(kept, slice) and kept in (slice(None), slice(0, None))
     pieces, total = _in_pieces(head, hidden_states, labels, smoothing, width, keeps_all)

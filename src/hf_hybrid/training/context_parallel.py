@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.heads import GenericForCausalLM, GenericForMaskedLM, GenericForTokenClassification
+from ..modeling.heads import GenericForCausalLM, GenericForMaskedLM
 from ..modeling.losses import shift_labels
 from ..modeling.sequence_pieces import ReadsPieces
+from ..modeling.token_heads import GenericForTokenClassification
 from ..ops.sequence_group import SequenceGroup
 
 _PER_TOKEN_HEADS = (GenericForCausalLM, GenericForMaskedLM, GenericForTokenClassification)

@@ -1,12 +1,8 @@
 """The heads of the gated moving average: those of the library, on its stack."""
 
 from hf_hybrid.modeling.generation import StateGenerationMixin
-from hf_hybrid.modeling.heads import (
-    GenericForCausalLM,
-    GenericForLastTokenClassification,
-    GenericForTokenClassification,
-    GenericHead,
-)
+from hf_hybrid.modeling.heads import GenericForCausalLM, GenericForLastTokenClassification, GenericHead
+from hf_hybrid.modeling.token_heads import GenericForTokenClassification
 
 from .modeling_gated_average import GatedAverageModel, GatedAveragePreTrainedModel
 

@@ -13,6 +13,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_hybrid.layers.ema import MultiDimensionalDampedEma
+from hf_hybrid.modeling.argument_types import checks_types
 from hf_hybrid.modeling.cache import StateCache, StateLayer
 from hf_hybrid.modeling.call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from hf_hybrid.modeling.inputs import check_inputs
@@ -106,6 +107,7 @@ class GatedAverageModel(GatedAveragePreTrainedModel):
         """Raises ValueError for a cache of another model."""
         check_cache(cache, AverageLayer, len(self.layers), self._cache_layout())
 
+    @checks_types
     @separates_documents
     @capture_outputs
     def forward(

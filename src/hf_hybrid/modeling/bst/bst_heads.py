@@ -8,10 +8,9 @@ from ..generation import StateGenerationMixin
 from ..heads import (
     GenericForCausalLM,
     GenericForLastTokenClassification,
-    GenericForQuestionAnswering,
-    GenericForTokenClassification,
     GenericHead,
 )
+from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from .modeling_bst import BstModel, BstPreTrainedModel
 
 

@@ -28,6 +28,7 @@ from ...layers.kept_results import FreezableModel
 from ...layers.norms import RMSNorm
 from ...ops.block_state import Start, ring_view, row_order
 from ...ops.branches import can_read_values
+from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, note_missing_attentions
@@ -135,6 +136,7 @@ class BstModel(ReadsPieces, BstPreTrainedModel):
         window, block = (ring_view(position, size, is_sliding=is_sliding) for is_sliding in (True, False))
         return Passage(start, None, Step(start % size, window, block, is_end, valid))
 
+    @checks_types
     @separates_documents
     @capture_outputs
     def forward(

@@ -25,11 +25,10 @@ from ..heads import (
     GenericForImageClassification,
     GenericForMaskedLM,
     GenericForMultipleChoice,
-    GenericForQuestionAnswering,
     GenericForSequenceClassification,
-    GenericForTokenClassification,
     GenericHead,
 )
+from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from .longvq_outputs import (
     LongVQCausalLMOutput,
     LongVQImageClassifierOutput,
@@ -55,7 +54,7 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
         """Output of the stack; with labels it holds the statistics of the quantisation."""
         if has_labels:
             inputs.setdefault("output_quantization", True)
-        return self.model(**inputs)
+        return self.model(**inputs, return_dict=True)
 
     def add_auxiliary_loss(
         self,

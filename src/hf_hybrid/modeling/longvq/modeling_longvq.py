@@ -18,6 +18,7 @@ from ...configuration.configuration_longvq import LongVQConfig
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.kept_results import FreezableModel
 from ...layers.value_embedding import ValueEmbedding
+from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
@@ -143,6 +144,7 @@ class LongVQModel(ReadsPieces, LongVQPreTrainedModel):
 
     # ------------------------------------------------------------------------------------------------------ forward
 
+    @checks_types
     @separates_documents
     @capture_outputs
     def forward(

@@ -34,11 +34,10 @@ from ..heads import (
     GenericForImageClassification,
     GenericForMaskedLM,
     GenericForMultipleChoice,
-    GenericForQuestionAnswering,
     GenericForSequenceClassification,
-    GenericForTokenClassification,
     GenericHead,
 )
+from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from ..vocabulary_loss import CausalLMKwargs, LossKwargs
 from .mega_layers import build_classifier
 from .mega_seq2seq import MegaForConditionalGeneration
@@ -285,7 +284,9 @@ class MegaForMultipleChoice(GenericForMultipleChoice, MegaEncoderHead):
         return MegaModel(self.config)
 
     def pool(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return outputs.pooler_output
+        pooled, states = outputs.pooler_output, outputs.last_hidden_state
+        # Packed documents have a pooled state each, but a choice is one text.
+        return pooled if len(pooled) == len(states) else self.base_model.pooler(states, attention_mask)
 
     def forward(
         self,
@@ -299,10 +300,9 @@ class MegaForMultipleChoice(GenericForMultipleChoice, MegaEncoderHead):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         """`logits` (B, choices) of `input_ids` (B, choices, L) or `inputs_embeds` (B, choices, L, D); `labels` (B,)."""
-        types = None if token_type_ids is None else token_type_ids.flatten(0, 1)
         inputs: dict[str, Any] = {
             "attention_mask": attention_mask,
-            "token_type_ids": types,
+            "token_type_ids": token_type_ids,
             "position_ids": position_ids,
         }
         inputs |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache}

@@ -37,6 +37,7 @@ from ...ops.gated_attention import (
 from ...ops.recompute import recomputed
 from ...ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
 from ..call_cache import layer_state
+from ..inputs import check_token_types
 from .mega_cache import GatedAttentionLayer
 
 
@@ -94,6 +95,9 @@ class MegaEmbeddings(nn.Module):
         if hasattr(self, "token_type_embeddings"):
             if token_type_ids is None:
                 token_type_ids = torch.zeros((), dtype=torch.long, device=inputs_embeds.device)
+            else:
+                shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
+                check_token_types(token_type_ids, shape, self.token_type_embeddings.num_embeddings)
             inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids).to(inputs_embeds.device)
         return inputs_embeds
 

@@ -11,8 +11,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_mega import MegaConfig
+from ..argument_types import checks_types
 from ..generation import StateGenerationMixin
-from ..inputs import check_inputs
+from ..inputs import check_inputs, read_encoder_outputs
 from ..losses import decoder_inputs_from_labels
 from ..vocabulary_loss import LossKwargs, LossOptions, logits_and_loss
 from .modeling_mega import MegaModel, MegaPreTrainedModel
@@ -87,6 +88,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
         """Labels (B, T) shifted right, with `decoder_start_token_id` in front; -100 becomes padding."""
         return decoder_inputs_from_labels(labels, self.config)
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -129,10 +131,10 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if encoder_outputs is None:
-            inputs = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-            encoder_outputs = self.encoder(input_ids, attention_mask=attention_mask, **inputs, **kwargs)
-        elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+            inputs = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "return_dict": True}
+            encoder_outputs = self.encoder(input_ids, token_type_ids=token_type_ids, **inputs, **kwargs)
+        else:
+            encoder_outputs = read_encoder_outputs(encoder_outputs, self.config.hidden_size)
         source = encoder_outputs.last_hidden_state
         target = (decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask)
         width = self.config.hidden_size
@@ -148,6 +150,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
             use_cache=use_cache,
             targets_per_source=targets_per_source,
             **kwargs,
+            return_dict=True,
         )
         states = decoder_outputs.last_hidden_state
         logits, loss = logits_and_loss(self.lm_head, states, labels, options, self.config.vocab_size)

@@ -23,6 +23,7 @@ from ...layers.kept_results import FreezableModel
 from ...layers.norms import initialize_norm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.export_shapes import is_open
+from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import check_inputs, check_source_rows, pool_tokens, read_inputs, simplify_mask
@@ -244,6 +245,7 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
             hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
         )
 
+    @checks_types
     @separates_documents
     @capture_outputs
     def forward(

@@ -21,6 +21,7 @@ from ...layers.kept_results import FreezableModel
 from ...layers.norms import initialize_norm
 from ...layers.value_embedding import ValueEmbedding
 from ...ops.compaction import rotary_table
+from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
@@ -146,6 +147,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             return None
         return rotary_table(places, self.config.qk_dim, torch.promote_types(dtype, torch.float32))
 
+    @checks_types
     @separates_documents
     @capture_outputs
     def forward(

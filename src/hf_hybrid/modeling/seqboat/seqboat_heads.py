@@ -26,11 +26,10 @@ from ..heads import (
     GenericForImageClassification,
     GenericForMaskedLM,
     GenericForMultipleChoice,
-    GenericForQuestionAnswering,
     GenericForSequenceClassification,
-    GenericForTokenClassification,
     GenericHead,
 )
+from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from ..vocabulary_loss import CausalLMKwargs
 from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
 from .seqboat_outputs import (

@@ -31,9 +31,10 @@ from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ...ops.branches import can_read_values
+from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, count_tokens
-from ..inputs import check_inputs, check_source_rows, logical_positions, note_missing_attentions
+from ..inputs import check_inputs, check_source_rows, logical_positions, note_missing_attentions, read_encoder_outputs
 from ..packed_documents import separates_documents
 from ..parallel_plans import ParallelPlans
 from ..sequence_pieces import ReadsPieces, refuse_cache
@@ -127,6 +128,7 @@ class SpadeEncoder(ReadsPieces, SpadePreTrainedModel):
     def piece_multiple(self) -> int:
         return self.config.window_size if self.config.local_attention_type == "chunk" else 1
 
+    @checks_types
     @separates_documents
     @capture_outputs
     def forward(
@@ -315,6 +317,7 @@ class SpadeEncoderModel(SpadePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embed_tokens = value
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -326,7 +329,7 @@ class SpadeEncoderModel(SpadePreTrainedModel):
     ) -> BaseModelOutput:
         """See `SpadeEncoder.forward`."""
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        return self.encoder(input_ids, **inputs, **kwargs)
+        return self.encoder(input_ids, **inputs, **kwargs, return_dict=True)
 
 
 class SpadeModel(SpadePreTrainedModel):
@@ -352,6 +355,7 @@ class SpadeModel(SpadePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embed_tokens = value
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -385,10 +389,10 @@ class SpadeModel(SpadePreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+                input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs, return_dict=True
             )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        else:
+            encoder_outputs = read_encoder_outputs(encoder_outputs, self.config.hidden_size)
         check_inputs(
             decoder_input_ids,
             decoder_inputs_embeds,
@@ -415,6 +419,7 @@ class SpadeModel(SpadePreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
+            return_dict=True,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,

@@ -26,6 +26,7 @@ from ...layers.adaptive import AdaptiveEmbedding
 from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
+from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, logical_positions, note_missing_attentions
@@ -211,6 +212,7 @@ class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
             return None
         return logical_positions(mask, past + length, device=device)[:, -(config.window_size + length) :]
 
+    @checks_types
     @separates_documents
     @capture_outputs
     def forward(

@@ -11,15 +11,15 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration.configuration_spade import SpadeConfig
+from ..argument_types import checks_types
 from ..generation import StateGenerationMixin
 from ..heads import (
     GenericForMultipleChoice,
-    GenericForQuestionAnswering,
     GenericForTextClassification,
-    GenericForTokenClassification,
     GenericHead,
 )
 from ..losses import decoder_inputs_from_labels
+from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from ..vocabulary_loss import LossKwargs, LossOptions, logits_and_loss
 from .modeling_spade import SpadeEncoderModel, SpadeModel, SpadePreTrainedModel
 from .spade_layers import SpadeClassificationHead
@@ -69,6 +69,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
         scaling = self.config.logits_scaling
         return self.lm_head(hidden_states if scaling == 1 else hidden_states / scaling)
 
+    @checks_types
     @can_return_tuple
     def forward(
         self,
@@ -113,6 +114,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
             use_cache=use_cache,
             targets_per_source=targets_per_source,
             **kwargs,
+            return_dict=True,
         )
         states, width = outputs.last_hidden_state, self.config.vocab_size
         logits, loss = logits_and_loss(self._score, states, labels, options, width)

@@ -4,10 +4,9 @@ from ..adaptive_head import GenericForAdaptiveCausalLM
 from ..generation import StateGenerationMixin
 from ..heads import (
     GenericForLastTokenClassification,
-    GenericForQuestionAnswering,
-    GenericForTokenClassification,
     GenericHead,
 )
+from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from .modeling_spade_lm import SpadeLMModel, SpadeLMPreTrainedModel
 
 
