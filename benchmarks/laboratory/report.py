@@ -63,7 +63,7 @@ def _counts_line(name: str, counts: dict[str, float]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Text loss against tokens and against processor seconds, with the word counts as lines.
+    """Text loss against tokens and against processor seconds, with the word counts that are near as lines.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -74,6 +74,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
+    found = [point["text_loss"] for run in report["runs"] for point in run["curve"]]
     for axes, key, scale, label in (
         (left, "tokens", 1e6, "input tokens, millions"),
         (right, "seconds", 1.0, "processor seconds of the training steps"),
@@ -84,9 +85,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
             places = [statistics.mean(curve[i][key] for curve in curves) / scale for i in range(shortest)]
             losses = [statistics.mean(curve[i]["text_loss"] for curve in curves) for i in range(shortest)]
             axes.plot(places, losses, marker="o", markersize=3, linewidth=1.4, label=name)
-        if len(report["word_counts"]) == 1:
+        if found and len(report["word_counts"]) == 1:
             (counts,) = report["word_counts"].values()
             for value, text in ((counts["unigram"], "unigram"), (counts["bigram"], "bigram")):
+                if value < 2 * min(found) - max(found):  # far below: it would flatten the curves
+                    continue
                 axes.axhline(value, color="0.4", linestyle="--", linewidth=1.0)
                 axes.annotate(text, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         axes.set(xlabel=label, ylabel="nats per held-out text token" if axes is left else None)
