@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from factories import Case, all_variants, parametrize, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,6 +214,15 @@ def test_time_and_memory_of_the_source_do_not_grow_with_the_beams(case: Case) ->
     with Watch():
         generate(model, {"encoder_outputs": encoder_outputs}, 6, num_beams=4, eos_token_id=None)
     assert copies == []
+
+
+@parametrize(DEFAULTS)
+def test_offloaded_weights(case: Case) -> None:
+    """Hooks that bring the weights for every call pass the shared source on."""
+    source = padded_source(2, 7, "right")
+    expected = generate(case.model(), source, num_beams=3, eos_token_id=None)
+    model = cpu_offload(case.model(), execution_device=torch.device("cpu"))
+    assert torch.equal(generate(model, source, num_beams=3, eos_token_id=None), expected)
 
 
 def test_caches_of_transformers() -> None:

@@ -179,8 +179,9 @@ class SpadeAttention(nn.Module):
         source: torch.Tensor,
         turns: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: EncoderDecoderCache | None,
+        device: torch.device,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = kept_source(past_key_values, self.layer_idx, source.device) if self.is_cross_attention else None
+        kept = kept_source(past_key_values, self.layer_idx, device) if self.is_cross_attention else None
         if kept is not None:
             return kept
         key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
@@ -209,7 +210,8 @@ class SpadeAttention(nn.Module):
         query, turns = self.q_proj(hidden_states), None
         if self.has_rotary_positions:
             turns = rotary_cos_sin(positions, self.head_dim, self.config.rotary_base)
-        key, value = self._keys_and_values(hidden_states if source is None else source, turns, past_key_values)
+        source = hidden_states if source is None else source
+        key, value = self._keys_and_values(source, turns, past_key_values, query.device)
         shared = targets_per_source(query.shape[0], key.shape[0])
         if shared > 1:
             query = query.reshape(key.shape[0], -1, query.shape[-1])
