@@ -69,7 +69,7 @@ def _longt5():
         d_model=512,
         d_kv=64,
         d_ff=2048,
-        num_layers=1,
+        num_layers=4,  # not timed; Transformers takes it for the number of layers of the cache
         num_decoder_layers=4,
         num_heads=8,
         local_radius=127,
