@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= demo-output
 # One worker per core that this process may use, one thread each: the tests are small, and threads that wait for each other cost
@@ -9,24 +10,33 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) i
 PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo test test-wide test-slow test-company lint format tables clean
+.PHONY: help install demo test test-wide test-oldest test-slow test-company lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
 	@echo "make test       the test suite, one case of each kind, on all cores (make test-wide: the other cases)"
 	@echo "make test-slow  every test that needs neither an accelerator nor a network"
 	@echo "make test-company  the programs of other projects (TRL, sentence-transformers, lm-eval ...) around these models"
+	@echo "make test-oldest  the same as make test, with the oldest Transformers and libraries that are supported, in $(OLDEST)"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
 	@echo "make tables     the tables in README.md and docs/, the stub and the index of options, from the records"
 	@echo "make install    only the virtual environment in $(VENV)"
 
+# $(1): folder of the environment, $(2): file of versions.
+define make_environment
+@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is %s. Set PYTHON=..." % sys.version.split()[0])'
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --upgrade pip
+$(1)/bin/python -m pip install --quiet --constraint $(2) torch
+$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[all]"
+@touch $(1)/.installed
+endef
+
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is %s. Set PYTHON=..." % sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
-	@touch $@
+	$(call make_environment,$(VENV),constraints.txt)
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(call make_environment,$(OLDEST),constraints-oldest.txt)
 
 install: $(VENV)/.installed
 
@@ -38,6 +48,10 @@ test: install
 
 test-wide: install
 	$(PYTEST) -m "wide and not (slow or gpu or network or company)"
+
+test-oldest: BIN := $(OLDEST)/bin
+test-oldest: $(OLDEST)/.installed
+	$(PYTEST)
 
 test-slow: install
 	$(PYTEST) -m "not (gpu or network or company)"
@@ -59,4 +73,4 @@ tables: install
 	$(BIN)/python tests/test_architecture_tables.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist

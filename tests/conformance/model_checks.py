@@ -8,6 +8,7 @@ extended by ours, in the namespace of the checks only, so that each head is aske
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 import unittest
 from types import ModuleType
@@ -24,6 +25,7 @@ from transformers import PreTrainedConfig
 from hf_hybrid.auto import ARCHITECTURES
 
 BATCH, SOURCE_LENGTH, TARGET_LENGTH = 3, 9, 7
+NEWER_RELEASES = "a check of newer releases"
 
 
 def know_our_heads(common: ModuleType) -> None:
@@ -137,10 +139,19 @@ class Overrides:
 
     def test_base_model_prefix_loads_base_weights(self) -> None:
         """The same: each stack is a model that can be saved and loaded alone."""
-        if not self._is_made_of_two_stacks():
-            return super().test_base_model_prefix_loads_base_weights()
-        self._check_stacks()
-        return None
+        if self._is_made_of_two_stacks():
+            return self._check_stacks()
+        check = getattr(super(), "test_base_model_prefix_loads_base_weights", None)
+        if check is None:
+            self.skipTest(NEWER_RELEASES)
+        return check()
+
+    def test_keep_in_fp32_modules(self) -> None:
+        """In earlier releases the check wants every tensor in half precision, integers too."""
+        check = super().test_keep_in_fp32_modules
+        if "is_floating_point" not in inspect.getsource(check):
+            self.skipTest(NEWER_RELEASES)
+        check()
 
     def _is_made_of_two_stacks(self) -> bool:
         model = self.case.model_class(self.model_tester.get_config())

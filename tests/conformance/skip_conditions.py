@@ -45,6 +45,8 @@ CONDITIONS = {
         "the general tokenizer class is made of a whole tokenizer.json, not of a vocabulary"
     ),
     r"HF_HYBRID_SKIP_CONFORMANCE is set": "switched off by the environment",
+    r"a check of newer releases": "an older release of Transformers, without this check or with one that fits only its own models",
+    r"Not a prioritized model for now\.": "an older release of Transformers, which checks only models with a year in their file",
     r"the page was made with another release of Transformers": "another release of Transformers",
 }
 
