@@ -36,11 +36,13 @@ def run(strategy: SearchStrategy[Any], check: Callable[[Any], str], count: int) 
     assert ends["computed"] >= count / 8, ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_some_calls(model_type: str) -> None:
     run(calls(model_type), check_call, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_some_configurations(model_type: str) -> None:
     run(settings_of(model_type), check_settings, 12)

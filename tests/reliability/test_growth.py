@@ -35,11 +35,14 @@ def resident() -> int:
 
 
 def check_loop(step: Callable[[int], None], count: int) -> None:
-    """Runs `step(0)`, `step(1)` and so on; the last four fifths leave nothing behind."""
-    for index in range(count // 5):
+    """Runs `step(0)`, `step(1)` and so on; the last four fifths leave nothing behind.
+
+    `step(0)` comes last both times: what a model keeps of its last call depends on the length of that call.
+    """
+    for index in (*range(count // 5), 0):
         step(index)
     before, memory = tensors(), resident()
-    for index in range(count // 5, count):
+    for index in (*range(count // 5, count), 0):
         step(index)
     after = tensors()
     assert after[0] <= before[0], f"{after[0] - before[0]} more tensors after {count} steps"
@@ -99,18 +102,20 @@ def check_decoding(case: Case, count: int) -> None:
     )
     assert output.shape[1] >= count
     early, late = measure.found[first], measure.found[last]
-    assert late[0] <= early[0], f"{late[0] - early[0]} more tensors"
+    # Keys and values that grow take their spare space when the first is full; a leak would be a tensor in every step.
+    assert late[0] - early[0] <= 16, f"{late[0] - early[0]} more tensors"
     stack = model.get_decoder() if case.is_seq2seq else model.base_model
     cache = stack.build_cache()
     if getattr(getattr(cache, "self_attention_cache", cache), "kept_tokens", None) is not None:
         ids = 8 * len(output) * (last - first)
-        assert late[1] - early[1] <= 4 * ids, f"{late[1] - early[1]} more bytes in the state"
+        assert late[1] - early[1] <= 2 * ids + 4096, f"{late[1] - early[1]} more bytes in the state"
     assert late[2] - early[2] < NOISE
     del output, measure, early, late, cache
     after = tensors()
     assert after[0] <= before[0] and after[1] <= before[1]
 
 
+@pytest.mark.slow
 @every_architecture
 def test_a_few_steps_tokens_and_lengths(case: Case) -> None:
     check_training(case, 15)
