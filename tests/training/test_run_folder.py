@@ -113,15 +113,20 @@ def test_changed_options_are_recorded_with_their_step(checkpoint, caplog):
     """Of continuations that led to no checkpoint nothing remains."""
     run = checkpoint.parent
     write_json(checkpoint / "trainer_state.json", {"global_step": 3})
-    write_json(run / "arguments.json", {"learning_rate": 2.0, "weight_decay": 0.1, "max_steps": 3, "output_dir": "a"})
+    before = {"learning_rate": 2.0, "weight_decay": 0.1, "max_steps": 3, "output_dir": "a", "hub_model_id": "a/b"}
+    write_json(run / "arguments.json", before)
     abandoned = {"step": 3, "changed": {"learning_rate": [1.0, 2.0]}}
     earlier = {"step": 1, "changed": {"weight_decay": [0.0, 0.1]}}
     write_json(run / "environment.json", {"world_size": 1, "resumed": [earlier, abandoned]})
     folder = RunFolder(run, "last")
-    options = {"learning_rate": 4.0, "weight_decay": 0.1, "max_steps": 9, "output_dir": "b"}
+    options = {"learning_rate": 4.0, "weight_decay": 0.1, "max_steps": 9, "output_dir": "b", "hub_model_id": "a/c"}
     with folder.recording(options):
         folder.commit_records()
-    assert "From step 3 on, `learning_rate` is 4.0; it was 1.0." in caplog.text and "max_steps" not in caplog.text
+    assert (
+        "From step 3 on, `learning_rate` is 4.0; it was 1.0." in caplog.text
+        and "max_steps" not in caplog.text
+        and "hub_" not in caplog.text
+    )
     written = json.loads((run / "environment.json").read_text())["resumed"]
     assert [(entry["step"], entry["changed"]) for entry in written] == [
         (1, {"weight_decay": [0.0, 0.1]}),

@@ -20,11 +20,11 @@ TOTALS_FILE = "run_totals.json"
 
 # Options that may differ between a run and its continuation without changing what is trained or measured.
 _FREE = frozenset(
-    "resume_from_checkpoint max_steps num_train_epochs max_minutes logging_steps logging_strategy logging_dir save_steps "
-    "save_total_limit eval_steps eval_strategy save_strategy disable_tqdm report_to run_name local_rank dataloader_num_workers "
-    "dataloader_prefetch_factor dataloader_persistent_workers dataloader_pin_memory log_level per_device_eval_batch_size output_dir "
-    "trust_remote_code num_processes logging_first_step quiet".split()
+    "resume_from_checkpoint max_steps num_train_epochs max_minutes save_steps save_total_limit eval_steps eval_strategy save_strategy "
+    "disable_tqdm report_to run_name local_rank per_device_eval_batch_size output_dir trust_remote_code num_processes quiet "
+    "push_to_hub".split()
 )
+_FREE_PARTS = ("log_", "logging_", "dataloader_", "hub_")  # beginnings of the names of others
 # Options of training that a continuation cannot take over: they decide what the stored optimizer state, the order of the rows or
 # the adapter mean. Everything else among them is applied from the first step on.
 _FIXED = frozenset(
@@ -130,7 +130,12 @@ def changed_options(
         ValueError: a change could not be applied to the rest of the run; the message names the option and the remedy.
     """
     free = _FREE.union(same_content)
-    names = [name for name in after if name in before and before[name] != after[name] and name not in free]
+    names = [
+        name
+        for name in after
+        if name in before and before[name] != after[name] and name not in free
+        if name in _FIXED or not name.startswith(_FREE_PARTS)
+    ]
     rows = [_rows_per_step(options, count) for options, count in zip((before, after), processes)]
     if None not in rows and rows[0] != rows[1]:
         raise ValueError(

@@ -131,11 +131,13 @@ def _training_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, An
 
 def _resumed_rows(environment: Mapping[str, Any]) -> dict[str, Any]:
     """What was changed when the run was resumed; the other rows say what it ended with."""
-    changes = [
-        f"{option} {before} -> {after} (step {entry['step']})"
-        for entry in environment.get("resumed", [])
-        for option, (before, after) in entry["changed"].items()
-    ]
+    changes = []
+    for entry in environment.get("resumed", []):
+        for option, values in entry["changed"].items():
+            # Names of files say nothing to others.
+            is_shown = not any(isinstance(value, (list, dict)) or os.sep in str(value) for value in values)
+            shown = f" {values[0]} -> {values[1]}" if is_shown else ""
+            changes.append(f"{option}{shown} (step {entry['step']})")
     return {"changed when resumed": ", ".join(changes)} if changes else {}
 
 
