@@ -163,4 +163,5 @@ def _rows_per_step(options: Mapping[str, Any], processes: int) -> int | None:
     sizes = [options.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     if not all(isinstance(size, int) for size in sizes):
         return None
-    return sizes[0] * sizes[1] * processes  # type: ignore[operator]
+    # The processes of a group for context parallelism read the same rows.
+    return sizes[0] * sizes[1] * processes // (options.get("context_parallel_size") or 1)  # type: ignore[operator]
