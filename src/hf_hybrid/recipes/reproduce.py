@@ -93,6 +93,8 @@ def _complete_data(experiment: Experiment, options: dict[str, Any]) -> bool:
         logger.warning("No `data` is given: a stand-in of the same form shows that the experiment runs, nothing more.")
         length = int(experiment.build.get("longest", 1024))
         options["data"] = [str(write_stand_in(str(experiment.data_format), beside, length=length))]
+        if "validation_split" in options:
+            options["validation_split"] = "validation"
     needs_tokenizer = experiment.recipe in ("pretrain_clm", "finetune_translation") and not options.get("tokenizer")
     if needs_tokenizer and (stand_in or experiment.tokenizer == "bytes"):
         options["tokenizer"] = str(write_byte_tokenizer(Path(f"{options['output_dir']}-tokenizer")))
