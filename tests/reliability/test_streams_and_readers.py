@@ -172,6 +172,7 @@ def test_minimal_pairs(in_folder, tmp_path):
 
 
 def test_minimal_pairs_of_the_harness(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra `eval`")
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(lines(b'{"sentence_good": "caf\xe9", "sentence_bad": "b"}', b"{"))
     monkeypatch.setattr(lm_eval, "_run_harness", lambda words: None)
