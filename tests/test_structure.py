@@ -320,8 +320,16 @@ def test_only_cache_files_touch_the_caches_of_transformers() -> None:
 
 # Where the type of a device names a place for data and not the form of an operation.
 ASKING_FOR_DEVICES = {
-    "ops/autocast", "ops/branches", "ops/products", "training/muon", "training/pieces_trainer", "modeling/spade/spade_heads",
-}  # fmt: skip
+    "ops/autocast",
+    "ops/branches",
+    "ops/flex_local",
+    "ops/products",
+    "ops/relative_position",
+    "ops/sdpa_blocks",
+    "training/muon",
+    "training/pieces_trainer",
+    "modeling/spade/spade_heads",
+}
 
 
 def test_forms_of_operations_are_chosen_in_one_place() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_work import DeviceWork, work_of
+from device_work import DeviceWork, fused_norms, work_of
 from factories import Case, all_heads, all_variants, main_output, parametrize
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -78,6 +78,39 @@ def test_generation_is_that_of_the_other_branch(case: Case) -> None:
     expected = model.generate(**inputs, **settings, num_beams=2)
     with forced_branch("accelerator"):
         assert torch.equal(model.generate(**inputs, **settings, num_beams=2), expected)
+
+
+def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes that a training step keeps for its backward pass, without the parameters."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = model(**inputs)
+    (outputs.loss if "loss" in outputs else main_output(outputs).square().mean()).backward()
+    return sum(kept.values())
+
+
+# Streams of fixed size hold every token, those of the other branch the active half.
+MOST_KEPT = {"seqboat": 2.1}
+
+
+@parametrize(all_variants())
+def test_training_step_keeps_no_more_than_on_the_other_branch(case: Case) -> None:
+    """Bytes per token: the difference of two lengths, so that kernels and tables, which do not grow, do not count."""
+    model = case.model().train()
+    grown = []
+    for name in ("cpu", "accelerator"):
+        with forced_branch(name), fused_norms():
+            short, long = (saved_bytes(model, training_inputs(case, "left", length)) for length in (256, 512))
+        grown.append((long - short) / 256)
+    assert grown[1] <= MOST_KEPT.get(case.model_type, 1.1) * grown[0]
 
 
 def training_work(case: Case, padded: str | None) -> DeviceWork:

@@ -17,6 +17,7 @@ from hf_hybrid.ops.local_attention import (
     local_attention,
     local_attention_reference,
 )
+from hf_hybrid.ops.sdpa_blocks import masked_attention
 
 pytestmark = pytest.mark.both_branches
 
@@ -289,9 +290,10 @@ def test_autocast_does_not_lower_the_precision_inside():
 def test_form_for_other_devices_is_the_same(monkeypatch, padding):
     """The form by scaled_dot_product_attention, which accelerators and exported graphs use."""
 
-    def by_sdpa(query, key, value, blocks, *, bias, key_mask=None, segments=None, scale=None, dropout_p=0.0):
+    def by_sdpa(query, key, value, blocks, *, bias, entries, key_mask=None, segments=None, scale=None, dropout_p=0.0):
         scale = WIDTH**-0.5 if scale is None else scale
-        return engine._sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
+        bias = query.new_zeros(1, entries) if bias is None else bias
+        return masked_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
 
     monkeypatch.setattr(module, "blocked_attention", by_sdpa)
     for length in (1, 9, 131):

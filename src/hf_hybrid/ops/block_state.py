@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .blocked_attention import Blocks, blocked_attention
+from .blocked_attention import blocked_attention
 from .in_place import is_changeable
 from .local_attention import cached_local_attention, chunk_attention, local_attention
+from .sdpa_blocks import Blocks
 
 Start = int | torch.Tensor
 
@@ -317,8 +318,10 @@ def context_attention(
     queries = F.pad(queries, (0, 0, 0, num_blocks * rows - total)).unflatten(2, (num_blocks, rows))
     key, value = (part[:, :, :num_blocks].flatten(2, 3) for part in (key, value))
     blocks = Blocks(period=states, span=states, front=0, shift=rows - 1)
-    bias = query.new_zeros(1, rows + states - 1)
-    outputs = blocked_attention(queries, key, value, blocks, bias=bias, scale=scale, dropout_p=dropout_p)
+    entries = rows + states - 1
+    outputs = blocked_attention(
+        queries, key, value, blocks, bias=None, entries=entries, scale=scale, dropout_p=dropout_p
+    )
     outputs = outputs.flatten(2, 3)
     if isinstance(start, int):
         return outputs[:, :, phase : phase + length]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +21,7 @@ from .branches import uses_cpu_form
 from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
-
-
-class Blocks(NamedTuple):
-    """Where the keys of a block lie: slot c of block t holds key `t * period - front + c`, 0 <= c < span = w.
-
-    The bias of row a and slot c is entry `c - a + shift` of the bias vector; without such an entry the key is hidden.
-    """
-
-    period: int
-    span: int
-    front: int
-    shift: int
+from .sdpa_blocks import Blocks, hidden_slots, masked_attention, sdpa_attention, slots
 
 
 def blocked_attention(
@@ -41,7 +30,8 @@ def blocked_attention(
     value: torch.Tensor,
     blocks: Blocks,
     *,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
+    entries: int,
     key_mask: torch.Tensor | None = None,
     segments: tuple[torch.Tensor, torch.Tensor] | None = None,
     scale: float | None = None,
@@ -50,13 +40,14 @@ def blocked_attention(
     """Attention of blocks of queries to their slices of the keys.
 
     On CPU the operator of this file, which never stores the scores; elsewhere, in exported graphs, and for a single
-    block without gradient, `scaled_dot_product_attention`, whose other kernels accept a bias that needs a gradient.
+    block without gradient, `scaled_dot_product_attention` (`sdpa_blocks`).
 
     Args:
         query: (B, n, T, b, d).
         key, value: (B, n, Lk, d).
         blocks: the slices.
-        bias: (n, m), or (1, m) for all heads.
+        bias: (n, m), or (1, m) for all heads; None for zeros.
+        entries: m.
         key_mask: (B, Lk) bool, True = token.
         segments: integers (B, T, b) of the queries and (B, Lk) of the keys; keys of other segments are hidden.
         scale: factor on the products of queries and keys; None = d ** -0.5.
@@ -66,68 +57,22 @@ def blocked_attention(
         (B, n, T, b, d) in the dtype of `query`; zeros for queries that see no key. Softmax in float32 or better.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, bias))
+    inputs = (query, key, value) if bias is None else (query, key, value, bias)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     exporting = torch.compiler.is_exporting()
     # A decoding step: one call takes half the time.
     single = not exporting and query.shape[2] == 1 and not trains and dropout_p == 0
-    if not uses_cpu_form(query) or exporting or single:
+    if not (uses_cpu_form(query) or exporting or single):
+        options: dict[str, Any] = {"key_mask": key_mask, "segments": segments, "scale": scale, "dropout_p": dropout_p}
+        return sdpa_attention(query, key, value, blocks, bias=bias, entries=entries, **options)
+    bias = query.new_zeros(1, entries) if bias is None else bias
+    if exporting or single:
         with without_autocast(query.device):
-            return _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
+            return masked_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p)
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     query_segments, key_segments = (None, None) if segments is None else segments
     tensors = (query, key, value, bias, key_mask, query_segments, key_segments, seed)
     return _blocked_attention(*tensors, *blocks, scale, dropout_p)
-
-
-def _slots(states: torch.Tensor, dim: int, blocks: Blocks, num_blocks: int, fill: float = 0) -> torch.Tensor:
-    """Slices of all blocks, an overlapping view of the padded `states`: dimension Lk becomes T, and w is appended."""
-    if torch.compiler.is_exporting():
-        return _copied_slots(states, dim, blocks, num_blocks, fill)
-    back = (num_blocks - 1) * blocks.period + blocks.span - blocks.front - states.shape[dim]
-    amounts = (0, 0) * (states.dim() - 1 - dim) + (blocks.front, back)  # negative amounts crop
-    return F.pad(states, amounts, value=fill).unfold(dim, blocks.span, blocks.period)
-
-
-def _copied_slots(states: torch.Tensor, dim: int, blocks: Blocks, num_blocks: int, fill: float) -> torch.Tensor:
-    """`_slots` for exported graphs, which may have no overlapping views: side by side, whole periods of the states."""
-    pieces = -(-blocks.span // blocks.period)
-    periods = num_blocks + pieces - 1
-    back = periods * blocks.period - blocks.front - states.shape[dim]
-    padded = F.pad(states, (0, 0) * (states.dim() - 1 - dim) + (blocks.front, back), value=fill)
-    parts = padded.unflatten(dim, (periods, blocks.period))
-    slots = torch.cat([parts.narrow(dim, piece, num_blocks) for piece in range(pieces)], dim=dim + 1)
-    return slots.narrow(dim + 1, 0, blocks.span).movedim(dim + 1, -1)
-
-
-def _hidden_slots(key: torch.Tensor, key_mask: torch.Tensor | None, blocks: Blocks, num_blocks: int) -> torch.Tensor:
-    """(B, T, w) bool: slots that hold padding, or lie outside the sequence."""
-    if key_mask is None:
-        key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    return _slots(~key_mask, 1, blocks, num_blocks, fill=True)
-
-
-def _sdpa_attention(query, key, value, blocks, bias, key_mask, segments, scale, dropout_p) -> torch.Tensor:
-    """One row of a batch of `scaled_dot_product_attention` per block, with an additive tensor of bias and mask."""
-    batch, _, num_blocks, num_rows, _ = query.shape
-    keys = _slots(key, 2, blocks, num_blocks).transpose(-1, -2)  # (B, n, T, w, d)
-    values = _slots(value, 2, blocks, num_blocks).transpose(-1, -2)
-    # Hidden scores are finite, so that rows which see nothing stay free of NaN both ways; they are zeroed at the end.
-    hiding = torch.finfo(query.dtype).min / 2
-    band = toeplitz_bias(bias.to(query.dtype), num_rows, blocks.span, shift=blocks.shift)  # (n or 1, b, w)
-    inside = toeplitz_bias(torch.ones_like(bias[:1]), num_rows, blocks.span, shift=blocks.shift) > 0
-    visible = inside & ~_hidden_slots(key, key_mask, blocks, num_blocks).unsqueeze(2)  # (B, T, b, w)
-    if segments is not None:
-        visible = visible & (segments[0].unsqueeze(-1) == _slots(segments[1], 1, blocks, num_blocks).unsqueeze(-2))
-    outputs = F.scaled_dot_product_attention(
-        query.transpose(1, 2).flatten(0, 1),
-        keys.transpose(1, 2).flatten(0, 1),
-        values.transpose(1, 2).flatten(0, 1),
-        attn_mask=torch.where(visible.unsqueeze(2), band, hiding).flatten(0, 1),
-        dropout_p=dropout_p,
-        scale=scale,
-    )
-    outputs = outputs.unflatten(0, (batch, num_blocks)).transpose(1, 2)
-    return outputs.masked_fill(~visible.any(-1)[:, None, :, :, None], 0)
 
 
 def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -167,10 +112,10 @@ class _Parts:
         # Scores out of reach are -inf, and every row has some key in reach; those of padding are finite, so that the
         # softmax of a row with nothing but padding in reach is free of NaN.
         self.band = toeplitz_bias(bias.to(self.dtype), num_rows, blocks.span, shift=blocks.shift, fill=-torch.inf)
-        self.hidden = _hidden_slots(key, key_mask, blocks, self.num_blocks).reshape(*self.grid, blocks.span)
+        self.hidden = hidden_slots(key, key_mask, blocks, self.num_blocks).reshape(*self.grid, blocks.span)
         self.segments = None
         if query_segments is not None:
-            key_segments = _slots(key_segments, 1, blocks, self.num_blocks)
+            key_segments = slots(key_segments, 1, blocks, self.num_blocks)
             self.segments = tuple(part.reshape(*self.grid, -1) for part in (query_segments, key_segments))
         self.generator = None if seed is None else torch.Generator().manual_seed(int(seed))
 
@@ -183,8 +128,8 @@ class _Parts:
         return states.view(self.heads, -1, self.num_blocks, *states.shape[3:]).transpose(0, 1).to(dtype)
 
     def _key_slots(self, states: torch.Tensor) -> torch.Tensor:
-        slots = _slots(states.to(self.dtype).transpose(0, 1), 2, self.blocks, self.num_blocks)
-        return slots.reshape(self.heads, *self.grid, *slots.shape[3:]) if self.joined else slots
+        found = slots(states.to(self.dtype).transpose(0, 1), 2, self.blocks, self.num_blocks)
+        return found.reshape(self.heads, *self.grid, *found.shape[3:]) if self.joined else found
 
     def __iter__(self) -> Iterator[tuple[tuple[slice, int, slice], torch.Tensor, torch.Tensor | None]]:
         """((heads, row, blocks), their probabilities, factors of dropout); blocks that see no key are left out."""

@@ -2,7 +2,8 @@
 
 A group of C tokens acts on its own outputs through a C x C Toeplitz matrix and on all later ones through the state it
 leaves, so a whole pass is three batched matrix products and a short loop over the L / C groups. On CPUs this is faster
-than an FFT convolution, the more so the longer the sequence; on accelerators and in compiled graphs the loop is not.
+than an FFT convolution, the more so the longer the sequence; on accelerators and in compiled graphs it is not, and what
+they need of this file works by doubling.
 
 Shape letters as in `diagonal_ssm`: B batch, D channels, N modes, L tokens, G groups of C tokens, S output channels.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .branches import uses_cpu_form
 from .diagonal_ssm import (
     DiagonalSystem,
     complex_multiply,
@@ -21,6 +23,7 @@ from .diagonal_ssm import (
     pack_state,
     unpack_state,
 )
+from .full_products import full_matmul
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -38,13 +41,8 @@ class _GroupRecurrence(torch.autograd.Function):
         if is_complex:
             signal, factor = torch.view_as_complex(signal), torch.view_as_complex(factor)
         signal = signal.permute(2, 0, 1, 3).contiguous()  # (G, D, B, N)
-        order = list(range(signal.shape[0]))
-        if reverse:
-            order.reverse()
-        states = torch.empty_like(signal)
-        states[order[0]] = 0
-        for before, after in zip(order[:-1], order[1:]):
-            torch.addcmul(signal[before], states[before], factor, out=states[after])
+        form = _step_by_step if uses_cpu_form(drive) and not torch.compiler.is_compiling() else _by_doubling
+        states = form(signal, factor, reverse)
         states = states.permute(1, 2, 0, 3).contiguous()
         return torch.view_as_real(states) if is_complex else states
 
@@ -64,6 +62,34 @@ class _GroupRecurrence(torch.autograd.Function):
         grad_drive = _GroupRecurrence.apply(grads[0].contiguous(), conjugate, True, not ctx.reverse)
         product = torch.view_as_complex(states).conj() * torch.view_as_complex(grad_drive)
         return grad_drive, torch.view_as_real(product.sum((1, 2))), None, None
+
+
+def _step_by_step(signal: torch.Tensor, factor: torch.Tensor, reverse: bool) -> torch.Tensor:
+    """States before each group (G, D, B, N): one operation per group, whose operands stay in cache."""
+    order = list(range(signal.shape[0]))
+    if reverse:
+        order.reverse()
+    states = torch.empty_like(signal)
+    states[order[0]] = 0
+    for before, after in zip(order[:-1], order[1:]):
+        torch.addcmul(signal[before], states[before], factor, out=states[after])
+    return states
+
+
+def _by_doubling(signal: torch.Tensor, factor: torch.Tensor, reverse: bool) -> torch.Tensor:
+    """`_step_by_step` in about log2(G) operations on all groups."""
+    groups, first = signal.shape[0], torch.zeros_like(signal[:1])
+    states = torch.cat([signal[1:], first]) if reverse else torch.cat([first, signal[:-1]])
+    reach = 1
+    while reach < groups:
+        if reverse:
+            near, rest = torch.addcmul(states[:-reach], states[reach:], factor), states[-reach:]
+            states = torch.cat([near, rest])
+        else:
+            rest, near = states[:reach], torch.addcmul(states[reach:], states[:-reach], factor)
+            states = torch.cat([rest, near])
+        factor, reach = factor * factor, 2 * reach
+    return states
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -270,7 +296,7 @@ def diagonal_block_states(
     tokens = inputs.transpose(0, 1).to(dtype).reshape(channels, -1, size).contiguous()
     powers = decay_powers(*decays, count=size + 1, dtype=dtype)
     arrival = _interleave(*_map_pair(powers, lambda part: part[..., :size].flip(-1)))
-    drive = (tokens @ arrival.mT).unflatten(1, (batch, -1))
+    drive = full_matmul(tokens, arrival.mT).unflatten(1, (batch, -1))
     drive = torch.nn.functional.pad(
         drive, (0, 0, 0, 1)
     )  # one group more: the recurrence gives the states before groups

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .export_shapes import count_blocks, is_open
+from .full_products import full_matmul
 
 _OPEN_GROUP_SIZE = 64  # for kernels whose length a graph leaves open
 
@@ -242,7 +243,7 @@ def diagonal_kernel(
     if left[1] is not None and inner[1] is None:
         left = (left[0], None)  # real decays: the imaginary part of c never reaches the real output
     left_rows = _rows(left[0].flatten(2), None if left[1] is None else left[1].flatten(2), sign=-1.0)  # (D, 2N, SG)
-    kernel = left_rows.transpose(1, 2) @ _rows(*inner)  # (D, SG, C)
+    kernel = full_matmul(left_rows.transpose(1, 2), _rows(*inner))  # (D, SG, C)
     kernel = kernel.reshape(channels, -1, groups * size)[..., :length]
     return kernel.transpose(0, 1).reshape(*leading, channels, length)
 
@@ -333,7 +334,7 @@ def diagonal_final_state(
     grouped = padded.reshape(batch, channels, groups, size).transpose(0, 1).reshape(channels, batch * groups, size)
     powers = (system.log_decay_real, system.log_decay_imag)
     inner = decay_powers(*powers, count=size, dtype=dtype)
-    partial = grouped @ _rows(*inner).flip(-1).transpose(1, 2)  # (D, B G, 2N)
+    partial = full_matmul(grouped, _rows(*inner).flip(-1).transpose(1, 2))  # (D, B G, 2N)
     partial = partial.reshape(channels, batch, groups, -1).transpose(2, 3)  # (D, B, 2N, G)
     partial = _split_rows(partial, is_complex)
     outer = decay_powers(*powers, stride=size, count=groups, dtype=dtype)

@@ -27,7 +27,8 @@ ACTIVATIONS = ("softmax", "laplace", "relu2")
 LAPLACE_MEAN, LAPLACE_STD = 0.707107, 0.282095  # of the method: sqrt(1/2) and sqrt(1/(4 pi)), in six digits
 
 ACCELERATOR_PAIRS_AT_A_TIME = 1 << 26  # pairs of query and key whose scores exist at one time on an accelerator
-CAUSAL_ROWS = 64  # queries of a causal block, at least: fewer waste less on hidden keys, more make better products
+# Queries of a causal block, at least: fewer waste less on hidden keys, more make better products.
+CAUSAL_ROWS, ACCELERATOR_CAUSAL_ROWS = 64, 512
 
 
 class Scores(NamedTuple):
@@ -164,7 +165,8 @@ class _Parts:
         pairs = PAIRS_AT_A_TIME if on_cpu else ACCELERATOR_PAIRS_AT_A_TIME
         at_most = min(num_rows, max(16, pairs // num_keys))
         if self.causal:  # keys after a block of rows are not even computed
-            at_most = min(at_most, max(CAUSAL_ROWS, num_keys // 8))
+            fewest = max(CAUSAL_ROWS, num_keys // 8) if on_cpu else max(ACCELERATOR_CAUSAL_ROWS, num_keys // 4)
+            at_most = min(at_most, fewest)
         for rows in even_slices(0, num_rows, at_most):
             keys = slice(0, rows.stop + ahead if self.causal else num_keys)
             band = _band(self.bias.to(self.dtype), self.causal, self.shift, rows, keys.stop, ahead)

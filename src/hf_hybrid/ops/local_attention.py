@@ -15,10 +15,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .blocked_attention import Blocks, blocked_attention
+from .autocast import without_autocast
+from .blocked_attention import blocked_attention
 from .branches import uses_cpu_form
 from .export_shapes import count_blocks, is_open
 from .pieces import PAIRS_AT_A_TIME
+from .sdpa_blocks import Blocks
+
+ACCELERATOR_PAIRS_PER_BLOCK = 1 << 24  # of one head, in the mask that all blocks of a chunk share
 
 
 def local_attention(
@@ -119,11 +123,13 @@ def chunk_attention(
         )
     length = query.shape[2]
     size = chunk_size if is_open(length) else min(chunk_size, length)
-    bias = query.new_zeros(1, 2 * size - 1) if bias is None else bias[:, chunk_size - size : chunk_size + size - 1]
-    bias = bias[:, :size] if causal else bias
+    entries = size if causal else 2 * size - 1
+    if bias is not None:
+        bias = bias[:, chunk_size - size : chunk_size - size + entries]
     chunks = _into_blocks(query, 2, size)
     # A block is a chunk, or a piece of it when the chunk is long.
-    rows = size if size * size <= PAIRS_AT_A_TIME else max(64, PAIRS_AT_A_TIME // size)
+    pairs = PAIRS_AT_A_TIME if uses_cpu_form(query) else ACCELERATOR_PAIRS_PER_BLOCK
+    rows = size if size * size <= pairs else max(64, pairs // size)
     pieces = []
     for start in range(0, size, rows):
         piece = chunks[:, :, :, start : start + rows]
@@ -131,7 +137,15 @@ def chunk_attention(
         blocks = Blocks(period=size, span=span, front=0, shift=size - 1 - start)
         pieces.append(
             blocked_attention(
-                piece, key, value, blocks, bias=bias, key_mask=key_mask, scale=scale, dropout_p=dropout_p
+                piece,
+                key,
+                value,
+                blocks,
+                bias=bias,
+                entries=entries,
+                key_mask=key_mask,
+                scale=scale,
+                dropout_p=dropout_p,
             )
         )
     outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
@@ -254,12 +268,14 @@ def _band_attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     ahead = num_keys - num_queries  # s
     open_length = is_open(num_queries, num_keys)
+    trains = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    if num_queries == 1 and right == 0 and dropout_p == 0 and not (open_length or trains):
+        if not torch.compiler.is_exporting():
+            return _one_query(query, key, value, left, bias, key_mask, segments, scale)
     reach_left, reach_right = left, right
     if not open_length:  # offsets that no pair of tokens has are cut off the band
         reach_left, reach_right = min(left, num_keys - 1), min(right, num_queries - 1)
-    if bias is None:
-        bias = query.new_zeros(1, reach_left + reach_right + 1)
-    else:
+    if bias is not None:
         bias = bias[:, left - reach_left : left + 1 + reach_right]
     block = _block_length(reach_left, query.device)
     span = block + reach_left + reach_right
@@ -273,9 +289,39 @@ def _band_attention(
     query = _into_blocks(query, 2, block)
     pair = None if segments is None else (_into_blocks(segments[:, ahead:], 1, block), segments)
     outputs = blocked_attention(
-        query, key, value, blocks, bias=bias, key_mask=key_mask, segments=pair, scale=scale, dropout_p=dropout_p
+        query,
+        key,
+        value,
+        blocks,
+        bias=bias,
+        entries=reach_left + reach_right + 1,
+        key_mask=key_mask,
+        segments=pair,
+        scale=scale,
+        dropout_p=dropout_p,
     )
     return outputs.flatten(2, 3)[:, :, :num_queries]
+
+
+def _one_query(query, key, value, left, bias, key_mask, segments, scale) -> torch.Tensor:
+    """`_band_attention` of the last token alone, a decoding step: a few kernels."""
+    reach = min(left + 1, key.shape[2])
+    key, value, mask, visible = key[:, :, -reach:], value[:, :, -reach:], None, None
+    if bias is not None:
+        mask = bias[:, left + 1 - reach : left + 1].to(query.dtype)[None, :, None]  # (1, n, 1, reach)
+    if key_mask is not None:
+        visible = key_mask[:, -reach:]
+    if segments is not None:
+        own = segments[:, -reach:] == segments[:, -1:]
+        visible = own if visible is None else visible & own
+    with without_autocast(query.device):
+        if visible is None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        seen = visible[:, None, None]
+        shown, hidden = query.new_zeros(()), query.new_full((), torch.finfo(query.dtype).min / 2)
+        mask = torch.where(seen, shown if mask is None else mask, hidden)
+        outputs = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return outputs.masked_fill(~seen.any(-1, keepdim=True), 0)
 
 
 def _block_length(reach: int, device: torch.device) -> int:

@@ -81,8 +81,9 @@ def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) ->
     graphs the function is called unchanged.
 
     Args:
-        function: pointwise and deterministic, of tensors alone; tensors it closes over get no gradient.
-        tensors: inputs that can be broadcast to the shape of the first; those of integer or boolean type get no gradient.
+        function: deterministic, of tensors alone, and pointwise on CPU; tensors it closes over get no gradient.
+        tensors: inputs that can be broadcast to the shape of the first (on CPU); those of integer or boolean type get no
+            gradient.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return function(*tensors)

@@ -10,6 +10,7 @@ a table of biases.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +104,28 @@ def window_buckets(
         device: device of the result.
 
     Returns:
-        (2r + 1,) int64, or (r + 1,) when causal.
+        (2r + 1,) int64, or (r + 1,) when causal. In eager mode it is computed once: it must not be changed.
     """
     if radius < 0:
         raise ValueError(f"`radius` must be a distance in tokens, 0 or more; got {radius}.")
+    arguments = (radius, causal, num_buckets, max_distance, device)
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_traced or device is None or device.type == "meta":
+        return _window_buckets(*arguments)
+    with torch.inference_mode(False):
+        return _kept_window_buckets(*arguments)
+
+
+def _window_buckets(
+    radius: int, causal: bool, num_buckets: int, max_distance: int, device: torch.device | None
+) -> torch.Tensor:
     offsets = torch.arange(-radius, 1 if causal else radius + 1, device=device)
     return relative_position_bucket(
         offsets, bidirectional=not causal, num_buckets=num_buckets, max_distance=max_distance
     )
+
+
+_kept_window_buckets = lru_cache(maxsize=64)(_window_buckets)
 
 
 def toeplitz_bias(

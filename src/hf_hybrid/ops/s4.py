@@ -23,7 +23,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .branches import widest_float
+from .block_recurrence import block_recurrence
+from .branches import uses_cpu_form, widest_float
+from .full_products import full_matmul
 
 
 class DplrSystem(NamedTuple):
@@ -178,7 +180,9 @@ def _over_features(
     return torch.cat(results, dim=dim)
 
 
-def dplr_kernel(output: torch.Tensor, dense: DenseSystem, length: int, *, max_elements: int = 1 << 20) -> torch.Tensor:
+def dplr_kernel(
+    output: torch.Tensor, dense: DenseSystem, length: int, *, max_elements: int | None = None
+) -> torch.Tensor:
     """Untruncated kernel C A_bar^t B_bar, t < length, from raw C by the two-level product of Krylov vectors.
 
     With t = gC + j the kernel is (C A_bar^(gC)) (A_bar^j B_bar): both factors grow by doubling with the powers met while
@@ -188,11 +192,14 @@ def dplr_kernel(output: torch.Tensor, dense: DenseSystem, length: int, *, max_el
         output: C, (S, H, M, 2).
         dense: `DenseSystem`.
         length: number of taps.
-        max_elements: bound on matrix entries per power; the features are processed in blocks.
+        max_elements: bound on matrix entries per power, by default 2^20, or 2^24 on accelerators; the features are
+            processed in blocks.
 
     Returns:
         (S, H, length).
     """
+    if max_elements is None:
+        max_elements = 1 << (20 if uses_cpu_form(output) else 24)
     size = 1
     while size * size < length:
         size *= 2
@@ -227,7 +234,8 @@ def dplr_state_response(
         state: x, (B, H, M, 2).
         length: number of tokens.
         offset: 1 for a state before the first token.
-        max_elements: bound on matrix entries per power; the features are processed in blocks.
+        max_elements: bound on matrix entries per power, by default 2^20, or 2^24 on accelerators; the features are
+            processed in blocks.
 
     Returns:
         (B, S, H, length) in the precision of the system.
@@ -349,7 +357,7 @@ def dplr_kernel_from_nodes(
     internal_length: int,
     length: int | None = None,
     *,
-    max_elements: int = 1 << 22,
+    max_elements: int | None = None,
 ) -> torch.Tensor:
     """Kernel of the truncated system from C-tilde, at exactly computed FFT nodes (arXiv 2111.00396, section 3 and appendix C).
 
@@ -359,8 +367,8 @@ def dplr_kernel_from_nodes(
             cancel); in float64, with a float64 C-tilde, to 1e-13.
         internal_length: number of nodes; the kernel is exact for that many taps.
         length: taps to return, at most `internal_length` (default: all).
-        max_elements: bound on modes times nodes held at once; the features are processed in blocks, which are
-            recomputed in the backward pass.
+        max_elements: bound on modes times nodes held at once, by default 2^22, or 2^26 on accelerators; the features are
+            processed in blocks, which are recomputed in the backward pass.
 
     Returns:
         (S, H, length).
@@ -371,6 +379,8 @@ def dplr_kernel_from_nodes(
     length = internal_length if length is None else length
     if not 1 <= length <= internal_length:
         raise ValueError(f"`length` must lie in 1..internal_length ({internal_length}); got {length}.")
+    if max_elements is None:
+        max_elements = 1 << (22 if uses_cpu_form(output_tilde) else 26)
     block = max(1, max_elements // (system.rates.shape[1] * (internal_length // 2 + 1)))
     tensors = (system.rates, system.low_rank, system.inputs, output_tilde, system.dt)
     spectrum = _over_features(partial(_node_spectrum, length=internal_length), tensors, (0, 1, 0, 1, 0), block, dim=1)
@@ -490,7 +500,8 @@ def dplr_blocks(
 def dplr_scan(
     inputs: torch.Tensor, blocks: DplrBlocks, initial_state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Untruncated recurrence over a sequence, in blocks: one product per block carries the state.
+    """Untruncated recurrence over a sequence, in blocks: one product per block carries the state, or on accelerators one
+    per doubling of the blocks.
 
     Args:
         inputs: u, (B, H, L), in the precision of `blocks`.
@@ -509,18 +520,16 @@ def dplr_scan(
     groups = n_full + (rest > 0)
     tokens = torch.nn.functional.pad(inputs.transpose(0, 1), (0, groups * size - length))
     tokens = tokens.reshape(features, batch * groups, size)  # (H, B n, b)
-    driven = (tokens @ blocks.arrival).unflatten(1, (batch, groups))
-    before = []
-    for index in range(n_full):
-        before.append(state)
-        state = state @ blocks.transitions[-1] + driven[:, :, index]
+    driven = full_matmul(tokens, blocks.arrival).unflatten(1, (batch, groups))
+    ends, state = block_recurrence(driven[:, :, :n_full], blocks.transitions[-1], state)
+    before = ends
     if rest:
-        before.append(state)
+        before = torch.cat([ends, state.unsqueeze(2)], dim=2)
         for bit, transition in enumerate(blocks.transitions):  # A_bar^rest by the binary digits of rest
             state = state @ transition if rest >> bit & 1 else state
         state = state + tokens.unflatten(1, (batch, groups))[:, :, -1, :rest] @ blocks.arrival[:, size - rest :]
-    met = torch.stack(before, dim=2).flatten(1, 2)  # (H, B n, N)
-    outputs = torch.baddbmm(tokens @ blocks.toeplitz.mT, met, blocks.responses.mT)  # (H, B n, S b)
+    met = before.flatten(1, 2)  # (H, B n, N)
+    outputs = full_matmul(tokens, blocks.toeplitz.mT) + full_matmul(met, blocks.responses.mT)  # (H, B n, S b)
     outputs = outputs.view(features, batch, groups, -1, size).permute(1, 3, 0, 2, 4).flatten(3)[..., :length]
     return outputs, from_real_basis(state.transpose(0, 1))
 
@@ -528,7 +537,8 @@ def dplr_scan(
 def dplr_block_states(
     inputs: torch.Tensor, dense: DenseSystem, block_size: int, entering: torch.Tensor | None = None, *, group_size: int
 ) -> torch.Tensor:
-    """States after each block of tokens, without any output: one product per group of tokens carries the state.
+    """States after each block of tokens, without any output: one product per group of tokens carries the state, or on
+    accelerators one per doubling of the groups.
 
     Args:
         inputs: u, (B, H, K * W), K >= 1 blocks of W tokens, in the working precision.
@@ -545,16 +555,16 @@ def dplr_block_states(
     arrival = _grow_columns(squares, dense.inputs.unsqueeze(-1), group_size).flip(-1).mT.to(inputs.dtype)  # (H, C, N)
     transition = matrix_power(dense.transition, group_size).mT.to(inputs.dtype)
     tokens = inputs.transpose(0, 1).reshape(features, -1, group_size)
-    drive = (tokens @ arrival).unflatten(1, (batch, -1))  # (H, B, G, N)
+    drive = full_matmul(tokens, arrival).unflatten(1, (batch, -1))  # (H, B, G, N)
     per_block = block_size // group_size
-    state, ends = None, []
-    for index in range(drive.shape[2]):
-        state = drive[:, :, index] if state is None else torch.baddbmm(drive[:, :, index], state, transition)
-        if entering is not None and index == per_block - 1:
-            state = state + to_real_basis(entering.to(state.dtype)).transpose(0, 1)
-        if index % per_block == per_block - 1:
-            ends.append(state)
-    return from_real_basis(torch.stack(ends, dim=0).permute(2, 0, 1, 3))
+    if entering is not None:  # as if the last group of the first block had brought it
+        first = to_real_basis(entering.to(drive.dtype)).transpose(0, 1).unsqueeze(2)
+        drive = torch.cat(
+            [drive[:, :, : per_block - 1], drive[:, :, per_block - 1 : per_block] + first, drive[:, :, per_block:]], 2
+        )
+    states, last = block_recurrence(drive, transition, torch.zeros_like(drive[:, :, 0]))
+    after = torch.cat([states[:, :, 1:], last.unsqueeze(2)], dim=2)[:, :, per_block - 1 :: per_block]
+    return from_real_basis(after.permute(1, 2, 0, 3))
 
 
 def dplr_advance(state: torch.Tensor, dense: DenseSystem, steps: torch.Tensor, largest: int) -> torch.Tensor:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .branches import uses_cpu_form
 from .code_memory import CodeMemory
 from .relative_position import toeplitz_bias
 from .sequence_group import SequenceGroup
@@ -76,7 +75,7 @@ def vq_attention(
     if group is not None:
         return _composed_attention(*arguments, chunk_size, causal, far_key_gradient, group)
     keeps_gradient = torch.is_grad_enabled() and memory is not None and memory.code_value_mean.requires_grad
-    if uses_cpu_form(query) and not torch.compiler.is_exporting() and not keeps_gradient:
+    if not (torch.compiler.is_exporting() or keeps_gradient or query.is_meta):
         return vq_scores_attention(*arguments, chunk_size, causal, far_key_gradient)
     return _composed_attention(*arguments, chunk_size, causal, far_key_gradient)
 
@@ -141,7 +140,7 @@ def vq_attention_reference(
 def _composed_attention(
     query, key, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal, far_key_gradient, group=None
 ):
-    """Attention by operations that PyTorch differentiates, for accelerators and exported graphs."""
+    """Attention by operations that PyTorch differentiates: for exported graphs, and for a memory with a gradient."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, _ = query.shape
     words = codebook.to(dtype)

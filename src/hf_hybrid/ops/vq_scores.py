@@ -1,7 +1,9 @@
-"""Attention over quantised keys on CPU: the engine of `vq_attention`.
+"""Attention over quantised keys: the engine of `vq_attention`.
 
 The scores of a few chunks at a time are computed, used and dropped while they are in cache: scores of the codewords,
-which stand for the far keys, beside those of the near keys. The backward pass computes them again.
+which stand for the far keys, beside those of the near keys. The backward pass computes them, and the mean values of the
+codes, again. Accelerators take many chunks at a time, multiply in the dtype of the values with sums in float32, and read no
+value.
 
 Shapes: R rows (batch and heads), T chunks of C queries, K chunks of keys: an empty one (or the window of a memory) in front, and
 an empty one behind when attention is bidirectional; S codewords, d width of keys, e width of values, span: near keys of a chunk.
@@ -16,11 +18,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .autocast import without_autocast
+from .branches import uses_cpu_form
 from .code_memory import CodeMemory
 from .pieces import even_slices
+from .products import wide_bmm
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 
-PAIRS_AT_A_TIME = 1 << 20  # pairs of query and key or codeword whose scores exist at one time: 4 MB in float32
+# Pairs of query and key or codeword whose scores exist at one time: 4 MB in float32 on a CPU.
+PAIRS_AT_A_TIME, ACCELERATOR_PAIRS_AT_A_TIME = 1 << 20, 1 << 26
 
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -86,13 +92,17 @@ class _Call:
         batch, self.heads, length = self.shape
         self.causal, self.chunk, self.size = causal, chunk_size, codebook.shape[1]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.reads_mask = uses_cpu_form(query)
+        self.product_dtype = self.dtype if self.reads_mask or value.dtype.itemsize >= 4 else value.dtype
+        self.pairs = PAIRS_AT_A_TIME if self.reads_mask else ACCELERATOR_PAIRS_AT_A_TIME
+        self.device = query.device
         self.number = -(-length // chunk_size)
         self.span = (2 if causal else 3) * chunk_size
         self.tail = self.number * chunk_size - length
         self.layout = (chunk_size, self.tail if causal else self.tail + chunk_size)
         self.has_far = memory is not None or self.number > 2
         self.queries = F.pad(query.to(self.dtype).flatten(0, 1), (0, 0, 0, self.tail)).unflatten(1, (-1, chunk_size))
-        mask = torch.ones(batch, length, dtype=torch.bool) if key_mask is None else key_mask
+        mask = torch.ones(batch, length, dtype=torch.bool, device=self.device) if key_mask is None else key_mask
         self.is_seen = None if key_mask is None else self._seen(mask, memory)  # (B, L)
         mask = F.pad(mask, self.layout)
         self.codes = F.pad(codes.flatten(0, 1), self.layout)  # (R, K C)
@@ -119,7 +129,7 @@ class _Call:
     def row_slices(self) -> Iterator[tuple[slice, list[slice]]]:
         """Rows to be taken together, and slices of their chunks."""
         pairs = self.chunk * (self.span + (self.size if self.has_far else 0))
-        chunks = max(1, PAIRS_AT_A_TIME // pairs)
+        chunks = max(1, self.pairs // pairs)
         together = max(1, chunks // self.number)
         cuts = even_slices(0, self.number, chunks)
         for rows in even_slices(0, self.shape[0] * self.heads, together):
@@ -127,7 +137,7 @@ class _Call:
 
     def _numbers(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Batch and head of each row."""
-        index = torch.arange(rows.start, rows.stop)
+        index = torch.arange(rows.start, rows.stop, device=self.device)
         return index // self.heads, index % self.heads
 
     def row_mask(self, rows: slice) -> torch.Tensor:
@@ -147,11 +157,12 @@ class _Call:
         real = self.row_mask(rows).to(self.dtype).unflatten(1, cut)
         counts = values.new_zeros(*codes.shape[:2], self.size)
         sums = values.new_zeros(*codes.shape[:2], self.size, values.shape[-1])
-        for chunks in even_slices(0, codes.shape[1], max(1, PAIRS_AT_A_TIME // (self.chunk * self.size))):
+        for chunks in even_slices(0, codes.shape[1], max(1, self.pairs // (self.chunk * self.size))):
             hot = values.new_zeros(*codes[:, chunks].shape, self.size)
             hot.scatter_(-1, codes[:, chunks].unsqueeze(-1), real[:, chunks].unsqueeze(-1))
             counts[:, chunks] = hot.sum(2)
-            sums[:, chunks] = hot.mT @ values[:, chunks]
+            found = self.product(hot.mT.flatten(0, 1), values[:, chunks].flatten(0, 1))
+            sums[:, chunks] = found.unflatten(0, hot.shape[:2])
         counts, sums = far_sums(counts, self.causal), far_sums(sums, self.causal)
         if self.before is not None:
             count, mean = (part[rows].unsqueeze(1) for part in self.before)
@@ -165,7 +176,7 @@ class _Call:
         keys = self.near_keys(rows).unfold(1, self.span, self.chunk)  # (R, T, d, span)
         values = self.values[rows].unfold(1, self.span, self.chunk)
         hidden = None
-        if not self.mask.all():
+        if not (self.reads_mask and self.mask.all()):
             hidden = (~self.row_mask(rows)).to(self.dtype).unfold(1, self.span, self.chunk)
         hiding = torch.finfo(self.dtype).min / 2
         words = self.words[heads].unsqueeze(1)
@@ -183,8 +194,15 @@ class _Call:
                 part_values = torch.cat([far.means[:, chunks], part_values], dim=2)
             queries = self.queries[rows, chunks].flatten(0, 1)
             part_keys, part_values = part_keys.flatten(0, 1), part_values.flatten(0, 1)
-            scores = torch.baddbmm(scores.flatten(0, 1), queries, part_keys.mT)
+            if self.product_dtype == self.dtype:
+                scores = torch.baddbmm(scores.flatten(0, 1), queries, part_keys.mT)
+            else:
+                scores = self.product(queries, part_keys.mT).add_(scores.flatten(0, 1))
             yield _Part(rows, chunks, part_keys, part_values, queries, torch.softmax(scores, dim=-1))
+
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """(G, M, K) @ (G, K, N) in the working precision."""
+        return wide_bmm(left, right, self.product_dtype)
 
     def restore(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(R, T, C, .) to (B, H, L, .), in another precision."""
@@ -218,14 +236,14 @@ def _attention(
     causal: bool,
     far_key_gradient: bool,
 ) -> torch.Tensor:
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(query.device):
         memory = _memory((window_codes, window_values, window_mask, code_count, code_value_mean))
         call = _Call(query, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal)
         outputs = call.queries.new_empty(*call.queries.shape[:3], value.shape[-1])
         for rows, cuts in call.row_slices():
             for part in call.parts(rows, cuts, call.far(rows)):
                 block = outputs[rows, part.chunks]
-                block.copy_(torch.bmm(part.weights, part.values).view(block.shape))
+                block.copy_(call.product(part.weights, part.values).view(block.shape))
         return call.hide_blind(call.restore(outputs, value.dtype))
 
 
@@ -253,7 +271,7 @@ def _attention_backward(
     causal: bool,
     far_key_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(query.device):
         memory = _memory((window_codes, window_values, window_mask, code_count, code_value_mean))
         call = _Call(query, value, codes, codebook, window_bias, key_mask, memory, chunk_size, causal)
         gradient = call.hide_blind(gradient.to(call.dtype)).flatten(0, 1)
@@ -292,11 +310,11 @@ def _row_gradients(
         chunks = part.chunks
         shape = (len(heads), chunks.stop - chunks.start)
         outer = gradients[rows, chunks].flatten(0, 1)
-        found_values = torch.bmm(part.weights.mT, outer).unflatten(0, shape)
-        scores = torch.bmm(outer, part.values.mT)
+        found_values = call.product(part.weights.mT, outer).unflatten(0, shape)
+        scores = call.product(outer, part.values.mT)
         scores = torch._softmax_backward_data(scores, part.weights, -1, scores.dtype)
-        query_gradient[rows, chunks] = torch.bmm(scores, part.keys).unflatten(0, shape)
-        found_keys = torch.bmm(scores.mT, part.queries).unflatten(0, shape)
+        query_gradient[rows, chunks] = call.product(scores, part.keys).unflatten(0, shape)
+        found_keys = call.product(scores.mT, part.queries).unflatten(0, shape)
         near_scores = scores[..., size:].unflatten(0, shape).sum(1)
         band_gradient.index_add_(0, heads, near_scores)
         for piece in range(call.span // call.chunk):

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import torch
 
-from .branches import widest_float
+from .branches import uses_cpu_form, widest_float
+from .full_products import full_matmul
 
-_ELEMENTS_AT_A_TIME = 1 << 22  # of the windows before block ends
+# Of the windows before block ends.
+_ELEMENTS_AT_A_TIME = 1 << 22
+_ACCELERATOR_ELEMENTS_AT_A_TIME = 1 << 28
 
 
 def lag_features(length: int, size: int, base: float, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -43,7 +46,8 @@ def windowed_filters(
     Returns:
         (F, D, L).
     """
-    return (weight @ features.T + bias.unsqueeze(-1)) * decay_window(alpha, features.shape[0])
+    rows = full_matmul(weight.flatten(0, 1), features.T).unflatten(0, weight.shape[:2])
+    return (rows + bias.unsqueeze(-1)) * decay_window(alpha, features.shape[0])
 
 
 def filtered_block_ends(
@@ -76,7 +80,8 @@ def filtered_block_ends(
     windows = padded[..., missing + ends[0] - length + 1 :].unfold(-1, length, ends.step)  # (B, D, K, L), a view
     at_a_time = 1
     if len(ends) > 1:  # for a single place the number of rows must not matter: exported steps leave it open
-        at_a_time = max(1, _ELEMENTS_AT_A_TIME // (windows.shape[0] * windows.shape[1] * length))
+        elements = _ELEMENTS_AT_A_TIME if uses_cpu_form(inputs) else _ACCELERATOR_ELEMENTS_AT_A_TIME
+        at_a_time = max(1, elements // (windows.shape[0] * windows.shape[1] * length))
     found = []
     for first in range(0, len(ends), at_a_time):
         projected = (windows[:, :, first : first + at_a_time] * window.unsqueeze(1)) @ basis  # (B, D, K, E + 1)

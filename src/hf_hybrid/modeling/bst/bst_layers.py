@@ -33,7 +33,8 @@ from ...ops.block_state import (
     step_attention,
     write_slots,
 )
-from ...ops.branches import can_read_values
+from ...ops.branches import can_read_values, uses_cpu_form
+from ...ops.flex_local import Pattern, flex_local_attention
 from ...ops.local_attention import cached_local_attention
 from ...ops.relative_position import window_buckets
 from ...ops.sequence_group import SequenceGroup
@@ -81,6 +82,7 @@ class _HeadScores(nn.Module):
 
     def __init__(self, config: BstConfig) -> None:
         super().__init__()
+        self.config = config
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.block_size, self.dropout = config.block_size, config.attention_dropout
         self.qk_norm_eps = config.qk_norm_eps
@@ -110,6 +112,39 @@ class _HeadScores(nn.Module):
             return query
         scaled = unit_length(query, self.qk_norm_eps) * self.qk_scale.abs().view(-1, 1, 1)
         return scaled.to(query.dtype)
+
+    def attend_to_tokens(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        is_sliding: bool,
+        bias: torch.Tensor | None,
+        start: Start,
+        rings: Rings | None,
+    ) -> torch.Tensor:
+        """`segment_attention`, or FlexAttention for a whole text where it was asked for: on accelerators."""
+        is_whole = isinstance(start, int) and start == 0 and query.shape[2] > 1
+        if is_whole and self.config._attn_implementation == "flex_attention" and not uses_cpu_form(query):
+            if self.dropout_p > 0:
+                raise ValueError(
+                    f"FlexAttention has no dropout of attention weights: set `attention_dropout=0` (now {self.dropout}), "
+                    "or `model.set_attn_implementation('sdpa')`."
+                )
+            pattern = Pattern(self.block_size - 1, 0, None if is_sliding else self.block_size)
+            return flex_local_attention(query, key, value, pattern, bias=bias, scale=self.scale)
+        return segment_attention(
+            query,
+            key,
+            value,
+            block_size=self.block_size,
+            is_sliding=is_sliding,
+            bias=bias,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            start=start,
+            rings=rings,
+        )
 
     def normalize_keys(self, key: torch.Tensor) -> torch.Tensor:
         """(..., e) -> (..., e)."""
@@ -151,7 +186,11 @@ class BstAttention(_HeadScores):
         query = self.queries(states)
         key = self.normalize_keys(self.split_heads(self.k_proj(states)))
         value = self.split_heads(self.v_proj(states))
-        bias = self._bias(states.device)
+        if cache_layer is None or torch.compiler.is_compiling():
+            bias = self._bias(states.device)
+        else:  # for the steps of a generation
+            tensors = [*self.rel_bias.parameters(), *(() if self.qk_scale is None else (self.qk_scale,))]
+            bias = kept_result(cache_layer.kept, self, "bias", tensors, lambda: self._bias(states.device))
         if self.sequence_group is not None and self.is_sliding and self.block_size > 1:
             return self._attend_to_earlier_piece(query, key, value, bias, self.sequence_group)
         if passage.step is not None:
@@ -161,18 +200,7 @@ class BstAttention(_HeadScores):
             view = step.window if self.is_sliding else step.block
             return step_attention(query, cache_layer.keys, cache_layer.values, view, bias=bias, scale=self.scale)
         rings = None if cache_layer is None or cache_layer.keys is None else (cache_layer.keys, cache_layer.values)
-        attended = segment_attention(
-            query,
-            key,
-            value,
-            block_size=self.block_size,
-            is_sliding=self.is_sliding,
-            bias=bias,
-            scale=self.scale,
-            dropout_p=self.dropout_p,
-            start=passage.start,
-            rings=rings,
-        )
+        attended = self.attend_to_tokens(query, key, value, self.is_sliding, bias, passage.start, rings)
         if cache_layer is not None:
             cache_layer.keys, cache_layer.values = _rings_after(rings, (key, value), self.block_size, passage)
         return attended
@@ -255,16 +283,7 @@ class BstContext(_HeadScores):
         rings = None
         if cache_layer is not None and cache_layer.context_keys is not None:
             rings = (cache_layer.context_keys, cache_layer.context_values)
-        read = segment_attention(  # (5)
-            query,
-            *new,
-            block_size=self.block_size,
-            is_sliding=False,
-            scale=self.scale,
-            dropout_p=self.dropout_p,
-            start=passage.start,
-            rings=rings,
-        )
+        read = self.attend_to_tokens(query, *new, False, None, passage.start, rings)  # (5)
         if cache_layer is not None:
             cache_layer.state = state
             cache_layer.context_keys, cache_layer.context_values = _rings_after(rings, new, self.block_size, passage)

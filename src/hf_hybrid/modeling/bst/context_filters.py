@@ -38,6 +38,7 @@ from ...ops.diagonal_ssm import (
     system_kernel,
 )
 from ...ops.fft_conv import causal_fft_conv
+from ...ops.full_products import full_matmul
 from ...ops.input_history import InputHistory
 from ...ops.s4 import DenseSystem, dplr_advance, dplr_block_states, dplr_dense, dplr_step
 from ...ops.sequence_group import SequenceGroup
@@ -258,7 +259,7 @@ class DiagonalFilters(ContextFilters, KeepsFullPrecision, KeepsResults):
     def _read(self, states: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Outputs of states (X, D, M, 2) whose last input was (X, D): (X, F, D)."""
         weight = torch.stack([self.C[..., 0], -self.C[..., 1]], dim=-1).flatten(2)  # (F, D, N)
-        outputs = 2 * torch.einsum("xdn,fdn->xfd", states.flatten(2), weight)
+        outputs = 2 * full_matmul(states.flatten(2).transpose(0, 1), weight.permute(1, 2, 0)).permute(1, 2, 0)
         return outputs + self.D * inputs.unsqueeze(1)
 
     def _advance(
@@ -358,7 +359,8 @@ class DplrFilters(ContextFilters, StateSpaceLayer):
     def _read(self, states: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         output = self._cached("output", self._compute_output)
         weight = torch.stack([output[..., 0], -output[..., 1]], dim=-1).flatten(2)  # (F, D, N)
-        return 2 * torch.einsum("xdn,fdn->xfd", states.flatten(2), weight) + self.D * inputs.unsqueeze(1)
+        outputs = 2 * full_matmul(states.flatten(2).transpose(0, 1), weight.permute(1, 2, 0)).permute(1, 2, 0)
+        return outputs + self.D * inputs.unsqueeze(1)
 
     def _advance(
         self, hidden_states: torch.Tensor, state: torch.Tensor | None, valid: torch.Tensor | None

@@ -5,10 +5,16 @@ Shapes: B batch, L tokens, D hidden size, n heads, d head width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.configuration_utils import PreTrainedConfig
 
+from ...layers.kept_results import kept_result
+from ...ops.branches import uses_cpu_form
+from ...ops.flex_local import Pattern, flex_local_attention
 from ...ops.local_attention import cached_local_attention, chunk_attention, halo_attention, local_attention
 from ...ops.relative_position import apply_rotary, rotary_cos_sin, window_buckets
 from ...ops.sequence_group import SequenceGroup
@@ -32,6 +38,7 @@ class LocalSelfAttention(nn.Module):
         dropout: probability on the attention weights.
         output_norm: optional norm of the result (NormFormer).
         scale_heads: a learned factor per head on the result, viewed as heads (NormFormer).
+        config: configuration that says by `_attn_implementation` whether accelerators use FlexAttention.
     """
 
     sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
@@ -52,8 +59,10 @@ class LocalSelfAttention(nn.Module):
         dropout: float = 0.0,
         output_norm: nn.Module | None = None,
         scale_heads: bool = False,
+        config: PreTrainedConfig | None = None,
     ) -> None:
         super().__init__()
+        self.config = config
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.window = window
@@ -96,6 +105,14 @@ class LocalSelfAttention(nn.Module):
             vector = F.pad(vector, (0, self.reach))
         return vector
 
+    def _own_bias(self, device: torch.device, cache_layer: SlidingRecurrentLayer | None) -> torch.Tensor | None:
+        """`bias_vector`, computed once in a generation."""
+        table = getattr(self, "relative_attention_bias", None)
+        if cache_layer is None or table is None or torch.compiler.is_compiling():
+            return self.bias_vector(device)
+        compute = partial(self.bias_vector, device)
+        return kept_result(cache_layer.kept, self, "bias", [*table.parameters()], compute)
+
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         batch, length, _ = projected.shape
         return projected.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)  # (B, n, L, d)
@@ -111,9 +128,13 @@ class LocalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """(B, n, L, d) queries over (B, n, keys, d), the cached ones included."""
         batch, _, keys, _ = key.shape
+        if key_mask is not None and key_mask.shape[1] > keys:
+            key_mask = key_mask[:, -keys:]
+        if keys == query.shape[2] > 1 and self._uses_flex(query):
+            return self._attend_flex(query, key, value, bias, key_mask, positions)
         common: dict = {
             "bias": bias,
-            "key_mask": None if key_mask is None else key_mask[:, -keys:],
+            "key_mask": key_mask,
             "dropout_p": self.dropout if self.training else 0.0,
         }
         if self.attention_type == "window":
@@ -165,6 +186,36 @@ class LocalSelfAttention(nn.Module):
         parts = [before.bool(), own] if self.is_causal else [before.bool(), own, behind.bool()]
         return torch.cat(parts, dim=1)
 
+    def _uses_flex(self, query: torch.Tensor) -> bool:
+        """Whether FlexAttention was asked for; CPUs have an operator that is faster, and differentiable there."""
+        return getattr(self.config, "_attn_implementation", None) == "flex_attention" and not uses_cpu_form(query)
+
+    def _attend_flex(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`_attend` of a whole text."""
+        if self.training and self.dropout > 0:
+            raise ValueError(
+                f"FlexAttention has no dropout of attention weights: set `attention_dropout=0` (now {self.dropout}), or "
+                "`model.set_attn_implementation('sdpa')`."
+            )
+        pattern = Pattern(self.reach, 0 if self.is_causal else self.reach)
+        if self.attention_type == "window":
+            return flex_local_attention(query, key, value, pattern, bias=bias, key_mask=key_mask)
+        bias = bias[:, : self.window] if self.is_causal and bias is not None else bias
+        pattern = pattern._replace(chunk_size=self.window)
+        segments = None
+        if positions is not None and key_mask is not None:
+            segments = torch.div(positions, self.window, rounding_mode="floor").expand(query.shape[0], -1)
+        options = {"bias": bias, "key_mask": key_mask, "segments": segments}
+        return flex_local_attention(query, key, value, pattern, **options)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -196,7 +247,8 @@ class LocalSelfAttention(nn.Module):
                 positions = places.unsqueeze(0)
             cos, sin = rotary_cos_sin(positions[:, -length:], self.head_dim, self.rotary_base)
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        bias = self.bias_vector(hidden_states.device) if bias is None else bias
+        if bias is None:
+            bias = self._own_bias(hidden_states.device, cache_layer)
         if cache_layer is not None:
             key, value = cache_layer.update(key, value)
         attended = self._attend(query, key, value, bias, key_mask, positions)

@@ -59,6 +59,7 @@ class SpadePreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = [r"ssm\.(?!kernel_length)\w+"]  # a pattern; the length is an integer and stays one
     _supports_sdpa = True
+    _supports_flex_attn = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

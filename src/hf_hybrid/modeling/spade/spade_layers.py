@@ -64,6 +64,7 @@ class SpadeMixer(nn.Module):
             dropout=config.attention_dropout,
             output_norm=build_norm(config.norm_type, width, config.norm_eps) if output_norm else None,
             scale_heads=scale_heads,
+            config=config,
         )
         self.ssm = self._build_ssm(config, bidirectional=not is_causal) if has_ssm else None
         if has_ssm and self.combine != "stack":
