@@ -10,7 +10,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) i
 PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo test test-wide test-oldest test-slow test-company lint format tables clean
+.PHONY: help install demo test test-wide test-oldest test-slow test-company gpu-check lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  every test that needs neither an accelerator nor a network"
 	@echo "make test-company  the programs of other projects (TRL, sentence-transformers, lm-eval ...) around these models"
 	@echo "make test-oldest  the same as make test, with the oldest Transformers and libraries that are supported, in $(OLDEST)"
+	@echo "make gpu-check  tests and measurements on the accelerator of this machine, in eight minutes; writes docs/gpu.md"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
 	@echo "make tables     the tables in README.md and docs/, the stub and the index of options, from the records"
 	@echo "make install    only the virtual environment in $(VENV)"
@@ -59,6 +60,9 @@ test-slow: install
 test-company: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[company]"
 	$(PYTEST) -m company tests/company
+
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: install
 	$(BIN)/ruff check .

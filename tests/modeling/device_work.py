@@ -45,6 +45,7 @@ FREE = {
     "lift_fresh",
     "new_empty",
     "new_empty_strided",
+    "promote_types",
     "record_stream",
     "resize_",
     "set_",
@@ -57,6 +58,7 @@ class DeviceWork(TorchDispatchMode):
 
     Attributes:
         kernels: operations that launch at least one kernel, by name.
+        shapes: these operations in turn, with the shapes of their tensors.
         reads: places in the code that made the host wait, by operation and place.
     """
 
@@ -64,6 +66,7 @@ class DeviceWork(TorchDispatchMode):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
+        self.shapes: list[tuple[Any, ...]] = []
         self._on_host: list[
             torch.Tensor
         ] = []  # seeds of dropout are drawn on the host, and cost nothing to read there
@@ -88,6 +91,11 @@ class DeviceWork(TorchDispatchMode):
                     return func._op_dk(key, *args, **kwargs)
             self.kernels[func.name()] += 1
             return func(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # inside operators of ours these arrive whole
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         name = func._schema.name.removeprefix("aten::")
         is_seed = any(any(leaf is seed for seed in self._on_host) for leaf in tree_leaves(args))
         waits = name in READS or (name == "repeat_interleave" and "output_size" not in kwargs)
@@ -98,6 +106,9 @@ class DeviceWork(TorchDispatchMode):
                 self.note_read(f"{name} by booleans")
         if not (waits or func.is_view or name in FREE):
             self.kernels[name] += 1
+            self.shapes.append(
+                (name, *(tuple(leaf.shape) for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)))
+            )
         result = func(*args, **kwargs)
         if name == "randint" and "device" in kwargs and kwargs["device"] == torch.device("cpu"):
             self._on_host.append(result)

@@ -1,0 +1,138 @@
+"""On an accelerator: what the forms for it compute there, against the CPU (`make gpu-check`).
+
+Without one these tests are skipped. `HF_HYBRID_CHECK_DEVICE=cpu` lets the CPU stand in, with the same forms, to try the tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from factories import Case, all_variants, main_output, parametrize
+from test_accelerator_branch import loss_and_gradients, training_inputs
+
+from hf_hybrid.modeling.decoding_step import DecodingStep
+from hf_hybrid.ops.branches import forced_branch
+
+pytestmark = pytest.mark.gpu
+GENERATIVE = [case for case in all_variants() if case.auto_name.endswith("LM")]
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    """The accelerator, or the CPU standing in for one."""
+    name = os.environ.get("HF_HYBRID_CHECK_DEVICE")
+    if name is None and not torch.accelerator.is_available():
+        pytest.skip("no accelerator")
+    found = torch.device(name) if name is not None else torch.accelerator.current_accelerator()
+    with forced_branch("accelerator") if found.type == "cpu" else nullcontext():
+        yield found
+
+
+def moved(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+@parametrize(all_variants(), kept=all_variants())
+def test_loss_and_gradients_are_those_of_the_cpu(case: Case, device: torch.device) -> None:
+    model = case.model().train()
+    for padded in (None, "left"):
+        inputs = training_inputs(case, padded)
+        with forced_branch("cpu"):
+            expected, expected_gradients = loss_and_gradients(model, inputs)
+        loss, gradients = loss_and_gradients(model.to(device), moved(inputs, device))
+        model.cpu()
+        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-5)
+        for (name, _), found, wanted in zip(model.named_parameters(), gradients, expected_gradients):
+            if found is None or wanted is None:
+                continue
+            error = (found.cpu() - wanted).norm() / wanted.norm().clamp(min=1e-6)
+            assert error < 1e-2, f"{name}: {error:.1e} of its norm, with padding: {padded}"
+
+
+@parametrize(all_variants(), kept=all_variants())
+def test_half_precision_follows_float32(case: Case, device: torch.device) -> None:
+    model, inputs = case.model(), training_inputs(case, None)
+    inputs.pop("labels", None)
+    with torch.no_grad(), forced_branch("cpu"):
+        expected = main_output(model(**inputs))
+    with torch.no_grad():
+        actual = main_output(model.to(device, torch.bfloat16)(**moved(inputs, device))).float().cpu()
+    assert actual.isfinite().all()
+    # A router that decides otherwise, or a key with another code, changes single tokens as a whole: most of them are compared.
+    error = (actual - expected).abs().flatten(2).amax(-1) / expected.abs().max()
+    assert error.median() < 3e-2
+
+
+@parametrize(GENERATIVE, kept=GENERATIVE)
+def test_generates_the_tokens_of_the_cpu(case: Case, device: torch.device) -> None:
+    model, inputs = case.model(), case.inputs(length=21)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :7] = 0
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with forced_branch("cpu"):
+        expected = model.generate(**inputs, **settings)
+    actual = model.to(device).generate(**moved(inputs, device), **settings).cpu()
+    assert (actual == expected).float().mean() > 0.9  # equal scores may be ordered otherwise
+
+
+@parametrize(GENERATIVE, kept=GENERATIVE)
+def test_decoding_step_as_a_graph(case: Case, device: torch.device) -> None:
+    """`torch.compile` with graphs of the device: the same logits as without."""
+    torch._dynamo.reset()
+    step = DecodingStep(case.model()).to(device)
+    if step.is_growing or step.has_encoder:
+        pytest.skip("the state grows with the text")
+    mode = None if device.type == "cpu" else "reduce-overhead"
+    compiled = torch.compile(step, mode=mode, backend="inductor" if device.type != "cpu" else "aot_eager")
+    tokens = case.inputs(length=4)["input_ids"].to(device)
+    states = [step.start(batch_size=len(tokens)) for _ in range(2)]
+    for position in range(4):
+        token = tokens[:, position : position + 1]
+        mask = torch.ones_like(token)
+        with torch.no_grad():
+            expected, actual = (form(token, mask, state) for form, state in zip((step, compiled), states))
+        torch.testing.assert_close(actual["logits"], expected["logits"], rtol=1e-3, atol=1e-3)
+        states = [{name: part.clone() for name, part in found["state"].items()} for found in (expected, actual)]
+
+
+@parametrize(all_variants(), kept=all_variants())
+def test_memory_per_token_is_linear(case: Case, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs the memory statistics of CUDA")
+    if getattr(case.config(), "relative_positional_bias", None) == "simple":
+        pytest.skip("the table of biases ends at 512 tokens")
+    is_quadratic = case.model_type == "mega" and not case.config().use_chunking
+    model, peaks = case.model().train().to(device), []
+    for length in (1024, 4096, 16384):
+        inputs = moved(training_inputs(case, None, length), device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        loss_and_gradients(model, inputs)
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    grown = (peaks[2] - peaks[0]) / (peaks[1] - peaks[0])
+    assert is_quadratic or grown < 5.5  # 5 for a linear growth
+
+
+@pytest.mark.parametrize("model_type", ["spade_lm", "bst"])
+def test_flex_attention_trains_like_sdpa(model_type: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("FlexAttention has gradients on CUDA alone")
+    case = Case(model_type, "AutoModelForCausalLM", "default")
+    overrides = (
+        {"hidden_size": 64, "head_dim": 32}
+        if model_type == "bst"
+        else {"hidden_size": 64, "head_dim": 32, "intermediate_size": 64}
+    )
+    model, inputs = case.model(**overrides).train().to(device), moved(training_inputs(case, "left", 300), device)
+    expected, expected_gradients = loss_and_gradients(model, inputs)
+    model.set_attn_implementation("flex_attention")
+    loss, gradients = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for found, wanted in zip(gradients, expected_gradients):
+        if wanted is not None:
+            assert (found - wanted).norm() <= 1e-2 * wanted.norm().clamp(min=1e-6)
