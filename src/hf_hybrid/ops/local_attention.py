@@ -269,9 +269,10 @@ def _band_attention(
     ahead = num_keys - num_queries  # s
     open_length = is_open(num_queries, num_keys)
     trains = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
-    if num_queries == 1 and right == 0 and dropout_p == 0 and not (open_length or trains):
-        if not torch.compiler.is_exporting():
-            return _one_query(query, key, value, left, bias, key_mask, segments, scale)
+    # Asked first: a comparison of an open size would tie an exported graph to its outcome.
+    is_plain = not (open_length or torch.compiler.is_exporting() or trains)
+    if is_plain and num_queries == 1 and right == 0 and dropout_p == 0:
+        return _one_query(query, key, value, left, bias, key_mask, segments, scale)
     reach_left, reach_right = left, right
     if not open_length:  # offsets that no pair of tokens has are cut off the band
         reach_left, reach_right = min(left, num_keys - 1), min(right, num_queries - 1)

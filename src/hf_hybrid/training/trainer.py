@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..modeling.losses import align_labels, mean_over_labels
+from ..ops.branches import uses_cpu_form
 from .activations import ActivationCallback, has_routers
 from .adapters import base_model, is_adapted, save_adapted_config
 from .callbacks import EpochCallback, TimeLimitCallback
@@ -377,7 +378,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
     @property
     def _checks_every_step(self) -> bool:
         """Whether a value can be read without waiting for the device; else divergence is noticed when it is waited for anyway."""
-        return self.args.device.type == "cpu"
+        return uses_cpu_form(self.args.device)
 
     def _refuse_divergence(self) -> None:
         if self._divergence is None or self.args.logging_nan_inf_filter:

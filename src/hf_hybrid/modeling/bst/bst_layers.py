@@ -124,8 +124,8 @@ class _HeadScores(nn.Module):
         rings: Rings | None,
     ) -> torch.Tensor:
         """`segment_attention`, or FlexAttention for a whole text where it was asked for: on accelerators."""
-        is_whole = isinstance(start, int) and start == 0 and query.shape[2] > 1
-        if is_whole and self.config._attn_implementation == "flex_attention" and not uses_cpu_form(query):
+        uses_flex = self.config._attn_implementation == "flex_attention" and not uses_cpu_form(query)
+        if uses_flex and isinstance(start, int) and start == 0 and query.shape[2] > 1:
             if self.dropout_p > 0:
                 raise ValueError(
                     f"FlexAttention has no dropout of attention weights: set `attention_dropout=0` (now {self.dropout}), "

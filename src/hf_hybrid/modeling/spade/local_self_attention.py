@@ -128,13 +128,11 @@ class LocalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """(B, n, L, d) queries over (B, n, keys, d), the cached ones included."""
         batch, _, keys, _ = key.shape
-        if key_mask is not None and key_mask.shape[1] > keys:
-            key_mask = key_mask[:, -keys:]
-        if keys == query.shape[2] > 1 and self._uses_flex(query):
+        if self._uses_flex(query) and keys == query.shape[2] > 1:
             return self._attend_flex(query, key, value, bias, key_mask, positions)
         common: dict = {
             "bias": bias,
-            "key_mask": key_mask,
+            "key_mask": None if key_mask is None else key_mask[:, -keys:],
             "dropout_p": self.dropout if self.training else 0.0,
         }
         if self.attention_type == "window":
