@@ -128,7 +128,7 @@ class LocalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """(B, n, L, d) queries over (B, n, keys, d), the cached ones included."""
         batch, _, keys, _ = key.shape
-        if self._uses_flex(query) and keys == query.shape[2] > 1:
+        if self.sequence_group is None and self._uses_flex(query) and keys == query.shape[2] > 1:
             return self._attend_flex(query, key, value, bias, key_mask, positions)
         common: dict = {
             "bias": bias,
