@@ -157,10 +157,10 @@ def options_of(task: str, made: Mapping[str, str], **changes: Any) -> dict[str, 
     arch = {"clm": "bst", "mlm": "mega", "synthetic": "longvq", "lra": "mega", "image": "mega", "audio": "mega"}.get(
         task
     )
-    if task in ("clm", "mlm", "span"):
+    if task in ("clm", "mlm", "span_corruption"):
         options |= {"data": made["corpus"], "tokenizer": made["tokenizer"], "validation_fraction": 0.2}
-        options |= {"input_length": 64} if task == "span" else {"block_length": 32} if task == "mlm" else {}
-        options |= {"config_overrides": TINY_OVERRIDES["spade"]} if task == "span" else {}
+        options |= {"input_length": 64} if task == "span_corruption" else {"block_length": 32} if task == "mlm" else {}
+        options |= {"config_overrides": TINY_OVERRIDES["spade"]} if task == "span_corruption" else {}
     elif task != "synthetic":
         options["data"] = str((WORK / task).resolve())
     if task in ("glue", "summarization", "translation"):
@@ -185,7 +185,7 @@ RUNS = [
     ("summarization", {"hub_strategy": "every_save"}),
     ("image", {"hub_strategy": "end"}),
     ("mlm", {"hub_strategy": "all_checkpoints"}),
-    ("span", {"hub_strategy": "checkpoint"}),
+    ("span_corruption", {"hub_strategy": "checkpoint"}),
     ("synthetic", {"hub_strategy": "checkpoint"}),
     ("translation", {"hub_strategy": "checkpoint", "lora_rank": 2}),
     ("lra", {"hub_strategy": "all_checkpoints"}),
