@@ -59,9 +59,8 @@ class PublishingTrainer(Trainer):
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        in_progress = self.push_in_progress
-        is_busy = in_progress is not None and not in_progress.is_done()
-        if is_busy and not self.args.hub_always_push:
+        running = self._running_push()
+        if running is not None and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder = Path(checkpoint_folder)
@@ -73,10 +72,15 @@ class PublishingTrainer(Trainer):
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         place = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         job = self._upload_clean(parts, f"Training in progress, {place}", wait=False)
-        if is_busy:
-            in_progress.jobs.append(job)
+        if running is not None:
+            running.jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress([job])
+            self.push_in_progress = PushInProgress(jobs=[job])  # type: ignore[assignment, arg-type]
+
+    def _running_push(self) -> Any:
+        """The push that is still under way, a `PushInProgress`, or None."""
+        push: Any = self.push_in_progress
+        return None if push is None or push.is_done() else push
 
     def push_records(self, commit_message: str) -> None:
         """Pushes card, figures and pictures of the finished run, and whatever else of its folder belongs to the model."""
@@ -101,7 +105,7 @@ class PublishingTrainer(Trainer):
             wait: return the commit, rather than a future of it.
         """
         room = Path(str(self.args.output_dir)) / PUBLISHING_FOLDER
-        if self.push_in_progress is None or self.push_in_progress.is_done():
+        if self._running_push() is None:
             shutil.rmtree(room, ignore_errors=True)  # of a killed run
         room.mkdir(parents=True, exist_ok=True)
         copy = Path(tempfile.mkdtemp(dir=room))
@@ -110,12 +114,12 @@ class PublishingTrainer(Trainer):
                 further = tokenizer_files(self.processing_class)
                 written = write_published(folder, copy / place, checkpoint=bool(place), further=further)
                 amend_manifest(copy / place, written.changed)
-            job = HfApi(library_name="hf_hybrid", token=token or self.args.hub_token).upload_folder(
+            job: Any = HfApi(library_name="hf_hybrid", token=token or self.args.hub_token).upload_folder(
                 repo_id=str(self.hub_model_id),
                 folder_path=copy,
                 commit_message=message,
                 revision=revision if revision is not None else self.args.hub_revision,
-                run_as_future=not wait,
+                run_as_future=not wait,  # type: ignore[call-overload]
             )
         except BaseException:
             _remove(copy)
