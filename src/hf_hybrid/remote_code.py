@@ -8,6 +8,7 @@ manifest holds the SHA-256 of every file.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .auto import ARCHITECTURES, Architecture
@@ -229,6 +231,7 @@ def export_remote_code(
     processor: Any | None = None,
     card: ModelCard | str | None = None,
     max_shard_size: int | str = "50GB",
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes a folder that Transformers can load without this package, with `trust_remote_code=True`.
 
@@ -241,6 +244,7 @@ def export_remote_code(
         processor: image processor or feature extractor saved with the model.
         card: text of the README.md, or a `ModelCard`; None drafts one from the model.
         max_shard_size: largest size of a weight file.
+        dtype: see `save_checkpoint`.
 
     Returns:
         The folder, with weights, configurations, source files, card and the manifest `SHA256SUMS`.
@@ -259,7 +263,13 @@ def export_remote_code(
     own = {name: type(one) for name, one in processors.items() if _package_of(type(one).__module__) in packages}
     code = remote_code(architecture, own)
     with new_folder(folder) as scratch:
-        save_checkpoint(model, scratch, tokenizer, processor=processor, card=card, max_shard_size=max_shard_size)
+        parts: dict[str, Any] = {
+            "processor": processor,
+            "card": card,
+            "max_shard_size": max_shard_size,
+            "dtype": dtype,
+        }
+        save_checkpoint(model, scratch, tokenizer, **parts)
         for name, text in code.files.items():
             (scratch / name).write_text(text, encoding="utf-8")
         _set_auto_map(scratch / "config.json", code.auto_map)
@@ -280,15 +290,23 @@ def save_checkpoint(
     processor: Any | None = None,
     card: ModelCard | str | None = None,
     max_shard_size: int | str = "50GB",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes weights, configurations, tokenizer, processor and card, without code.
+
+    With `dtype`, e.g. `torch.bfloat16`, the weights are stored rounded to it, but loaded in the precision of the model: a file
+    of half the size that is still trained in float32.
 
     Raises:
         ValueError: the card is not valid.
     """
     text = card if isinstance(card, str) else (card or card_of_model(model)).render()
     check_model_card(text)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if dtype is None:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    else:
+        copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        _set_field(folder / "config.json", "dtype", str(model.dtype).removeprefix("torch."))
     for part in (tokenizer, processor):
         if part is not None:
             part.save_pretrained(folder)
@@ -314,10 +332,15 @@ def _processor_kind(processor: Any) -> str:
 
 
 def _set_auto_map(path: Path, auto_map: Mapping[str, Any] | None) -> None:
+    _set_field(path, "auto_map", None if auto_map is None else dict(auto_map))
+
+
+def _set_field(path: Path, name: str, value: Any) -> None:
+    """Sets a field of a JSON file; None removes it."""
     contents = json.loads(path.read_text(encoding="utf-8"))
-    contents.pop("auto_map", None)
-    if auto_map is not None:
-        contents["auto_map"] = dict(auto_map)
+    contents.pop(name, None)
+    if value is not None:
+        contents[name] = value
     path.write_text(json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from factories import Case
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_hybrid.hub import MANIFEST_FILE, verify_export
@@ -43,6 +44,22 @@ def test_an_export_without_code_and_from_an_export(checkpoint: Path, tmp_path: P
     names = {path.name for path in (tmp_path / "second").iterdir()}
     assert MANIFEST_FILE not in names and not any(name.endswith(".py") for name in names) and "digest" not in result
     assert "auto_map" not in json.loads((tmp_path / "second" / "config.json").read_text())
+
+
+def test_weights_stored_in_bfloat16_load_in_float32(checkpoint: Path, tmp_path: Path) -> None:
+    main({"model_name_or_path": str(checkpoint), "output_dir": str(tmp_path / "export"), "dtype": "bfloat16"})
+    verify_export(tmp_path / "export")
+    first, second = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (checkpoint, tmp_path / "export"))
+    assert second.dtype == torch.float32
+    states = {
+        name
+        for name, value in load_file(tmp_path / "export" / "model.safetensors").items()
+        if value.dtype == torch.float32
+    }
+    assert 0 < len(states) < 20  # the state space itself is never rounded
+    for (name, value), stored in zip(first.state_dict().items(), second.state_dict().values()):
+        expected = value if name in states or not value.is_floating_point() else value.bfloat16().float()
+        assert torch.equal(stored, expected), name
 
 
 def test_image_models_keep_their_processor(tmp_path: Path) -> None:

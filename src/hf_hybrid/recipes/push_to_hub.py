@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from ..auto import ARCHITECTURES, load_heads
@@ -61,6 +62,14 @@ class PushToHubArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the files in the repository."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of one weight file."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the stored weights, e.g. bfloat16 for half the size. They are loaded in the precision of the "
+            "checkpoint. Default: the same.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -115,7 +124,13 @@ def _write(options: PushToHubArguments, folder: Path) -> PreTrainedModel:
     model = load_own_model(source)
     tokenizer, processor = _load_inputs(source)
     card = _card(options, source, model)
-    parts: dict[str, Any] = {"processor": processor, "card": card, "max_shard_size": options.max_shard_size}
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    parts: dict[str, Any] = {
+        "processor": processor,
+        "card": card,
+        "max_shard_size": options.max_shard_size,
+        "dtype": dtype,
+    }
     if options.remote_code:
         export_remote_code(model, folder, tokenizer, **parts)
     else:
