@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,9 +20,11 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 
 from hf_hybrid.ops.branches import forced_branch
+from hf_hybrid.recipes.support.console import is_quiet, set_quiet
 
 torch.set_num_threads(1)  # torch may have been imported before this file
 
@@ -63,6 +66,19 @@ def branch(request: pytest.FixtureRequest) -> Iterator[None]:
     name = parameters.get("branch_name")
     with forced_branch(name) if name == "accelerator" else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def console() -> Iterator[None]:
+    """What a recipe sets for its process, such as `--quiet` or the level of a logger, ends with its test."""
+    ours, theirs = logging.getLogger("hf_hybrid"), transformers.utils.logging
+    level, verbosity, has_bars = ours.level, theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    quiet = is_quiet()
+    yield
+    set_quiet(quiet)
+    ours.setLevel(level)
+    theirs.set_verbosity(verbosity)
+    (theirs.enable_progress_bar if has_bars else theirs.disable_progress_bar)()
 
 
 @pytest.fixture(autouse=True)

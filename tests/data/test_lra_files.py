@@ -18,7 +18,7 @@ def test_listops(tmp_path):
     assert read_original("listops", tmp_path / "basic_train.tsv", "validation") == expected
     assert read_original("listops", tmp_path, "validation") == {"source": ["5"], "target": [5]}
     (tmp_path / "basic_test.tsv").write_text("Source\tTarget\n1\t1\nno target\n")
-    with pytest.raises(ValueError, match="Line 3 of .*basic_test.tsv"):
+    with pytest.raises(ValueError, match="basic_test.tsv, line 3"):
         read_original("listops", tmp_path, "test")
     (tmp_path / "basic_val.tsv").unlink()
     with pytest.raises(ValueError, match=r"no file \*_val.tsv for the split 'validation'"):
@@ -33,7 +33,7 @@ def test_retrieval(tmp_path):
     expected = {"text1": ['"eval one"', "three"], "text2": ["two", 'four "'], "label": [1, 0]}
     assert read_original("retrieval", tmp_path, "validation") == expected
     (tmp_path / "new_aan_pairs.test.tsv").write_text("1.0\ta\tb\tone\ttwo\nx\n")
-    with pytest.raises(ValueError, match="Line 2 of .*label"):
+    with pytest.raises(ValueError, match="line 2: not a label"):
         read_original("retrieval", tmp_path, "test")
     (tmp_path / "table.tsv").write_text("text1\ttext2\tlabel\na\tb\t1\n")
     assert read_original("retrieval", tmp_path / "table.tsv", "train") is None

@@ -222,7 +222,7 @@ class TestPixelsAndWaveforms:
             model(torch.randn(2, 3, 4, 4))
         with pytest.raises(ValueError, match="Pass `pixel_values`"):
             model()
-        with pytest.raises(ValueError, match="`input_values` must be real numbers.*int64"):
+        with pytest.raises(ValueError, match="must hold floating-point numbers.*int64"):
             model(torch.zeros(2, 16, dtype=torch.long))
         with pytest.raises(ValueError, match="`labels` contain 2; accepted are 0 to 1"):
             model(torch.randn(2, 16), labels=torch.tensor([0, 2]))

@@ -117,7 +117,7 @@ def test_tasks_are_written_once(pairs: Path, tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"sentence_good": "a"}, "need the column 'sentence_bad'"),
-        ({"sentence_good": "a", "sentence_bad": " "}, "Row 0 of the minimal pairs has an empty sentence"),
+        ({"sentence_good": "a", "sentence_bad": " "}, "line 1: a sentence is missing, empty"),
     ],
 )
 def test_bad_pairs(row: dict, message: str, tmp_path: Path) -> None:

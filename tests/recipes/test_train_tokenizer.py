@@ -81,7 +81,7 @@ def test_several_sources_streaming_and_limit(text_folder, tmp_path):
 
 def test_help_names_the_options(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["--help-all"])
     text = capsys.readouterr().out
     for option in ("--data", "--vocab_size", "--num_sentinels", "--output_dir", "--streaming"):
         assert option in text

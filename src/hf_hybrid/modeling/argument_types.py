@@ -21,6 +21,7 @@ _NUMBERS += ("pixel_values",)
 _TENSORS = (*_IDS, *_INTEGERS, *_MASKS, *_NUMBERS, "labels")
 _SWITCHES = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_activations")
 _SWITCHES += ("output_quantization", "skip_logits")
+_OF_LAYERS = ("output_hidden_states", "output_attentions")  # also a list of the layers to return
 _CHECKED = frozenset((*_TENSORS, *_SWITCHES, "past_key_values", "targets_per_source"))
 
 
@@ -50,7 +51,10 @@ def _check_type(name: str, value: Any, model: Any) -> None:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a number of rows, at least 1; got {_described(value)}.")
     elif name in _SWITCHES:
-        if not isinstance(value, int):  # bool is one
+        is_choice = (
+            name in _OF_LAYERS and isinstance(value, (list, tuple)) and all(isinstance(one, int) for one in value)
+        )
+        if not isinstance(value, int) and not is_choice:  # bool is one
             raise TypeError(f"`{name}` must be True, False or None; got {_described(value)}.")
     elif name == "past_key_values":
         if not is_cache(value):

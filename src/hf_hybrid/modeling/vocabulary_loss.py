@@ -97,12 +97,16 @@ def logits_and_loss(
         shape = tuple(hidden_states.shape[:2])
         raise ValueError(f"`labels` must have the shape {shape}, one for each token; got {tuple(labels.shape)}.")
     num_items, skips, smoothing = options
+    is_whole = isinstance(kept, slice) and kept in (slice(None), slice(0, None))
     rows = hidden_states.shape[0] * hidden_states.shape[1]
     if rows * width < WHOLE_ELEMENTS or torch.compiler.is_exporting():
         logits = head(hidden_states)
-        return None if skips else logits[:, kept], token_cross_entropy(logits, labels, num_items, smoothing)
+        loss = token_cross_entropy(logits, labels, num_items, smoothing)
+        return None if skips else (
+            logits if is_whole else logits[:, kept]
+        ), loss  # the loss is a function of whole logits
     check_class_labels(labels, width)
-    keeps_all = not skips and isinstance(kept, slice) and kept in (slice(None), slice(0, None))
+    keeps_all = is_whole and not skips
     pieces, total = _in_pieces(head, hidden_states, labels, smoothing, width, keeps_all)
     loss = mean_over_labels(total, labels.to(total.device), num_items)
     if keeps_all:

@@ -258,18 +258,23 @@ def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedM
 def _collected_load_reports() -> Iterator[list[str]]:
     """Keeps the tables of Transformers about missing and unused weights off the console: `_say_what_differs` takes a line."""
     reports: list[str] = []
+    source = logging.getLogger("transformers.modeling_utils")
+    level, shown_from = source.level, source.getEffectiveLevel()
 
     def collect(record: logging.LogRecord) -> bool:
         if "LOAD REPORT" not in record.getMessage():
-            return True
+            return record.levelno >= shown_from
         reports.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()))
         return False
 
-    source = logging.getLogger("transformers.modeling_utils")
     source.addFilter(collect)
+    # An error needs its table however little is to be printed. From WARNING on, loading would also list what no plan for tensor
+    # parallelism cuts.
+    source.setLevel(min(shown_from, logging.WARNING - 1))
     try:
         yield reports
     finally:
+        source.setLevel(level)
         source.removeFilter(collect)
 
 
