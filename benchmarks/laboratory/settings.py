@@ -12,7 +12,7 @@ OPTIMIZERS = ("adamw", "muon", "adafactor", "rms_adamw", "lion")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Sizes, data and optimizer of a run. The defaults of the optimizer are those of the pretraining recipes.
+    """Sizes, data and optimizer of a run. The defaults of the optimizer are those of pretraining with AdamW.
 
     Attributes:
         hidden_size, layers, decoder_layers, head_dim: width and depths; `decoder_layers` is that of encoder-decoders.

@@ -163,6 +163,8 @@ def training_arguments(settings: Settings, folder: Path, seed: int, steps: int, 
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
+        # The default of pretraining, Muon, would give its rate to the matrices of the others too.
+        optim="muon" if settings.optimizer == "muon" else "adamw_torch",
         learning_rate=settings.learning_rate,
         ssm_learning_rate=settings.ssm_learning_rate,
         muon_learning_rate=settings.matrix_learning_rate,

@@ -305,7 +305,8 @@ def save_checkpoint(
     if dtype is None:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
-        copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        rounded: Any = copy.deepcopy(model)
+        rounded.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
         _set_field(folder / "config.json", "dtype", str(model.dtype).removeprefix("torch."))
     for part in (tokenizer, processor):
         if part is not None:

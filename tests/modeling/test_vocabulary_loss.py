@@ -23,7 +23,12 @@ AUTO_NAMES = (
     "AutoModelForSeq2SeqLM",
     "AutoModelForTokenClassification",
 )
-HEADS = [case for name in AUTO_NAMES for case in all_variants(name)]
+HEADS = [
+    case
+    for name in AUTO_NAMES
+    for case in all_variants(name)
+    if not ("MaskedLM" in name and "adaptive" in case.variant)  # which the configuration refuses
+]
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
@@ -121,8 +126,8 @@ def test_every_head(pieces: Any, case: Case) -> None:
     inputs = case.inputs()
     batch = inputs | case.labels(inputs)
     batch["labels"][1, -2:] = -100
-    is_adaptive = getattr(model.config, "adaptive_cutoffs", None) is not None and "MaskedLM" not in case.auto_name
-    smoothing = {} if is_adaptive and "CausalLM" in case.auto_name else {"label_smoothing": 0.1}
+    is_adaptive = getattr(model.config, "adaptive_cutoffs", None) is not None and "CausalLM" in case.auto_name
+    smoothing = {} if is_adaptive else {"label_smoothing": 0.1}
     for training, options in ((False, {}), (True, {"num_items_in_batch": 30}), (True, smoothing)):
         model.train(training)
         pieces(None)

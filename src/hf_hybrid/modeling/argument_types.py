@@ -16,8 +16,8 @@ ForwardMethod = TypeVar("ForwardMethod", bound=Callable[..., Any])
 _IDS = ("input_ids", "decoder_input_ids", "pair_input_ids")  # their integers are checked with the vocabulary
 _INTEGERS = ("position_ids", "token_type_ids", "start_positions", "end_positions", "shift_labels")
 _MASKS = ("attention_mask", "decoder_attention_mask", "pair_attention_mask", "encoder_attention_mask")
-_NUMBERS = ("inputs_embeds", "decoder_inputs_embeds", "pair_inputs_embeds", "encoder_hidden_states", "input_values")
-_NUMBERS += ("pixel_values",)
+_VALUES = ("input_values", "pixel_values")
+_NUMBERS = ("inputs_embeds", "decoder_inputs_embeds", "pair_inputs_embeds", "encoder_hidden_states", *_VALUES)
 _TENSORS = (*_IDS, *_INTEGERS, *_MASKS, *_NUMBERS, "labels")
 _SWITCHES = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_activations")
 _SWITCHES += ("output_quantization", "skip_logits")
@@ -75,7 +75,9 @@ def _check_precision(name: str, value: torch.Tensor, model: Any) -> None:
     """Half and single precision mix under autocast and in sharded models; float64 comes from arrays that nobody converted."""
     if not value.is_floating_point():
         raise ValueError(f"`{name}` must hold floating-point numbers; got {value.dtype}.")
-    if value.is_meta or (value.dtype == torch.float64) == (model.dtype == torch.float64):
+    is_double, in_double = value.dtype == torch.float64, model.dtype == torch.float64
+    # Pixels and samples come in float32 from their processors, and a model of higher precision takes them.
+    if value.is_meta or is_double == in_double or (in_double and name in _VALUES):
         return
     raise ValueError(
         f"`{name}` is of type {value.dtype}, but the model computes in {model.dtype}: convert one of them "
