@@ -20,11 +20,9 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-import transformers
 from hypothesis import HealthCheck, settings
 
 from hf_hybrid.ops.branches import forced_branch
-from hf_hybrid.recipes.support.console import is_quiet, set_quiet
 
 torch.set_num_threads(1)  # torch may have been imported before this file
 
@@ -71,6 +69,10 @@ def branch(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def console() -> Iterator[None]:
     """What a recipe sets for its process, such as `--quiet` or the level of a logger, ends with its test."""
+    import transformers  # here: some files name their Hub before anything of it is imported
+
+    from hf_hybrid.recipes.support.console import is_quiet, set_quiet
+
     ours, theirs = logging.getLogger("hf_hybrid"), transformers.utils.logging
     level, verbosity, has_bars = ours.level, theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     quiet = is_quiet()
