@@ -5,21 +5,17 @@ python -m tests.distributed.cut_models FOLDER
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 
 from ..modeling.factories import Case, random_ids
+from .alike import WORLD, run_alike
 
-WORLD = 2
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}  # float64
 CASES = [
     Case("spade", "AutoModelForSeq2SeqLM", "default"),
@@ -102,25 +98,10 @@ def check_layers(folder: Path) -> None:
             raise AssertionError(f"{case} was not refused")
 
 
-def work(rank: int, folder: str) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "OMP_NUM_THREADS": 1}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    at: Any = "pipeline"
-    try:
-        check_layers(Path(folder))
-        for at in CASES:
-            check_matrices(at, Path(folder))
-    except Exception:
-        sys.stdout.write(f"rank {rank}, {at}:\n{traceback.format_exc()}\n")
-        sys.stdout.flush()
-        os._exit(1)  # the processes no longer run alike
-    dist.destroy_process_group()
+def check(case: Case | None, folder: Path) -> None:
+    """Matrices of a model, or (None) the stages of BST."""
+    check_layers(folder) if case is None else check_matrices(case, folder)
 
 
 if __name__ == "__main__":
-    # By fork: the processes need not import everything again.
-    torch.multiprocessing.start_processes(work, args=tuple(sys.argv[1:]), nprocs=WORLD, start_method="fork")
-    sys.stdout.write("all alike\n")
+    run_alike(check, [None, *CASES], sys.argv[1])

@@ -5,23 +5,19 @@ python -m tests.distributed.sharded_checkpoints FOLDER
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ..modeling.factories import Case
+from .alike import WORLD, run_alike
 
-WORLD = 2
 CASES = [
     Case("spade_lm", "AutoModelForCausalLM", "default"),
     Case("mega", "AutoModelForCausalLM", "default"),
@@ -93,24 +89,5 @@ def check(case: Case, folder: Path) -> None:
         assert torch.equal(found[name], tensor), f"{case}: {name} differs after the break"
 
 
-def work(rank: int, folder: str) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "OMP_NUM_THREADS": 1}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    case: Any = None
-    try:
-        for case in CASES:
-            check(case, Path(folder))
-    except Exception:
-        sys.stdout.write(f"rank {rank}, {case}:\n{traceback.format_exc()}\n")
-        sys.stdout.flush()
-        os._exit(1)  # the processes no longer run alike
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    # By fork: the processes need not import everything again.
-    torch.multiprocessing.start_processes(work, args=tuple(sys.argv[1:]), nprocs=WORLD, start_method="fork")
-    sys.stdout.write("all alike\n")
+    run_alike(check, CASES, sys.argv[1])
