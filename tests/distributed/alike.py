@@ -16,12 +16,13 @@ import torch.distributed as dist
 WORLD = 2
 
 
-def _work(rank: int, check: Callable[[Any, Path], None], cases: Iterable[Any], folder: str) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "OMP_NUM_THREADS": 1}
+def _work(rank: int, check: Callable[[Any, Path], None], cases: Iterable[Any], folder: str, processes: int) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    names = {**ranks, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     case: Any = None
     try:
         for case in cases:
@@ -33,8 +34,10 @@ def _work(rank: int, check: Callable[[Any, Path], None], cases: Iterable[Any], f
     dist.destroy_process_group()
 
 
-def run_alike(check: Callable[[Any, Path], None], cases: Iterable[Any], folder: str) -> None:
-    """Calls `check(case, folder)` for each case in every one of `WORLD` processes of a gloo group, and says "all alike"."""
+def run_alike(check: Callable[[Any, Path], None], cases: Iterable[Any], folder: str, processes: int = WORLD) -> None:
+    """Calls `check(case, folder)` for each case in every process of a gloo group, and says "all alike"."""
     # By fork: the processes need not import everything again.
-    torch.multiprocessing.start_processes(_work, args=(check, cases, folder), nprocs=WORLD, start_method="fork")
+    torch.multiprocessing.start_processes(
+        _work, args=(check, cases, folder, processes), nprocs=processes, start_method="fork"
+    )
     sys.stdout.write("all alike\n")

@@ -5,21 +5,19 @@ python -m tests.distributed.pieces_of_texts PROCESSES FOLDER [MODEL_TYPE ...]
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 
 from hf_hybrid.ops.sequence_group import SequenceGroup
 from hf_hybrid.training.context_parallel import context_parallel, reduce_gradients, set_sequence_group, split_batch
 
 from ..modeling.factories import Case, random_ids
+from .alike import run_alike
 
 CLOSE = {
     "rtol": 1e-7,
@@ -226,46 +224,23 @@ def check_trainer(folder: str, processes: int) -> None:
             torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
-def work(rank: int, processes: int, folder: str, chosen: list[str]) -> None:
-    names = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": 1,
-    }
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
-    group, failed = SequenceGroup(), False
-    name = ""
-    try:
-        check_refusals(group)
-        for model_type in chosen or [*CASES, "trainer"]:
-            if model_type == "trainer":
-                name = model_type
-                check_trainer(folder, processes)
-                continue
-            for index, rest in enumerate(CASES[model_type]):
-                case, name = (model_type, *rest), f"{model_type} {rest}"
-                check(case, group, 40 if index else 43, padded=index % 2 == 0)
-                if index == 0:
-                    short, long = (check(case, group, 60 * times, padded=False, checkpointed=True) for times in (1, 2))
-                    assert short == long > 0, f"{short} bytes for a short text, {long} for one of twice the length"
-                    check(case, group, 60, padded=False, dtype=torch.float32)
-    except Exception:
-        failed = True
-        sys.stdout.write(f"rank {rank}, {name}:\n{traceback.format_exc()}\n")
-        sys.stdout.flush()
-        os._exit(1)  # the processes no longer run alike
-    dist.destroy_process_group()
-    assert not failed
+def check_all(kind: str, folder: Path) -> None:
+    """Everything of a model type, what is refused (`refusals`), or training (`trainer`)."""
+    if kind == "trainer":
+        return check_trainer(str(folder), dist.get_world_size())
+    group = SequenceGroup()
+    if kind == "refusals":
+        return check_refusals(group)
+    for index, rest in enumerate(CASES[kind]):
+        case = (kind, *rest)
+        check(case, group, 40 if index else 43, padded=index % 2 == 0)
+        if index == 0:
+            short, long = (check(case, group, 60 * times, padded=False, checkpointed=True) for times in (1, 2))
+            assert short == long > 0, f"{short} bytes for a short text, {long} for one of twice the length"
+            check(case, group, 60, padded=False, dtype=torch.float32)
+    return None
 
 
 if __name__ == "__main__":
-    number, place, *models = sys.argv[1:]
-    # By fork: the processes need not import everything again.
-    arguments = (int(number), place, models)
-    torch.multiprocessing.start_processes(work, args=arguments, nprocs=int(number), start_method="fork")
-    sys.stdout.write("all alike\n")
+    number, place, *kinds = sys.argv[1:]
+    run_alike(check_all, ["refusals", *(kinds or [*CASES, "trainer"])], place, int(number))
