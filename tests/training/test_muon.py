@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_hybrid.training.muon import MuonAdamW, orthogonalize
+from hf_hybrid.training.muon import MuonAdamW, _product_dtype, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (3, 6, 4), (1, 7)])
-def test_singular_values_end_near_one(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_singular_values_end_near_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, dtype=torch.float64)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, dtype=torch.float64).to(dtype)).double())
     assert values.min() > 0.6 and values.max() < 1.3
 
 
@@ -29,14 +31,15 @@ def make_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
 
 
-def make_optimizer(model: torch.nn.Module) -> MuonAdamW:
+def make_optimizer(model: torch.nn.Module, **options: Any) -> MuonAdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     return MuonAdamW(
         [
             {"params": matrices, "lr": 1e-2, "weight_decay": 0.1, "muon": True},
             {"params": vectors, "lr": 3e-3, "weight_decay": 0.0},
-        ]
+        ],
+        **options,
     )
 
 
@@ -54,16 +57,25 @@ def train(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 def test_steps_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its products are in bfloat16 whatever the device; here they are made in float32, as ours are."""
+    """Its products are in bfloat16 whatever the device; here both make them in float32."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float, raising=True)
     ours, theirs = make_model(), make_model()
-    train(ours, [make_optimizer(ours)], range(5))
+    train(ours, [make_optimizer(ours, orthogonalization_dtype=torch.float32)], range(5))
     matrices = [parameter for parameter in theirs.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in theirs.parameters() if parameter.ndim == 1]
     muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     train(theirs, [muon, torch.optim.AdamW(vectors, lr=3e-3, weight_decay=0.0)], range(5))
     for actual, expected in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", None])
+def test_products_are_in_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, capability: str | None) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capability: True}, raising=False)
+    _product_dtype.cache_clear()
+    assert _product_dtype("cpu") == (torch.float32 if capability is None else torch.bfloat16)
+    assert _product_dtype("cuda") == torch.bfloat16
+    _product_dtype.cache_clear()
 
 
 def test_loss_falls_and_gradients_stay() -> None:

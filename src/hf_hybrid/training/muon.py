@@ -9,6 +9,7 @@ arXiv 2502.16982, Eq. 4, under which learning rates and weight decay of AdamW ca
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -36,12 +37,22 @@ def _sharded_as(tensor: torch.Tensor, other: Any) -> torch.Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
+@functools.cache
+def _product_dtype(device_type: str) -> torch.dtype:
+    """bfloat16 where its products are faster than those of float32: accelerators, and processors with instructions for it."""
+    if device_type != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    is_fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if is_fast else torch.float32
+
+
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The matrices with singular values near one, by `steps` Newton-Schulz iterations.
 
     Args:
         matrices: (..., R, C). Products are computed in the given dtype: bfloat16 is sufficient on accelerators, while
-            CPUs without fast bfloat16 products are several times faster in float32.
+            CPUs without instructions for bfloat16 are several times faster in float32.
         steps: number of iterations.
 
     Returns:
@@ -63,7 +74,8 @@ class MuonAdamW(torch.optim.AdamW):
     Args:
         params: parameter groups; those with `muon=True` hold matrices only.
         momentum: decay rate of the averaged gradient of Muon (Nesterov momentum).
-        orthogonalization_dtype: dtype of the products of Muon. None: bfloat16 on accelerators, float32 on CPU.
+        orthogonalization_dtype: dtype of the products of Muon. None: bfloat16 on accelerators and on processors with
+            instructions for it (AVX512-BF16, AMX), else float32.
         options: options of `torch.optim.AdamW`.
 
     Raises:
@@ -137,9 +149,7 @@ class MuonAdamW(torch.optim.AdamW):
                 (parameter, gradient.lerp(average, self.momentum))
             )
         for (shape, device, _), pairs in alike.items():
-            dtype = self.orthogonalization_dtype
-            if dtype is None:
-                dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+            dtype = self.orthogonalization_dtype or _product_dtype(device.type)
             updates = orthogonalize(torch.stack([_whole(update) for _, update in pairs]).to(dtype))
             rate = group["lr"] * _RMS_OF_ADAMW * max(shape) ** 0.5
             for (parameter, _), update in zip(pairs, updates):
