@@ -18,7 +18,7 @@ help:
 	@echo "make test-slow  every test that needs neither an accelerator nor a network"
 	@echo "make test-company  the programs of other projects (TRL, sentence-transformers, lm-eval ...) around these models"
 	@echo "make test-oldest  the same as make test, with the oldest Transformers and libraries that are supported, in $(OLDEST)"
-	@echo "make gpu-check  tests and measurements on the accelerator of this machine, in eight minutes; writes docs/gpu.md"
+	@echo "make gpu-check  tests and measurements on the accelerator of this machine, in eight minutes; writes docs/guides/gpu.md"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
 	@echo "make tables     the tables in README.md and docs/, the stub and the index of options, from the records"
 	@echo "make install    only the virtual environment in $(VENV)"

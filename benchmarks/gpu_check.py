@@ -4,7 +4,7 @@
     python benchmarks/gpu_check.py --device cpu --small --no-page # the CPU stands in: tries the check itself
 
 First the tests with the marker `gpu` (results of the CPU in float32 and bfloat16, generation, compiled decoding steps, memory),
-then training steps and generation in bfloat16. Writes `gpu_check.json` and the page `docs/gpu.md`. Exit status 1: a test failed.
+then training steps and generation in bfloat16. Writes `gpu_check.json` and the page `docs/guides/gpu.md`. Exit status 1: a test failed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ generation in bfloat16 against models of Transformers and, where it is installed
 `benchmarks/results/gpu/gpu_check.json` and this page.
 
 What accelerators run is tested without one as well: every operation has its form for accelerators computed on a CPU
-(`forced_branch("accelerator")`, [testing.md](testing.md)), in all models, with the kernels and the values that a host would wait for
+(`forced_branch("accelerator")`, [testing](../testing.md)), in all models, with the kernels and the values that a host would wait for
 counted. A training or decoding step waits for none. Exceptions, once each: `generate` looks at the mask of the prompt, LongVQ asks in the
 first two steps of a run whether its codebooks have started, and `position_ids` that mark several documents in a row are read.
 
@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "gpu", help="folder of the JSON file"
     )
-    parser.add_argument("--no-page", action="store_true", help="leave docs/gpu.md alone")
+    parser.add_argument("--no-page", action="store_true", help="leave docs/guides/gpu.md alone")
     options = parser.parse_args(arguments)
     if options.device is None and not torch.accelerator.is_available():
         print("No accelerator was found. `--device cpu --small --no-page` tries the check itself.", file=sys.stderr)
@@ -350,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
     if not options.no_page:
-        (REPOSITORY / "docs" / "gpu.md").write_text(page_of(record), encoding="utf-8")
+        (REPOSITORY / "docs" / "guides" / "gpu.md").write_text(page_of(record), encoding="utf-8")
     print(page_of(record).removeprefix(INTRODUCTION))
     return 1 if record["tests"].get("failed") or "stopped" in record["tests"] else 0
 

@@ -59,7 +59,7 @@ def architectures() -> str:
         paper = f"[{found.paper.arxiv}]({found.paper.url})" if found.paper else ""
         heads = ", ".join(HEADS[name] for name in sorted(found.heads, key=list(HEADS).index))
         return [
-            f"[{found.title}]({str(found.docs).removeprefix('docs/')})",
+            f"[{found.title}]({str(found.docs).removeprefix('docs/architectures/')})",
             paper,
             f"`{found.model_type}`",
             found.summary,
@@ -141,10 +141,10 @@ def experiments() -> str:
 # Page, name of the table in its markers -> what writes it.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "choice"): choice,
-    ("docs/architectures.md", "architectures"): architectures,
-    ("docs/commands.md", "commands"): commands,
-    ("docs/training.md", "pretraining"): pretraining,
-    ("docs/training.md", "adapters"): adapters,
+    ("docs/architectures/index.md", "architectures"): architectures,
+    ("docs/reference/commands.md", "commands"): commands,
+    ("docs/guides/training.md", "pretraining"): pretraining,
+    ("docs/guides/training.md", "adapters"): adapters,
     ("docs/published.md", "experiments"): experiments,
 }
 

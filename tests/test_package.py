@@ -177,9 +177,8 @@ assert os.listdir(".") == ["text.txt"], "something was begun"
     run(code)
 
 
-DOCUMENTS = [
-    path for folder in (".", "docs", "model_cards") for path in (Path(__file__).parents[1] / folder).glob("*.md")
-]
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "model_cards").glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
 def test_public_names() -> None:

@@ -147,7 +147,7 @@ _SPADE: dict[str, Any] = {
         2022,
         "2212.08136",
     ),
-    "docs": "docs/spade.md",
+    "docs": "docs/architectures/spade.md",
     "converter": "conversion.spade",
     "lora_targets": (
         "q_proj",
@@ -221,7 +221,7 @@ ARCHITECTURES: list[Architecture] = [
             2022,
             "2209.10655",
         ),
-        docs="docs/mega.md",
+        docs="docs/architectures/mega.md",
         config="configuration.configuration_mega:MegaConfig",
         modeling="modeling.mega.mega_heads",
         heads={
@@ -263,7 +263,7 @@ ARCHITECTURES: list[Architecture] = [
             2023,
             "2306.11197",
         ),
-        docs="docs/seqboat.md",
+        docs="docs/architectures/seqboat.md",
         config="configuration.configuration_seqboat:SeqBoatConfig",
         modeling="modeling.seqboat.seqboat_heads",
         heads={
@@ -299,7 +299,7 @@ ARCHITECTURES: list[Architecture] = [
             2024,
             "2404.11163",
         ),
-        docs="docs/longvq.md",
+        docs="docs/architectures/longvq.md",
         config="configuration.configuration_longvq:LongVQConfig",
         modeling="modeling.longvq.longvq_heads",
         heads={
@@ -334,7 +334,7 @@ ARCHITECTURES: list[Architecture] = [
             2023,
             "2306.09539",
         ),
-        docs="docs/bst.md",
+        docs="docs/architectures/bst.md",
         config="configuration.configuration_bst:BstConfig",
         modeling="modeling.bst.bst_heads",
         heads={

@@ -82,7 +82,7 @@ class HybridSeq2SeqTrainingArguments(HybridTrainingArguments, Seq2SeqTrainingArg
 
 @dataclass
 class PretrainingArguments(HybridTrainingArguments):
-    """Training arguments with defaults for pretraining from scratch; docs/training.md says why these."""
+    """Training arguments with defaults for pretraining from scratch; docs/guides/training.md says why these."""
 
     optim: OptimizerNames | str = field(default=MUON, metadata={"help": _OPTIM_HELP})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
