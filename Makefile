@@ -10,7 +10,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) i
 PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo test test-wide test-oldest test-slow test-company gpu-check lint format tables clean
+.PHONY: help install demo docs test test-wide test-oldest test-slow test-company gpu-check lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-oldest  the same as make test, with the oldest Transformers and libraries that are supported, in $(OLDEST)"
 	@echo "make gpu-check  tests and measurements on the accelerator of this machine, in eight minutes; writes docs/guides/gpu.md"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
+	@echo "make docs       the documentation as a site in site/, without a network"
 	@echo "make tables     the tables in README.md and docs/, the stub and the index of options, from the records"
 	@echo "make install    only the virtual environment in $(VENV)"
 
@@ -73,8 +74,11 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 tables: install
 	$(BIN)/python tests/test_architecture_tables.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist site

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import io
 import json
 import re
@@ -37,9 +39,9 @@ HEADS = {
     "AutoModelForAudioClassification": "audio classification",
 }
 PRETRAINING = {
-    "`pretrain_span_corruption`": ("an encoder-decoder to fine-tune", "AutoModelForSeq2SeqLM"),
-    "`pretrain_clm`": ("a language model that continues text", "AutoModelForCausalLM"),
-    "`pretrain_mlm`": ("an encoder", "AutoModelForMaskedLM"),
+    "`pretrain span-corruption`": ("an encoder-decoder to fine-tune", "AutoModelForSeq2SeqLM"),
+    "`pretrain clm`": ("a language model that continues text", "AutoModelForCausalLM"),
+    "`pretrain mlm`": ("an encoder", "AutoModelForMaskedLM"),
 }
 
 
@@ -111,7 +113,7 @@ def pretraining() -> str:
         [recipe, what, code(found.model_type for found in OWN if auto_name in found.heads)]
         for recipe, (what, auto_name) in PRETRAINING.items()
     ]
-    return table("| recipe | makes | of |", rows)
+    return table("| command | makes | of |", rows)
 
 
 def adapters() -> str:
@@ -138,20 +140,47 @@ def experiments() -> str:
     return table("| experiment | | metric | paper | source | parameters | ours |", rows)
 
 
+def options(config: type) -> str:
+    """The fields of a configuration with their defaults, as its docstring explains them."""
+    entries: list[list[str]] = []
+    for line in inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines():
+        found = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
+        if found:
+            entries.append([found[1], found[2]])
+        elif line.strip():
+            entries[-1][1] += f" {line.strip()}"
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    rows = []
+    for names, text in entries:
+        values = [defaults[config.attribute_map.get(name, name)] for name in names.split(", ")]
+        shown = [f'"{value}"' if isinstance(value, str) else f"{value}" for value in values]
+        rows.append([code(names.split(", ")), code(shown), text.replace("|", "\\|")])
+    return table("| field | default | |", rows)
+
+
+def options_of(model_type: str) -> Callable[[], str]:
+    """What writes the options of an architecture."""
+    found = next(item for item in OWN if item.model_type == model_type)
+    module, _, name = found.config.partition(":")
+    return lambda: options(getattr(import_module(f".{module}", "hf_hybrid"), name))
+
+
 # Page, name of the table in its markers -> what writes it.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "choice"): choice,
     ("docs/architectures/index.md", "architectures"): architectures,
     ("docs/reference/commands.md", "commands"): commands,
-    ("docs/guides/training.md", "pretraining"): pretraining,
-    ("docs/guides/training.md", "adapters"): adapters,
+    ("docs/guides/pretraining.md", "pretraining"): pretraining,
+    ("docs/guides/adapters.md", "adapters"): adapters,
     ("docs/published.md", "experiments"): experiments,
+    **{(str(found.docs), f"options of {found.model_type}"): options_of(found.model_type) for found in OWN},
 }
 
 
 def with_table(text: str, name: str, contents: str) -> str:
     """A page with one table replaced."""
     source = {"experiments": "configs/published", "commands": "hf_hybrid.cli"}.get(name, "hf_hybrid.auto")
+    source = "the docstring" if name.startswith("options of ") else source
     begin, end = f"<!-- table: {name} (from {source}, do not edit) -->", "<!-- end of table -->"
     found = re.findall(f"{re.escape(begin)}.*?{end}", text, flags=re.DOTALL)
     assert len(found) == 1, f"the page needs the table {name!r} once, between {begin} and {end}"

@@ -164,7 +164,7 @@ NOTES = (
     "  hidden states and the weights of the head, so losses with further terms are refused.",
     '- **sentence-transformers**: `SentenceTransformer("folder")` and `CrossEncoder("folder")` after `import hf_hybrid`, or an export with',
     "  `trust_remote_code=True`. `max_seq_length` is the tokenizer's `model_max_length`: inputs are not truncated to a length in the configuration.",
-    "- **lm-eval**: `hf-hybrid lm-eval` passes the true `max_length` ([training.md](guides/training.md)); `lm_eval` itself truncates to 2,048",
+    "- **lm-eval**: `hf-hybrid lm-eval` passes the true `max_length` ([evaluation](guides/evaluation.md)); `lm_eval` itself truncates to 2,048",
     "  tokens unless `max_length` is given.",
     "- **`transformers serve`**: `python -c 'import hf_hybrid; from transformers.cli.transformers import app; app()' serve`, or of an export",
     "  `transformers serve --trust-remote-code`. Completions and streams; conversations (and `transformers chat`) where the tokenizer has a chat",

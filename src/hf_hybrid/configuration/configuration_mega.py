@@ -107,9 +107,9 @@ class MegaConfig(HybridConfig):
             (arXiv 1809.10853); None for plain embeddings. `adaptive_input_size`, if given, must equal `hidden_size`.
         initializer_scheme: "normal" (Transformers 4.x), or "official" (embeddings with deviation hidden_size ** -0.5, Xavier
             classifiers).
-        decoder_layers, decoder_intermediate_size, decoder_nffn_hidden_size, decoder_ema_projection_size,
-            decoder_shared_representation_size, decoder_chunk_size, max_target_positions: the decoder of an encoder-decoder; None:
-            as the encoder.
+        decoder_layers: layers of the decoder of an encoder-decoder; None: as the encoder.
+        decoder_intermediate_size, decoder_nffn_hidden_size, decoder_ema_projection_size: widths of that decoder; None: as the encoder.
+        decoder_shared_representation_size, decoder_chunk_size, max_target_positions: its attention; None: as the encoder.
         share_encoder_decoder_embeddings: one embedding matrix for both sides (needs `tie_word_embeddings`). None: as
             `tie_word_embeddings`.
     """
