@@ -142,6 +142,7 @@ NEEDS_AN_EXTRA = {
     "inspect_activations": {"model_name_or_path": "model", "output_dir": "pictures", "prompts": ["a"]},
     "lm_eval": ["--tasks", "blimp"],
     "train_synthetic": {"output_dir": "run", "arch": "mega"},
+    "tokenize_text": {"data": "text.txt", "tokenizer": "tokenizer", "output_dir": "tokens"},
     "train_tokenizer": {"data": "text.txt", "output_dir": "tokenizer"},
     **dict.fromkeys(("finetune_glue", "finetune_summarization"), {**TRAINING_OPTIONS, "model_name_or_path": "model"}),
     **dict.fromkeys(("train_lra", "classify_image", "classify_audio"), {**TRAINING_OPTIONS, "arch": "mega"}),

@@ -64,7 +64,7 @@ def test_snippets_of_the_readme(arch: str, tmp_path: Path) -> None:
 
 # What makes the commands of the README short enough for a test.
 SHORTER = {
-    "tokenize": "--vocab_size 600",
+    "train-tokenizer": "--vocab_size 600",
     "pretrain": "--max_steps 2 --input_length 64 --per_device_train_batch_size 2 --validation_fraction 0.1 --use_cpu --config_overrides "
     + TINY_OVERRIDES["spade"]
     + ",decoder_layers=1",

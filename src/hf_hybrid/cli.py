@@ -21,7 +21,8 @@ PROGRAM = "hf-hybrid"
 
 # Words of the command -> recipe. Their order is that of `--help`.
 COMMANDS: dict[str, str] = {
-    "tokenize": "train_tokenizer",
+    "train-tokenizer": "train_tokenizer",
+    "tokenize": "tokenize_text",
     "pretrain span-corruption": "pretrain_span_corruption",
     "pretrain clm": "pretrain_clm",
     "pretrain mlm": "pretrain_mlm",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .packing import TokenBlocks
+from .packing import TokenBlocks, Tokens
 from .span_corruption import mix_bits, sample_keys
 from .streaming import PackedStream
 
@@ -146,7 +145,7 @@ class MaskedBlockDataset(Dataset):
 
     def __init__(
         self,
-        tokens: np.ndarray | torch.Tensor | Sequence[int] | str | Path,
+        tokens: Tokens,
         length: int,
         *,
         vocabulary: MaskingVocabulary,

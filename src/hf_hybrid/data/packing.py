@@ -15,6 +15,11 @@ import torch
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
+from .token_shards import TokenShards
+
+# Packed token ids: (N,), or the path of a file written by `tokenize_corpus`. Memory-mapped arrays and shards stay on disk.
+Tokens = np.ndarray | torch.Tensor | TokenShards | Sequence[int] | str | Path
+
 
 def concatenate_documents(documents: Iterable[Sequence[int] | np.ndarray], eos_token_id: int) -> np.ndarray:
     """Joins documents, each followed by `</s>`; empty documents are left out. Returns (N,) int64."""
@@ -80,21 +85,21 @@ class TokenBlocks:
     """Consecutive blocks of equal length of a packed array of tokens. Memory-mapped arrays stay on disk.
 
     Args:
-        tokens: (N,) integer array, tensor or list, or the path of a file written by `tokenize_corpus`.
+        tokens: (N,) integer array, shards, tensor or list, or the path of a file written by `tokenize_corpus`.
         length: tokens per block.
 
     Raises:
         ValueError: the tokens are not one-dimensional integers, or are fewer than one block.
     """
 
-    def __init__(self, tokens: np.ndarray | torch.Tensor | Sequence[int] | str | Path, length: int) -> None:
+    def __init__(self, tokens: Tokens, length: int) -> None:
         if isinstance(tokens, (str, Path)):
             from .token_corpus import load_token_file
 
             tokens = load_token_file(tokens)
         elif isinstance(tokens, torch.Tensor):
             tokens = tokens.cpu().numpy()
-        elif not isinstance(tokens, np.ndarray):
+        elif not isinstance(tokens, (np.ndarray, TokenShards)):
             tokens = np.asarray(tokens, dtype=np.int64 if len(tokens) == 0 else None)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(
@@ -127,6 +132,9 @@ class TokenBlocks:
 
     def rows(self, indices: Sequence[int] | np.ndarray | slice) -> np.ndarray:
         """(B, length) int64, a copy."""
+        if isinstance(self.tokens, TokenShards):
+            numbers = np.arange(self.count)[indices] if isinstance(indices, slice) else self.positive(indices)
+            return self.tokens.windows(numbers * self.length, self.length)
         table = self.tokens[: self.count * self.length].reshape(self.count, self.length)
         chosen = table[indices] if isinstance(indices, slice) else table[self.positive(indices)]
         return np.array(chosen, dtype=np.int64)
@@ -161,7 +169,7 @@ class CausalBlockDataset(Dataset):
         length: tokens per block.
     """
 
-    def __init__(self, tokens: np.ndarray | torch.Tensor | Sequence[int] | str | Path, length: int) -> None:
+    def __init__(self, tokens: Tokens, length: int) -> None:
         self.blocks = TokenBlocks(tokens, length)
 
     def __len__(self) -> int:

@@ -26,6 +26,7 @@ def map_blocks(
     num_processes: int = 1,
     progress: bool = False,
     description: str = "Generating",
+    unit: str = " samples",
 ) -> Iterator[Result]:
     """Applies a function to consecutive blocks of indices and yields the results in order.
 
@@ -38,6 +39,7 @@ def map_blocks(
         num_processes: number of processes; 1 works in this process.
         progress: show a progress bar.
         description: label of the progress bar.
+        unit: what it counts.
 
     Raises:
         ValueError: a count is not positive.
@@ -46,7 +48,7 @@ def map_blocks(
         raise ValueError(f"`block` and `num_processes` must be positive; got {block} and {num_processes}.")
     blocks = [indices[first : first + block] for first in range(0, len(indices), block)]
     with tqdm(
-        total=len(indices), desc=description, unit=" samples", disable=None if progress else True, mininterval=1.0
+        total=len(indices), desc=description, unit=unit, disable=None if progress else True, mininterval=1.0
     ) as bar:
         if min(num_processes, len(blocks)) <= 1:
             for part in blocks:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .token_shards import TokenShards
+
 
 class Segment(NamedTuple):
     """Range of a segment in the array of tokens: inputs `start` to `stop - 1`, targets one token later."""
@@ -22,9 +24,12 @@ class Segment(NamedTuple):
     begins: bool  # a document
 
 
-def document_bounds(tokens: np.ndarray, eos_token_id: int) -> list[tuple[int, int]]:
+def document_bounds(tokens: np.ndarray | TokenShards, eos_token_id: int) -> list[tuple[int, int]]:
     """Start and end of every document in an array in which each is followed by `</s>`; the end includes `</s>`."""
-    ends = np.flatnonzero(tokens == eos_token_id) + 1
+    if isinstance(tokens, TokenShards):
+        ends = tokens.positions_of(eos_token_id) + 1
+    else:
+        ends = np.flatnonzero(tokens == eos_token_id) + 1
     if tokens.size and (ends.size == 0 or ends[-1] < tokens.size):
         ends = np.append(ends, tokens.size)
     starts = np.concatenate([[0], ends[:-1]]) if ends.size else ends
@@ -60,7 +65,13 @@ class DocumentSegments(Dataset):
     """
 
     def __init__(
-        self, tokens: np.ndarray, eos_token_id: int, *, length: int, num_rows: int, pad_token_id: int = 0
+        self,
+        tokens: np.ndarray | TokenShards,
+        eos_token_id: int,
+        *,
+        length: int,
+        num_rows: int,
+        pad_token_id: int = 0,
     ) -> None:
         if length < 1 or num_rows < 1:
             raise ValueError(f"`length` and `num_rows` must be positive; got {length} and {num_rows}.")

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
-from .packing import TokenBlocks
+from .packing import TokenBlocks, Tokens
 
 _MASK = (1 << 64) - 1
 
@@ -288,7 +287,7 @@ class SpanCorruptionDataset(Dataset):
 
     def __init__(
         self,
-        tokens: np.ndarray | torch.Tensor | Sequence[int] | str | Path,
+        tokens: Tokens,
         *,
         input_length: int,
         sentinel_ids: Sequence[int],

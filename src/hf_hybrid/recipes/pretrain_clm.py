@@ -29,6 +29,7 @@ from ..training.segments import SegmentTrainer, new_state
 from ..training.trainer import HybridTrainer
 from .support.models import NewModelArguments, build_new_or_pretrained, check_decoder_table, load_tokenizer
 from .support.pretraining_data import (
+    CONVERSATIONS_HELP,
     SHUFFLE_WINDOW,
     PretrainingDataArguments,
     PretrainingText,
@@ -54,13 +55,7 @@ class CausalDataArguments(PretrainingDataArguments):
             "model carried from one to the next."
         },
     )
-    conversations: bool = field(
-        default=False,
-        metadata={
-            "help": "Rows are conversations: the column `messages` (or `text_column`) lists messages with `role` and `content`. Every "
-            "answer ends a document; the tokenizer is saved with the chat template, a plain one if it has none."
-        },
-    )
+    conversations: bool = field(default=False, metadata={"help": CONVERSATIONS_HELP})
     separate_documents: bool = field(
         default=False,
         metadata={

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.token_shards import MANIFEST_FILE, is_token_folder
+
 # Options that name files or folders, with what of a folder belongs to them.
 DATA_OPTIONS = ("data", "validation_data")
 MODEL_OPTIONS = ("model_name_or_path", "arch", "tokenizer")
@@ -72,6 +74,8 @@ def changed_files(before: Sequence[Files], after: Sequence[Files]) -> list[str]:
 def _fingerprint(path: Path, option: str, known: Files, without: Path | None) -> Files:
     if path.is_file():
         files = {path.name: path}
+    elif option in DATA_OPTIONS and is_token_folder(path):
+        files = {MANIFEST_FILE: path / MANIFEST_FILE}  # it holds size and digest of every shard
     else:
         files = {file.relative_to(path).as_posix(): file for file in _files(path, option, without)}
     is_large = sum(file.stat().st_size for file in files.values()) > _READ_WHOLE

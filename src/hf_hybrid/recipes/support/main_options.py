@@ -29,6 +29,9 @@ MAIN_OPTIONS: dict[str, tuple[str, ...]] = {
     "classify_image": ("data", "validation_data", "validation_fraction", *_CLASSIFIER, *_EPOCHS),
     "classify_audio": ("data", "validation_data", "sampling_rate", "max_seconds", *_CLASSIFIER, *_EPOCHS),
     "train_tokenizer": ("data", "text_column", "vocab_size", "num_sentinels", "max_documents", "output_dir"),
+    "tokenize_text": (
+        "data", "tokenizer", "validation_data", "validation_fraction", "text_column", "conversations", "num_proc", "output_dir",
+    ),
     "generate": (
         "model_name_or_path", "prompts", "input_file", "text_column", "source_prefix", "output_file", "batch_size",
         "max_new_tokens", "num_beams", "do_sample", "temperature",

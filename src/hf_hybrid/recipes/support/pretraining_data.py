@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.loading import MissingSplitError, load_text_source
 from ...data.token_corpus import tokenize_corpus
+from ...data.token_shards import TokenFolder, TokenShards, is_token_folder
 from ...training.arguments import HybridTrainingArguments
 from ...training.progress import UNLIMITED_STEPS
 from ...training.run_folder import is_main_process
@@ -34,11 +35,14 @@ HELD_OUT_CHARACTERS = 2_000_000  # maximum held out of a single long document
 
 
 @dataclass
-class PretrainingDataArguments:
-    """Text to train on."""
+class TextArguments:
+    """Text, and a part of it to evaluate on."""
 
     data: list[str] = field(
-        metadata={"help": "Files, folders or Hub data sets, separated by spaces or commas, read one after another."}
+        metadata={
+            "help": "Files, folders or Hub data sets, separated by spaces or commas, read one after another. Training also takes folders "
+            "written by `hf-hybrid tokenize`."
+        }
     )
     validation_data: list[str] | None = field(
         default=None,
@@ -49,15 +53,6 @@ class PretrainingDataArguments:
     validation_fraction: float = field(
         default=0.02, metadata={"help": "Share of the documents to hold out if a source has no validation split."}
     )
-    max_validation_segments: int = field(default=512, metadata={"help": "Evaluate on at most this many segments."})
-    held_out_documents: int = field(
-        default=200,
-        metadata={"help": "Streaming: number of validation documents, taken from the beginning if there is no split."},
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read and tokenize while training; needs `max_steps` or `max_minutes`."}
-    )
-
     encoding: str | None = field(default=None, metadata={"help": ENCODING_HELP})
     on_bad_record: str = field(default="error", metadata={"help": BAD_RECORD_HELP})
 
@@ -70,10 +65,30 @@ class PretrainingDataArguments:
 
 
 @dataclass
+class PretrainingDataArguments(TextArguments):
+    """Text to train on."""
+
+    max_validation_segments: int = field(default=512, metadata={"help": "Evaluate on at most this many segments."})
+    held_out_documents: int = field(
+        default=200,
+        metadata={"help": "Streaming: number of validation documents, taken from the beginning if there is no split."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read and tokenize while training; needs `max_steps` or `max_minutes`."}
+    )
+
+
+CONVERSATIONS_HELP = (
+    "Rows are conversations: the column `messages` (or `text_column`) lists messages with `role` and `content`. Every "
+    "answer ends a document; the tokenizer is saved with the chat template, a plain one if it has none."
+)
+
+
+@dataclass
 class TokenSplit:
     """Documents of one split as one array of ids, each document followed by the end-of-sequence id."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | TokenShards
     num_bytes: int
     num_documents: int
 
@@ -105,11 +120,15 @@ def load_text(
 
     With `documents_of` the sources are conversations, which it turns into texts.
 
-    With `evaluate_only` there is no training text.
+    With `evaluate_only` there is no training text. Folders of tokens are opened, not read.
 
     Raises:
-        ValueError: a source cannot be read, or contains no text.
+        ValueError: a source cannot be read, or contains no text; or tokens are those of another tokenizer, or stand beside text.
     """
+    if are_tokens(arguments.data, "data"):
+        return _open_tokens(arguments, tokenizer, evaluate_only, documents_of)
+    if are_tokens(arguments.validation_data or [], "validation_data"):
+        raise ValueError("`validation_data` is a folder of tokens, but `data` is text; tokenize both, or neither.")
     if arguments.streaming:
         stream, first = _load_stream(arguments, documents_of)
         return PretrainingText(None if evaluate_only else stream, tokenize([first], tokenizer, "validation text"))
@@ -133,7 +152,7 @@ def check_length_of_run(arguments: PretrainingDataArguments, training_args: Hybr
     training_args.max_steps = UNLIMITED_STEPS
 
 
-def _loader(arguments: PretrainingDataArguments, documents_of: DocumentsOf | None) -> Callable[..., Any]:
+def _loader(arguments: TextArguments, documents_of: DocumentsOf | None) -> Callable[..., Any]:
     return partial(
         load_text_source,
         text_column=arguments.text_column,
@@ -144,13 +163,13 @@ def _loader(arguments: PretrainingDataArguments, documents_of: DocumentsOf | Non
 
 
 def load_documents(
-    arguments: PretrainingDataArguments, documents_of: DocumentsOf | None = None
+    arguments: TextArguments, documents_of: DocumentsOf | None = None
 ) -> tuple[list[Dataset], list[Dataset]]:
     """The training and validation documents of every source, as data sets with a single column `text`."""
     load = _loader(arguments, documents_of)
     train = [load(name, "train") for name in arguments.data]
     if arguments.validation_data is not None:
-        return train, [_validation_split(name, load) or load(name) for name in arguments.validation_data]
+        return train, _validation_documents(arguments.validation_data, load)
     validation = []
     for index, name in enumerate(arguments.data):
         own = _validation_split(name, load)
@@ -159,6 +178,10 @@ def load_documents(
             logger.info("%s has no validation split: %d documents are held out of training.", name, len(own))
         validation.append(own)
     return train, validation
+
+
+def _validation_documents(names: Sequence[str], load: Callable[..., Any]) -> list[Any]:
+    return [_validation_split(name, load) or load(name) for name in names]
 
 
 def _validation_split(name: str, load: Callable[..., Any], **options: Any) -> Any | None:
@@ -185,7 +208,7 @@ def _load_stream(
     load = partial(_loader(arguments, documents_of), streaming=True)
     stream = load(arguments.data, "train")
     if arguments.validation_data is not None:
-        held_out = [_validation_split(name, load) or load(name) for name in arguments.validation_data]
+        held_out = _validation_documents(arguments.validation_data, load)
     else:
         held_out = [split for name in arguments.data if (split := _validation_split(name, load)) is not None]
     count = arguments.held_out_documents
@@ -199,6 +222,65 @@ def _load_stream(
             "`validation_data`, or read the data without `streaming`."
         )
     return rest, first_texts(stream, count)
+
+
+def are_tokens(sources: Sequence[str], option: str) -> bool:
+    """Whether the sources are folders of tokens.
+
+    Raises:
+        ValueError: some of them are, others are not.
+    """
+    kinds = [is_token_folder(source) for source in sources]
+    if any(kinds) and not all(kinds):
+        raise ValueError(
+            f"`{option}` mixes tokens and text: {sources[kinds.index(True)]} is a folder of tokens, {sources[kinds.index(False)]} is "
+            "not. Tokenize the text with `hf-hybrid tokenize`, or name the text that the tokens were made of."
+        )
+    return any(kinds)
+
+
+def _open_tokens(
+    arguments: PretrainingDataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluate_only: bool,
+    documents_of: DocumentsOf | None,
+) -> PretrainingText:
+    """Training tokens, and validation tokens or text."""
+    if arguments.streaming:
+        raise ValueError("`streaming` is for text: a folder of tokens stays on disk anyway. Leave the option out.")
+    given, has_text = arguments.validation_data, False
+    if given is not None:
+        has_text = not are_tokens(given, "validation_data")
+    for name in () if has_text else ("text_column", "dataset_config", "encoding"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(
+                f"`{name}` is about text, but `data` is a folder of tokens; give it to `hf-hybrid tokenize`."
+            )
+    folders = [TokenFolder(name) for name in arguments.data]
+    other = next((folder for folder in folders if not folder.manifest["sources"].get("conversations")), None)
+    if documents_of is not None and other is not None:
+        raise ValueError(
+            f"`conversations` is set, but {other.path} was tokenized as plain text; write it with `hf-hybrid tokenize --conversations`."
+        )
+    train = None if evaluate_only else _token_split(folders, "train", tokenizer)
+    if given is None:
+        validation = _token_split(folders, "validation", tokenizer)
+    elif has_text:
+        documents = _validation_documents(given, _loader(arguments, documents_of))
+        validation = tokenize(documents, tokenizer, "validation text")
+    else:
+        validation = _token_split([TokenFolder(name) for name in given], "validation", tokenizer)
+    return PretrainingText(train, validation)
+
+
+def _token_split(folders: Sequence[TokenFolder], split: str, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
+    for folder in folders:
+        folder.check_tokenizer(tokenizer)
+    tokens = TokenShards([path for folder in folders for path in folder.open(split).files])
+    totals = {name: sum(folder.splits[split][name] for folder in folders) for name in ("bytes", "documents")}
+    found = TokenSplit(tokens, totals["bytes"], totals["documents"])
+    logger.info("%s of %s: %s", split, ", ".join(str(folder.path) for folder in folders), found)
+    return found
 
 
 def first_texts(documents: Iterable[dict], limit: int) -> Dataset:

@@ -1,0 +1,4 @@
+from hf_hybrid.recipes.tokenize_text import main
+
+if __name__ == "__main__":
+    main()
