@@ -1,7 +1,8 @@
 """Text from local files, local data-set folders and the Hub, as `datasets` objects.
 
 Local sources: `.txt` and `.md` (one document per file), `.json`, `.jsonl`, `.csv`, `.tsv` (also with `.gz`), `.parquet`, and folders of
-such files, where the files of a split are named `<split>.*` or `<split>-*` or are in a subfolder `<split>/`. Anything
+such files, where the files of a split are named `<split>.*` or `<split>-*` or are in a subfolder `<split>/`. The same files and
+folders in an object store are named by their URL (`s3://bucket/corpus/`), which fsspec and its plug-ins open. Anything else
 that is not an existing path is taken as the name of a Hub data set.
 """
 
@@ -11,9 +12,9 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .records import (
     DEFAULT_ENCODING,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
+
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 class MissingSplitError(ValueError):
@@ -62,7 +66,18 @@ def _import_datasets():
     return datasets
 
 
-def _suffix(path: Path) -> str:
+def _is_url(source: str | Path) -> bool:
+    return "://" in str(source)
+
+
+def is_single_file(source: str | Path) -> bool:
+    """Whether a source is one file, which has no splits."""
+    if _is_url(source):
+        return _suffix(PurePosixPath(str(source))) in _BUILDERS
+    return Path(source).expanduser().is_file()
+
+
+def _suffix(path: PurePath) -> str:
     """Suffix that determines the format, without a trailing `.gz`, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
@@ -72,13 +87,18 @@ def _suffix(path: Path) -> str:
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     """Data files of one split of a folder, in the order of their names."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path) in _BUILDERS)
+    return _files_of_split(folder, [path for path in folder.rglob("*") if path.is_file()], split)
+
+
+def _files_of_split(folder: AnyPath, content: Iterable[AnyPath], split: str) -> list[AnyPath]:
+    """Of the files in a folder those with data of a split."""
+    files = sorted(path for path in content if _suffix(path) in _BUILDERS)
     if not files:
         raise MissingSplitError(
             f"The folder {folder} contains no data files; accepted are {', '.join(_BUILDERS)} (also with .gz)."
         )
 
-    def split_of(path: Path) -> str | None:
+    def split_of(path: PurePath) -> str | None:
         inside = path.relative_to(folder)
         for part in (inside.parts[0] if len(inside.parts) > 1 else "", path.name):
             for name in _SPLIT_NAMES:
@@ -94,7 +114,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
         raise MissingSplitError(
             f"The folder {folder} has no files of the split {split!r}; found splits: {', '.join(found) or 'none'}."
         )
-    by_format: dict[str, list[Path]] = {}
+    by_format: dict[str, list[AnyPath]] = {}
     for path in chosen:
         by_format.setdefault(_BUILDERS[_suffix(path)], []).append(path)
     data = [paths for builder, paths in by_format.items() if builder != "text"]
@@ -117,7 +137,7 @@ def load_table(
     """Loads one split with all its columns.
 
     Args:
-        source: a file, several files of the same format, a folder, or the name of a Hub data set.
+        source: a file, several files of the same format, a folder, the URL of a file or folder, or the name of a Hub data set.
         split: split of a folder or Hub data set; a file given by its path is read whole.
         config_name: configuration of a Hub data set ("wikitext-103-raw-v1").
         streaming: return an `IterableDataset` that reads on demand. Local files are read through once before, for corrupt records.
@@ -132,6 +152,8 @@ def load_table(
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     if not sources:
         raise ValueError("`source` is an empty list; pass at least one file, folder or data set name.")
+    if any(_is_url(item) for item in sources):
+        return _load_urls(datasets, [str(item) for item in sources], split, streaming, encoding, on_bad_record)
     paths = [Path(item).expanduser() for item in sources]
     if len(sources) == 1 and not paths[0].exists():
         return _load_from_hub(datasets, str(sources[0]), split, config_name, streaming)
@@ -154,6 +176,20 @@ def load_table(
         raise ValueError(f"The sources {', '.join(map(str, sources))} have no column in common: {names}.")
     joined = datasets.concatenate_datasets([part.select_columns(common) for part in parts])
     return joined if streaming else remember_origin(joined, _joined(origins))
+
+
+def _builder_options(builder: str, separator: str, encoding: str | None) -> dict[str, Any]:
+    """Options of a builder of `datasets`."""
+    options: dict[str, Any] = {}
+    if builder != "parquet":
+        options["encoding"] = encoding or DEFAULT_ENCODING
+    if builder == "text":
+        options["sample_by"] = "document"
+    elif builder == "csv":  # the words None, NA and null are text; an empty cell is missing
+        options |= {"sep": separator, "keep_default_na": False, "na_values": [""]}
+    elif builder == "json" and encoding is None:
+        del options["encoding"]  # its reader knows the mark
+    return options
 
 
 def _joined(origins: Sequence[Origin]) -> Origin:
@@ -281,15 +317,7 @@ class _Reader:
                 raise ValueError(f"{self._names()} has {'a header but ' if header else ''}no rows.") from error
 
     def _build(self, datasets, files: list[Path], streaming: bool):
-        options: dict[str, object] = {}
-        if self.builder != "parquet":
-            options["encoding"] = self.encoding or DEFAULT_ENCODING
-        if self.builder == "text":
-            options["sample_by"] = "document"
-        elif self.builder == "csv":  # the words None, NA and null are text; an empty cell is missing
-            options |= {"sep": self.separator, "keep_default_na": False, "na_values": [""]}
-        elif self.builder == "json" and self.encoding is None:
-            del options["encoding"]  # its reader knows the mark
+        options = _builder_options(self.builder, self.separator, self.encoding)
         return datasets.load_dataset(
             self.builder,
             data_files={"train": [str(path) for path in files]},
@@ -361,6 +389,56 @@ def _load_from_hub(datasets, name: str, split: str, config_name: str | None, str
             f"{name!r} is neither an existing file or folder nor a Hub data set that can be loaded (split {split!r}, "
             f"configuration {config_name!r}): {error}"
         ) from error
+
+
+def _load_urls(
+    datasets, sources: Sequence[str], split: str, streaming: bool, encoding: str | None, on_bad_record: str
+) -> Dataset | IterableDataset:
+    """One split of files and folders of object stores, read once and without a look at their records before.
+
+    Raises:
+        ValueError: corrupt records should be skipped, formats differ or are unknown, or a file cannot be read.
+    """
+    if on_bad_record == "skip":
+        raise ValueError(
+            f"`on_bad_record` is 'skip', which needs files that can be read twice; copy {sources[0]} to a local folder."
+        )
+    files = [url for source in sources for url in _urls_of_split(source, split)]
+    builders = {_BUILDERS.get(_suffix(PurePosixPath(url))) for url in files}
+    separators = {"\t" if _suffix(PurePosixPath(url)) == ".tsv" else "," for url in files}
+    if len(builders) > 1 or None in builders or len(separators) > 1:
+        raise ValueError(
+            f"The files {', '.join(files)} have several formats or an unknown one; accepted is one of {', '.join(_BUILDERS)} "
+            "(also with .gz)."
+        )
+    builder = str(builders.pop())
+    options = _builder_options(builder, separators.pop(), encoding)
+    try:
+        data = datasets.load_dataset(
+            builder, data_files={"train": files}, split="train", streaming=streaming, **options
+        )
+        if streaming:  # else a missing file is found in the middle of a run
+            next(iter(data), None)
+        return data
+    except Exception as error:  # every file system and every builder raises its own exceptions
+        raise ValueError(
+            f"Could not read {', '.join(files)} as {builder}: {_first_cause(error)}. Check the URL, the rights of this process, and "
+            "that the package of this file system is installed."
+        ) from error
+
+
+def _urls_of_split(source: str, split: str) -> list[str]:
+    if is_single_file(source) or not _is_url(source):
+        return [source]
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, root = url_to_fs(source)
+        content = [PurePosixPath(path) for path in filesystem.find(root)]
+    except Exception as error:
+        raise ValueError(f"The folder {source} cannot be listed: {_first_cause(error)}.") from error
+    found = _files_of_split(PurePosixPath(filesystem._strip_protocol(root)), content, split)
+    return [filesystem.unstrip_protocol(str(path)) for path in found]
 
 
 def load_text_source(

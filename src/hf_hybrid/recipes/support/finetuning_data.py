@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ... import metrics
-from ...data.loading import MissingSplitError, load_table
+from ...data.loading import MissingSplitError, is_single_file, load_table
 from ...data.records import origin_of, place_of, remember_origin, shortened
 from ...remote_code import check_export
 from ...training.arguments import Seq2SeqFinetuningArguments
@@ -138,7 +138,7 @@ def _load_validation(arguments: TableArguments, load: Callable[..., Any] | None)
     if arguments.validation_data is not None:
         return {"": _load(arguments.validation_data, split, arguments, load)}
     sources = arguments.data or []
-    if all(Path(source).is_file() for source in sources):  # a file has no splits
+    if all(is_single_file(source) for source in sources):  # a file has no splits
         return {}
     single = {"": split}
     mnli = {name: f"{split}_{name}" for name in ("matched", "mismatched")}  # two validation sets

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
-from ...data.loading import MissingSplitError, load_text_source
+from ...data.loading import MissingSplitError, is_single_file, load_text_source
 from ...data.token_corpus import tokenize_corpus
 from ...data.token_shards import TokenFolder, TokenShards, is_token_folder
 from ...training.arguments import HybridTrainingArguments
@@ -186,7 +186,7 @@ def _validation_documents(names: Sequence[str], load: Callable[..., Any]) -> lis
 
 def _validation_split(name: str, load: Callable[..., Any], **options: Any) -> Any | None:
     """The `validation` split of a folder or Hub data set; None where there is none."""
-    if Path(name).is_file():
+    if is_single_file(name):
         return None
     try:
         return load(name, "validation", **options)

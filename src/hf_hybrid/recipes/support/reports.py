@@ -154,10 +154,10 @@ def _adapter_rows(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any
 
 
 def hub_names(sources: Sequence[str]) -> list[str]:
-    """The names among data or model sources that are not local paths."""
-    return [name for name in sources if not os.path.exists(name)]
+    """The names among data or model sources that are neither local paths nor URLs."""
+    return [name for name in sources if not os.path.exists(name) and "://" not in name]
 
 
 def display_names(sources: Sequence[str]) -> str:
-    """Sources as they may appear in a public card: Hub names, or the last part of a local path."""
-    return ", ".join(Path(name).name if os.path.exists(name) else name for name in sources)
+    """Sources as they may appear in a public card: Hub names, or the last part of a local path or URL."""
+    return ", ".join(Path(name).name if os.path.exists(name) or "://" in name else name for name in sources)
