@@ -188,3 +188,25 @@ class TestMega:
         positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]).expand(2, 3, 11)
         ids = inputs["input_ids"][..., :5]
         torch.testing.assert_close(model(**inputs, position_ids=positions).logits, model(ids).logits)
+
+
+@parametrize(all_variants("AutoModelForSeq2SeqLM") + all_variants("AutoModelForCausalLM"))
+def test_what_generate_cannot_read(case: Case) -> None:
+    """Before Transformers asks it for its shape."""
+    model, ids = case.model(), random_ids(2, 5)
+    names = ["input_ids", "decoder_input_ids"] if case.is_seq2seq else ["input_ids"]
+    inputs = dict.fromkeys(names, ids)
+    for name in [*names, "attention_mask", "inputs_embeds"]:
+        for wrong in ([[1, 2]], "a text", object()):
+            with pytest.raises(TypeError, match=f"`{name}` must be a torch.Tensor"):
+                model.generate(**inputs | {name: wrong}, max_new_tokens=2)
+    for wrong in ([[1, 2]], "a text"):
+        with pytest.raises(TypeError, match="`input_ids` must be a torch.Tensor"):
+            model.generate(wrong, max_new_tokens=2)
+    for name in names:
+        for wrong in (ids[0], ids[None], ids[:, :0], ids[:0], ids.double(), ids.bool()):
+            with pytest.raises(ValueError, match=rf"`{name}` must hold token ids .*\(batch, length\)"):
+                model.generate(**inputs | {name: wrong}, max_new_tokens=2)
+    for wrong in (0, -1, 1.5, "3"):
+        with pytest.raises(ValueError, match="`prefill_chunk_size` must be a number of tokens"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=wrong)

@@ -23,7 +23,7 @@ from hf_hybrid.training.checkpoints import (
     list_checkpoints,
     rotate_checkpoints,
 )
-from hf_hybrid.training.run_folder import check_checkpoint
+from hf_hybrid.training.run_folder import SHARDED_STATES, RunFolder, check_checkpoint
 
 
 def same_weights(first: Path, second: Path) -> bool:
@@ -73,6 +73,36 @@ def test_a_checkpoint_without_manifest_or_random_state_is_said(finished, toy, tm
     (run / "checkpoint-2" / "rng_state.pth").unlink()
     pretrain_clm.main({**toy, "output_dir": str(run), "resume_from_checkpoint": "last"})
     assert f"holds no {CHECKPOINT_MANIFEST_FILE}" in caplog.text and "holds no rng_state.pth" in caplog.text
+
+
+@pytest.mark.parametrize("name", SHARDED_STATES)
+def test_a_checkpoint_of_a_sharded_run_is_refused_as_such(finished, tmp_path, name):
+    """Not as one that lacks `optimizer.pt`, and `auto` does not begin anew over it."""
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    shutil.copytree(finished / "checkpoint-4", checkpoint)
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / name).touch()
+    for check in (lambda: check_checkpoint(checkpoint, resumable=True), lambda: RunFolder(tmp_path / "run", "auto")):
+        with pytest.raises(ValueError, match=f"{name} come from a run under FSDP.*model_name_or_path"):
+            check()
+    check_checkpoint(checkpoint)  # its weights can be read
+
+
+def test_a_sharded_run_is_told_at_its_start(toy, tmp_path, monkeypatch, caplog):
+    """Before the hours that a resume would need again."""
+    options = {**toy, "max_steps": 1, "save_steps": 1}
+    start = pretrain_clm.SegmentTrainer._warn_of_shards
+
+    def sharded(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "is_fsdp_enabled", True)
+            start(self)
+
+    monkeypatch.setattr(pretrain_clm.SegmentTrainer, "_warn_of_shards", sharded)
+    pretrain_clm.main({**options, "save_strategy": "no", "output_dir": str(tmp_path / "none")})
+    assert "FSDP" not in caplog.text
+    pretrain_clm.main({**options, "output_dir": str(tmp_path / "some")})
+    assert "checkpoints of a run under FSDP cannot be resumed" in caplog.text
 
 
 def test_the_newest_that_verifies_is_taken(finished, toy, tmp_path, caplog):

@@ -75,6 +75,22 @@ def test_numbers_inside_lists_count_too():
         MegaConfig(adaptive_cutoffs=[10**12])
 
 
+@pytest.mark.parametrize(("cls", "name"), fields_of(float))
+@pytest.mark.parametrize("value", [10**30, 1e300])
+def test_numbers_beyond_all_precision_are_refused(cls, name, value):
+    with pytest.raises(Exception, match=name):
+        cls(**{name: value})
+
+
+@pytest.mark.parametrize("cls", CONFIGURATIONS)
+def test_what_forward_passes_return_is_switched_by_booleans(cls):
+    for name in ("return_dict", "output_hidden_states"):
+        for wrong in ({"a": 1}, "yes", 1.5, ["a"]):
+            with pytest.raises(Exception, match=f"`{name}` must be True, False or None"):
+                cls(**{name: wrong})
+    assert cls(output_hidden_states=[0, -1]).output_hidden_states == [0, -1]
+
+
 def test_large_numbers_that_are_no_sizes_pass():
     assert SpadeConfig(rotary_base=5e6).rotary_base == 5e6
 

@@ -115,7 +115,6 @@ def check_decoding(case: Case, count: int) -> None:
     assert after[0] <= before[0] and after[1] <= before[1]
 
 
-@pytest.mark.slow
 @every_architecture
 def test_a_few_steps_tokens_and_lengths(case: Case) -> None:
     check_training(case, 15)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checks import check_num_labels, check_numbers
+from .checks import check_num_labels, check_numbers, check_switch
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -41,6 +41,11 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 f"`problem_type` must be one of {', '.join(map(repr, PROBLEM_TYPES))}, or None; got {self.problem_type!r}."
             )
+
+    def validate_outputs(self) -> None:
+        """Checks what forward passes return, whose types Transformers does not check."""
+        for name in ("return_dict", "output_hidden_states", "output_attentions"):
+            check_switch(name, getattr(self, name, None))
 
     def take_old_spellings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sets fields that were given under a former name, before others are derived from them; returns the rest."""

@@ -47,6 +47,8 @@ FINGERPRINTS_FILE = "fingerprints.json"
 METRICS_FILE = "metrics.json"
 LOSS_CURVE_FILE = "loss_curve.png"
 CODEBOOK_FILE = "codebooks.png"
+# What FSDP (by accelerate) writes instead of `optimizer.pt`, in one piece or in shards.
+SHARDED_STATES = ("optimizer.bin", "optimizer_0", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 RECORDED_PACKAGES = (
@@ -285,6 +287,8 @@ def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> N
         ValueError: a file is missing, truncated or of the wrong kind; the message names it.
     """
     folder = Path(folder)
+    if resumable:
+        _refuse_shards(folder)
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
     names = [ADAPTER_CONFIG_FILE if is_adapter else "config.json"] + (["trainer_state.json"] if resumable else [])
     index = folder / "model.safetensors.index.json"
@@ -310,6 +314,16 @@ def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> N
                 )
     for name in weights:
         check_safetensors(folder / name)
+
+
+def _refuse_shards(folder: Path) -> None:
+    """Raises ValueError for the checkpoint of a run under FSDP: its optimizer belongs to that number of processes."""
+    found = [name for name in SHARDED_STATES if (folder / name).exists()]
+    if found:
+        raise ValueError(
+            f"{folder} cannot be resumed: {', '.join(found)} come from a run under FSDP, whose optimizer only its own engine reads. "
+            "Start a new run from its weights (`--model_name_or_path`), or resume a checkpoint of a run without FSDP."
+        )
 
 
 def _check_bytes(folder: Path) -> None:

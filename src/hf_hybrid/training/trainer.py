@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Seq2SeqTrainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import SaveStrategy
 
 from ..modeling.losses import align_labels, mean_over_labels
 from ..ops.branches import uses_cpu_form
@@ -288,7 +289,15 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
         self._timed_tokens, self._timed_seconds = 0, 0.0
         if self._time_limit is not None:
             self._time_limit.earlier_seconds = self._time_limit.elapsed_fraction = 0.0
+        self._warn_of_shards()
         return super().train(*args, **kwargs)
+
+    def _warn_of_shards(self) -> None:
+        if self.is_fsdp_enabled and self.args.save_strategy != SaveStrategy.NO:
+            logger.warning(
+                "The checkpoints of a run under FSDP cannot be resumed (`resume_from_checkpoint`), only started from: their weights are "
+                "whole with `fsdp_state_dict_type: FULL_STATE_DICT`."
+            )
 
     @property
     def _earlier_seconds(self) -> float:
