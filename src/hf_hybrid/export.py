@@ -57,7 +57,7 @@ class Export(NamedTuple):
 
 def export_program(
     model: PreTrainedModel,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     example: Mapping[str, torch.Tensor] | None = None,
@@ -89,7 +89,7 @@ def export_program(
 
 
 def export_decoding_step(
-    model: PreTrainedModel, folder: str | os.PathLike, *, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, folder: str | os.PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Export:
     """Writes one step of generation as a program of `torch.export`: token, mask and state in, logits and next state out.
 
@@ -118,7 +118,7 @@ def export_decoding_step(
 
 def export_onnx(
     model: PreTrainedModel,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     example: Mapping[str, torch.Tensor] | None = None,
@@ -157,7 +157,7 @@ def export_onnx(
 
 
 def export_int8(
-    model: PreTrainedModel, folder: str | os.PathLike, *, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, folder: str | os.PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Export:
     """Writes a checkpoint whose linear layers have 8-bit weights (by torchao); `from_pretrained` loads it.
 
@@ -326,7 +326,7 @@ def _exporting(model: nn.Module) -> Iterator[None]:
 class OnnxModel:
     """An ONNX model as a function from named tensors to a dictionary of tensors, run by onnxruntime on the CPU."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         _require("onnxruntime", extra="export")
         import onnxruntime
 

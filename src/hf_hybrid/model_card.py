@@ -296,7 +296,7 @@ def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
     return str(card)
 
 
-def write_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
+def write_model_card(card: ModelCard, folder: str | os.PathLike[str]) -> Path:
     """Checks a card and writes it as `README.md` into a folder.
 
     Raises:

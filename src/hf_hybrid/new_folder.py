@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike, argument: str = "folder") -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], argument: str = "folder") -> Iterator[Path]:
     """A temporary folder that is renamed to `path` if everything succeeds, and removed otherwise.
 
     It has the same parent as `path`, so that a single rename suffices.

@@ -225,7 +225,7 @@ def architecture_of(model: Any) -> Architecture:
 
 def export_remote_code(
     model: PreTrainedModel,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     processor: Any | None = None,
@@ -374,14 +374,14 @@ def files_of(folder: Path) -> list[str]:
     return sorted(set(names) - _NOT_LISTED)
 
 
-def write_manifest(folder: str | os.PathLike) -> None:
+def write_manifest(folder: str | os.PathLike[str]) -> None:
     """Lists every file of a folder with its SHA-256 in `SHA256SUMS`, which `sha256sum --check` reads."""
     folder = Path(folder)
     lines = [f"{file_digest(folder / name)}  {name}\n" for name in files_of(folder)]
     (folder / MANIFEST_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def verify_export(folder: str | os.PathLike, digest: str | None = None) -> str:
+def verify_export(folder: str | os.PathLike[str], digest: str | None = None) -> str:
     """Checks that an export is as it was written: no file changed, missing or added.
 
     The model card may differ, because it is edited on the Hub; that is only logged.
@@ -432,7 +432,7 @@ def verify_export(folder: str | os.PathLike, digest: str | None = None) -> str:
     return found
 
 
-def check_export(name_or_path: str | os.PathLike) -> None:
+def check_export(name_or_path: str | os.PathLike[str]) -> None:
     """Refuses an export that was changed, before any of its files is read and any of its code runs.
 
     To be called before every load that may run code from a folder. It does not protect from whoever can write the manifest too: that

@@ -33,7 +33,7 @@ def new_figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
 
 def plot_loss_curves(
     log_history: Sequence[Mapping[str, float]],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     reference_lines: Mapping[str, float] | None = None,
     title: str | None = None,
@@ -139,7 +139,7 @@ def _time_constants(layer: Any) -> Any:
 
 
 def plot_state_space_channels(
-    layers: Mapping[str, Any], path: str | os.PathLike, *, length: int = 4096, share: float = 0.95
+    layers: Mapping[str, Any], path: str | os.PathLike[str], *, length: int = 4096, share: float = 0.95
 ) -> Path:
     """Draw the decay spectrum and the effective memory of state space layers.
 
@@ -197,7 +197,7 @@ def activation_map(
     model: Any,
     tokenizer: Any,
     text: str,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     tokens_per_line: int = 64,
     max_tokens: int = 256,
@@ -241,7 +241,7 @@ def _printable(token: str) -> str:
 
 
 def draw_activation_map(
-    gates: Any, labels: Sequence[str], path: str | os.PathLike | None = None, *, tokens_per_line: int = 64
+    gates: Any, labels: Sequence[str], path: str | os.PathLike[str] | None = None, *, tokens_per_line: int = 64
 ) -> Any:
     """The picture of `activation_map`.
 
@@ -280,7 +280,7 @@ def draw_activation_map(
     return _saved(figure, path)
 
 
-def draw_image_activations(images: Any, gates: Any, path: str | os.PathLike | None = None) -> Any:
+def draw_image_activations(images: Any, gates: Any, path: str | os.PathLike[str] | None = None) -> Any:
     """Draw where the layers of a pixel classifier are active: a row per image, followed by one map per layer.
 
     Args:
@@ -319,7 +319,7 @@ def draw_image_activations(images: Any, gates: Any, path: str | os.PathLike | No
 
 
 def draw_waveform_activations(
-    samples: Any, gates: Any, path: str | os.PathLike | None = None, *, sampling_rate: int | None = None
+    samples: Any, gates: Any, path: str | os.PathLike[str] | None = None, *, sampling_rate: int | None = None
 ) -> Any:
     """Draw where the layers of a waveform classifier are active: the waveform, and below it layers by time.
 
@@ -362,7 +362,7 @@ def _rates_of(gates: Any) -> str:
     return f"Active tokens per layer (%): {rates}"
 
 
-def _saved(figure: Any, path: str | os.PathLike | None) -> Any:
+def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     """Writes the figure to `path` unless that is None, and returns it."""
     if path is not None:
         path = Path(path)
@@ -371,7 +371,7 @@ def _saved(figure: Any, path: str | os.PathLike | None) -> Any:
     return figure
 
 
-def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.PathLike) -> Path:
+def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.PathLike[str]) -> Path:
     """Draw how much and how far each layer attends: share of active tokens with its deviation, and their span.
 
     Args:
@@ -419,7 +419,7 @@ def plot_activations(statistics: Mapping[str, Sequence[Any]], path: str | os.Pat
 
 
 def codebook_usage(
-    model: Any, path: str | os.PathLike | None = None, *, history: Sequence[Mapping[str, Any]] | None = None
+    model: Any, path: str | os.PathLike[str] | None = None, *, history: Sequence[Mapping[str, Any]] | None = None
 ) -> Any:
     """Draw how evenly the codewords of each layer are used, and their perplexity during training.
 

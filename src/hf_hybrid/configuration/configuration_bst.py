@@ -1,7 +1,7 @@
 """Configuration of the Block-State Transformer (arXiv 2306.09539)."""
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.utils import logging
@@ -65,7 +65,7 @@ class BstConfig(HybridConfig):
     """
 
     model_type = "bst"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "layers.*.attn.q_proj": "colwise_gather_output",
         "layers.*.attn.k_proj": "colwise_gather_output",
         "layers.*.attn.v_proj": "colwise_gather_output",
@@ -76,13 +76,16 @@ class BstConfig(HybridConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan = {
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "passage"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"logit_divisor": "logits_scaling", "rms_norm_eps": "norm_eps"}  # the names in earlier checkpoints
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "logit_divisor": "logits_scaling",
+        "rms_norm_eps": "norm_eps",
+    }  # the names in earlier checkpoints
 
     vocab_size: int = 32128
     hidden_size: int = 1024

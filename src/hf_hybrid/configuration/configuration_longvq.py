@@ -1,7 +1,7 @@
 """Configuration of LongVQ, attention over vector-quantised keys with a structured memory (arXiv 2404.11163)."""
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -67,17 +67,17 @@ class LongVQConfig(HybridConfig):
     """
 
     model_type = "longvq"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "layers.*.mixer.v_proj": "colwise_gather_output",
         "layers.*.mixer.mx_proj": "colwise_gather_output",
         "layers.*.mixer.h_proj": "rowwise_split_input",
         "layers.*.ffn.fc1": "colwise",
         "layers.*.ffn.fc2": "rowwise",
     }
-    attribute_map = {"is_causal": "is_decoder"}
-    former_fields = {"dropout": "hidden_dropout"}
+    attribute_map: ClassVar[dict[str, str]] = {"is_causal": "is_decoder"}
+    former_fields: ClassVar[dict[str, str]] = {"dropout": "hidden_dropout"}
     # Codebook statistics are not predictions: Trainer must not gather them during evaluation.
-    keys_to_ignore_at_inference = ["past_key_values", "commitment_loss", "codebook_perplexity"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "commitment_loss", "codebook_perplexity"]
 
     vocab_size: int = 50257
     hidden_size: int = 512

@@ -7,7 +7,7 @@ The other fields add what the published code has and Transformers 4.x lacked; by
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
 import copy
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 
@@ -115,7 +115,7 @@ class MegaConfig(HybridConfig):
     """
 
     model_type = "mega"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "embedding_layer.word_embeddings": "embedding_rowwise",
         "layers.*.mega_layer.v_proj": "colwise_gather_output",
         "layers.*.mega_layer.mx_proj": "colwise_gather_output",
@@ -127,8 +127,8 @@ class MegaConfig(HybridConfig):
         "layers.*.nffn.fc1": "colwise",
         "layers.*.nffn.fc2": "rowwise",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"encoder_layers": "num_hidden_layers", "hidden_dropout": "dropout_prob"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"encoder_layers": "num_hidden_layers", "hidden_dropout": "dropout_prob"}
 
     vocab_size: int = 30522
     hidden_size: int = 128

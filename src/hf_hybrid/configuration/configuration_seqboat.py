@@ -1,7 +1,7 @@
 """Configuration of SeqBoat, sparse modular activation for efficient sequence modelling (arXiv 2306.11197)."""
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -76,7 +76,7 @@ class SeqBoatConfig(HybridConfig):
     """
 
     model_type = "seqboat"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "embeddings.embed_tokens": "embedding_rowwise",
         "layers.*.unit.skip_proj": "colwise_gather_output",
         "layers.*.unit.in_proj": "colwise_gather_output",
@@ -84,10 +84,16 @@ class SeqBoatConfig(HybridConfig):
         "layers.*.ffn.fc1": "colwise",
         "layers.*.ffn.fc2": "rowwise",
     }
-    attribute_map = {"prenorm": "norm_first", "value_dropout": "activation_dropout"}
-    former_fields = {"max_position_embeddings": "distance_table_size"}
+    attribute_map: ClassVar[dict[str, str]] = {"prenorm": "norm_first", "value_dropout": "activation_dropout"}
+    former_fields: ClassVar[dict[str, str]] = {"max_position_embeddings": "distance_table_size"}
     # Activation statistics are not predictions: Trainer must not gather them during evaluation.
-    keys_to_ignore_at_inference = ["past_key_values", "activation_rate", "active", "gate_probs", "auxiliary_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "activation_rate",
+        "active",
+        "gate_probs",
+        "auxiliary_loss",
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 512

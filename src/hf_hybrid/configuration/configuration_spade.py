@@ -7,7 +7,7 @@ of the published code, under which official checkpoints reproduce their outputs.
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
 import copy
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 
@@ -169,7 +169,7 @@ class SpadeConfig(HybridConfig):
     """
 
     model_type = "spade"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "encoder.layers.*.mixer.attention.q_proj": "colwise_gather_output",
         "encoder.layers.*.mixer.attention.k_proj": "colwise_gather_output",
         "encoder.layers.*.mixer.attention.v_proj": "colwise_gather_output",
@@ -199,8 +199,8 @@ class SpadeConfig(HybridConfig):
         "decoder.layers.*.feed_forward.wi_1": "colwise",
         "decoder.layers.*.feed_forward.wo": "rowwise",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "d_kv": "head_dim",
         "d_ff": "intermediate_size",
@@ -210,7 +210,7 @@ class SpadeConfig(HybridConfig):
         "dropout_rate": "hidden_dropout",
         "classifier_pooling": "pooling",
     }
-    former_fields = _FORMER_WINDOWS | _FORMER_TABLE
+    former_fields: ClassVar[dict[str, str]] = _FORMER_WINDOWS | _FORMER_TABLE
 
     vocab_size: int = 32128
     hidden_size: int = 768
@@ -375,7 +375,7 @@ class SpadeLMConfig(HybridConfig):
     """
 
     model_type = "spade_lm"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "layers.*.mixer.attention.q_proj": "colwise_gather_output",
         "layers.*.mixer.attention.k_proj": "colwise_gather_output",
         "layers.*.mixer.attention.v_proj": "colwise_gather_output",
@@ -387,8 +387,8 @@ class SpadeLMConfig(HybridConfig):
         "layers.*.feed_forward.wi_1": "colwise",
         "layers.*.feed_forward.wo": "rowwise",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "d_ff": "intermediate_size",
         "num_layers": "num_hidden_layers",
@@ -396,7 +396,7 @@ class SpadeLMConfig(HybridConfig):
         "layer_norm_eps": "norm_eps",
         "dropout_rate": "hidden_dropout",
     }
-    former_fields = {"attention_window": "window_size"}
+    former_fields: ClassVar[dict[str, str]] = {"attention_window": "window_size"}
 
     vocab_size: int = 32128
     hidden_size: int = 768

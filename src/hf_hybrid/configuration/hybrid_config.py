@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
 import os
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -24,7 +24,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     # Former fields with another meaning than their successors: {former: successor}.
-    former_fields = {}  # type: ignore[var-annotated]
+    former_fields: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = self.take_old_spellings(kwargs)
@@ -73,7 +73,7 @@ class HybridConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads the fields of a configuration.
 

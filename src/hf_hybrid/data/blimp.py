@@ -58,7 +58,7 @@ def read_minimal_pairs(
 
 def write_blimp_tasks(
     pairs: Mapping[str, Sequence[Mapping[str, str]]],
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     rows: int | None = None,
     context: str = "",

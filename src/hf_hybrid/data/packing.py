@@ -114,7 +114,7 @@ class TokenBlocks:
             )
         self.tokens = tokens
         self.length = length
-        self.count = len(tokens) // length
+        self.count: int = len(tokens) // length
 
     def __len__(self) -> int:
         return self.count
@@ -170,7 +170,7 @@ class CausalBlockDataset(Dataset):
     """
 
     def __init__(self, tokens: Tokens, length: int) -> None:
-        self.blocks = TokenBlocks(tokens, length)
+        self.blocks: TokenBlocks = TokenBlocks(tokens, length)
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -264,7 +264,7 @@ def restore_segment(
     return restored
 
 
-class SpanCorruptionDataset(Dataset):
+class SpanCorruptionDataset(Dataset[dict[str, Any]]):
     """Span corruption over a packed array of tokens, as a map-style data set with `input_ids` (S,) and `labels` (L,).
 
     Sample `index` is segment `index` of the array, with noise that depends on (seed, epoch, index). The Trainer calls
@@ -297,16 +297,16 @@ class SpanCorruptionDataset(Dataset):
         seed: int = 0,
         resample_each_epoch: bool = True,
     ) -> None:
-        self.lengths = span_corruption_lengths(input_length, noise_density, mean_span_length)
+        self.lengths: SpanCorruptionLengths = span_corruption_lengths(input_length, noise_density, mean_span_length)
         check_sentinels(sentinel_ids, self.lengths.num_spans, self.lengths.segment_length)
-        self.blocks = TokenBlocks(tokens, self.lengths.segment_length)
-        self.sentinel_ids = list(sentinel_ids)
+        self.blocks: TokenBlocks = TokenBlocks(tokens, self.lengths.segment_length)
+        self.sentinel_ids: list[int] = list(sentinel_ids)
         self.eos_token_id = eos_token_id
         self.noise_density = noise_density
         self.mean_span_length = mean_span_length
         self.seed = seed
         self.resample_each_epoch = resample_each_epoch
-        self.epoch = 0
+        self.epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -23,7 +23,7 @@ class GenericForAdaptiveCausalLM(GenericForCausalLM):
             return
         self._tied_weights_keys: dict[str, str] = {}
         widths = [table.embedding_dim for table in self.base_model.get_input_embeddings().embeddings][1:]
-        self.lm_head = AdaptiveSoftmax(
+        self.lm_head: AdaptiveSoftmax = AdaptiveSoftmax(
             config.hidden_size,
             widths,
             dropout=config.adaptive_dropout,

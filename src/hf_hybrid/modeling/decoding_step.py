@@ -50,9 +50,11 @@ class DecodingStep(nn.Module):
                 "for conditional generation."
             )
         self.model = model
-        self.has_encoder = "decoder_input_ids" in parameters
+        self.has_encoder: bool = "decoder_input_ids" in parameters
         cache = self._build_cache()
-        self.window, self.token_axes, self.source_axes = cache.kept_tokens, cache.token_axes, cache.source_axes
+        self.window: int | None = cache.kept_tokens
+        self.token_axes: dict[str, int] = cache.token_axes
+        self.source_axes: dict[str, int] = cache.source_axes
 
     @property
     def is_growing(self) -> bool:

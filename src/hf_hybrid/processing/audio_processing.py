@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
@@ -18,7 +18,7 @@ class WaveformFeatureExtractor(SequenceFeatureExtractor):
         padding_value: value of the samples after the end of a waveform.
     """
 
-    model_input_names = ["input_values", "attention_mask"]
+    model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask"]
 
     def __init__(
         self,

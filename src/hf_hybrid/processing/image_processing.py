@@ -27,7 +27,7 @@ class PixelSequenceImageProcessor(BaseImageProcessor):
         image_mean, image_std: values to subtract and to divide by, after scaling.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names: list[str] = ["pixel_values"]
 
     def __init__(
         self,

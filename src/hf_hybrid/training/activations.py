@@ -242,7 +242,7 @@ def activation_statistics(
     return collector.summary()
 
 
-def write_activation_statistics(layers: list[LayerActivation], path: str | os.PathLike) -> Path:
+def write_activation_statistics(layers: list[LayerActivation], path: str | os.PathLike[str]) -> Path:
     """Writes a summary as JSON or CSV, depending on the suffix of the path.
 
     Raises:
@@ -281,7 +281,8 @@ class ActivationCallback(TrainerCallback):
     def __init__(self, every: int = 10, patience: int = 5) -> None:
         if every < 1 or patience < 1:
             raise ValueError(f"`every` and `patience` must be at least 1; got {every} and {patience}.")
-        self.every, self.patience = every, patience
+        self.every: int = every
+        self.patience: int = patience
         self.watching: Any = None
         self.collector: ActivationCollector | None = None
         self.looking: set[int] = set()

@@ -205,7 +205,7 @@ def base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if is_adapted(model) else model
 
 
-def save_adapted_config(model: Any, folder: str | os.PathLike) -> None:
+def save_adapted_config(model: Any, folder: str | os.PathLike[str]) -> None:
     """Writes the configuration and generation settings of an adapted model next to its adapter.
 
     The configuration is not called `config.json`, because `from_pretrained` would then expect the whole model in the
@@ -219,7 +219,7 @@ def save_adapted_config(model: Any, folder: str | os.PathLike) -> None:
         inner.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
 
 
-def adapter_folder(name_or_path: str | os.PathLike) -> Path | None:
+def adapter_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
     """The local folder of an adapter, downloaded if given as a Hub name; None if this is not an adapter."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path) if (Path(name_or_path) / ADAPTER_CONFIG_FILE).is_file() else None
@@ -284,7 +284,7 @@ def config_below(folder: Path) -> PreTrainedConfig:
         ) from error
 
 
-def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, *, is_trainable: bool = False) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> PeftModel:
     """Attaches a saved adapter to its base model.
 
     Args:
@@ -344,7 +344,7 @@ def _misfits(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> l
     return problems
 
 
-def load_adapted_model(auto_class: Any, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+def load_adapted_model(auto_class: Any, name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """The base checkpoint of an adapter with the adapter merged into it: an ordinary model.
 
     Args:

@@ -35,9 +35,9 @@ class TimeLimitCallback(TrainerCallback):
     def __init__(self, minutes: float) -> None:
         if not minutes > 0:
             raise ValueError(f"`max_minutes` must be positive; got {minutes}.")
-        self.seconds = 60.0 * minutes
-        self.earlier_seconds = 0.0
-        self.elapsed_fraction = 0.0
+        self.seconds: float = 60.0 * minutes
+        self.earlier_seconds: float = 0.0
+        self.elapsed_fraction: float = 0.0
         self._start = time.monotonic()
 
     def on_train_begin(
@@ -76,7 +76,7 @@ class RunInterrupted(SystemExit):
 
     def __init__(self, number: int, *, is_saved: bool, is_trained: bool = False) -> None:
         super().__init__(128 + number)
-        self.signal = signal.Signals(number)
+        self.signal: signal.Signals = signal.Signals(number)
         self.is_saved = is_saved
         self.is_trained = is_trained
 
@@ -91,7 +91,7 @@ class InterruptCallback(TrainerCallback):
     _ECHO_SECONDS = 3.0  # a launcher passes on what the terminal has already sent
 
     def __init__(self) -> None:
-        self.is_training = False
+        self.is_training: bool = False
         self._number = 0  # of the signal
         self._agreed = 0  # the same in every process
         self._time = 0.0

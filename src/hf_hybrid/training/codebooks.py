@@ -55,7 +55,9 @@ class CodebookCallback(TrainerCallback):
                 "`collapse_perplexity` must be at least 1, `grace_steps` not negative and `patience` at least 1; got "
                 f"{collapse_perplexity}, {grace_steps} and {patience}."
             )
-        self.collapse_perplexity, self.grace_steps, self.patience = collapse_perplexity, grace_steps, patience
+        self.collapse_perplexity: float = collapse_perplexity
+        self.grace_steps: int = grace_steps
+        self.patience: int = patience
         self.history: list[dict[str, Any]] = []
         self._in_danger: dict[int, int] = {}
 

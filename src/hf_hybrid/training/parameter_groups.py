@@ -47,7 +47,7 @@ def parameter_groups(
     weight_decay: float,
     ssm_learning_rate: float | None = 1e-3,
     muon_learning_rate: float | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Splits the trainable parameters of a model into optimizer groups.
 
     Args:

@@ -84,7 +84,7 @@ class RunFolder:
         ValueError: the path is a file, or the checkpoint to resume from is missing or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike, resume: str | bool | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], resume: str | bool | None = None) -> None:
         self.path = Path(path)
         self._is_auto = str(resume).lower() == "auto"
         self._present = list_checkpoints(self.path)
@@ -276,7 +276,7 @@ class RunFolder:
             write_json(self.path / METRICS_FILE, metrics)
 
 
-def check_checkpoint(folder: str | os.PathLike, *, resumable: bool = False) -> None:
+def check_checkpoint(folder: str | os.PathLike[str], *, resumable: bool = False) -> None:
     """Rejects a checkpoint that cannot be read, before anything expensive starts.
 
     Args:
@@ -417,7 +417,7 @@ def to_json(value: Any) -> Any:
     return str(value)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON atomically: a reader sees either the old file or the complete new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

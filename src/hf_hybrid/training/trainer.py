@@ -43,17 +43,17 @@ class EpochLengthSampler(LengthGroupedSampler):
     interrupted one.
     """
 
-    def __init__(self, *args, seed: int, **kwargs) -> None:
+    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seed = seed
-        self.epoch = 0
+        self.epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which determines the order of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.generator: torch.Generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return super().__iter__()
 
 
@@ -80,7 +80,7 @@ class _SumsCallback(TrainerCallback):
     def __init__(self, trainer: HybridTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, *args, **kwargs) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._continue_sums()
 
 
@@ -99,7 +99,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
         before_publishing: functions that are called, in the main process, when a checkpoint is complete but has not got its name yet.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._is_staging = self._needs_loss_only = False
         self.before_publishing: list[Callable[[], None]] = []
         self._earlier: RunTotals | None = None  # of the run that is resumed
@@ -203,27 +203,33 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
             return None
         return SequentialSampler(eval_dataset)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """The loss of the model, plus label smoothing; logits are computed only if they are asked for.
 
         With label smoothing `Trainer` would withhold the labels from the model and compute the loss from the logits,
         which loses auxiliary terms and leaves encoder-decoders without decoder inputs.
         """
-        labels = inputs.get("labels")
+        labels: Any = inputs.get("labels")
+        smoother: Any = self.label_smoother
         base: Any = base_model(self.accelerator.unwrap_model(model))
         has_labels = labels is not None or inputs.get("shift_labels") is not None
-        smooths = self.label_smoother is not None and self.compute_loss_func is None and labels is not None
+        smooths = smoother is not None and self.compute_loss_func is None and labels is not None
         # With labels, the adaptive softmax returns no logits in training, and it has no auxiliary terms.
         is_adaptive = bool(getattr(getattr(base, "config", None), "adaptive_cutoffs", None))
         takes_options = getattr(base, "accepts_loss_options", False) and not (smooths and is_adaptive)
         if takes_options and has_labels and self.compute_loss_func is None:
             inputs = {**inputs, "skip_logits": self._needs_loss_only or not return_outputs}
             if smooths:
-                inputs["label_smoothing"] = self.label_smoother.epsilon
+                inputs["label_smoothing"] = smoother.epsilon
             return self._loss_of_model(model, inputs, return_outputs, num_items_in_batch)
         if not smooths or labels.is_floating_point() or is_adaptive:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        smoother = self.label_smoother
         loss, outputs = self._loss_of_model(model, inputs, True, num_items_in_batch)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         if type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # one of Transformers
@@ -234,7 +240,13 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
         loss = loss + smoother.epsilon * excess
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_of_model(self, model, inputs, return_outputs, num_items_in_batch):
+    def _loss_of_model(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> Any:
         """The loss as the model computes it, without the smoother of `Trainer`."""
         smoother, self.label_smoother = self.label_smoother, None
         try:
@@ -242,7 +254,14 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
         finally:
             self.label_smoother = smoother
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """One evaluation step; see `Trainer`. Without logits where the loss alone is wanted."""
         self._needs_loss_only = prediction_loss_only
         try:
@@ -283,7 +302,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
                 logs.update(self._codebooks.entries(self.model, self.state.global_step))
         super().log(logs, None if start_time is None else start_time - self._earlier_seconds)
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; see `Trainer.train` of Transformers."""
         self._interval_start, self._earlier, self._divergence = None, None, None
         self._timed_tokens, self._timed_seconds = 0, 0.0
@@ -362,7 +381,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
                 TOTALS_FILE,
             )
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A finished run that is resumed has nothing left to train, but `Trainer` checks only after another step.
         is_over = self._time_limit is not None and self._time_limit.elapsed_fraction >= 1.0
         if is_over or self.state.global_step >= self.state.max_steps:
@@ -370,7 +389,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; the first one starts the clock for the throughput."""
         if self._interval_start is None:
             self._interval_start, self._paused_seconds = (time.perf_counter(), self.state.num_input_tokens_seen), 0.0
@@ -407,7 +426,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
             what = f"weights are not finite ({', '.join(lost[:3])}{more})."
             raise diverged(self.state.global_step, what, Path(str(self.args.output_dir)), self.args)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates; the time does not count as training time."""
         start = time.perf_counter()
         if self.is_in_train:

@@ -98,10 +98,12 @@ class BstModel(ReadsPieces, BstPreTrainedModel):
 
     def __init__(self, config: BstConfig, final_dropout: float = 0.0) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(BstLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.final_dropout = nn.Dropout(final_dropout)
+        self.embed_tokens: nn.Embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers: nn.ModuleList = nn.ModuleList(
+            BstLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm: RMSNorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.final_dropout: nn.Dropout = nn.Dropout(final_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -47,8 +47,8 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
 
     stack_class = LongVQModel
     dropout_field = "head_dropout"
-    auxiliary_field = "commitment_loss"
-    auxiliary_weight_field = "commitment_loss_weight"
+    auxiliary_field: ClassVar[str] = "commitment_loss"
+    auxiliary_weight_field: ClassVar[str] = "commitment_loss_weight"
 
     def run_stack(self, has_labels: bool, **inputs: Any) -> LongVQModelOutput:
         """Output of the stack; with labels it holds the statistics of the quantisation."""
@@ -86,27 +86,27 @@ class LongVQForCausalLM(GenericForCausalLM, LongVQHead, StateGenerationMixin):
     """Decoder with a language model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    output_class = LongVQCausalLMOutput
-    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": True}
+    output_class: ClassVar[type[LongVQCausalLMOutput]] = LongVQCausalLMOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens", "is_decoder": True}
 
 
 class LongVQForMaskedLM(GenericForMaskedLM, LongVQHead):
     """Encoder with a masked language model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    output_class = LongVQMaskedLMOutput
-    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": False}
+    output_class: ClassVar[type[LongVQMaskedLMOutput]] = LongVQMaskedLMOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens", "is_decoder": False}
 
 
 class LongVQClassifier(GenericClassifier, LongVQHead):
     """Dropout and one linear map."""
 
-    output_class = LongVQSequenceClassifierOutput
+    output_class: ClassVar[type[LongVQSequenceClassifierOutput]] = LongVQSequenceClassifierOutput
 
     def build_head(self) -> None:
-        self.dropout = nn.Dropout(self.config.head_dropout)
+        self.dropout: nn.Dropout = nn.Dropout(self.config.head_dropout)
         copies = 2 if self.config.dual_encoder else 1
-        self.classifier = nn.Linear(copies * self.config.hidden_size, self.config.num_labels)
+        self.classifier: nn.Linear = nn.Linear(copies * self.config.hidden_size, self.config.num_labels)
 
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(pooled))
@@ -122,7 +122,7 @@ class LongVQForSequenceClassification(LongVQClassifier, GenericForSequenceClassi
 class LongVQForImageClassification(LongVQClassifier, GenericForImageClassification):
     """Classification of images as sequences of pixels, row by row."""
 
-    output_class = LongVQImageClassifierOutput
+    output_class: ClassVar[type[LongVQImageClassifierOutput]] = LongVQImageClassifierOutput
 
 
 class LongVQForAudioClassification(LongVQClassifier, GenericForAudioClassification):
@@ -132,22 +132,22 @@ class LongVQForAudioClassification(LongVQClassifier, GenericForAudioClassificati
 class LongVQForTokenClassification(GenericForTokenClassification, LongVQHead):
     """A label for every token."""
 
-    output_class = LongVQTokenClassifierOutput
-    required_settings: ClassVar = {"input_type": "tokens"}
+    output_class: ClassVar[type[LongVQTokenClassifierOutput]] = LongVQTokenClassifierOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens"}
 
 
 class LongVQForQuestionAnswering(GenericForQuestionAnswering, LongVQHead):
     """Start and end of the answer inside the text."""
 
-    output_class = LongVQQuestionAnsweringOutput
-    required_settings: ClassVar = {"input_type": "tokens"}
+    output_class: ClassVar[type[LongVQQuestionAnsweringOutput]] = LongVQQuestionAnsweringOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens"}
 
 
 class LongVQForMultipleChoice(GenericForMultipleChoice, LongVQHead):
     """One of several texts."""
 
-    output_class = LongVQMultipleChoiceOutput
-    required_settings: ClassVar = {"input_type": "tokens"}
+    output_class: ClassVar[type[LongVQMultipleChoiceOutput]] = LongVQMultipleChoiceOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens"}
 
 
 __all__ = [

@@ -99,11 +99,15 @@ class LongVQModel(ReadsPieces, LongVQPreTrainedModel):
     def __init__(self, config: LongVQConfig) -> None:
         super().__init__(config)
         if config.input_type == "values":
-            self.value_embeddings = ValueEmbedding(config.hidden_size)
+            self.value_embeddings: ValueEmbedding = ValueEmbedding(config.hidden_size)
         else:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.layers = nn.ModuleList(LongVQLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = build_norm(config)
+            self.embed_tokens: nn.Embedding = nn.Embedding(
+                config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+            )
+        self.layers: nn.ModuleList = nn.ModuleList(
+            LongVQLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm: nn.Module = build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -91,12 +91,18 @@ class MegaForMaskedLM(GenericForMaskedLM, MegaHead):
     """Encoder with a masked language model head."""
 
     _tied_weights_keys = {"mlm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
-    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": False, "adaptive_cutoffs": None}
+    required_settings: ClassVar[dict[str, object]] = {
+        "input_type": "tokens",
+        "is_decoder": False,
+        "adaptive_cutoffs": None,
+    }
 
     def build_head(self) -> None:
         config = self.config
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
-        self.mlm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.dense: nn.Linear | None = (
+            nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        )
+        self.mlm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.mlm_head
@@ -132,12 +138,18 @@ class MegaForCausalLM(GenericForAdaptiveCausalLM, MegaHead, StateGenerationMixin
     """Decoder with a language model head, plain or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}
-    output_class = CausalLMOutputWithCrossAttentions
-    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": True, "bidirectional": False}
+    output_class: ClassVar[type[CausalLMOutputWithCrossAttentions]] = CausalLMOutputWithCrossAttentions
+    required_settings: ClassVar[dict[str, object]] = {
+        "input_type": "tokens",
+        "is_decoder": True,
+        "bidirectional": False,
+    }
 
     def build_head(self) -> None:
         config = self.config
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        self.dense: nn.Linear | None = (
+            nn.Linear(config.hidden_size, config.hidden_size) if config.add_lm_hidden_dense_layer else None
+        )
         super().build_head()
 
     def scale_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -183,7 +195,7 @@ class MegaClassifier(GenericClassifier, MegaHead):
     """The classifier that `config.classifier_type` names."""
 
     def build_head(self) -> None:
-        self.classifier = build_classifier(self.config)
+        self.classifier: nn.Module = build_classifier(self.config)
 
 
 class MegaForSequenceClassification(MegaClassifier, GenericForSequenceClassification, MegaEncoderHead):

@@ -3,6 +3,8 @@
 Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -29,7 +31,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
     `tie_word_embeddings=False`.
     """
 
-    accepts_loss_options = True  # see `GenericHead`
+    accepts_loss_options: ClassVar[bool] = True  # see `GenericHead`
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
@@ -49,9 +51,9 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
                 "lm_head.weight": f"encoder.{_EMBEDDING}",
                 f"decoder.{_EMBEDDING}": f"encoder.{_EMBEDDING}",
             }
-        self.encoder = MegaModel(config.encoder_config(), add_pooling_layer=False)
-        self.decoder = MegaModel(config.decoder_config(), add_pooling_layer=False)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.encoder: MegaModel = MegaModel(config.encoder_config(), add_pooling_layer=False)
+        self.decoder: MegaModel = MegaModel(config.decoder_config(), add_pooling_layer=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_encoder(self, *args: object, **kwargs: object) -> nn.Module:
@@ -96,7 +98,7 @@ class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | tuple[torch.Tensor, ...] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,

@@ -111,7 +111,7 @@ class MegaPooler(nn.Module):
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense: nn.Linear = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L, D) to (B, D)."""
@@ -139,13 +139,17 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
                 "A configuration with `is_encoder_decoder=True` describes two stacks: use MegaForConditionalGeneration, or "
                 "`config.encoder_config()` or `config.decoder_config()` for one of them."
             )
-        self.embedding_layer = MegaEmbeddings(config)
-        self.embed_norm = build_norm(config) if config.normalize_embeddings else None
-        self.embedding_dropout = SequenceDropout(config.embedding_dropout_prob, config.use_feature_dropout)
-        self.layers = nn.ModuleList(MegaLayer(config, index) for index in range(config.num_hidden_layers))
+        self.embedding_layer: MegaEmbeddings = MegaEmbeddings(config)
+        self.embed_norm: nn.Module | None = build_norm(config) if config.normalize_embeddings else None
+        self.embedding_dropout: SequenceDropout = SequenceDropout(
+            config.embedding_dropout_prob, config.use_feature_dropout
+        )
+        self.layers: nn.ModuleList = nn.ModuleList(
+            MegaLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         affine = config.norm_affine and config.final_norm_affine
-        self.final_norm = build_norm(config, affine=affine) if config.final_norm else None
-        self.pooler = MegaPooler(config) if add_pooling_layer else None
+        self.final_norm: nn.Module | None = build_norm(config, affine=affine) if config.final_norm else None
+        self.pooler: MegaPooler | None = MegaPooler(config) if add_pooling_layer else None
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -94,11 +94,15 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
 
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__(config)
-        self.embeddings = SeqBoatEmbeddings(config)
-        self.embed_norm = build_norm(config) if config.embedding_norm else None
-        self.embedding_dropout = SequenceDropout(config.hidden_dropout, config.feature_dropout)
-        self.layers = nn.ModuleList(SeqBoatLayer(config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = build_norm(config, affine=config.final_norm_affine) if config.norm_first else None
+        self.embeddings: SeqBoatEmbeddings = SeqBoatEmbeddings(config)
+        self.embed_norm: nn.Module | None = build_norm(config) if config.embedding_norm else None
+        self.embedding_dropout: SequenceDropout = SequenceDropout(config.hidden_dropout, config.feature_dropout)
+        self.layers: nn.ModuleList = nn.ModuleList(
+            SeqBoatLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.final_norm: nn.Module | None = (
+            build_norm(config, affine=config.final_norm_affine) if config.norm_first else None
+        )
         self.gradient_checkpointing = False
         self.post_init()
 

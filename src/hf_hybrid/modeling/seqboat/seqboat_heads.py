@@ -50,8 +50,8 @@ class SeqBoatHead(GenericHead, SeqBoatPreTrainedModel):
     stack_class = SeqBoatModel
     dropout_field = "head_dropout"
     pooling_field = "pooling"
-    auxiliary_field = "auxiliary_loss"
-    auxiliary_weight_field = "dead_layer_loss_weight"
+    auxiliary_field: ClassVar[str] = "auxiliary_loss"
+    auxiliary_weight_field: ClassVar[str] = "dead_layer_loss_weight"
 
     def add_auxiliary_loss(
         self,
@@ -81,8 +81,8 @@ class SeqBoatLanguageModel(SeqBoatHead):
 class SeqBoatForCausalLM(GenericForCausalLM, SeqBoatLanguageModel, StateGenerationMixin):
     """Decoder with a language model head."""
 
-    output_class = SeqBoatCausalLMOutput
-    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": True}
+    output_class: ClassVar[type[SeqBoatCausalLMOutput]] = SeqBoatCausalLMOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens", "is_decoder": True}
 
     def generate(
         self, *args: Any, output_activations: bool | None = None, **kwargs: Any
@@ -141,19 +141,19 @@ class SeqBoatForCausalLM(GenericForCausalLM, SeqBoatLanguageModel, StateGenerati
 class SeqBoatForMaskedLM(GenericForMaskedLM, SeqBoatLanguageModel):
     """Encoder with a masked language model head."""
 
-    output_class = SeqBoatMaskedLMOutput
-    required_settings: ClassVar = {"input_type": "tokens", "is_decoder": False}
+    output_class: ClassVar[type[SeqBoatMaskedLMOutput]] = SeqBoatMaskedLMOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens", "is_decoder": False}
 
 
 class SeqBoatClassifier(GenericClassifier, SeqBoatHead):
     """The published classifier."""
 
-    output_class = SeqBoatSequenceClassifierOutput
+    output_class: ClassVar[type[SeqBoatSequenceClassifierOutput]] = SeqBoatSequenceClassifierOutput
 
     def build_head(self) -> None:
         config = self.config
         copies = 1 if not config.dual_encoder else 4 if config.pair_features else 2
-        self.classifier = LraClassificationHead(
+        self.classifier: LraClassificationHead = LraClassificationHead(
             copies * config.hidden_size,
             config.classifier_dim or config.hidden_size,
             config.num_labels,
@@ -174,7 +174,7 @@ class SeqBoatForSequenceClassification(SeqBoatClassifier, GenericForSequenceClas
 class SeqBoatForImageClassification(SeqBoatClassifier, GenericForImageClassification):
     """Classification of images as sequences of pixels, row by row."""
 
-    output_class = SeqBoatImageClassifierOutput
+    output_class: ClassVar[type[SeqBoatImageClassifierOutput]] = SeqBoatImageClassifierOutput
 
 
 class SeqBoatForAudioClassification(SeqBoatClassifier, GenericForAudioClassification):
@@ -184,22 +184,22 @@ class SeqBoatForAudioClassification(SeqBoatClassifier, GenericForAudioClassifica
 class SeqBoatForTokenClassification(GenericForTokenClassification, SeqBoatHead):
     """A label for every token."""
 
-    output_class = SeqBoatTokenClassifierOutput
-    required_settings: ClassVar = {"input_type": "tokens"}
+    output_class: ClassVar[type[SeqBoatTokenClassifierOutput]] = SeqBoatTokenClassifierOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens"}
 
 
 class SeqBoatForQuestionAnswering(GenericForQuestionAnswering, SeqBoatHead):
     """Start and end of the answer inside the text."""
 
-    output_class = SeqBoatQuestionAnsweringOutput
-    required_settings: ClassVar = {"input_type": "tokens"}
+    output_class: ClassVar[type[SeqBoatQuestionAnsweringOutput]] = SeqBoatQuestionAnsweringOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens"}
 
 
 class SeqBoatForMultipleChoice(GenericForMultipleChoice, SeqBoatHead):
     """One of several texts."""
 
-    output_class = SeqBoatMultipleChoiceOutput
-    required_settings: ClassVar = {"input_type": "tokens"}
+    output_class: ClassVar[type[SeqBoatMultipleChoiceOutput]] = SeqBoatMultipleChoiceOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "tokens"}
 
 
 __all__ = [

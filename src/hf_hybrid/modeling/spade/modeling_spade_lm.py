@@ -45,8 +45,8 @@ class SpadeLMLayer(GradientCheckpointingLayer):
     def __init__(self, config: SpadeLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.shares_bias = config.share_relative_bias
-        self.mixer = SpadeMixer(
+        self.shares_bias: bool = config.share_relative_bias
+        self.mixer: SpadeMixer = SpadeMixer(
             config,
             window=config.window_size,
             has_ssm=layer_idx in config.ssm_layers,
@@ -55,11 +55,15 @@ class SpadeLMLayer(GradientCheckpointingLayer):
             output_norm=config.scale_attention,
             scale_heads=config.scale_heads,
         )
-        self.mixer_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
-        self.feed_forward = build_feed_forward(config, default_bias=False, inner_norm=config.scale_feed_forward)
-        self.feed_forward_norm = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
-        self.residual_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.scale_residuals else None
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.mixer_norm: nn.Module = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.feed_forward: FeedForward = build_feed_forward(
+            config, default_bias=False, inner_norm=config.scale_feed_forward
+        )
+        self.feed_forward_norm: nn.Module = build_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.residual_scale: nn.Parameter | None = (
+            nn.Parameter(torch.ones(config.hidden_size)) if config.scale_residuals else None
+        )
+        self.dropout: nn.Dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -147,7 +151,9 @@ class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
     def __init__(self, config: SpadeLMConfig) -> None:
         super().__init__(config)
         if config.adaptive_cutoffs is None:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+            self.embed_tokens: nn.Module = nn.Embedding(
+                config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+            )
         else:
             self.embed_tokens = AdaptiveEmbedding(
                 config.vocab_size,
@@ -156,11 +162,13 @@ class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
                 config.adaptive_factor,
                 padding_idx=config.pad_token_id,
             )
-        self.layers = nn.ModuleList(SpadeLMLayer(config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = (
+        self.layers: nn.ModuleList = nn.ModuleList(
+            SpadeLMLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.final_norm: nn.Module | None = (
             build_norm(config.norm_type, config.hidden_size, config.norm_eps) if config.use_final_norm else None
         )
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout: nn.Dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -3,6 +3,8 @@
 Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
@@ -29,13 +31,13 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
     """Encoder-decoder with a (tied) language model head: span corruption, summarization, translation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
-    accepts_loss_options = True  # see `GenericHead`
+    accepts_loss_options: ClassVar[bool] = True  # see `GenericHead`
     gathers_source = True  # of the pieces of a text that several processes hold
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
-        self.model = SpadeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model: SpadeModel = SpadeModel(config)
+        self.lm_head: nn.Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._is_stateful = config.decoder_window_size is not None  # windows and states cannot be rolled back
         self.post_init()
 
@@ -77,7 +79,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | tuple[torch.Tensor, ...] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
@@ -143,7 +145,7 @@ class SpadeForSequenceClassification(GenericForTextClassification, SpadeEncoderH
     """Classification or regression of the pooled encoder output (`config.pooling`)."""
 
     def build_head(self) -> None:
-        self.classifier = SpadeClassificationHead(self.config)
+        self.classifier: SpadeClassificationHead = SpadeClassificationHead(self.config)
 
 
 class SpadeForTokenClassification(GenericForTokenClassification, SpadeEncoderHead):
