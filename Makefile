@@ -10,7 +10,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) i
 PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo docs test test-wide test-oldest test-slow test-company gpu-check lint format tables clean
+.PHONY: help install demo docs test test-wide test-oldest test-slow test-company gpu-check dist test-wheel lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
 	@echo "make docs       the documentation as a site in site/, without a network"
 	@echo "make tables     the tables in README.md and docs/, the stub and the index of options, from the records"
+	@echo "make dist       wheel and source distribution in dist/ (make test-wheel: the README with the wheel in a new environment)"
 	@echo "make install    only the virtual environment in $(VENV)"
 
 # $(1): folder of the environment, $(2): file of versions.
@@ -64,6 +65,18 @@ test-company: install
 
 gpu-check: install
 	$(BIN)/python benchmarks/gpu_check.py
+
+dist: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[release]"
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+test-wheel: dist
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	build/wheel/bin/python tests/first_snippets.py
 
 lint: install
 	$(BIN)/ruff check .
