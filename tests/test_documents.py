@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
 PAGES = [*DOCS, *sorted(ROOT.glob("*.md"))]
-RUN_ELSEWHERE = ("docs/quickstart.md", "README.md")  # tests/test_readme.py, each in a process of its own
+RUN_ELSEWHERE = ("docs/index.md", "docs/quickstart.md", "README.md")  # tests/test_readme.py, in processes of their own
 WIDE = ("docs/guides/export.md",)
 _BLOCK = re.compile(
     r"(?:^<!-- setup\n(?P<setup>.*?)-->\n\s*)?(?:^<!-- not run: (?P<reason>.+?) -->\n\s*)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
@@ -94,6 +94,11 @@ def test_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.M
             source = f"{name_of(path)}, block {number}"
             exec(compile(block.setup, f"setup of {source}", "exec"), names)
             exec(compile(block.code, source, "exec"), names)
+
+
+def test_the_first_page_shows_what_the_readme_shows() -> None:
+    readme = [block.code for block in blocks(ROOT / "README.md")]
+    assert all(block.code in readme for block in blocks(ROOT / "docs/index.md"))
 
 
 def test_python_compiles_and_imports_what_exists() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,5 @@ def test_equations_and_figures_of_the_architectures(site: Path) -> None:
         text = (site / "architectures" / f"{name}.html").read_text(encoding="utf-8")
         assert text.count("<math ") >= 3 and "arithmatex" not in text, name
         assert f"images/{name}.svg" in text, name
+        drawn = runpy.run_path(str(ROOT / "docs/_site/figures.py"))["FIGURES"][name]()
+        assert (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8") == drawn, "run docs/_site/figures.py"

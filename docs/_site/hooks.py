@@ -63,10 +63,13 @@ def on_page_content(html_text: str, page: Any, config: Any, files: Any) -> str:
     """Writes equations as MathML, which browsers show without scripts or fonts."""
 
     def written(match: re.Match[str]) -> str:
-        latex = html.unescape(match[3]).strip()
+        latex, is_inline = html.unescape(match[3]).strip(), match[1] == "span"
         try:
-            return latex2mathml.converter.convert(latex, display="inline" if match[1] == "span" else "block")
+            mathml = latex2mathml.converter.convert(latex, display="inline" if is_inline else "block")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: the equation {latex!r} cannot be written as MathML") from error
+        if unknown := re.search(r">\\\\?[a-zA-Z]+", mathml):
+            raise PluginError(f"{page.file.src_uri}: {unknown[0][1:]} of the equation {latex!r} is unknown")
+        return mathml if is_inline else f'<div class="equation">{mathml}</div>'
 
     return _EQUATION.sub(written, html_text)
