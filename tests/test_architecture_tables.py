@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import re
+import runpy
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
@@ -165,6 +166,11 @@ def options_of(model_type: str) -> Callable[[], str]:
     return lambda: options(getattr(import_module(f".{module}", "hf_hybrid"), name))
 
 
+def benchmarks() -> str:
+    """Peers over ours, by length, as benchmarks/picture.py draws them."""
+    return runpy.run_path(str(ROOT / "benchmarks" / "picture.py"))["short_table"]()
+
+
 # Page, name of the table in its markers -> what writes it.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "choice"): choice,
@@ -173,13 +179,19 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/guides/pretraining.md", "pretraining"): pretraining,
     ("docs/guides/adapters.md", "adapters"): adapters,
     ("docs/published.md", "experiments"): experiments,
+    ("docs/benchmarks.md", "benchmarks"): benchmarks,
     **{(str(found.docs), f"options of {found.model_type}"): options_of(found.model_type) for found in OWN},
 }
 
 
 def with_table(text: str, name: str, contents: str) -> str:
     """A page with one table replaced."""
-    source = {"experiments": "configs/published", "commands": "hf_hybrid.cli"}.get(name, "hf_hybrid.auto")
+    sources = {
+        "experiments": "configs/published",
+        "commands": "hf_hybrid.cli",
+        "benchmarks": "benchmarks/stored/lengths.json",
+    }
+    source = sources.get(name, "hf_hybrid.auto")
     source = "the docstring" if name.startswith("options of ") else source
     begin, end = f"<!-- table: {name} (from {source}, do not edit) -->", "<!-- end of table -->"
     found = re.findall(f"{re.escape(begin)}.*?{end}", text, flags=re.DOTALL)

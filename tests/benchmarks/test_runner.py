@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,11 +145,26 @@ def test_a_revision_runs_its_own_case(monkeypatch, tmp_path):
     assert next(harness.groups(newer, earlier, "earlier"))[1].module is None
 
 
-def test_the_picture_of_the_readme_is_that_of_the_tables() -> None:
-    """Every pair is drawn at two lengths, with ratios that stand in the table."""
+def test_the_pictures_are_of_figures_that_stand_in_the_table() -> None:
+    """Every pair has two lengths, and its ratios and peaks stand in the row of the long table."""
+    rows: dict[tuple[str, int, str], str] = {}
+    case, length, peer = "", 0, ""
+    for line in (REPOSITORY / "docs" / "all_benchmarks.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) == 5:
+            name, size = re.match(r"`([\w-]+)`", cells[0]), re.match(r"L ([\d,]+)$", cells[1])
+            case = name[1] if name else case
+            length = int(size[1].replace(",", "")) if size else length
+            peer = peer if cells[2] == "the same" else cells[2]
+            if size:
+                rows[case, length, peer] = cells[3].replace(",", "")
     spec = importlib.util.spec_from_file_location("picture", REPOSITORY / "benchmarks" / "picture.py")
     picture = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(picture)
-    for pair, points in picture.measured().items():
-        assert len(points) >= 2 and any(memory for _, _, memory in points), pair
-        assert all(0.3 < ratio < 50 for _, ratio, _ in points), pair
+    for result in json.loads(picture.STORED.read_text(encoding="utf-8"))["results"]:
+        row = rows[result["case"], result["length"], result["in_table"]]
+        assert re.match(rf"\**{result['time_ratio']:.2f}", row), (result, row)
+        for peak in ("peer_peak",) if "peer_peak" in result else ():
+            number, unit = result[peak].split()
+            assert any(float(found) == float(number) for found in re.findall(rf"([\d.]+) {unit}", row)), (result, row)
+    assert all(len(points) >= 2 and any(memory for *_, memory in points) for points in picture.measured().values())
