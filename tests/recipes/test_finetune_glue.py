@@ -224,3 +224,39 @@ def test_pairs_are_preferred_to_single_columns():
     assert find_text_columns(rows, None) == ("question", "sentence")
     assert find_text_columns(rows, ["sentence"]) == ("sentence", None)
     assert finetune_glue.COLUMN_PAIRS[0] == ("sentence1", "sentence2")
+
+
+class TestPairsReadSeparately:
+    @pytest.fixture
+    def pairs(self, finetuning, data):
+        rows = [
+            {"question": GOOD, "sentence": (BAD, GOOD)[i % 2] + f" {i}", "label": 1 - i % 2, "idx": i}
+            for i in range(32)
+        ]
+        write_split(data, "train", rows)
+        write_split(data, "validation", rows[:10])
+        return {**finetuning, "dual_encoder": True}
+
+    def test_learn_evaluate_and_stay_dual(self, pairs, tmp_path):
+        changes = {"max_steps": 40, "learning_rate": 1e-3, "head_learning_rate": 5e-2}
+        metrics = main({**pairs, **changes, "per_device_train_batch_size": 8})
+        assert metrics["eval_accuracy"] == 1.0
+        run = tmp_path / "run"
+        assert AutoModelForSequenceClassification.from_pretrained(run).config.dual_encoder
+        again = {**pairs, "model_name_or_path": str(run), "output_dir": str(tmp_path / "again"), "max_steps": 1}
+        again |= {"dual_encoder": None, "learning_rate": 0.0, "head_learning_rate": 0.0}
+        assert main(again)["eval_accuracy"] == 1.0
+
+    def test_need_two_columns(self, pairs, data):
+        write_split(data, "train", sentiment_rows(8))
+        write_split(data, "validation", sentiment_rows(8))
+        with pytest.raises(ValueError, match="classifies pairs, but the data has one column of texts, 'sentence'"):
+            main(pairs)
+
+
+def test_fields_of_the_configuration_are_changed(finetuning, tmp_path):
+    main({**finetuning, "max_steps": 1, "config_overrides": "hidden_dropout=0.3,classifier_dropout=0.4"})
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").config
+    assert (config.hidden_dropout, config.classifier_dropout) == (0.3, 0.4)
+    with pytest.raises(ValueError, match="`config_overrides` names \\['hiden_dropout'\\]"):
+        main({**finetuning, "output_dir": str(tmp_path / "other"), "config_overrides": {"hiden_dropout": 0.3}})

@@ -10,7 +10,7 @@ import torch
 from factories import VARIANTS, Case, parametrize, random_ids
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
 import hf_hybrid  # noqa: F401
 from hf_hybrid.auto import ARCHITECTURES, Architecture
@@ -59,6 +59,17 @@ def test_spade_groups(tmp_path, reload, ssm_type):
     assert not any("relative_attention_bias" in name or "embed_positions" in name for name in members["decay"])
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
     assert rates == {"decay": (1e-2, 0.1), "no_decay": (1e-2, 0.0), "state": (1e-3, 0.0)}
+
+
+@pytest.mark.parametrize("muon_learning_rate", [None, 1e-3])
+def test_modules_of_the_head_have_their_own_rate(muon_learning_rate):
+    model = AutoModelForSequenceClassification.from_config(tiny_spade().config)
+    members, groups = membership(model, head_learning_rate=5e-2, muon_learning_rate=muon_learning_rate)
+    head = {name for name, _ in model.named_parameters() if name.startswith("classifier.")}
+    assert members["head_decay"] | members["head_no_decay"] == head
+    assert members["head_no_decay"] == {name for name in head if name.endswith("bias")}
+    assert [group["lr"] for group in groups if group["name"].startswith("head_")] == [5e-2, 5e-2]
+    assert sum(map(len, members.values())) == len(list(model.parameters()))
 
 
 def test_frozen_parameters_are_left_out():

@@ -166,6 +166,7 @@ class SpadeConfig(HybridConfig):
         initializer_scheme: "normal" (std `initializer_range`, residual projections scaled by depth) or "official" (the
             distributions of the published code, std-1 embeddings times `initializer_factor`).
         pooling: "mean", "first" or "last" real token.
+        dual_encoder: classify pairs of texts, which are encoded separately and compared token by token (`SpadePairHead`).
     """
 
     model_type = "spade"
@@ -251,6 +252,7 @@ class SpadeConfig(HybridConfig):
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
     pooling: Literal["mean", "first", "last"] = "mean"
+    dual_encoder: bool = False
     max_target_positions: int | None = None
     decoder_window_size: int | None = None
     decoder_ssm_layers: list[int] | None = None

@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from ..data.lra import PairCollator
 from ..metrics import GLUE_TASKS, glue_metric_names
 from ..training.arguments import FinetuningArguments
 from ..training.trainer import HybridTrainer
@@ -76,7 +78,17 @@ class GlueArguments(TableArguments):
         default=None,
         metadata={"help": "Metrics by name. Default: those of the task, else accuracy, or correlations."},
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens of an input; longer ones are truncated."})
+    max_length: int = field(
+        default=256,
+        metadata={"help": "Tokens of an input (of each text with `dual_encoder`); longer ones are truncated."},
+    )
+    dual_encoder: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Encode the two texts of a pair separately and compare them, instead of reading them as one text. Default: as the "
+            "checkpoint says."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,16 +134,21 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     what: str,
+    *,
+    two_inputs: bool = False,
 ) -> Dataset:
-    """Token ids and labels of all rows."""
+    """Token ids and labels of all rows; with `two_inputs` the second text is `pair_input_ids`, otherwise a pair is one text."""
     require_columns(rows, [*columns, labels.column], what)
     require_text(rows, columns, what)
     targets = labels.encode(rows, what)
     first, second = columns
 
     def tokenize(batch: Mapping[str, list[str]]) -> dict[str, Any]:
-        pair = None if second is None else batch[second]
-        encoded = tokenizer(batch[first], pair, truncation=True, max_length=max_length, return_token_type_ids=False)
+        options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
+        pair = None if second is None or two_inputs else batch[second]
+        encoded = dict(tokenizer(batch[first], pair, **options))
+        if two_inputs:
+            encoded |= {f"pair_{name}": values for name, values in tokenizer(batch[second], **options).items()}
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     encoded = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"tokenize {what}")
@@ -160,30 +177,55 @@ def build(
         changes = classification_head(labels)
     else:
         labels = labels_of_model(load_config(model_args.model_name_or_path, {}), data_args.label_column)
+    if data_args.dual_encoder is not None:
+        changes |= _dual_encoder(model_args, data_args.dual_encoder)
     model = load_or_initialize(AutoModelForSequenceClassification, model_args, **changes)
     check_vocabulary(model, tokenizer)
     check_positions(model.config, data_args.max_length, "max_length")
     columns = find_text_columns(next(iter(validation.values())) if train is None else train, data_args.text_columns)
+    two_inputs = bool(getattr(model.config, "dual_encoder", False))
+    if two_inputs and columns[1] is None:
+        raise ValueError(
+            f"A model with `dual_encoder` classifies pairs, but the data has one column of texts, {columns[0]!r}: name two with "
+            "`text_columns`, or leave `dual_encoder` out."
+        )
+    make_rows = partial(encode, two_inputs=two_inputs)
     with training_args.main_process_first(desc="tokenize"):
         encoded = {
-            name: encode(rows, columns, labels, tokenizer, data_args.max_length, "validation data")
+            name: make_rows(rows, columns, labels, tokenizer, data_args.max_length, "validation data")
             for name, rows in validation.items()
         }
         encoded_train = None
         if train is not None:
-            encoded_train = encode(train, columns, labels, tokenizer, data_args.max_length, "training data")
+            encoded_train = make_rows(train, columns, labels, tokenizer, data_args.max_length, "training data")
     start = None if model_args.from_scratch else model_args.model_name_or_path
     trainer = HybridTrainer(
         model=with_adapter(model, start, training_args),
         args=training_args,
         train_dataset=encoded_train,
         eval_dataset=encoded[""] if "" in encoded else encoded,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=PairCollator(tokenizer)
+        if two_inputs
+        else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
         processing_class=tokenizer,
         compute_metrics=make_classification_metrics(metric_names(data_args, labels), labels),
         preprocess_logits_for_metrics=only_logits,
     )
     return Job(trainer, _report(data_args, model_args, labels, train, validation))
+
+
+def _dual_encoder(arguments: CheckpointArguments, value: bool) -> dict[str, bool]:
+    """The field of the configuration.
+
+    Raises:
+        ValueError: the architecture reads pairs as one text only.
+    """
+    config = load_config(arguments.model_name_or_path, {}, trust_remote_code=arguments.trust_remote_code)
+    if not hasattr(config, "dual_encoder"):
+        raise ValueError(
+            f"`dual_encoder`: the model type {config.model_type!r} cannot encode the two texts of a pair separately; leave it out."
+        )
+    return {"dual_encoder": value}
 
 
 def _report(

@@ -137,6 +137,12 @@ class FinetuningArguments(HybridTrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Order of the samples.", "choices": SAMPLING_STRATEGIES}
     )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the modules that the task adds to the checkpoint. Default: `learning_rate`."
+        },
+    )
     lora_rank: int | None = field(
         default=None,
         metadata={"help": "Train low-rank updates (LoRA) of this rank, and the head; the checkpoint stays unchanged."},

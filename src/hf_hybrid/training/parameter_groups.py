@@ -47,6 +47,7 @@ def parameter_groups(
     weight_decay: float,
     ssm_learning_rate: float | None = 1e-3,
     muon_learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters of a model into optimizer groups.
 
@@ -57,9 +58,11 @@ def parameter_groups(
         ssm_learning_rate: learning rate of the state (state spaces, moving averages); None = `learning_rate`.
         muon_learning_rate: learning rate of the matrices of the blocks, which then form a group `"muon"` for
             `training.muon.MuonAdamW`; those of heads stay with AdamW. None: no such group.
+        head_learning_rate: learning rate of the modules that a head adds to the stack, which then form the groups `"head_decay"` and
+            `"head_no_decay"`. None: they have that of everything else.
 
     Returns:
-        Up to four non-empty groups with the keys `name`, `params`, `lr`, `weight_decay` (and `muon` if its learning
+        Up to six non-empty groups with the keys `name`, `params`, `lr`, `weight_decay` (and `muon` if its learning
         rate is set), those with weight decay first. Each trainable parameter is in exactly one group. Schedulers scale
         all groups by the same factor, so the ratios of their learning rates are kept.
 
@@ -71,6 +74,7 @@ def parameter_groups(
         ("learning_rate", learning_rate),
         ("ssm_learning_rate", ssm_learning_rate),
         ("muon_learning_rate", muon_learning_rate),
+        ("head_learning_rate", head_learning_rate),
         ("weight_decay", weight_decay),
     ):
         if value is not None and value < 0:
@@ -78,8 +82,10 @@ def parameter_groups(
     groups: dict[str, dict[str, Any]] = {
         "muon": {"name": "muon", "params": [], "lr": muon_learning_rate, "weight_decay": weight_decay},
         "decay": {"name": "decay", "params": [], "lr": learning_rate, "weight_decay": weight_decay},
+        "head_decay": {"name": "head_decay", "params": [], "lr": head_learning_rate, "weight_decay": weight_decay},
         "no_decay": {"name": "no_decay", "params": [], "lr": learning_rate, "weight_decay": 0.0},
         "state": {"name": "state", "params": [], "lr": ssm_learning_rate, "weight_decay": 0.0},
+        "head_no_decay": {"name": "head_no_decay", "params": [], "lr": head_learning_rate, "weight_decay": 0.0},
     }
     architecture = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
     unknown = []
@@ -91,6 +97,8 @@ def parameter_groups(
                 group = group_of(name, parameter) or "decay"
             if muon_learning_rate is not None and group == "decay" and parameter.ndim == 2 and not is_head(name):
                 group = "muon"
+            if head_learning_rate is not None and is_head(name) and group != "state":
+                group = f"head_{group}"
             groups[group]["params"].append(parameter)
     if muon_learning_rate is not None:
         for name, members in groups.items():

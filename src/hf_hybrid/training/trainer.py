@@ -161,6 +161,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
                     weight_decay=self.args.weight_decay,
                     ssm_learning_rate=getattr(self.args, "ssm_learning_rate", None),
                     muon_learning_rate=muon_learning_rate,
+                    head_learning_rate=getattr(self.args, "head_learning_rate", None),
                 )
                 self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)

@@ -27,7 +27,7 @@ from ...data.records import origin_of, place_of, remember_origin, shortened
 from ...remote_code import check_export
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
-from .models import check_decoder_table, check_positions, load_model
+from .models import check_decoder_table, check_positions, load_config, load_model, parse_overrides
 from .options import BAD_RECORD_HELP, ENCODING_HELP, reading_options, source_names
 from .reports import RunReport
 from .runs import Job
@@ -46,6 +46,12 @@ class CheckpointArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer. Default: that of the checkpoint."})
     from_scratch: bool = field(
         default=False, metadata={"help": "Use only the configuration and start from random weights (a baseline)."}
+    )
+    config_overrides: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Fields of the configuration to change, e.g. "hidden_dropout=0.2,classifier_dropout=0.3"; a mapping in option files.'
+        },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
 
@@ -209,11 +215,20 @@ def require_text(rows: Dataset, columns: Sequence[str | None], what: str) -> Non
 def load_or_initialize(auto_class: Any, arguments: CheckpointArguments, **config_changes: Any) -> PreTrainedModel:
     """The checkpoint, with a new head if it has none, or a model with its configuration and random weights.
 
+    Args:
+        auto_class: Auto class of the head.
+        arguments: checkpoint, and fields of its configuration to change.
+        config_changes: fields that the task sets; they precede those of `arguments`.
+
     Raises:
-        ValueError: the checkpoint cannot be loaded.
+        ValueError: the checkpoint cannot be loaded, or its configuration has no such field.
     """
     options = {"trust_remote_code": arguments.trust_remote_code}
     name = arguments.model_name_or_path
+    overrides = parse_overrides(arguments.config_overrides)
+    if overrides:
+        load_config(name, overrides, **options)  # names unknown fields, which `from_pretrained` would pass over
+        config_changes = {**overrides, **config_changes}
     if not arguments.from_scratch:
         return load_model(auto_class, name, **options, **config_changes)
     check_export(name)
