@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from transformers import IntervalStrategy, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
-from transformers.training_args import OptimizerNames
 
 from .adapters import check_lora_options
 
@@ -32,7 +31,7 @@ class HybridTrainingArguments(TrainingArguments):
     trains everything with AdamW.
     """
 
-    optim: OptimizerNames | str = field(default=_ADAMW, metadata={"help": _OPTIM_HELP})
+    optim: str = field(default=_ADAMW, metadata={"help": _OPTIM_HELP})
     ssm_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate of the state space parameters (no weight decay). Default: `learning_rate`."},
@@ -84,7 +83,7 @@ class HybridSeq2SeqTrainingArguments(HybridTrainingArguments, Seq2SeqTrainingArg
 class PretrainingArguments(HybridTrainingArguments):
     """Training arguments with defaults for pretraining from scratch; docs/guides/training.md says why these."""
 
-    optim: OptimizerNames | str = field(default=MUON, metadata={"help": _OPTIM_HELP})
+    optim: str = field(default=MUON, metadata={"help": _OPTIM_HELP})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     ssm_learning_rate: float | None = field(
         default=1e-3, metadata={"help": "Peak learning rate of the state space parameters (no weight decay)."}
@@ -107,7 +106,7 @@ class PretrainingArguments(HybridTrainingArguments):
 class SyntheticTrainingArguments(PretrainingArguments):
     """Training arguments with defaults for synthetic tasks."""
 
-    optim: OptimizerNames | str = field(default=_ADAMW, metadata={"help": _OPTIM_HELP})
+    optim: str = field(default=_ADAMW, metadata={"help": _OPTIM_HELP})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples per step and device."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
