@@ -148,7 +148,9 @@ def test_fields_of_the_trainer_too(kind):
 @pytest.mark.parametrize("kind", [PretrainingArguments, FinetuningArguments, Seq2SeqFinetuningArguments])
 def test_muon_by_name_also_after_a_command_line(kind):
     """`HfArgumentParser` changes the types of the fields that it has read."""
-    assert parse_arguments((kind,), ["--output_dir", "run", "--use_cpu", "--optim", "muon"], None)[0].muon_learning_rate
+    assert parse_arguments((kind,), ["--output_dir", "run", "--use_cpu", "--optim", "muon"], None)[
+        0
+    ].muon_learning_rate
     assert parse_arguments((kind,), {**TRAINING, "optim": "muon"}, None)[0].muon_learning_rate
     with pytest.raises(ValueError, match="adamww"):
         parse_arguments((kind,), {**TRAINING, "optim": "adamww"}, None)
