@@ -10,13 +10,14 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) i
 PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo docs test test-wide test-oldest test-slow test-company gpu-check dist test-wheel lint format tables clean
+.PHONY: help install demo docs test test-wide test-oldest test-slow test-company test-app gpu-check dist test-wheel lint format tables clean
 
 help:
 	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
 	@echo "make test       the test suite, one case of each kind, on all cores (make test-wide: the other cases)"
 	@echo "make test-slow  every test that needs neither an accelerator nor a network"
 	@echo "make test-company  the programs of other projects (TRL, sentence-transformers, lm-eval ...) around these models"
+	@echo "make test-app   the page of hf-hybrid app in a browser (needs Chromium)"
 	@echo "make test-oldest  the same as make test, with the oldest Transformers and libraries that are supported, in $(OLDEST)"
 	@echo "make gpu-check  tests and measurements on the accelerator of this machine, in eight minutes; writes docs/guides/gpu.md"
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
@@ -50,18 +51,23 @@ test: install
 	$(PYTEST)
 
 test-wide: install
-	$(PYTEST) -m "wide and not (slow or gpu or network or company)"
+	$(PYTEST) -m "wide and not (slow or gpu or network or company or browser)"
 
 test-oldest: BIN := $(OLDEST)/bin
 test-oldest: $(OLDEST)/.installed
 	$(PYTEST)
 
 test-slow: install
-	$(PYTEST) -m "not (gpu or network or company)"
+	$(PYTEST) -m "not (gpu or network or company or browser)"
 
 test-company: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[company]"
 	$(PYTEST) -m company tests/company
+
+test-app: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(PYTEST) -m browser tests/browser
+	$(PYTEST) tests/recipes/test_app.py tests/recipes/test_app_page.py
 
 gpu-check: install
 	$(BIN)/python benchmarks/gpu_check.py

@@ -32,6 +32,7 @@ LEVELS: tuple[set[str], ...] = (
     {"auto", "metric_names", "metrics", "new_folder", "offline_metrics", "processing", "published", "tokenization"},
     {"conversion", "data", "export", "hub", "model_card", "pipelines", "remote_code", "training", "viz"},
     {"recipes/support"},
+    {"app"},
     {"recipes"},
     {"cli"},
     {"__main__"},

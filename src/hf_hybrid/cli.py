@@ -43,6 +43,7 @@ COMMANDS: dict[str, str] = {
     "push": "push_to_hub",
     "data lra": "generate_lra",
     "reproduce": "reproduce",
+    "app": "app",
     "demo": "demo",
 }
 _GROUPS = {

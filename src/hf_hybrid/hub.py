@@ -60,6 +60,7 @@ __all__ = [
     "model_card_problems",
     "push",
     "push_folder",
+    "push_space",
     "save_checkpoint",
     "verify_export",
     "with_metadata",
@@ -158,6 +159,33 @@ def push_folder(
         return _upload(api, Path(copy), repo_id, private=private, overwrite=overwrite, message=message)
 
 
+def push_space(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Pushes the folder of a Space, in one commit; options, result and errors as in `push`.
+
+    Raises:
+        ValueError: also when the folder has no `app.py`.
+    """
+    folder = Path(folder)
+    if not (folder / "app.py").is_file():
+        raise ValueError(f"{folder} is not a Space: app.py is missing.")
+    api, repo_id = log_in(repo_id, token)
+    with tempfile.TemporaryDirectory(prefix="hf_hybrid-push-") as temporary:
+        copy = Path(temporary) / "space"
+        written = write_published(folder, copy, space=True)
+        if written.left:
+            logger.warning("%s stay here: they do not belong to a Space.", ", ".join(written.left))
+        message = commit_message or "Upload page"
+        return _upload(api, copy, repo_id, private=private, overwrite=overwrite, message=message, repo_type="space")
+
+
 def log_in(repo_id: str, token: str | None = None) -> tuple[HfApi, str]:
     """A client with a token, and the full name of the repository.
 
@@ -194,11 +222,22 @@ def _checked(call: Any, doing: str, *args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def _upload(api: HfApi, folder: Path, repo_id: str, *, private: bool | None, overwrite: bool, message: str) -> str:
-    url = str(_checked(api.create_repo, f"create {repo_id}", repo_id, private=private, exist_ok=True))
+def _upload(
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    overwrite: bool,
+    message: str,
+    repo_type: str = "model",
+) -> str:
+    sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+    where: dict[str, Any] = {"repo_type": repo_type}
+    url = str(_checked(api.create_repo, f"create {repo_id}", repo_id, private=private, exist_ok=True, **where, **sdk))
     # The revision just inspected is the parent of the commit, so the Hub rejects the commit if anything changed since.
-    parent = api.model_info(repo_id).sha
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=parent)
+    parent = api.repo_info(repo_id, **where).sha
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=parent, **where)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
     differing = _differing(folder, there)
     if not differing:
@@ -217,6 +256,7 @@ def _upload(api: HfApi, folder: Path, repo_id: str, *, private: bool | None, ove
         commit_message=message,
         delete_patterns="*" if there else None,
         parent_commit=parent,
+        **where,
     )
     logger.info("Pushed %s", url)
     return url

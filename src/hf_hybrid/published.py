@@ -43,6 +43,10 @@ MODEL_FILES = (
     "loss_curve.png",
     "codebooks.png",
 )
+# A Space: its program, this package as source, and the model if it is not loaded from the Hub.
+SPACE_FILES = ("app.py", "requirements.txt", "README.md")
+SPACE_PACKAGE, SPACE_MODEL = "hf_hybrid", "model"
+_SOURCES = (".py", ".pyi", ".json", ".typed")
 # Of the options of an official checkpoint, paths of the machine that trained it cannot be told from names.
 _NEVER = ("training_args.bin", "official_config.json", "carried_state_*", ".*")
 _LOGS = ("runs", "logs", "wandb", "mlruns", ".*")  # folders below a checkpoint or a run that are logs
@@ -79,6 +83,20 @@ def is_checkpoint_file(name: str) -> bool:
     )
 
 
+def is_space_file(name: str) -> bool:
+    """Whether a file of a folder belongs to a Space.
+
+    Args:
+        name: its path in the folder, with `/`.
+    """
+    first, _, rest = name.partition("/")
+    if first == SPACE_MODEL and rest:
+        return is_model_file(rest)
+    if first == SPACE_PACKAGE and rest:
+        return name.endswith(_SOURCES) and not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
+    return name in SPACE_FILES
+
+
 def tokenizer_files(tokenizer: Any) -> list[str]:
     """Names of the files that a tokenizer or processor reads."""
     return sorted({*getattr(tokenizer, "vocab_files_names", {}).values()})
@@ -93,13 +111,16 @@ class Written(NamedTuple):
     """Names of the files that were cleaned."""
 
 
-def write_published(source: Path, target: Path, *, checkpoint: bool = False, further: Iterable[str] = ()) -> Written:
+def write_published(
+    source: Path, target: Path, *, checkpoint: bool = False, space: bool = False, further: Iterable[str] = ()
+) -> Written:
     """Writes the part of a folder that may leave this machine, cleaned. Large files are linked where that is possible.
 
     Args:
         source: folder of a run, a checkpoint or an export.
         target: folder to write into; it is created.
         checkpoint: take all that is needed to continue the run, rather than the model alone.
+        space: take what belongs to a Space.
         further: names of further files of the model.
 
     Returns:
@@ -108,7 +129,10 @@ def write_published(source: Path, target: Path, *, checkpoint: bool = False, fur
     names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
     left = []
     for name in names:
-        if not (is_checkpoint_file(name) if checkpoint else is_model_file(name, further)):
+        belongs = (
+            is_space_file(name) if space else is_checkpoint_file(name) if checkpoint else is_model_file(name, further)
+        )
+        if not belongs:
             left.append(name)
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +183,8 @@ def clean_folder(folder: Path, *known: Path) -> list[str]:
 def _is_cleaned(name: str) -> bool:
     # The vocabulary of a tokenizer may well contain paths, which are its tokens.
     suffix = Path(name).suffix
+    if name.startswith(f"{SPACE_PACKAGE}/"):
+        return False  # this package, as it is installed everywhere
     return suffix in _TEXTS or (suffix == ".json" and Path(name).name not in ("tokenizer.json", "vocab.json"))
 
 

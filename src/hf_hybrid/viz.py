@@ -138,21 +138,51 @@ def _time_constants(layer: Any) -> Any:
         return -1.0 / log_decay.clamp(max=-1e-12)
 
 
+def state_space_layers(model: Any) -> dict[str, Any]:
+    """The layers of a model with a convolution kernel: state spaces, moving averages and context filters, by name.
+
+    Args:
+        model: any model of this library.
+    """
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if callable(getattr(module, "kernel", None)) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
 def plot_state_space_channels(
     layers: Mapping[str, Any], path: str | os.PathLike[str], *, length: int = 4096, share: float = 0.95
 ) -> Path:
+    """Draw the decay spectrum and the effective memory of state space layers into a file.
+
+    Args:
+        layers, length, share: as in `draw_state_space_channels`.
+        path: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no layer, or more than four.
+    """
+    _saved(draw_state_space_channels(layers, length=length, share=share), path)
+    return Path(path)
+
+
+def draw_state_space_channels(layers: Mapping[str, Any], *, length: int = 4096, share: float = 0.95) -> Any:
     """Draw the decay spectrum and the effective memory of state space layers.
 
     Left: the distribution of the time constants of all states, that is, how fast single states forget. Right: how far
-        the
-    convolution kernel of each channel reaches (95 % of its energy, both directions taken separately), channels sorted.
+    the convolution kernel of each channel reaches (95 % of its energy, both directions taken separately), channels
+    sorted.
 
     Args:
         layers: label -> layer as in `time_constants`; at most four, drawn in one plot. Explicit filters appear on the
             right only.
-        path: the PNG to write.
         length: number of lags of the kernel to compute, in tokens.
         share: fraction of the energy that defines the reach.
+
+    Returns:
+        the matplotlib figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -173,13 +203,13 @@ def plot_state_space_channels(
     for (label, layer), colour in zip(layers.items(), colours):
         constants = _time_constants(layer)
         if constants is not None:
-            constants = constants.flatten().clamp(bins[0], bins[-1]).numpy()
+            constants = constants.flatten().clamp(bins[0], bins[-1]).cpu().numpy()
             weights = np.full(constants.shape, 100.0 / constants.size)
             spectrum.hist(
                 constants, bins=bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=label
             )
         with torch.no_grad():
-            tokens = effective_memory(layer.kernel(length), share).flatten().sort().values.numpy()
+            tokens = effective_memory(layer.kernel(length), share).flatten().sort().values.cpu().numpy()
         channels = np.linspace(0, 100, len(tokens))
         reach.plot(channels, tokens.clip(min=1), color=colour, linewidth=1.4, label=label)
     spectrum.set(xscale="log", xlabel="time constant (tokens)", ylabel="states (%)")
@@ -187,10 +217,7 @@ def plot_state_space_channels(
     reach.set(yscale="log", xlabel="channels, sorted (%)", ylabel=f"tokens with {share:.0%} of the energy")
     reach.set_title("Effective memory", loc="left")
     reach.legend(frameon=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    return path
+    return figure
 
 
 def activation_map(

@@ -73,6 +73,21 @@ def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 @pytest.mark.usefixtures("token")
+def test_a_page_beside_the_model(tmp_path: Path) -> None:
+    """A Space that loads the model from its repository, with the package and without anything of this machine."""
+    small_model().save_pretrained(tmp_path / "small")
+    byte_tokenizer().save_pretrained(tmp_path / "small")
+    options = {"model_name_or_path": str(tmp_path / "small"), "repo_id": "small", "space": True, "license": "mit"}
+    result = recipe.main(options)
+    assert result["space_url"].endswith(f"{USER}/small-space") and "space_dir" not in result
+    files = SERVER.files(f"{USER}/small-space")
+    assert f"'{USER}/small'" in files["app.py"].decode() and b"sdk: gradio" in files["README.md"]
+    assert "hf_hybrid/app/page.py" in files and not [name for name in files if name.endswith(".safetensors")]
+    assert not [name for name, text in files.items() if str(tmp_path).encode() in text]
+    assert recipe.main(options)["space_url"] == result["space_url"]  # the same files: nothing to do
+
+
+@pytest.mark.usefixtures("token")
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["whole", "sharded"])
 def test_what_is_pulled_is_what_was_pushed(shard_size: str) -> None:
     model, tokenizer = small_model(), byte_tokenizer(num_sentinels=4)

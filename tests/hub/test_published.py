@@ -16,6 +16,7 @@ from hf_hybrid.published import (
     clean_text,
     is_checkpoint_file,
     is_model_file,
+    is_space_file,
     write_published,
 )
 
@@ -40,6 +41,13 @@ def test_what_belongs_to_a_model(name: str) -> None:
 )
 def test_what_stays(name: str) -> None:
     assert not is_model_file(name)
+
+
+def test_what_belongs_to_a_space() -> None:
+    names = "app.py README.md requirements.txt hf_hybrid/app/page.py hf_hybrid/py.typed model/config.json model/model.safetensors"
+    assert all(map(is_space_file, names.split()))
+    others = "notes.txt .env other/app.py hf_hybrid/__pycache__/cli.pyc hf_hybrid/.cache/a.py hf_hybrid/key.pem model/arguments.json app.log"
+    assert not any(map(is_space_file, others.split()))
 
 
 def test_a_checkpoint_goes_without_its_arguments_and_logs() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from ..app.space import write_space
 from ..auto import ARCHITECTURES, load_heads
 from ..hub import (
     CARD_FILE,
@@ -29,6 +30,7 @@ from ..hub import (
     export_remote_code,
     log_in,
     push_folder,
+    push_space,
     save_checkpoint,
     verify_export,
     with_metadata,
@@ -58,6 +60,12 @@ class PushToHubArguments:
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, e.g. apache-2.0."})
     language: list[str] | None = field(default=None, metadata={"help": "Languages of the training text, e.g. en."})
+    space: bool = field(
+        default=False,
+        metadata={
+            "help": "Also share a page to try the model, a Space: `repo_id`-space on the Hub, `output_dir`-space as a folder."
+        },
+    )
     private: bool | None = field(default=None, metadata={"help": "Create a private repository."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the files in the repository."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
@@ -80,7 +88,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
 
     Returns:
         `model_type`, `architecture`, the number of `files`, and, where they apply, the `url`, the `output_dir` and the
-        `digest` that identifies all files of an export.
+        `digest` that identifies all files of an export; `space_dir` and `space_url` of its page.
 
     Raises:
         ValueError: the source is not a checkpoint of this library, the card is not valid, or there is no token.
@@ -92,7 +100,10 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
     if options.repo_id is None and options.output_dir is None:
         raise ValueError("Pass `repo_id` to push the checkpoint, `output_dir` to write a folder, or both.")
     if options.repo_id is not None:
-        log_in(options.repo_id)  # fail before the work
+        _, options.repo_id = log_in(options.repo_id)  # fail before the work
+    page = Path(f"{options.output_dir}-space")
+    if options.space and options.output_dir is not None and page.exists():
+        raise FileExistsError(f"The folder of the Space, {page}, exists. Remove it, or choose another `output_dir`.")
     with tempfile.TemporaryDirectory(prefix="hf_hybrid-push-") as temporary:
         folder = Path(options.output_dir or Path(temporary) / "model")
         model = _write(options, folder)
@@ -113,9 +124,29 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
                 overwrite=options.overwrite,
                 commit_message=options.commit_message,
             )
+        if options.space:
+            result |= _share_space(options, folder, Path(temporary))
     for name, value in result.items():
         logger.info("%s = %s", name, value)
     return result
+
+
+def _share_space(options: PushToHubArguments, model_folder: Path, temporary: Path) -> dict[str, str]:
+    """Writes or pushes a page for the model, or both. It loads the model from the Hub where that has it, else it holds a copy."""
+    title = (options.repo_id or Path(str(options.output_dir)).name).rpartition("/")[2]
+    source: dict[str, Any] = {"repo_id": options.repo_id} if options.repo_id else {"model_folder": model_folder}
+    target = Path(f"{options.output_dir}-space") if options.output_dir else temporary / "space"
+    write_space(target, title=title, license=options.license, **source)
+    found = {"space_dir": str(target)} if options.output_dir else {}
+    if options.repo_id is not None:
+        found["space_url"] = push_space(
+            target,
+            f"{options.repo_id}-space",
+            private=options.private,
+            overwrite=options.overwrite,
+            commit_message=options.commit_message,
+        )
+    return found
 
 
 def _write(options: PushToHubArguments, folder: Path) -> PreTrainedModel:
