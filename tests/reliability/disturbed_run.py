@@ -42,6 +42,15 @@ def disturb(place: str, call: int, number: int, *, launcher: bool = False) -> No
     setattr(owner, name, disturbed)
 
 
+def run(given: dict, options: dict, log: str) -> None:
+    """The same in this process, which is a fork of one that has imported everything; its output goes to the file `log`."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    disturb(given["place"], given["call"], signal.SIGKILL)
+    importlib.import_module(f"hf_hybrid.recipes.{given['recipe']}").main(options)
+
+
 def main() -> None:
     given = json.loads(sys.argv.pop(1))
     mark = given.get("once")  # of several attempts and processes, one is disturbed

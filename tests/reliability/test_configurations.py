@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from factories import all_variants, main_output
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from hf_hybrid.configuration.configuration_bst import BstConfig
@@ -30,6 +33,10 @@ def fields_of(kind: type) -> list[tuple[type[PreTrainedConfig], str]]:
             if type(getattr(config, field.name)) is kind and field.name not in OF_TRANSFORMERS:
                 found.append((cls, field.name))
     return found
+
+
+def fields_by_name(config: PreTrainedConfig) -> list[str]:
+    return [field.name for field in fields(config)]
 
 
 def write(folder: Path, cls: type[PreTrainedConfig], **changes: Any) -> Path:
@@ -105,3 +112,18 @@ def test_labels_of_classifiers(cls):
             cls(num_labels=wrong)
     with pytest.raises(Exception, match="`problem_type` must be one of 'regression'"):
         cls(problem_type="classification")
+
+
+@pytest.mark.parametrize("case", [case for case in all_variants() if case.variant == "default"], ids=str)
+def test_initial_values_without_a_spread(case):
+    """A spread of 0 is refused, or nothing is divided by it."""
+    names = [name for name in fields_by_name(case.config()) if name.endswith(("initializer_range", "init_std"))]
+    assert names
+    try:
+        model = case.model_class(case.config(**dict.fromkeys(names, 0.0))).eval()
+    except StrictDataclassError as error:
+        assert "must be greater than 0" in str(error)
+        return
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    with torch.no_grad():
+        assert main_output(model(**case.inputs())).isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -14,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+import disturbed_run
 import pytest
-from recipe_runs import options_of, records_of, same_weights
+from recipe_runs import RECIPES, options_of, records_of, same_weights
 
 from hf_hybrid.recipes import pretrain_clm
 from hf_hybrid.training.callbacks import InterruptCallback, RunInterrupted
@@ -36,14 +38,31 @@ def start(options: dict, *launcher: str, recipe: str = "pretrain_clm", **disturb
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+# One process imports torch and the library; every run is a fork of it, made in no time. (A fork of this process could not use what
+# torch has started in it.)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([f"hf_hybrid.recipes.{recipe}" for recipe in RECIPES])
+
+
+def start_fork(options: dict, log: Path, *, recipe: str = "pretrain_clm", place: str = "step", call: int = 99) -> int:
+    """As `start`, without a launcher and killed at a place. Returns the exit status, negative for a signal."""
+    given = {"recipe": recipe, "place": place, "call": call}
+    process = FORKS.Process(target=disturbed_run.run, args=(given, options, str(log)))
+    process.start()
+    process.join(600)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode
+
+
 def test_killed_three_times(toy, tmp_path):
     """During a step, while saving and while evaluating."""
     options = {**toy, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "save_total_limit": 1}
     pretrain_clm.main({**options, "output_dir": str(tmp_path / "straight")})
     queued = {**options, "output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "auto"}
     for place, call, left in (("saving", 1, []), ("evaluating", 2, ["checkpoint-2"]), ("step", 4, ["checkpoint-4"])):
-        done = start(queued, place=place, call=call)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        status = start_fork(queued, tmp_path / "log", place=place, call=call)
+        assert status == -signal.SIGKILL, (tmp_path / "log").read_text()
         found = sorted((tmp_path / "run").glob("checkpoint-*"))
         assert [path.name for path in found] == left
         for checkpoint in found:
@@ -174,15 +193,16 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(
     if recipe not in straight_runs:
         folder = tmp_path_factory.mktemp(recipe)
         options = options_of(recipe, toy, folder)
-        done = start({**options, "output_dir": folder / "run"}, recipe=recipe, place="step", call=99)
-        assert done.returncode == 0, done.stderr
+        status = start_fork({**options, "output_dir": str(folder / "run")}, folder / "log", recipe=recipe)
+        assert status == 0, (folder / "log").read_text()
         straight_runs[recipe] = options, folder / "run"
     options, straight = straight_runs[recipe]
-    queued = {**options, "output_dir": tmp_path / "run", "resume_from_checkpoint": "auto"}
-    done = start(queued, recipe=recipe, place=place, call=call)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    done = start(queued, recipe=recipe, place="step", call=99)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    queued = {**options, "output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "auto"}
+    status = start_fork(queued, log, recipe=recipe, place=place, call=call)
+    assert status == -signal.SIGKILL, log.read_text()
+    status = start_fork(queued, log, recipe=recipe)
+    assert status == 0, log.read_text()
     assert same_weights(tmp_path / "run", straight)
     assert records_of(tmp_path / "run") == records_of(straight)
 

@@ -27,7 +27,7 @@ from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
 from ..parallel_plans import ParallelPlans
-from .router import ActivationRouter
+from .router import ActivationRouter, truncated_normal
 from .seqboat_cache import WorkingMemoryLayer
 from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
 from .seqboat_outputs import SeqBoatModelOutput
@@ -48,18 +48,17 @@ class SeqBoatPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
         super()._init_weights(module)
         initialize_norm(module, init)
         std = self.config.initializer_range
-        bounds = {"mean": 0.0, "std": std, "a": -2 * std, "b": 2 * std}
         if isinstance(module, MultiDimensionalDampedEma):
             module.initialize(init)
         elif isinstance(module, ActivationRouter):
             module.initialize(init, std=std)
         elif isinstance(module, SeqBoatUnit):
             for projection in (module.skip_proj, module.in_proj, module.out_proj):
-                init.trunc_normal_(projection.weight, **bounds)
-            init.trunc_normal_(module.qk_weight, **bounds)
+                truncated_normal(projection.weight, init, std)
+            truncated_normal(module.qk_weight, init, std)
             init.zeros_(module.qk_bias)
         elif isinstance(module, SeqBoatPositionBias):
-            init.trunc_normal_(module.rel_pos_bias, **bounds)
+            truncated_normal(module.rel_pos_bias, init, std)
         elif isinstance(module, SeqBoatEmbeddings) and module.position_scale is not None:
             init.constant_(module.position_scale, self.config.hidden_size**-0.5)
         elif isinstance(module, ValueEmbedding):

@@ -13,6 +13,14 @@ from torch import nn
 from ...ops.autocast import without_autocast
 
 
+def truncated_normal(weight: torch.Tensor, init: ModuleType, std: float) -> None:
+    """Normal initial values within two deviations; zeros where `std`, by which torch divides, is 0."""
+    if std == 0:
+        init.zeros_(weight)
+    else:
+        init.trunc_normal_(weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
+
+
 class Routing(NamedTuple):
     """Decision of a router.
 
@@ -55,7 +63,7 @@ class ActivationRouter(nn.Module):
     @torch.no_grad()
     def initialize(self, init: ModuleType, std: float = 0.02) -> None:
         """Writes initial values; with `transformers.initialization`, loaded tensors stay as they are."""
-        init.trunc_normal_(self.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
+        truncated_normal(self.weight, init, std)
         init.zeros_(self.bias)
         init.constant_(self.log_temperature, math.log(self.init_temp_scale * math.sqrt(self.hidden_size)))
 
