@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,12 @@ def test_equations_and_figures_of_the_architectures(site: Path) -> None:
         assert f"images/{name}.svg" in text, name
         drawn = runpy.run_path(str(ROOT / "docs/_site/figures.py"))["FIGURES"][name]()
         assert (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8") == drawn, "run docs/_site/figures.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_search_works_from_the_disk(site: Path) -> None:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    page = f"{site.as_uri()}/index.html?q=codewords"
+    done = subprocess.run(["chromium", *options, page], capture_output=True, text=True, timeout=300)
+    assert re.search(r"[1-9]\d* matching documents", done.stdout)

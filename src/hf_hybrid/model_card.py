@@ -80,7 +80,8 @@ class ModelCard:
     Attributes:
         model_name: title of the card.
         description: what the model is and what it was trained to do, in full sentences.
-        model_type, architecture: `model_type` of the configuration and name of the class.
+        model_type: that of the configuration.
+        architecture: name of the class.
         num_parameters: number of parameters, tied tensors counted once.
         auto_class: Auto class that loads the checkpoint.
         task_type: Hub task of the evaluation results, e.g. "text-classification".

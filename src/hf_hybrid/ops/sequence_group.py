@@ -21,7 +21,8 @@ class SequenceGroup:
     """The processes that share texts.
 
     Attributes:
-        rank, size: number of this process in the group, and of all of them.
+        rank: number of this process in the group.
+        size: number of processes.
         bytes_sent: bytes that this process has sent in forward and backward passes.
 
     Args:
