@@ -22,13 +22,13 @@ from hf_hybrid.data.token_corpus import load_token_file, tokenize_corpus
 from hf_hybrid.recipes.support.pretraining_data import PretrainingDataArguments, limited, load_documents
 from hf_hybrid.tokenization.sentencepiece_tokenizer import train_sentencepiece_tokenizer
 from hf_hybrid.tokenization.special_tokens import padded_vocab_size, sentinel_ids
+from hf_hybrid.training.text_tokens import special_ids
 
 from .settings import SPAN_CORRUPTION, Settings
 
 DOCSTRINGS = "docstrings"  # name of the text that every installation carries
 NUM_SENTINELS = 256  # enough for inputs of 4,096 tokens
 HELD_OUT_NOISE = {"noise_density": 0.15, "mean_span_length": 3.0}
-IGNORED = -100
 _DISCOUNT = 0.75
 
 
@@ -53,7 +53,7 @@ class Text:
     @property
     def special_ids(self) -> list[int]:
         """Ids that are not text: sentinels, `</s>` and padding."""
-        return [*sentinel_ids(self.tokenizer), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]
+        return special_ids(self.tokenizer)
 
 
 def read_documents(sources: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -115,11 +115,6 @@ def datasets_of(
     train = SpanCorruptionDataset(text.train, seed=seed, **noise, **options)
     held_out = SpanCorruptionDataset(text.held_out, resample_each_epoch=False, **HELD_OUT_NOISE, **options)
     return train, limited(held_out, rows)
-
-
-def text_mask(labels: np.ndarray, special_ids: Sequence[int]) -> np.ndarray:
-    """Where labels are text: neither ignored nor special."""
-    return (labels != IGNORED) & ~np.isin(labels, np.asarray(special_ids))
 
 
 def hidden_tokens(row: dict, sentinels: Sequence[int], special_ids: Sequence[int]) -> list[tuple[int, int]]:

@@ -20,12 +20,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_hybrid.data.span_corruption import SpanCorruptionCollator
 from hf_hybrid.training.arguments import PretrainingArguments
 from hf_hybrid.training.parameter_groups import parameter_groups
+from hf_hybrid.training.text_tokens import text_mask, text_metrics, token_results
 from hf_hybrid.training.trainer import HybridTrainer
 
 from .contenders import Contender, count_parameters
 from .optimizers import Lion, RmsAdamW
 from .settings import NEXT_TOKEN, SPAN_CORRUPTION, Settings
-from .text import Text, byte_lengths, datasets_of, text_mask
+from .text import Text, byte_lengths, datasets_of
 
 MEASURED_STEPS = 4  # of the rate of a contender, after one that is not counted
 
@@ -118,14 +119,12 @@ class LearningTrainer(HybridTrainer):
         super().log(logs | {"processor_seconds": self.clock.seconds}, start_time)
 
 
-def token_results(logits: Any, labels: torch.Tensor, objective: str) -> torch.Tensor:
-    """Negative log-likelihood, and 1 where the best guess is right, of each label, (B, L, 2); models may return more than logits."""
+def objective_results(logits: Any, labels: torch.Tensor, objective: str) -> torch.Tensor:
+    """`token_results` of the labels that are predicted: under `NEXT_TOKEN` each by the token before it."""
     logits = logits[0] if isinstance(logits, (tuple, list)) else logits
     if objective == NEXT_TOKEN:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    known = labels.clamp(min=0)
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), known, reduction="none")
-    return torch.stack([losses, (logits.argmax(-1) == known).float()], dim=-1)
+    return token_results(logits, labels)
 
 
 def held_out_metrics(
@@ -143,13 +142,8 @@ def held_out_metrics(
         `text_loss`, `text_accuracy` and `nats_per_byte` of text tokens, `all_loss` with the special ones.
     """
     is_text = text_mask(labels, special_ids)
-    text = results[is_text]
-    return {
-        "text_loss": float(text[:, 0].mean()),
-        "text_accuracy": float(text[:, 1].mean()),
-        "nats_per_byte": float(text[:, 0].sum() / lengths[labels[is_text]].sum()),
-        "all_loss": float(results[labels >= 0][:, 0].mean()),
-    }
+    nats_per_byte = float(results[is_text][:, 0].sum() / lengths[labels[is_text]].sum())
+    return {**text_metrics(results, labels, special_ids), "nats_per_byte": nats_per_byte}
 
 
 def training_arguments(settings: Settings, folder: Path, seed: int, steps: int, evaluations: int) -> Any:
@@ -225,7 +219,7 @@ def make_trainer(
         if contender.objective == SPAN_CORRUPTION
         else default_data_collator,
         compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=lambda logits, labels: token_results(logits, labels, contender.objective),
+        preprocess_logits_for_metrics=lambda logits, labels: objective_results(logits, labels, contender.objective),
     )
 
 

@@ -184,6 +184,7 @@ def embedded_text_corpus(
     max_source_bytes: int = 3_000_000,
     max_characters: int | None = None,
     validation_share: float = 0.05,
+    with_reference: bool = True,
     progress: bool = False,
 ) -> list[str]:
     """Documents for pretraining: the pages of the language reference, and the docstrings of each file joined.
@@ -196,13 +197,15 @@ def embedded_text_corpus(
         validation_share: share of the documents in `"validation"`. A smaller share is a subset of a larger one, here
             and in the two tasks below: `"train"` with a share of 0.2 contains no file that is validation in any of
             them.
+        with_reference: include the language reference.
         progress: show a progress bar.
 
     Raises:
         ValueError: unknown split, or nothing found.
     """
     _check_split(split)
-    documents = [(f"topics/{index:03}", page) for index, page in enumerate(language_reference())]
+    pages = language_reference() if with_reference else []
+    documents = [(f"topics/{index:03}", page) for index, page in enumerate(pages)]
     by_file: dict[str, list[str]] = {}
     for item in collect_docstrings(families, max_source_bytes, progress):
         by_file.setdefault(f"{item.family}/{item.module}", []).append(item.text)

@@ -3,6 +3,9 @@
     python -m hf_hybrid.recipes.pretrain_span_corruption --data corpus.txt --tokenizer tokenizer/ \
         --config_overrides "hidden_size=256,num_attention_heads=4,intermediate_size=1024,num_hidden_layers=4,decoder_layers=4" \
         --input_length 512 --max_steps 1000 --learning_rate 1e-3 --output_dir runs/pretrain
+
+The evaluation loss is that of all targets. With `--prediction_loss_only False` evaluations also measure `text_loss`, `text_accuracy`
+(of the hidden text alone, without sentinels and `</s>`) and `all_loss`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ..data.span_corruption import (
 from ..data.streaming import SpanCorruptionStream
 from ..tokenization.special_tokens import sentinel_ids
 from ..training.arguments import PretrainingArguments
+from ..training.text_tokens import make_text_metrics, token_results
 from ..training.trainer import HybridTrainer
 from .support.models import (
     NewModelArguments,
@@ -87,6 +91,8 @@ def build(
         eval_dataset=eval_dataset,
         data_collator=SpanCorruptionCollator(model),
         processing_class=tokenizer,
+        compute_metrics=make_text_metrics(tokenizer),
+        preprocess_logits_for_metrics=token_results,
     )
     report = RunReport(
         description=(

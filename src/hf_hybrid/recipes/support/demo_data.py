@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ from ...data.corpus import (
 CORPUS, CLASSIFICATION, SUMMARIZATION = "corpus", "classification", "summarization"
 SPLITS = ("train", "validation")
 
+# Libraries that come with torch and the extra `train`, and whose documentation `checkpoints/spade-small` has not seen.
+NEW_FAMILIES = ("sympy", "networkx", "huggingface_hub", "accelerate", "datasets", "joblib")
+
+# The input of a summary is a document whose first line is hidden: what the model was pretrained to fill in. The space behind the
+# sentinel makes the first word of a text one token, as in the middle of a text.
+HIDDEN_LINE = "<extra_id_0> "
+
 # This share of the files serves as validation data of one of the tasks: pretraining never reads them.
 _HELD_OUT = 0.2
 
@@ -31,8 +38,9 @@ class DataPlan:
     """How much of the embedded corpus to use.
 
     Attributes:
-        families: libraries whose docstrings are read.
+        families: libraries whose docstrings are read for the two tasks, and to pretrain from random weights.
         max_source_bytes: bytes of source code read per library.
+        new_families: libraries to continue the pretraining on; none for those of `families` and the language reference.
         max_characters: characters of pretraining text; None for all.
         max_per_class: training rows per class. Pretraining should help most with few labels and much text.
         max_words: words of a docstring that the classifier and its baselines see.
@@ -42,6 +50,7 @@ class DataPlan:
 
     families: tuple[str, ...] = FAMILIES
     max_source_bytes: int = 3_000_000
+    new_families: tuple[str, ...] = ()
     max_characters: int | None = None
     max_per_class: int = 400
     max_words: int = 40
@@ -49,12 +58,13 @@ class DataPlan:
     max_evaluation: int | None = None
 
 
-def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
+def write_data(folder: Path, plan: DataPlan, advance: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
     """Write `corpus/`, `classification/` and `summarization/`, each with `train.jsonl` and `validation.jsonl`.
 
     Args:
         folder: parent of the three folders.
         plan: how much to write.
+        advance: called with the share of the work that is done.
 
     Returns:
         Counts for the records.
@@ -62,19 +72,9 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
     Raises:
         ValueError: this installation contains too little text.
     """
-    source: dict[str, Any] = {
-        "families": plan.families,
-        "max_source_bytes": plan.max_source_bytes,
-        "progress": True,
-    }
-    texts = {
-        "train": embedded_text_corpus(
-            "train", validation_share=_HELD_OUT, max_characters=plan.max_characters, **source
-        ),
-        "validation": embedded_text_corpus("validation", **source),
-    }
-    for split, documents in texts.items():
-        write_rows(folder / CORPUS / f"{split}.jsonl", ({"text": text} for text in documents))
+    source: dict[str, Any] = {"families": plan.families, "max_source_bytes": plan.max_source_bytes}
+    texts = _pretraining_text(plan)
+    advance(0.4)
     classes, pairs = {}, {}
     for split in SPLITS:
         examples = embedded_classification_examples(split, max_per_class=2 * plan.max_per_class, **source)
@@ -85,24 +85,48 @@ def write_data(folder: Path, plan: DataPlan) -> dict[str, Any]:
             {"sentence": " ".join(str(row["sentence"]).split()[: plan.max_words]), "label": row["label_name"]}
             for row in rows
         ]
+        advance(0.6 if split == "train" else 0.8)
+    for split in SPLITS:
         found_pairs = embedded_summarization_pairs(split, **source)
         kept = _spread(found_pairs, plan.max_pairs if split == "train" else plan.max_evaluation)
-        pairs[split] = [{name: row[name] for name in ("document", "summary")} for row in kept]
+        pairs[split] = [
+            {"document": row["document"], "summary": HIDDEN_LINE + row["summary"], "targets": [row["summary"]]}
+            for row in kept
+        ]
     if len({row["label"] for row in classes["train"]}) < 2 or not all([*classes.values(), *pairs.values()]):
         raise ValueError(
             "The installed libraries contain too few docstrings for the demonstration: install numpy, scikit-learn "
-            "and torch "
-            'with their sources (`pip install "hf_hybrid[all]"`).'
+            'and torch with their sources (`pip install "hf_hybrid[all]"`).'
         )
-    for name, rows_of in ((CLASSIFICATION, classes), (SUMMARIZATION, pairs)):
+    written = {CORPUS: texts, CLASSIFICATION: classes, SUMMARIZATION: pairs}
+    for name, rows_of in written.items():
         for split in SPLITS:
             write_rows(folder / name / f"{split}.jsonl", rows_of[split])
     return {
-        "documents": {split: len(documents) for split, documents in texts.items()},
-        "characters": {split: sum(map(len, documents)) for split, documents in texts.items()},
+        "documents": {split: len(rows) for split, rows in texts.items()},
+        "characters": {split: sum(len(row["text"]) for row in rows) for split, rows in texts.items()},
+        "libraries": list(plan.new_families or plan.families),
         "classification_rows": {split: len(rows) for split, rows in classes.items()},
         "classes": dict(Counter(row["label"] for row in classes["train"]).most_common()),
         "summarization_pairs": {split: len(rows) for split, rows in pairs.items()},
+    }
+
+
+def _pretraining_text(plan: DataPlan) -> dict[str, list[dict[str, str]]]:
+    """Documents to pretrain on, by split: none of them holds a validation row of a task."""
+    options: dict[str, Any] = {"max_source_bytes": plan.max_source_bytes}
+    if plan.new_families:
+        options |= {"families": plan.new_families, "with_reference": False, "validation_share": 0.1}
+        train = embedded_text_corpus("train", max_characters=plan.max_characters, **options)
+        held_out = embedded_text_corpus("validation", **options)
+    else:
+        options["families"] = plan.families
+        train = embedded_text_corpus(
+            "train", validation_share=_HELD_OUT, max_characters=plan.max_characters, **options
+        )
+        held_out = embedded_text_corpus("validation", **options)
+    return {
+        split: [{"text": text} for text in documents] for split, documents in (("train", train), ("validation", held_out))
     }
 
 
@@ -173,7 +197,7 @@ def classification_baselines(folder: Path, seed: int) -> dict[str, Any]:
 def lead_summaries(folder: Path) -> tuple[list[str], int]:
     """The first words of every validation document, as many as training summaries have on average."""
     train, validation = (read_rows(folder / f"{split}.jsonl") for split in SPLITS)
-    words = round(float(np.mean([len(row["summary"].split()) for row in train])))
+    words = round(float(np.mean([len(row["targets"][0].split()) for row in train])))
     return [" ".join(row["document"].split()[:words]) for row in validation], words
 
 
@@ -186,10 +210,3 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
         split_sentences=True,
     )
     return {name: 100.0 * float(value) for name, value in scores.items()}
-
-
-def entropy(tokens: np.ndarray) -> float:
-    """Entropy in nats of the distribution of the ids: the loss of the best predictor that ignores all context."""
-    _, counts = np.unique(tokens, return_counts=True)
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum())

@@ -21,6 +21,7 @@ from ...data.token_shards import TokenFolder, TokenShards, is_token_folder
 from ...training.arguments import HybridTrainingArguments
 from ...training.progress import UNLIMITED_STEPS
 from ...training.run_folder import is_main_process
+from .console import is_quiet
 from .options import BAD_RECORD_HELP, ENCODING_HELP, reading_options, source_names
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def tokenize(documents: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, n
                     yield row["text"]
 
     try:
-        tokens = tokenize_corpus(counted(), tokenizer, progress=is_main_process())
+        tokens = tokenize_corpus(counted(), tokenizer, progress=is_main_process() and not is_quiet())
     except ValueError as error:
         raise ValueError(f"The {name} cannot be used: {error}") from error
     split = TokenSplit(tokens, num_bytes, num_documents)
