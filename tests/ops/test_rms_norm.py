@@ -66,6 +66,22 @@ def test_second_derivatives_are_refused_not_wrong():
         first.sum().backward()
 
 
+@pytest.mark.both_branches(only="cpu")
+@pytest.mark.filterwarnings("error")
+def test_half_precision_inputs_of_a_wider_weight(few_rows_at_a_time):
+    """Under autocast: what torch computes, without its warning about two dtypes."""
+    inputs, weight, gradient = tensors((7, 12), torch.float32)
+    halves = [inputs.detach().bfloat16().requires_grad_() for _ in range(2)]
+    weights = [weight.detach().clone().requires_grad_() for _ in range(2)]
+    found = rms_norm(halves[0], weights[0], 1e-6)
+    expected = F.rms_norm(halves[1].float(), (12,), weights[1], 1e-6).to(torch.bfloat16)
+    for result in (found, expected):
+        result.backward(gradient.bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    assert torch.equal(halves[0].grad, halves[1].grad)
+    torch.testing.assert_close(weights[0].grad, weights[1].grad)
+
+
 def test_compiles_in_one_graph():
     inputs, weight, gradient = tensors((3, 12), torch.float32)
     expected = torch.autograd.grad(rms_norm(inputs, weight, 1e-6), (inputs, weight), gradient)

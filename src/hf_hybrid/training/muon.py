@@ -38,7 +38,7 @@ def _sharded_as(tensor: torch.Tensor, other: Any) -> torch.Tensor:
 
 
 @functools.cache
-def _product_dtype(device_type: str) -> torch.dtype:
+def product_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where its products are faster than those of float32: accelerators, and processors with instructions for it."""
     if device_type != "cpu":
         return torch.bfloat16
@@ -149,7 +149,7 @@ class MuonAdamW(torch.optim.AdamW):
                 (parameter, gradient.lerp(average, self.momentum))
             )
         for (shape, device, _), pairs in alike.items():
-            dtype = self.orthogonalization_dtype or _product_dtype(device.type)
+            dtype = self.orthogonalization_dtype or product_dtype(device.type)
             updates = orthogonalize(torch.stack([_whole(update) for _, update in pairs]).to(dtype))
             rate = group["lr"] * _RMS_OF_ADAMW * max(shape) ** 0.5
             for (parameter, _), update in zip(pairs, updates):

@@ -126,7 +126,8 @@ def _pretraining_text(plan: DataPlan) -> dict[str, list[dict[str, str]]]:
         )
         held_out = embedded_text_corpus("validation", **options)
     return {
-        split: [{"text": text} for text in documents] for split, documents in (("train", train), ("validation", held_out))
+        split: [{"text": text} for text in documents]
+        for split, documents in (("train", train), ("validation", held_out))
     }
 
 

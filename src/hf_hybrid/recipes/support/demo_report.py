@@ -11,6 +11,7 @@ from typing import Any
 from .demo_samples import fill_in_html
 
 PICTURES = "pictures"
+_FIRST_PARTS = 9  # of a filled-in text: what is shown at the top
 REPORT_FILE = "report.html"
 
 _STYLE = """
@@ -35,19 +36,19 @@ def write_report(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str,
         samples: fill-ins, summaries and generated texts.
     """
     sections = [
-        _opening(metrics),
-        "<h2>What was checked</h2>" + _checks(metrics["checks"]),
+        _opening(folder, metrics, samples),
         "<h2>Results</h2>" + _results(metrics),
-        "<h2>Pretraining by span corruption</h2>" + _pretraining(folder, metrics, samples),
+        "<h2>What was checked</h2>" + _checks(metrics["checks"]),
+        "<h2>Filling in hidden text</h2>" + _pretraining(folder, metrics, samples),
         "<h2>The state space layer</h2>" + _state_space(folder, metrics),
-        "<h2>Classification: which library is this docstring from?</h2>" + _classification(folder, metrics),
+        "<h2>Classification: which library is this docstring from?</h2>" + _classification(folder, metrics, samples),
         "<h2>Summarization: the first sentence of a docstring from the rest</h2>"
         + _summarization(folder, metrics, samples),
         "<h2>Save and load</h2>" + _reload(metrics),
-        "<h2>Times and sizes</h2>" + _times(metrics),
+        "<h2>The run</h2>" + _run(metrics) + _times(metrics),
         "<h2>Next steps</h2>" + _next_steps(folder),
     ]
-    title = "SPADE from raw text to a generated summary"
+    title = "A small SPADE, from new documents to summaries"
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>{_STYLE}</style></head>'
         f"<body>\n<h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
@@ -59,15 +60,12 @@ def write_report(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str,
 
 def summary_lines(metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> list[str]:
     """The closing lines of the run, for the terminal."""
-    lines = [f"Done in {metrics['minutes']:.1f} minutes. What was checked:"]
+    lines = [f"Done in {metrics['minutes']:.1f} minutes ({metrics['precision']}). What was checked:"]
     for check in metrics["checks"]:
         lines.append(f"  {'yes' if check['passed'] else 'NO '}  {check['claim']}: {check['measured']}")
-    lines += [
-        f"  cut short by the time limit: {phase['name']}" for phase in metrics["phases"] if phase.get("cut_short")
-    ]
-    lines.append("Generated summaries:")
-    for sample in samples["generated"]:
-        lines.append(f"  [{sample['method']}] {_shortened(sample['document'], 90)}\n      -> {sample['text']}")
+    lines.append("Summary lines that the model wrote:")
+    for sample in samples["summaries"][:3]:
+        lines.append(f"  {_shortened(sample['document'], 100)}\n      -> {sample['generated']}")
     return lines
 
 
@@ -107,7 +105,54 @@ def _picture(folder: Path, name: str, caption: str) -> str:
     )
 
 
-def _opening(metrics: Mapping[str, Any]) -> str:
+def _opening(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
+    """What this is, the results at a glance, and one sample of each task."""
+    start = (
+        "was trained from random weights on the docstrings and the language reference that this Python installation contains"
+        if metrics["from_scratch"]
+        else f"of {metrics['pretraining']['num_parameters'] / 1e6:.1f} M parameters, the pretrained checkpoint "
+        f"<code>{html.escape(str(metrics['checkpoint']))}</code>, read documentation of libraries that it had not seen and was then "
+        "fine-tuned for two tasks"
+    )
+    quick = (
+        "<p class='note'>This is the quick run: it shows that everything works, and learns little.</p>"
+        if metrics["quick"]
+        else ""
+    )
+    return (
+        "<p>A small SPADE encoder-decoder (a state space model combined with local attention, "
+        f'<a href="https://arxiv.org/abs/2212.08136">arXiv 2212.08136</a>) {start}, in {metrics["minutes"]:.1f} minutes.</p>'
+        + quick
+        + _picture(folder, "overview", "Results on held-out text; grey: what each is compared with")
+        + _three_samples(samples)
+    )
+
+
+def _three_samples(samples: Mapping[str, Any]) -> str:
+    """The first of the evenly spaced samples of each task, whatever it is."""
+    fill_ins, earlier = samples["fill_ins"], samples["fill_ins_before"]
+    classified, summary = samples["classes"][0], samples["summaries"][0]
+    guess = classified["guess"]
+    kind = "right" if guess["label"] == classified["label"] else "wrong"
+    before = earlier[0][:_FIRST_PARTS] if earlier else None
+    quoted = [
+        ("Fills in", fill_in_html(fill_ins[0][:_FIRST_PARTS], before)),
+        (
+            "Tells libraries apart",
+            f"{html.escape(_shortened(classified['sentence'], 260))} <del>{html.escape(classified['label'])}</del>"
+            f"<ins class='{kind}'>{html.escape(guess['label'])}, {guess['probability']:.0%}</ins>",
+        ),
+        (
+            "Summarizes",
+            f"{html.escape(_shortened(summary['document'], 260))} <del>{html.escape(summary['summary'])}</del>"
+            f"<ins>{html.escape(summary['generated'])}</ins>",
+        ),
+    ]
+    legend = "<p class='note'>The first sample of each task below. Grey is what was hidden, coloured or bold what the model wrote.</p>"
+    return "".join(f"<blockquote><b>{name}.</b> {text}</blockquote>" for name, text in quoted) + legend
+
+
+def _run(metrics: Mapping[str, Any]) -> str:
     environment = metrics["environment"]
     versions = ", ".join(
         f"{name} {environment['versions'].get(name)}" for name in ("hf_hybrid", "torch", "transformers")
@@ -115,25 +160,16 @@ def _opening(metrics: Mapping[str, Any]) -> str:
     device = (
         ", ".join(environment["accelerators"]) or f"{environment['processor']}, {environment['torch_threads']} threads"
     )
-    quick = (
-        "<p class='note'>This is the quick run: it shows that everything works and learns nothing.</p>"
-        if metrics["quick"]
-        else ""
-    )
     cut = [phase["name"] for phase in metrics["phases"] if phase.get("cut_short")]
-    note = (
-        f"<p class='no'>Cut short by the time limit: {html.escape('; '.join(cut))}. With more time (<code>--max_minutes</code>) "
-        "these phases would have learned more.</p>"
+    ended = (
+        f"<p>Ended by the time limit, with the learning rate at its end: {html.escape('; '.join(cut))}. With more time "
+        "(<code>--max_minutes</code>) these phases would have learned more.</p>"
         if cut
         else ""
     )
     return (
-        "<p>A small SPADE encoder-decoder (a state space model combined with local attention, "
-        '<a href="https://arxiv.org/abs/2212.08136">arXiv 2212.08136</a>) was trained from random weights on the docstrings and '
-        "the language reference that this Python installation contains. It is real text of a narrow kind, and a tiny "
-        "model: the figures show that the parts work together, not what the architecture can do.</p>"
-        f"<p class='note'>{metrics['minutes']:.1f} minutes, seed {metrics['seed']}, {html.escape(device)}; {html.escape(versions)}; "
-        f"started {html.escape(environment['started'])}.</p>{quick}{note}"
+        f"<p>Seed {metrics['seed']}, training in {html.escape(metrics['precision'])}, {html.escape(device)}; {html.escape(versions)}; "
+        f"started {html.escape(environment['started'])}.</p>{ended}"
     )
 
 
@@ -154,10 +190,15 @@ def _results(metrics: Mapping[str, Any]) -> str:
         metrics[name] for name in ("pretraining", "classification", "summarization")
     )
     naive, lead = classification["baselines"], summaries["baselines"]
-    rows: list[list[Any]] = [
-        ["span corruption", "loss of all targets (nats)", pretraining["eval_loss"], pretraining["unigram_entropy"], "their unigram entropy"],
-        ["span corruption", "loss of the hidden text (nats)", pretraining["text_loss"], pretraining["text_entropy"], "its unigram entropy"],
-        ["span corruption", "hidden tokens guessed at once (%)", 100 * pretraining["text_accuracy"], 100 * pretraining["text_most_frequent"], "the most frequent token"],
+    guessed = 100 * pretraining["text_most_frequent"]
+    rows: list[list[Any]] = []
+    for name, suffix in (("before", "_before"), ("after", "")):
+        if f"text_loss{suffix}" in pretraining:
+            task = "hidden text" if metrics["from_scratch"] else f"hidden text, {name} the pretraining here"
+            loss, accuracy = pretraining[f"text_loss{suffix}"], 100 * pretraining[f"text_accuracy{suffix}"]
+            rows.append([task, "loss (nats per token)", loss, pretraining["text_entropy"], "its unigram entropy"])
+            rows.append(["", "tokens guessed (%)", accuracy, guessed, "the most frequent token"])
+    rows += [
         ["classification", "accuracy (%)", 100 * classification["eval_accuracy"], 100 * naive["majority"], "largest class"],
         ["", "", "", 100 * naive["naive_bayes_default"], "Naive Bayes, 1- and 2-grams, default smoothing"],
         ["", "", "", 100 * naive["naive_bayes"], f"the same, smoothing {naive['naive_bayes_alpha']} by cross-validation"],
@@ -167,27 +208,42 @@ def _results(metrics: Mapping[str, Any]) -> str:
             ["summarization", f"ROUGE-{name[5:]}", summaries[f"eval_{name}"], lead[name], f"first {lead['lead_words']} words"]
         )  # fmt: skip
     return _table(["task", "measure", "model", "baseline", "which baseline"], rows) + (
-        "<p class='note'>All on held-out files. For losses lower is better, for everything else higher. The "
-        "validation texts of "
-        "both tasks were kept out of pretraining; Naive Bayes reads exactly the same text as the classifier.</p>"
+        "<p class='note'>All on held-out files. For losses lower is better, for everything else higher. Hidden text is counted without "
+        "sentinels and <code>&lt;/s&gt;</code>, whose places are easy to learn. The model is pretrained on no validation text of either "
+        "task; Naive Bayes reads exactly the same text as the classifier.</p>"
     )
 
 
 def _pretraining(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
     figures, data = metrics["pretraining"], metrics["data"]
+    libraries = html.escape(", ".join(data["libraries"]))
     text = (
-        f"<p>{figures['num_parameters']:,} parameters, {figures['steps']:,} steps, {figures['input_tokens_seen']:,} input tokens; "
-        f"corpus of {data['documents']['train']:,} documents and {data['characters']['train']:,} characters. Of each segment "
+        f"<p>{figures['num_parameters']:,} parameters, {figures['steps']:,} steps here, {figures['input_tokens_seen']:,} input tokens; "
+        f"{data['documents']['train']:,} documents and {data['characters']['train']:,} characters of {libraries}. Of each segment "
         f"{figures['noise_density']:.0%} of the tokens are hidden, in spans of three on average; the decoder has to write them.</p>"
     )
-    examples = "".join(f"<blockquote>{fill_in_html(parts)}</blockquote>" for parts in samples["fill_ins"])
+    prompts = "".join(
+        f"<tr><td>{html.escape(one['text'])}</td><td>{html.escape(one['filled'])}</td></tr>"
+        for one in samples["prompts"]
+    )
+    if prompts:
+        prompts = f"<table><tr><th>prompt</th><th>filled in by the checkpoint, before any training here</th></tr>{prompts}</table>"
+    earlier = samples["fill_ins_before"]
+    pairs = zip(samples["fill_ins"], earlier or [None] * len(samples["fill_ins"]))
+    examples = "".join(f"<blockquote>{fill_in_html(parts, before)}</blockquote>" for parts, before in pairs)
+    order = "before and after the pretraining here " if earlier else ""
     legend = (
-        "<p>Held-out text with the masked spans (<del>grey</del>) and what the model writes in their place "
+        f"<p>Held-out text with the masked spans (<del>grey</del>) and what the model writes in their place {order}"
         '(<ins class="right">right</ins>, <ins class="wrong">something else</ins>; greedy, beginnings of segments):</p>'
     )
     return (
-        text
-        + _picture(folder, "pretraining", "Loss over the steps; dashed: the best loss without looking at the input")
+        prompts
+        + text
+        + _picture(
+            folder,
+            "pretraining",
+            "Loss of the hidden text over the steps; dashed: the best loss without looking at the input",
+        )
         + legend
         + examples
     )
@@ -203,7 +259,7 @@ def _state_space(folder: Path, metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _classification(folder: Path, metrics: Mapping[str, Any]) -> str:
+def _classification(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
     figures, data = metrics["classification"], metrics["data"]
     rows = data["classification_rows"]
     classes = ", ".join(f"{name} ({count})" for name, count in data["classes"].items())
@@ -218,7 +274,20 @@ def _classification(folder: Path, metrics: Mapping[str, Any]) -> str:
     return (
         f"<p>{rows['train']:,} training and {rows['validation']:,} validation docstrings, from different files. Names of the "
         f"libraries, code and lists of parameters are removed. Classes: {html.escape(classes)}. {verdict}</p>"
+        + _picture(folder, "confusions", "Which libraries are taken for which")
         + _picture(folder, "classification", "Fine-tuning for classification")
+        + _table(
+            ["docstring", "from", "model", "sure (%)"],
+            [
+                [
+                    _shortened(row["sentence"], 260),
+                    row["label"],
+                    row["guess"]["label"],
+                    100 * row["guess"]["probability"],
+                ]
+                for row in samples["classes"]
+            ],
+        )
     )
 
 
@@ -229,7 +298,8 @@ def _summarization(folder: Path, metrics: Mapping[str, Any], samples: Mapping[st
     ]  # fmt: skip
     generated = [[s["method"], _shortened(s["document"], 200), s["text"]] for s in samples["generated"]]
     return (
-        f"<p>{pairs['train']:,} training and {pairs['validation']:,} validation pairs.</p>"
+        f"<p>{pairs['train']:,} training and {pairs['validation']:,} validation pairs. The input is the docstring with its first line hidden, "
+        "as in pretraining: <code>&lt;extra_id_0&gt;</code>, then the rest.</p>"
         + _picture(folder, "summarization", "Fine-tuning for summarization")
         + _table(["document", "its own first sentence", "model", "first words"], rows)
         + "<p>Other ways to decode:</p>"
@@ -278,7 +348,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}/summarizer")
 model = AutoModelForSeq2SeqLM.from_pretrained("{name}/summarizer")
-inputs = tokenizer("The file is opened and every line is passed to the function.", return_tensors="pt")
+inputs = tokenizer("&lt;extra_id_0&gt; The file is opened and every line is passed to the function.", return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_length=32, num_beams=4), skip_special_tokens=True))</pre>
 <p>Pretrain on your own text (<code>--help</code> explains the options of every recipe):</p>
 <pre>python -m hf_hybrid.recipes.train_tokenizer --data my_texts/ --vocab_size 16000 --output_dir tokenizer

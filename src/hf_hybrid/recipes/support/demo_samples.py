@@ -1,4 +1,4 @@
-"""Samples of the demonstration: filled spans, generated texts, and the same results from a fresh process."""
+"""Samples of the demonstration: filled spans, classes, generated texts, and the same results from a fresh process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...tokenization.special_tokens import sentinel_ids
-from .demo_data import entropy
+from ...training.text_tokens import special_ids, text_baselines
+from .demo_data import HIDDEN_LINE
 from .runs import Job
 
 RELOAD_SECONDS = 300
@@ -54,43 +53,41 @@ def _evaluation_batch(job: Job, indices: Sequence[int]) -> tuple[torch.Tensor, t
     return inputs, labels
 
 
+def _model(job: Job) -> PreTrainedModel:
+    """The model in the precision of its weights, for evaluation: the trainer leaves a wrapper for mixed precision around `forward`."""
+    model = job.trainer.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
 def _tokenizer(job: Job) -> PreTrainedTokenizerBase:
     tokenizer = job.trainer.processing_class
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
-@torch.no_grad()
-def span_corruption_figures(job: Job, batch_size: int = 32) -> dict[str, float]:
-    """Losses of the evaluation targets, and what can be reached without looking at the input.
-
-    Targets contain sentinels and `</s>`, whose places are easy to learn, so losses and entropies are also given for
-    the masked text alone.
-
-    Returns:
-        `unigram_entropy` of all target tokens; `text_loss`, `text_entropy` and `text_accuracy` (top-1) of the masked
-        text, teacher-forced; `text_most_frequent`, the accuracy of always predicting its most frequent token.
-    """
-    model, tokenizer = job.model.eval(), _tokenizer(job)
-    special = torch.tensor([*sentinel_ids(tokenizer), tokenizer.eos_token_id])
+def text_references(job: Job) -> dict[str, float]:
+    """What no look at the input can beat on the hidden text of the evaluation set; see `text_baselines`."""
     count = len(job.trainer.eval_dataset)  # type: ignore[arg-type]
-    targets, losses, hits = [], [], []
-    for start in range(0, count, batch_size):
-        inputs, labels = _evaluation_batch(job, range(start, min(count, start + batch_size)))
-        logits = model(input_ids=inputs.to(model.device), labels=labels.to(model.device)).logits.float().cpu()
-        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none"))
-        hits.append(logits.argmax(-1).flatten() == labels.flatten())
-        targets.append(labels.flatten())
-    target, loss, hit = torch.cat(targets), torch.cat(losses), torch.cat(hits)
-    is_text = ~torch.isin(target, special)
-    text = target[is_text].numpy()
-    return {
-        "unigram_entropy": entropy(target.numpy()),
-        "text_loss": loss[is_text].mean().item(),
-        "text_entropy": entropy(text),
-        "text_accuracy": hit[is_text].float().mean().item(),
-        "text_most_frequent": float(np.unique(text, return_counts=True)[1].max() / len(text)),
-    }
+    labels = _evaluation_batch(job, range(count))[1].numpy()
+    return text_baselines(labels, special_ids(_tokenizer(job)))
+
+
+@torch.no_grad()
+def fill_in(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int = 24) -> str:
+    """The text with what the model writes (greedy) in place of its sentinels."""
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    generated = model.eval().generate(**inputs, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+    sentinels, eos = sentinel_ids(tokenizer), tokenizer.eos_token_id
+    start, visible = split_at_sentinels(inputs["input_ids"][0].tolist(), sentinels, eos)
+    filled = split_at_sentinels(generated[0, 1:].tolist(), sentinels, eos)[1]
+    parts = [plain_text(tokenizer, start)]
+    for number in sorted(visible):
+        parts += [
+            f" [{plain_text(tokenizer, filled.get(number, [])).strip()}]",
+            plain_text(tokenizer, visible[number]),
+        ]
+    return "".join(parts).strip()
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -129,12 +126,14 @@ def fill_in_examples(job: Job, count: int = 3, max_spans: int = 8) -> list[list[
         The parts of each example in order: `{"text": ...}` for visible text, `{"hidden": ..., "filled": ...}` for a
             span.
     """
-    model, tokenizer = job.model.eval(), _tokenizer(job)
+    model, tokenizer = _model(job), _tokenizer(job)
     total = len(job.trainer.eval_dataset)  # type: ignore[arg-type]
     indices = [index * total // count for index in range(min(count, total))]
     inputs, labels = _evaluation_batch(job, indices)
+    # The spans that are shown stand at the beginning of the targets.
+    longest = min(labels.shape[1], 8 * max_spans)
     generated = model.generate(
-        input_ids=inputs.to(model.device), max_new_tokens=labels.shape[1], num_beams=1, do_sample=False
+        input_ids=inputs.to(model.device), max_new_tokens=longest, num_beams=1, do_sample=False
     ).cpu()
     sentinels, eos = sentinel_ids(tokenizer), tokenizer.eos_token_id
     examples = []
@@ -155,17 +154,36 @@ def fill_in_examples(job: Job, count: int = 3, max_spans: int = 8) -> list[list[
     return examples
 
 
-def fill_in_html(parts: Sequence[dict[str, str]]) -> str:
-    """One example of `fill_in_examples` as HTML."""
+def fill_in_html(parts: Sequence[dict[str, str]], earlier: Sequence[dict[str, str]] | None = None) -> str:
+    """One example of `fill_in_examples` as HTML; `earlier` holds what the same model wrote before, which is set in front."""
     pieces = []
-    for part in parts:
+    for part, before in zip(parts, earlier or parts):
         if "text" in part:
             pieces.append(html.escape(part["text"]))
-        else:
-            kind = "right" if part["hidden"].strip() == part["filled"].strip() else "wrong"
-            hidden, filled = (html.escape(part[name]) or "∅" for name in ("hidden", "filled"))
-            pieces.append(f' <del>{hidden}</del><ins class="{kind}">{filled}</ins> ')
+            continue
+        hidden = html.escape(part["hidden"]) or "∅"
+        written = [part] if earlier is None else [before, part]
+        pieces.append(f" <del>{hidden}</del>{''.join(_written(part['hidden'], one['filled']) for one in written)} ")
     return "".join(pieces)
+
+
+def _written(hidden: str, filled: str) -> str:
+    kind = "right" if hidden.strip() == filled.strip() else "wrong"
+    return f'<ins class="{kind}">{html.escape(filled) or "∅"}</ins>'
+
+
+@torch.no_grad()
+def classify_examples(job: Job, sentences: Sequence[str], max_length: int) -> list[dict[str, Any]]:
+    """The class of each sentence, with its probability."""
+    model = _model(job)
+    inputs = {name: tensor.to(model.device) for name, tensor in _encode(job, sentences, max_length).items()}
+    probabilities = model(**inputs).logits.float().softmax(-1).cpu()
+    names = model.config.id2label or {}
+    best = probabilities.max(-1)
+    return [
+        {"label": str(names[int(index)]), "probability": float(share)}
+        for share, index in zip(best.values, best.indices)
+    ]
 
 
 def _encode(job: Job, documents: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:
@@ -177,8 +195,9 @@ def _encode(job: Job, documents: Sequence[str], max_length: int) -> dict[str, to
 
 @torch.no_grad()
 def generate_texts(job: Job, documents: Sequence[str], *, max_length: int = 32, **options: Any) -> list[str]:
-    """One generated text per document."""
-    model = job.model.eval()
+    """The hidden first line of each document."""
+    model = _model(job)
+    documents = [HIDDEN_LINE + document for document in documents]
     inputs = {name: tensor.to(model.device) for name, tensor in _encode(job, documents, 160).items()}
     ids = model.generate(**inputs, max_length=max_length, **options)
     return [text.strip() for text in _tokenizer(job).batch_decode(ids, skip_special_tokens=True)]
@@ -200,8 +219,8 @@ def reload_in_clean_process(job: Job, documents: Sequence[str], folder: Path, ma
     Raises:
         RuntimeError: the process failed; the message quotes its error output.
     """
-    model = job.model.cpu().eval()
-    inputs = _encode(job, documents, 160)
+    model = _model(job).cpu()
+    inputs = _encode(job, [HIDDEN_LINE + document for document in documents], 160)
     inputs["labels"] = inputs["input_ids"][:, :16].contiguous()  # any targets will do
     generation = {"max_length": max_length, "num_beams": 2}
     logits = model(**inputs).logits
