@@ -13,7 +13,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLIN
 .PHONY: help install demo docs test test-wide test-oldest test-slow test-company test-app gpu-check dist test-wheel lint format tables clean
 
 help:
-	@echo "make demo       train, fine-tune and use a small SPADE on text that every Python installation carries"
+	@echo "make demo       continue, fine-tune and use the small SPADE of checkpoints/ on text that every Python installation carries"
 	@echo "make test       the test suite, one case of each kind, on all cores (make test-wide: the other cases)"
 	@echo "make test-slow  every test that needs neither an accelerator nor a network"
 	@echo "make test-company  the programs of other projects (TRL, sentence-transformers, lm-eval ...) around these models"
