@@ -39,22 +39,22 @@ PRETRAINING, CLASSIFICATION, SUMMARIZATION, REST = "pretraining", "classificatio
 # Steps are limits for fast machines; elsewhere the time ends a phase, and the learning rate with it.
 FULL_PLAN = DemoPlan(
     minutes=5.0,
-    shares={PRETRAINING: 1.0, CLASSIFICATION: 1.1, SUMMARIZATION: 1.3, REST: 0.7},
-    data=DataPlan(new_families=NEW_FAMILIES, max_characters=2_000_000),
+    shares={PRETRAINING: 1.0, CLASSIFICATION: 0.6, SUMMARIZATION: 1.8, REST: 0.7},
+    data=DataPlan(new_families=NEW_FAMILIES, max_characters=2_000_000, max_per_class=25),
     pretraining={
         "input_length": 512, "noise_density": 0.15, "max_steps": 240, "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 16, "max_validation_segments": 32, "learning_rate": 2e-3, "ssm_learning_rate": 1e-3,
         "muon_learning_rate": 3e-3, "warmup_steps": 10, "lr_scheduler_type": "linear", "eval_steps": 40, "logging_steps": 10,
     },
     classification={
-        "max_length": 80, "num_train_epochs": 3, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
-        "learning_rate": 4e-3, "muon_learning_rate": 3e-3, "label_smoothing_factor": 0.1, "warmup_steps": 20,
+        "max_length": 80, "num_train_epochs": 8, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
+        "learning_rate": 4e-3, "muon_learning_rate": 3e-3, "label_smoothing_factor": 0.1, "warmup_steps": 10,
         "logging_steps": 20, "eval_strategy": "no",
     },
     summarization={
         "max_source_length": 96, "max_target_length": 28, "num_train_epochs": 3, "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 96, "learning_rate": 2e-3, "muon_learning_rate": 2e-3, "warmup_steps": 10,
-        "logging_steps": 20, "no_repeat_ngram_size": 3, "eval_strategy": "no", "source_prefix": HIDDEN_LINE,
+        "logging_steps": 20, "no_repeat_ngram_size": 3, "min_new_tokens": 8, "eval_strategy": "no", "source_prefix": HIDDEN_LINE,
     },
 )  # fmt: skip
 
@@ -63,10 +63,10 @@ QUICK_PLAN = replace(
     minutes=1.1,
     shares={PRETRAINING: 1.0, CLASSIFICATION: 1.0, SUMMARIZATION: 1.0, REST: 1.5},
     data=replace(
-        FULL_PLAN.data, max_source_bytes=1_000_000, max_characters=400_000, max_per_class=150, max_evaluation=96
+        FULL_PLAN.data, max_source_bytes=1_000_000, max_characters=400_000, max_evaluation=96
     ),
     pretraining={**FULL_PLAN.pretraining, "input_length": 256, "max_validation_segments": 16, "max_steps": 40, "eval_steps": 40, "logging_steps": 5},
-    classification={**FULL_PLAN.classification, "num_train_epochs": 1, "logging_steps": 5},
+    classification={**FULL_PLAN.classification, "logging_steps": 5},
     summarization={**FULL_PLAN.summarization, "num_train_epochs": 1, "logging_steps": 5},
 )  # fmt: skip
 

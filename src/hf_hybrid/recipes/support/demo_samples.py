@@ -54,10 +54,9 @@ def _evaluation_batch(job: Job, indices: Sequence[int]) -> tuple[torch.Tensor, t
 
 
 def _model(job: Job) -> PreTrainedModel:
-    """The model in the precision of its weights, for evaluation: the trainer leaves a wrapper for mixed precision around `forward`."""
-    model = job.trainer.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    """The model for evaluation, in the precision of its weights: the trainer leaves a `forward` for mixed precision at the object."""
+    job.model.__dict__.pop("forward", None)
+    return job.model.eval()
 
 
 def _tokenizer(job: Job) -> PreTrainedTokenizerBase:
