@@ -47,8 +47,8 @@ FULL_PLAN = DemoPlan(
         "muon_learning_rate": 3e-3, "warmup_steps": 10, "lr_scheduler_type": "linear", "eval_steps": 40, "logging_steps": 10,
     },
     classification={
-        "max_length": 80, "num_train_epochs": 8, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
-        "learning_rate": 4e-3, "muon_learning_rate": 3e-3, "label_smoothing_factor": 0.1, "warmup_steps": 10,
+        "max_length": 80, "num_train_epochs": 6, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
+        "learning_rate": 8e-3, "muon_learning_rate": 3e-4, "label_smoothing_factor": 0.1, "warmup_steps": 5,
         "logging_steps": 20, "eval_strategy": "no",
     },
     summarization={
