@@ -302,7 +302,7 @@ class Demo:
             "classification",
             keep_predictions,
             data=folder,
-            model_name_or_path=self.path / "pretrained",
+            model_name_or_path=self._start_of_tasks(),
             **self.plan.classification,
         )
         metrics["baselines"] = classification_baselines(folder, self.args.seed)
@@ -324,7 +324,7 @@ class Demo:
             "summarizer",
             "summarization",
             data=folder,
-            model_name_or_path=self.path / "pretrained",
+            model_name_or_path=self._start_of_tasks(),
             **self.plan.summarization,
         )
         self.summarizer = job
@@ -352,16 +352,16 @@ class Demo:
         document = next((row["document"] for row in self.samples["summaries"]), OWN_DOCUMENT)
         self.samples["generated"] = []
         for name, options in (
-            ("greedy", {}),
+            ("greedy", {"num_beams": 1}),
             ("4 beams", {"num_beams": 4}),
-            ("sampling", {"do_sample": True, "top_p": 0.9}),
+            ("sampling", {"num_beams": 1, "do_sample": True, "top_p": 0.9}),
         ):
             torch.manual_seed(self.args.seed)
             texts = generate_texts(self.summarizer, [OWN_DOCUMENT, document], **options)
             self.samples["generated"] += [
                 {"method": name, "document": source, "text": text} for source, text in zip([OWN_DOCUMENT, document], texts)
             ]  # fmt: skip
-        return f"{self.samples['generated'][2]['text']}"
+        return self.samples["generated"][2]["text"]
 
     def reload(self) -> str:
         """Save and load: compares logits and generated ids of a fresh process with those of the model in memory."""
@@ -389,6 +389,10 @@ class Demo:
         return f"{passed} of {len(self.metrics['checks'])} checks passed"
 
     # ---------------------------------------------------------------------------------------------------- helpers
+
+    def _start_of_tasks(self) -> str | Path:
+        """The checkpoint itself: the tasks are about the libraries that it knows, not about those that it has just read."""
+        return self.path / "pretrained" if self.checkpoint is None else self.checkpoint
 
     def _picture(self, name: str) -> Path:
         return self.path / PICTURES / f"{name}.png"

@@ -54,7 +54,7 @@ FULL_PLAN = DemoPlan(
     summarization={
         "max_source_length": 96, "max_target_length": 28, "num_train_epochs": 3, "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 96, "learning_rate": 2e-3, "muon_learning_rate": 2e-3, "warmup_steps": 10,
-        "logging_steps": 20, "no_repeat_ngram_size": 3, "min_new_tokens": 8, "eval_strategy": "no", "source_prefix": HIDDEN_LINE,
+        "logging_steps": 20, "no_repeat_ngram_size": 2, "min_new_tokens": 10, "generation_num_beams": 4, "eval_strategy": "no", "source_prefix": HIDDEN_LINE,
     },
 )  # fmt: skip
 

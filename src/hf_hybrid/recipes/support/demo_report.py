@@ -111,7 +111,7 @@ def _opening(folder: Path, metrics: Mapping[str, Any], samples: Mapping[str, Any
         "was trained from random weights on the docstrings and the language reference that this Python installation contains"
         if metrics["from_scratch"]
         else f"of {metrics['pretraining']['num_parameters'] / 1e6:.1f} M parameters, the pretrained checkpoint "
-        f"<code>{html.escape(str(metrics['checkpoint']))}</code>, read documentation of libraries that it had not seen and was then "
+        f"<code>{html.escape(str(metrics['checkpoint']))}</code>, read documentation of libraries that it had not seen, and was "
         "fine-tuned for two tasks"
     )
     quick = (
