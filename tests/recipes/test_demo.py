@@ -208,6 +208,17 @@ def test_clock_divides_the_time_that_is_left_and_never_gives_nothing() -> None:
     assert clock.limit("second") > 0
 
 
+def test_threads_leave_the_cores_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_plans.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(demo_plans.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert demo_plans.free_threads() == 2  # as the user wants
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert demo_plans.free_threads() == 1
+    monkeypatch.setattr(demo_plans.os, "getloadavg", lambda: (0.2, 0.0, 0.0))
+    assert demo_plans.free_threads() == 2
+
+
 def test_bfloat16_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

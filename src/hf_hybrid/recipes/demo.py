@@ -42,7 +42,7 @@ from .support.demo_data import (
     write_data,
 )
 from .support.demo_pictures import plot_confusions, plot_overview, plot_text_loss
-from .support.demo_plans import plan_of, precision_options
+from .support.demo_plans import free_threads, plan_of, precision_options
 from .support.demo_report import PICTURES, summary_lines, write_report
 from .support.demo_samples import (
     classify_examples,
@@ -526,7 +526,7 @@ def _quiet_libraries() -> Iterator[None]:
     """Keeps messages of libraries off the console, and the tables that `datasets` prepares out of the user's cache."""
     import datasets
 
-    verbosity = transformers.utils.logging.get_verbosity()
+    verbosity, threads = transformers.utils.logging.get_verbosity(), torch.get_num_threads()
     set_quiet(True)
     set_up_logging()
     transformers.utils.logging.set_verbosity_error()
@@ -541,6 +541,7 @@ def _quiet_libraries() -> Iterator[None]:
             datasets.config.HF_DATASETS_CACHE = before
             datasets.enable_progress_bars()
             transformers.utils.logging.set_verbosity(verbosity)
+            torch.set_num_threads(threads)
             set_quiet(False)
 
 
@@ -561,9 +562,9 @@ def main(args: DemoArguments | Sequence[str] | Mapping[str, Any] | None = None) 
     """
     options = args if isinstance(args, DemoArguments) else parse_arguments((DemoArguments,), args, __doc__)[0]
     require("The demonstration", "accelerate", "datasets", "matplotlib", "sentencepiece", "sklearn", extra="train")
-    demo = Demo(options)
     with _quiet_libraries():
-        return demo.run()
+        torch.set_num_threads(free_threads())
+        return Demo(options).run()
 
 
 def command_line() -> None:

@@ -31,6 +31,7 @@ HIDDEN_LINE = "<extra_id_0> "
 
 # This share of the files serves as validation data of one of the tasks: pretraining never reads them.
 _HELD_OUT = 0.2
+_FEWEST_PER_CLASS = 800
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def write_data(folder: Path, plan: DataPlan, advance: Callable[[float], None] = 
     texts = _pretraining_text(plan)
     advance(0.4)
     classes, pairs = {}, {}
-    for split in SPLITS:
-        examples = embedded_classification_examples(split, max_per_class=2 * plan.max_per_class, **source)
+    for (
+        split
+    ) in SPLITS:  # from the same rows whatever the number of labels: few labels are not to mean few validation rows
+        limit = max(_FEWEST_PER_CLASS, 2 * plan.max_per_class)
+        examples = embedded_classification_examples(split, max_per_class=limit, **source)
         rows = (
             _first_of_each_class(examples, plan.max_per_class) if split == "train" else examples[: plan.max_evaluation]
         )

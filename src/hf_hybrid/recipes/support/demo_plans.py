@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,8 +44,8 @@ FULL_PLAN = DemoPlan(
     data=DataPlan(new_families=NEW_FAMILIES, max_characters=2_000_000, max_per_class=25),
     pretraining={
         "input_length": 512, "noise_density": 0.15, "max_steps": 240, "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 16, "max_validation_segments": 32, "learning_rate": 2e-3, "ssm_learning_rate": 1e-3,
-        "muon_learning_rate": 3e-3, "warmup_steps": 10, "lr_scheduler_type": "linear", "eval_steps": 40, "logging_steps": 10,
+        "per_device_eval_batch_size": 16, "max_validation_segments": 32, "learning_rate": 5e-4, "ssm_learning_rate": 5e-4,
+        "muon_learning_rate": 5e-4, "warmup_steps": 10, "lr_scheduler_type": "linear", "eval_steps": 40, "logging_steps": 10,
     },
     classification={
         "max_length": 80, "num_train_epochs": 6, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
@@ -63,7 +64,7 @@ QUICK_PLAN = replace(
     minutes=1.1,
     shares={PRETRAINING: 1.0, CLASSIFICATION: 1.0, SUMMARIZATION: 1.0, REST: 1.5},
     data=replace(
-        FULL_PLAN.data, max_source_bytes=1_000_000, max_characters=400_000, max_evaluation=96
+        FULL_PLAN.data, max_source_bytes=1_000_000, max_characters=400_000, max_evaluation=200
     ),
     pretraining={**FULL_PLAN.pretraining, "input_length": 256, "max_validation_segments": 16, "max_steps": 40, "eval_steps": 40, "logging_steps": 5},
     classification={**FULL_PLAN.classification, "logging_steps": 5},
@@ -134,3 +135,14 @@ def precision_options() -> tuple[dict[str, bool], str]:
     if torch.accelerator.is_available() or product_dtype("cpu") != torch.bfloat16:
         return {}, "float32"
     return {"bf16": True, "use_cpu": True}, "bfloat16"
+
+
+def free_threads() -> int:
+    """Threads for a machine that others use too: the cores that they leave, at least one.
+
+    Threads wait for each other several times in a layer: with one of two cores taken, two are slower than one.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg"):
+        return threads
+    return max(1, min(threads, round(threads - os.getloadavg()[0])))

@@ -74,9 +74,11 @@ def text_references(job: Job) -> dict[str, float]:
 
 @torch.no_grad()
 def fill_in(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int = 24) -> str:
-    """The text with what the model writes (greedy) in place of its sentinels."""
+    """The text with what the model writes (greedy, no pair of tokens twice) in place of its sentinels."""
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    generated = model.eval().generate(**inputs, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+    generated = model.eval().generate(
+        **inputs, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False, no_repeat_ngram_size=2
+    )
     sentinels, eos = sentinel_ids(tokenizer), tokenizer.eos_token_id
     start, visible = split_at_sentinels(inputs["input_ids"][0].tolist(), sentinels, eos)
     filled = split_at_sentinels(generated[0, 1:].tolist(), sentinels, eos)[1]
