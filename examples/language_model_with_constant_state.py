@@ -44,6 +44,7 @@ config = AutoConfig.for_model(
     pad_token_id=tokenizer.pad_token_id,
     eos_token_id=tokenizer.eos_token_id,
 )
+torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(config)
 arguments = HybridTrainingArguments(
     output_dir=str(OUTPUT / "language-model"),

@@ -23,7 +23,7 @@ OUTPUT = Path("examples-output")
 FAMILIES = ("python", "torch", "transformers")
 size = 400_000 if QUICK else 4_000_000
 examples = embedded_classification_examples(families=FAMILIES, max_source_bytes=size, max_per_class=500)
-names = {example["label"]: example["label_name"] for example in examples}
+names = dict(sorted({example["label"]: example["label_name"] for example in examples}.items()))
 tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
 
 

@@ -47,6 +47,7 @@ config = AutoConfig.for_model(
     pad_token_id=tokenizer.pad_token_id,
     eos_token_id=tokenizer.eos_token_id,
 )
+torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(config)
 arguments = HybridTrainingArguments(
     output_dir=str(OUTPUT / "seqboat"),
@@ -85,5 +86,5 @@ for kind, members in kinds.items():
 
 # %% The map: layers by bytes, darker where the gate is further open.
 OUTPUT.mkdir(exist_ok=True)
-line = " ".join(sample.split())[:192]
+line = " ".join(sample.split())[:191]
 activation_map(model, tokenizer, line, OUTPUT / "see_what_seqboat_attends_to.png")

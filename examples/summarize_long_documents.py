@@ -79,10 +79,13 @@ whole = tokenizer(" ".join(pair["document"] for pair in pairs), return_tensors="
 lengths = [length for length in (512, 1024, 2048, 4096, 8192, 16384) if length <= whole.shape[1]][: 2 if QUICK else 6]
 seconds = []
 for length in lengths:
-    start = time.perf_counter()
-    with torch.inference_mode():
-        model.get_encoder()(input_ids=whole[:, :length])
-    seconds.append(time.perf_counter() - start)
+    passes = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.get_encoder()(input_ids=whole[:, :length])
+        passes.append(time.perf_counter() - start)
+    seconds.append(min(passes))
     print(f"{length:6} tokens read in {seconds[-1]:.2f} s")
 
 figure = Figure(figsize=(6, 3.6), layout="constrained")
