@@ -35,7 +35,7 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
-PAGES = [*DOCS, *sorted(ROOT.glob("*.md"))]
+PAGES = [*DOCS, *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/*.md"))]
 RUN_ELSEWHERE = ("docs/index.md", "docs/quickstart.md", "README.md")  # tests/test_readme.py, in processes of their own
 WIDE = ("docs/guides/export.md",)
 _BLOCK = re.compile(
@@ -152,7 +152,7 @@ def test_variables_of_a_script() -> None:
 
 def check_command(words: list[str], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That a command exists and takes the options that are given."""
-    program, *rest = words
+    program, *rest = Path(words[0]).name, *words[1:]
     assert "…" not in " ".join(words) and "..." not in words, f"{name_of(path)}: write the command out: {words}"
     if program == "torchrun":
         launcher = import_module("torch.distributed.run").get_args_parser().parse_args(rest)
@@ -163,7 +163,7 @@ def check_command(words: list[str], path: Path, monkeypatch: pytest.MonkeyPatch)
         check_our_command(rest, monkeypatch)
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE), words
-    elif program in ("python", ".venv/bin/python", "pytest"):
+    elif program in ("python", "pytest") and rest[:2] != ["-m", "venv"]:
         if rest[:2] == ["-m", "pytest"]:
             rest = rest[2:]
         files = [word for word in rest if re.search(r"\.py$|^tests/", word)]
@@ -173,7 +173,7 @@ def check_command(words: list[str], path: Path, monkeypatch: pytest.MonkeyPatch)
             unknown = [word for word in rest if word.startswith("--") and f'"{word}"' not in source]
             assert not unknown, f"{name_of(path)}: {files[0]} has no option {unknown}"
     else:
-        assert program in ("pip", "git", "export", "eval", "hf", "cd"), f"{name_of(path)}: what is {words}?"
+        assert program in ("python", "pip", "git", "export", "eval", "hf", "cd"), f"{name_of(path)}: what is {words}?"
 
 
 def check_our_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +187,8 @@ def check_our_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
             for word in words:
                 assert not word.startswith("--") or f'"{word}"' in known + own, word
         return
-    if words[0] == "completion" or {"--list", "--help"} & set(words):
-        assert cli.main(words) == 0 if "--list" not in words else True
+    if words[0] in ("completion", "--version") or {"--list", "--help"} & set(words):
+        assert "--list" in words or cli.main(words) == 0
         return
     read = options.fill_dataclasses
 
@@ -199,6 +199,7 @@ def check_our_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patched, pytest.raises(Parsed):
         patched.setattr(options, "fill_dataclasses", stop)
         patched.setattr(sys, "argv", ["hf-hybrid"])
+        patched.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # pages for GPUs
         cli.main([*words, "--traceback"])
 
 

@@ -44,7 +44,7 @@ def test_every_page_is_built_and_in_the_navigation(site: Path) -> None:
         page = source.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
         assert (site / page).is_file(), page
         assert f'href="{page}"' in home or page == "index.html" or page.startswith("reference/api/"), page
-    assert (site / "contributing.html").is_file() and (site / "changelog.html").is_file()
+    assert all((site / f"{page}.html").is_file() for page in ("contributing", "changelog", "examples"))
     assert not (site / "_site").exists()
 
 

@@ -1,4 +1,4 @@
-"""What mkdocs.yml needs beyond its plugins: equations as MathML, pages from the root of the repository, links that leave docs/."""
+"""What mkdocs.yml needs beyond its plugins: equations as MathML, pages from outside of docs/, links that leave docs/."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files of the repository that are pages of the site too.
-PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "examples/README.md": "examples.md"}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages that stand at the root of the repository."""
+    """Adds the pages that stand outside of docs/."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
@@ -47,6 +47,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         address = config.repo_url
         if address:
             return f"{image}[{label}]({address.rstrip('/')}/blob/main/{target}{anchor})"
+        if label == os.path.basename(target):
+            return f"`{target}`"
         return label if "/" in label else f"{label} (`{target}`)"
 
     kept: list[str] = []
