@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
+from .checks import check_switch, described
 from .cache import is_cache
 
 ForwardMethod = TypeVar("ForwardMethod", bound=Callable[..., Any])
@@ -23,7 +24,6 @@ _NUMBERS = ("inputs_embeds", "decoder_inputs_embeds", "pair_inputs_embeds", "enc
 _TENSORS = (*_IDS, *_INTEGERS, *_MASKS, *_NUMBERS, "labels")
 _SWITCHES = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_activations")
 _SWITCHES += ("output_quantization", "skip_logits")
-_OF_LAYERS = ("output_hidden_states", "output_attentions")  # also a list of the layers to return
 _CHECKED = frozenset((*_TENSORS, *_SWITCHES, "past_key_values", "targets_per_source"))
 
 
@@ -40,31 +40,32 @@ def checks_types(forward: ForwardMethod) -> ForwardMethod:
     @functools.wraps(forward)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            for name, value in (*zip(names, args), *kwargs.items()):
-                if value is not None and name in _CHECKED:
-                    _check_type(name, value, self)
+            check_types(self, {**dict(zip(names, args)), **kwargs})
         return forward(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]
 
 
+def check_types(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Checks the types of arguments of the forward pass of a model, by their names; raises what `checks_types` does."""
+    for name, value in arguments.items():
+        if value is not None and name in _CHECKED:
+            _check_type(name, value, model)
+
+
 def _check_type(name: str, value: Any, model: Any) -> None:
     if name == "targets_per_source":
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a number of rows, at least 1; got {_described(value)}.")
+            raise ValueError(f"`{name}` must be a number of rows, at least 1; got {described(value)}.")
     elif name in _SWITCHES:
-        is_choice = (
-            name in _OF_LAYERS and isinstance(value, (list, tuple)) and all(isinstance(one, int) for one in value)
-        )
-        if not isinstance(value, int) and not is_choice:  # bool is one
-            raise TypeError(f"`{name}` must be True, False or None; got {_described(value)}.")
+        check_switch(name, value)
     elif name == "past_key_values":
         if not is_cache(value):
             raise TypeError(
-                f"`past_key_values` must be a cache that an earlier call returned, or None; got {_described(value)}."
+                f"`past_key_values` must be a cache that an earlier call returned, or None; got {described(value)}."
             )
     elif not isinstance(value, torch.Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor; got {_described(value)}. Convert it (`torch.as_tensor`).")
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {described(value)}. Convert it (`torch.as_tensor`).")
     elif name in _INTEGERS and value.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`{name}` must hold integers of type int64 or int32; got {value.dtype}.")
     elif name in _NUMBERS:
@@ -85,9 +86,3 @@ def _check_precision(name: str, value: torch.Tensor, model: Any) -> None:
         f"`{name}` is of type {value.dtype}, but the model computes in {model.dtype}: convert one of them "
         f"(`{name}.to(model.dtype)`)."
     )
-
-
-def _described(value: Any) -> str:
-    """Type of a value, and the value itself where it is short."""
-    text = repr(value)
-    return f"{type(value).__name__} {text}" if len(text) <= 40 else type(value).__name__

@@ -80,6 +80,8 @@ _WIDEST = 2**20
 _MOST_ROWS = 2**28
 _LONGEST = 2**31 - 1  # what a 32-bit index of a kernel reaches
 _LARGEST_TABLE = 2**40  # numbers in one weight: 4 TiB in float32
+_LARGEST_NUMBER = 10**18  # of any kind: what single precision and 64-bit integers still compute with
+OUTPUTS_OF_LAYERS = ("output_hidden_states", "output_attentions")
 _TABLES = (
     "vocab_size",
     "type_vocab_size",
@@ -118,6 +120,8 @@ def check_numbers(config: PreTrainedConfig) -> None:
         for value in _numbers(getattr(config, name, None)):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`{name}` must be a finite number; got {value}.")
+            if abs(value) > _LARGEST_NUMBER:
+                raise ValueError(f"`{name}` must be at most {_LARGEST_NUMBER:.0e} in size; got {value:.0e}.")
             most = _largest(name)
             if isinstance(value, int) and not isinstance(field.default, float) and abs(value) > most:
                 raise ValueError(f"`{name}` must be at most {most:,}; got {value:,}, which no machine holds.")
@@ -141,3 +145,19 @@ def check_num_labels(num_labels: object) -> None:
         raise TypeError(f"`num_labels` must be an int; got {num_labels!r}.")
     if not 1 <= num_labels <= _WIDEST:
         raise ValueError(f"`num_labels` must lie between 1 and {_WIDEST:,}; got {num_labels:,}.")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Refuses anything but a bool or None; for outputs of layers also a list of the layers to return."""
+    is_choice = (
+        name in OUTPUTS_OF_LAYERS and isinstance(value, (list, tuple)) and all(isinstance(i, int) for i in value)
+    )
+    if value is not None and not isinstance(value, int) and not is_choice:  # bool is one
+        layers = ", or a list of the layers to return" if name in OUTPUTS_OF_LAYERS else ""
+        raise TypeError(f"`{name}` must be True, False or None{layers}; got {described(value)}.")
+
+
+def described(value: object) -> str:
+    """Type of a value, and the value itself where it is short."""
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 40 else type(value).__name__

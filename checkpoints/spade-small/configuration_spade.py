@@ -9,7 +9,7 @@ of the published code, under which official checkpoints reproduce their outputs.
 
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
 import copy
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 
@@ -168,10 +168,11 @@ class SpadeConfig(HybridConfig):
         initializer_scheme: "normal" (std `initializer_range`, residual projections scaled by depth) or "official" (the
             distributions of the published code, std-1 embeddings times `initializer_factor`).
         pooling: "mean", "first" or "last" real token.
+        dual_encoder: classify pairs of texts, which are encoded separately and compared token by token (`SpadePairHead`).
     """
 
     model_type = "spade"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "encoder.layers.*.mixer.attention.q_proj": "colwise_gather_output",
         "encoder.layers.*.mixer.attention.k_proj": "colwise_gather_output",
         "encoder.layers.*.mixer.attention.v_proj": "colwise_gather_output",
@@ -201,8 +202,8 @@ class SpadeConfig(HybridConfig):
         "decoder.layers.*.feed_forward.wi_1": "colwise",
         "decoder.layers.*.feed_forward.wo": "rowwise",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "d_kv": "head_dim",
         "d_ff": "intermediate_size",
@@ -212,7 +213,7 @@ class SpadeConfig(HybridConfig):
         "dropout_rate": "hidden_dropout",
         "classifier_pooling": "pooling",
     }
-    former_fields = _FORMER_WINDOWS | _FORMER_TABLE
+    former_fields: ClassVar[dict[str, str]] = _FORMER_WINDOWS | _FORMER_TABLE
 
     vocab_size: int = 32128
     hidden_size: int = 768
@@ -253,6 +254,7 @@ class SpadeConfig(HybridConfig):
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
     pooling: Literal["mean", "first", "last"] = "mean"
+    dual_encoder: bool = False
     max_target_positions: int | None = None
     decoder_window_size: int | None = None
     decoder_ssm_layers: list[int] | None = None
@@ -377,7 +379,7 @@ class SpadeLMConfig(HybridConfig):
     """
 
     model_type = "spade_lm"
-    base_model_tp_plan = {  # see `modeling.parallel_plans`
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {  # see `modeling.parallel_plans`
         "layers.*.mixer.attention.q_proj": "colwise_gather_output",
         "layers.*.mixer.attention.k_proj": "colwise_gather_output",
         "layers.*.mixer.attention.v_proj": "colwise_gather_output",
@@ -389,8 +391,8 @@ class SpadeLMConfig(HybridConfig):
         "layers.*.feed_forward.wi_1": "colwise",
         "layers.*.feed_forward.wo": "rowwise",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "d_ff": "intermediate_size",
         "num_layers": "num_hidden_layers",
@@ -398,7 +400,7 @@ class SpadeLMConfig(HybridConfig):
         "layer_norm_eps": "norm_eps",
         "dropout_rate": "hidden_dropout",
     }
-    former_fields = {"attention_window": "window_size"}
+    former_fields: ClassVar[dict[str, str]] = {"attention_window": "window_size"}
 
     vocab_size: int = 32128
     hidden_size: int = 768

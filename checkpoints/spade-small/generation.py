@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
+from .argument_types import check_types
 from .call_cache import reorder_targets
 
 # Arguments with a row for each source; the beams and samples of a source share it.
@@ -29,12 +30,35 @@ class StateGenerationMixin(GenerationMixin):
         """Raises ValueError for a kind of cache that cannot hold the state; here all but the model's own."""
         self._refuse_cache(name)
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """The first that `generate` does with the arguments of the forward pass."""
+        check_types(self, model_kwargs)
+        super()._validate_model_kwargs(model_kwargs)
+
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, str, dict[str, Any]]:
+        """Reads the prompt, or the source of an encoder-decoder, under whichever name.
+
+        Raises:
+            TypeError, ValueError: `inputs` is not a tensor of token ids (batch, length).
+        """
+        check_types(self, {"input_ids": inputs})
+        tensor, name, model_kwargs = super()._prepare_model_inputs(inputs, *args, **kwargs)
+        for argument, ids in ((name, tensor), ("decoder_input_ids", model_kwargs.get("decoder_input_ids"))):
+            if ids is not None and argument.endswith("input_ids"):
+                _check_prompt_ids(ids, argument)
+        return tensor, name, model_kwargs
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         model: Any = self
         prefix = "decoder_" if model.config.is_encoder_decoder else ""
         _check_prompt(model_kwargs.get(f"{prefix}attention_mask"), f"{prefix}attention_mask")
+        size = generation_config.prefill_chunk_size
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"`prefill_chunk_size` must be a number of tokens, at least 1, or None; got {size!r}.")
         name = generation_config.cache_implementation
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
@@ -110,6 +134,15 @@ class StateGenerationMixin(GenerationMixin):
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, see `init_continuous_batching`."""
         self.init_continuous_batching()
+
+
+def _check_prompt_ids(ids: torch.Tensor, name: str) -> None:
+    """Raises ValueError for a prompt, or a source, that is not a batch of token ids."""
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0:
+        raise ValueError(
+            f"`{name}` must hold token ids (int64 or int32) of shape (batch, length), at least one row of one token; got "
+            f"{ids.dtype} of shape {tuple(ids.shape)}."
+        )
 
 
 def _check_prompt(mask: torch.Tensor | None, name: str) -> None:

@@ -85,7 +85,7 @@ class GenericHead:
                 raise ValueError(
                     f"{type(self).__name__} needs a configuration with `{field}={value!r}`; got {found!r}. Set `{remedy}`."
                 )
-        self.num_labels = config.num_labels
+        self.num_labels: int | None = config.num_labels
         setattr(self, self.base_model_prefix, self.build_stack())
         self.build_head()
         self.post_init()
@@ -137,8 +137,8 @@ class GenericHead:
 class GenericForCausalLM(FusedHeadGuard, GenericHead):
     """Language model. Put `StateGenerationMixin` among the bases of the class itself: Transformers looks for it there."""
 
-    accepts_loss_options = True
-    output_class = CausalLMOutputWithPast
+    accepts_loss_options: ClassVar[bool] = True
+    output_class: ClassVar[type[CausalLMOutputWithPast]] = CausalLMOutputWithPast
     lm_head: nn.Module
 
     def build_head(self) -> None:
@@ -227,8 +227,8 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
 class GenericForMaskedLM(GenericHead):
     """Encoder that predicts masked tokens."""
 
-    accepts_loss_options = True
-    output_class = MaskedLMOutput
+    accepts_loss_options: ClassVar[bool] = True
+    output_class: ClassVar[type[MaskedLMOutput]] = MaskedLMOutput
     lm_head: nn.Module
 
     def build_head(self) -> None:
@@ -274,7 +274,7 @@ class GenericClassifier(GenericHead):
     """Common part of the heads that give one label to a whole input."""
 
     accepts_loss_kwargs = False  # the loss is a mean over rows, not over `num_items_in_batch`
-    output_class = SequenceClassifierOutput
+    output_class: ClassVar[type[SequenceClassifierOutput]] = SequenceClassifierOutput
     classifier: nn.Module
 
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -334,11 +334,11 @@ class GenericForTextClassification(GenericClassifier):
 class GenericForLastTokenClassification(GenericClassifier):
     """Classification or regression from the last real token of each row, for causal models."""
 
-    output_class = SequenceClassifierOutputWithPast
+    output_class: ClassVar[type[SequenceClassifierOutputWithPast]] = SequenceClassifierOutputWithPast
 
     def build_head(self) -> None:
-        self.dropout = nn.Dropout(getattr(self.config, self.dropout_field))
-        self.score = nn.Linear(self.config.hidden_size, self.config.num_labels, bias=False)
+        self.dropout: nn.Dropout = nn.Dropout(getattr(self.config, self.dropout_field))
+        self.score: nn.Linear = nn.Linear(self.config.hidden_size, self.config.num_labels, bias=False)
 
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.score(self.dropout(pooled))
@@ -433,8 +433,8 @@ class GenericForImageClassification(GenericClassifier):
     """Classification of images as sequences of pixels, row by row."""
 
     main_input_name = "pixel_values"
-    output_class = ImageClassifierOutput
-    required_settings: ClassVar = {"input_type": "values", "dual_encoder": False}
+    output_class: ClassVar[type[ImageClassifierOutput]] = ImageClassifierOutput
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "values", "dual_encoder": False}
 
     @checks_types
     @can_return_tuple
@@ -457,7 +457,7 @@ class GenericForAudioClassification(GenericClassifier):
     """Classification of raw waveforms."""
 
     main_input_name = "input_values"
-    required_settings: ClassVar = {"input_type": "values", "dual_encoder": False}
+    required_settings: ClassVar[dict[str, object]] = {"input_type": "values", "dual_encoder": False}
 
     @checks_types
     @can_return_tuple
@@ -480,11 +480,11 @@ class GenericForMultipleChoice(GenericHead):
     """One of several texts."""
 
     accepts_loss_kwargs = False
-    output_class = MultipleChoiceModelOutput
+    output_class: ClassVar[type[MultipleChoiceModelOutput]] = MultipleChoiceModelOutput
     classifier: nn.Module
 
     def build_head(self) -> None:
-        self.dropout = nn.Dropout(getattr(self.config, self.dropout_field))
+        self.dropout: nn.Dropout = nn.Dropout(getattr(self.config, self.dropout_field))
         self.classifier = nn.Linear(self.config.hidden_size, 1)
 
     def pool(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -5,11 +5,11 @@
 # No `from __future__ import annotations` here: `@strict` checks types only where they are not strings.
 import os
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checks import check_num_labels, check_numbers
+from .checks import check_num_labels, check_numbers, check_switch
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -26,7 +26,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     # Former fields with another meaning than their successors: {former: successor}.
-    former_fields = {}  # type: ignore[var-annotated]
+    former_fields: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = self.take_old_spellings(kwargs)
@@ -43,6 +43,11 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 f"`problem_type` must be one of {', '.join(map(repr, PROBLEM_TYPES))}, or None; got {self.problem_type!r}."
             )
+
+    def validate_outputs(self) -> None:
+        """Checks what forward passes return, whose types Transformers does not check."""
+        for name in ("return_dict", "output_hidden_states", "output_attentions"):
+            check_switch(name, getattr(self, name, None))
 
     def take_old_spellings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Sets fields that were given under a former name, before others are derived from them; returns the rest."""
@@ -70,7 +75,7 @@ class HybridConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads the fields of a configuration.
 

@@ -274,17 +274,21 @@ def flatten_choices(
     return {name: None if text is None else text.flatten(0, 1) for name, text in texts.items()}
 
 
+def value_outside(values: torch.Tensor, count: int) -> int | None:
+    """A value below 0 or not below `count`, or None; reads the values."""
+    if not values.numel():
+        return None
+    lowest, highest = (int(value) for value in torch.aminmax(values))
+    return lowest if lowest < 0 else highest if highest >= count else None
+
+
 def check_token_types(token_type_ids: torch.Tensor, shape: tuple[int, int], num_types: int) -> None:
     """Raises ValueError for token types of another shape than the tokens, or outside the types; values are read on the CPU only."""
     if tuple(token_type_ids.shape) != shape:
         raise ValueError(
             f"`token_type_ids` must have the shape {shape} of the tokens; got {tuple(token_type_ids.shape)}."
         )
-    if not can_read_values(token_type_ids):
-        return
-    lowest, highest = torch.aminmax(token_type_ids)
-    if lowest < 0 or highest >= num_types:
-        wrong = int(lowest) if lowest < 0 else int(highest)
+    if can_read_values(token_type_ids) and (wrong := value_outside(token_type_ids, num_types)) is not None:
         raise ValueError(
             f"`token_type_ids` contain {wrong}; accepted are 0 to {num_types - 1} (`type_vocab_size` = {num_types})."
         )
@@ -342,11 +346,7 @@ def _check_gaps(mask: torch.Tensor, past: int, name: str) -> None:
 
 
 def _check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
-    if not can_read_values(input_ids):
-        return
-    lowest, highest = torch.aminmax(input_ids)
-    if lowest < 0 or highest >= vocab_size:
-        wrong = int(lowest) if lowest < 0 else int(highest)
+    if can_read_values(input_ids) and (wrong := value_outside(input_ids, vocab_size)) is not None:
         raise ValueError(
             f"`{name}` contains the id {wrong}, outside the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1}). "
             "Tokenizer and model must belong together; a larger tokenizer needs `model.resize_token_embeddings`."

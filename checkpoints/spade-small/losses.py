@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
 from .branches import can_read_values
+from .inputs import value_outside
 from .packed_documents import starts_of_documents
 
 
@@ -18,11 +19,7 @@ def check_class_labels(labels: torch.Tensor, num_classes: int) -> None:
         raise ValueError(
             f"`labels` must hold classes as integers; got {labels.dtype}. Convert them (`labels.long()`)."
         )
-    if not can_read_values(labels):
-        return
-    counted = labels[labels != -100]
-    if counted.numel() and (counted.min() < 0 or counted.max() >= num_classes):
-        wrong = int(counted.min()) if counted.min() < 0 else int(counted.max())
+    if can_read_values(labels) and (wrong := value_outside(labels[labels != -100], num_classes)) is not None:
         raise ValueError(
             f"`labels` contain {wrong}; accepted are 0 to {num_classes - 1}, and -100 for positions to ignore. A classifier "
             "takes its number of classes from `num_labels`."

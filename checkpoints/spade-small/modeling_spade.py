@@ -119,12 +119,18 @@ class SpadeEncoder(ReadsPieces, SpadePreTrainedModel):
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         eps = config.norm_eps
-        self.embedding_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.embedding_norm else None
-        self.layers = nn.ModuleList(SpadeEncoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.use_final_norm else None
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.embedding_norm: nn.Module | None = (
+            build_norm(config.norm_type, config.hidden_size, eps) if config.embedding_norm else None
+        )
+        self.layers: nn.ModuleList = nn.ModuleList(
+            SpadeEncoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.final_norm: nn.Module | None = (
+            build_norm(config.norm_type, config.hidden_size, eps) if config.use_final_norm else None
+        )
+        self.dropout: nn.Dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -183,17 +189,23 @@ class SpadeDecoder(SpadePreTrainedModel):
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
         rows = config.max_target_positions
-        self.embed_positions = (
+        self.embed_positions: nn.Embedding | None = (
             None
             if rows is None
             else nn.Embedding(rows + self._position_offset, config.hidden_size, padding_idx=self._position_offset - 1)
         )
         eps = config.norm_eps
         has_norm = config.embedding_norm and not config.decoder_has_rotary_positions
-        self.embedding_norm = build_norm(config.norm_type, config.hidden_size, eps) if has_norm else None
-        self.layers = nn.ModuleList(SpadeDecoderLayer(config, index) for index in range(config.decoder_layers))
-        self.final_norm = build_norm(config.norm_type, config.hidden_size, eps) if config.use_final_norm else None
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.embedding_norm: nn.Module | None = (
+            build_norm(config.norm_type, config.hidden_size, eps) if has_norm else None
+        )
+        self.layers: nn.ModuleList = nn.ModuleList(
+            SpadeDecoderLayer(config, index) for index in range(config.decoder_layers)
+        )
+        self.final_norm: nn.Module | None = (
+            build_norm(config.norm_type, config.hidden_size, eps) if config.use_final_norm else None
+        )
+        self.dropout: nn.Dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -311,7 +323,7 @@ class SpadeEncoderModel(SpadePreTrainedModel):
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
-        self.encoder = SpadeEncoder(config)
+        self.encoder: SpadeEncoder = SpadeEncoder(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -340,8 +352,8 @@ class SpadeModel(SpadePreTrainedModel):
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
-        self.encoder = SpadeEncoder(config)
-        self.decoder = SpadeDecoder(config)
+        self.encoder: SpadeEncoder = SpadeEncoder(config)
+        self.decoder: SpadeDecoder = SpadeDecoder(config)
         self.post_init()
 
     @classmethod
@@ -366,7 +378,7 @@ class SpadeModel(SpadePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | tuple[torch.Tensor, ...] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,

@@ -23,7 +23,8 @@ class SequenceGroup:
     """The processes that share texts.
 
     Attributes:
-        rank, size: number of this process in the group, and of all of them.
+        rank: number of this process in the group.
+        size: number of processes.
         bytes_sent: bytes that this process has sent in forward and backward passes.
 
     Args:
@@ -39,9 +40,10 @@ class SequenceGroup:
                 "A text can be cut over processes only in a distributed run: start it with `torchrun` and call "
                 "`torch.distributed.init_process_group` first."
             )
-        self.process_group = dist.group.WORLD if process_group is None else process_group
-        self.rank, self.size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
-        self.bytes_sent = 0
+        self.process_group: dist.ProcessGroup | None = dist.group.WORLD if process_group is None else process_group
+        self.rank: int = dist.get_rank(self.process_group)
+        self.size: int = dist.get_world_size(self.process_group)
+        self.bytes_sent: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceGroup:
         return self  # copies of a model exchange through the same processes

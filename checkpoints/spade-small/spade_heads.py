@@ -5,11 +5,14 @@
 Shapes: B batch, L source tokens, T target tokens, D hidden size, V vocabulary.
 """
 
+from typing import Any, ClassVar
+
 import torch
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_spade import SpadeConfig
@@ -20,24 +23,25 @@ from .heads import (
     GenericForTextClassification,
     GenericHead,
 )
+from .inputs import check_pair, check_pair_rows
 from .losses import decoder_inputs_from_labels
 from .token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from .vocabulary_loss import LossKwargs, LossOptions, logits_and_loss
 from .modeling_spade import SpadeEncoderModel, SpadeModel, SpadePreTrainedModel
-from .spade_layers import SpadeClassificationHead
+from .spade_layers import PairText, SpadeClassificationHead, SpadePairHead
 
 
 class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
     """Encoder-decoder with a (tied) language model head: span corruption, summarization, translation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
-    accepts_loss_options = True  # see `GenericHead`
+    accepts_loss_options: ClassVar[bool] = True  # see `GenericHead`
     gathers_source = True  # of the pieces of a text that several processes hold
 
     def __init__(self, config: SpadeConfig) -> None:
         super().__init__(config)
-        self.model = SpadeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model: SpadeModel = SpadeModel(config)
+        self.lm_head: nn.Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._is_stateful = config.decoder_window_size is not None  # windows and states cannot be rolled back
         self.post_init()
 
@@ -79,7 +83,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | tuple[torch.Tensor, ...] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
@@ -142,10 +146,67 @@ class SpadeEncoderHead(GenericHead, SpadePreTrainedModel):
 
 
 class SpadeForSequenceClassification(GenericForTextClassification, SpadeEncoderHead):
-    """Classification or regression of the pooled encoder output (`config.pooling`)."""
+    """Classification or regression of the pooled encoder output (`config.pooling`), or (`config.dual_encoder`) of a pair of texts that
+    are encoded separately."""
 
     def build_head(self) -> None:
-        self.classifier = SpadeClassificationHead(self.config)
+        head_class = SpadePairHead if self.config.dual_encoder else SpadeClassificationHead
+        self.classifier: SpadePairHead | SpadeClassificationHead = head_class(self.config)
+
+    def _read_text(self, has_labels: bool, use_cache: bool | None, mask: torch.Tensor | None, **inputs: Any) -> tuple:
+        """The output of the encoder, and its text for `SpadePairHead`."""
+        inputs["output_hidden_states"] = True  # the first are the embeddings
+        outputs = self.read_whole(has_labels, use_cache, attention_mask=mask, **inputs)
+        states = outputs.last_hidden_state
+        mask = states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.to(states.device).bool()
+        return outputs, PairText(outputs.hidden_states[0], states, mask)
+
+    @checks_types
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pair_input_ids: torch.LongTensor | None = None,
+        pair_attention_mask: torch.Tensor | None = None,
+        pair_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """Classifies.
+
+        Args:
+            labels: (B,) int for classes, float for regression, (B, num_labels) for several labels at once.
+            pair_input_ids, pair_attention_mask, pair_inputs_embeds: the second text of each pair, of any length.
+
+        Returns:
+            `logits` (B, num_labels). For pairs, other fields are of the first text.
+
+        Raises:
+            ValueError: a pair for a model of single texts or the reverse; labels outside 0 to num_labels - 1.
+        """
+        has_pair = pair_input_ids is not None or pair_inputs_embeds is not None
+        check_pair(has_pair, self.config.dual_encoder)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
+        has_labels = labels is not None
+        if not has_pair:
+            outputs = self.read_whole(has_labels, use_cache, attention_mask=attention_mask, **inputs)
+            return self._output(outputs, self._pool(outputs, input_ids, attention_mask), labels)
+        others = {"input_ids": pair_input_ids, "inputs_embeds": pair_inputs_embeds}
+        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        outputs, first = self._read_text(has_labels, use_cache, attention_mask, **inputs)
+        _, second = self._read_text(has_labels, False, pair_attention_mask, **others)
+        check_pair_rows(first.output, second.output)
+        if not wants_states:
+            outputs["hidden_states"] = None
+        return self._output(outputs, (first, second), labels)
+
+    def classify(self, pooled: torch.Tensor | tuple[PairText, PairText]) -> torch.Tensor:
+        """Logits (B, num_labels) of (B, D) pooled states, or of a pair of texts."""
+        return self.classifier(*pooled) if isinstance(pooled, tuple) else self.classifier(pooled)
 
 
 class SpadeForTokenClassification(GenericForTokenClassification, SpadeEncoderHead):

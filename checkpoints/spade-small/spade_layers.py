@@ -8,6 +8,8 @@ Shapes: B batch, L tokens, T target tokens, D hidden size, n heads, d head width
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
@@ -25,6 +27,14 @@ from .call_cache import layer_state
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
 from .spade_cache import SlidingRecurrentLayer, keep_source, kept_source
+
+
+class PairText(NamedTuple):
+    """One of two texts: its embeddings and its encoder output (B, L, D), and which tokens are real (B, L)."""
+
+    embeddings: torch.Tensor
+    output: torch.Tensor
+    mask: torch.Tensor
 
 
 class SpadeMixer(nn.Module):
@@ -371,3 +381,44 @@ class SpadeClassificationHead(nn.Module):
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """(B, D) to (B, num_labels)."""
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+
+
+def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class SpadePairHead(nn.Module):
+    """Compares two texts token by token (late interaction, arXiv 2004.12832).
+
+    Each token of one text is compared with the most similar token of the other by the cosine of their states. The weighted means of
+    these similarities, in both directions, for the embeddings and for the encoder outputs, are the four features of the pair.
+    The weight of a token in its text is a softmax over a score of its embedding, so that frequent words can be disregarded.
+    """
+
+    # Cosines lie close to each other; at this scale weights of order one can tell them apart.
+    scale = 10.0
+
+    def __init__(self, config: SpadeConfig) -> None:
+        super().__init__()
+        self.token_score = nn.Linear(config.hidden_size, 1)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(4, config.num_labels)
+
+    def _token_weights(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B, L) of the real tokens of each text, with a sum of one; float32 or better."""
+        scores = _full_precision(self.token_score(embeddings).squeeze(-1))
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+
+    def forward(self, first: PairText, second: PairText) -> torch.Tensor:
+        """(B, num_labels) of two texts of (B, L, D) and (B, M, D) states."""
+        weights = [self._token_weights(text.embeddings, text.mask) for text in (first, second)]
+        features = []
+        for states in ((first.embeddings, second.embeddings), (first.output, second.output)):
+            one, other = (nn.functional.normalize(_full_precision(self.dropout(state)), dim=-1) for state in states)
+            cosines = one @ other.mT  # (B, L, M)
+            best = (
+                cosines.masked_fill(~second.mask.unsqueeze(1), -1).amax(2),
+                cosines.masked_fill(~first.mask.unsqueeze(2), -1).amax(1),
+            )
+            features += [(similarity * weight).sum(-1) for similarity, weight in zip(best, weights)]
+        return self.out_proj(self.scale * torch.stack(features, dim=-1).to(self.out_proj.weight.dtype))

@@ -7,7 +7,7 @@ Shapes: B batch, L tokens, D hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,12 +25,12 @@ from .vocabulary_loss import LossKwargs, LossOptions, logits_and_loss
 class GenericForTokenClassification(GenericHead):
     """A label for every token."""
 
-    accepts_loss_options = True
-    output_class = TokenClassifierOutput
+    accepts_loss_options: ClassVar[bool] = True
+    output_class: ClassVar[type[TokenClassifierOutput]] = TokenClassifierOutput
 
     def build_head(self) -> None:
-        self.dropout = nn.Dropout(getattr(self.config, self.dropout_field))
-        self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
+        self.dropout: nn.Dropout = nn.Dropout(getattr(self.config, self.dropout_field))
+        self.classifier: nn.Linear = nn.Linear(self.config.hidden_size, self.config.num_labels)
 
     @checks_types
     @can_return_tuple
@@ -66,10 +66,10 @@ class GenericForQuestionAnswering(GenericHead):
     """Start and end of the answer inside the text."""
 
     accepts_loss_kwargs = False
-    output_class = QuestionAnsweringModelOutput
+    output_class: ClassVar[type[QuestionAnsweringModelOutput]] = QuestionAnsweringModelOutput
 
     def build_head(self) -> None:
-        self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
+        self.qa_outputs: nn.Linear = nn.Linear(self.config.hidden_size, 2)
 
     @checks_types
     @can_return_tuple
