@@ -20,7 +20,12 @@ FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def marks(script: Path) -> list[pytest.MarkDecorator]:
+    """The one that trains five models is wide."""
+    return [pytest.mark.wide] if script.stem.startswith("listops") else []
+
+
+@pytest.mark.parametrize("script", [pytest.param(path, id=path.stem, marks=marks(path)) for path in SCRIPTS])
 def test_example(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
