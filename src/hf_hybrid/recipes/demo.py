@@ -252,7 +252,7 @@ class Demo:
             pretrain_span_corruption.RECIPE,
             "pretrained",
             "pretraining",
-            self._fill_in_before,
+            self._prepare_pretraining,
             data=self.path / "data" / CORPUS,
             prediction_loss_only=False,
             **start,
@@ -277,8 +277,13 @@ class Demo:
         earlier = f"{metrics['text_loss_before']:.3f} -> " if "text_loss_before" in metrics else ""
         return f"loss of hidden text {earlier}{metrics['text_loss']:.3f} (its entropy {metrics['text_entropy']:.3f})"
 
-    def _fill_in_before(self, job: Job) -> None:
+    def _prepare_pretraining(self, job: Job) -> None:
         if self.checkpoint is not None:
+            for module in job.model.modules():
+                if isinstance(
+                    module, torch.nn.Dropout
+                ):  # see `NO_DROPOUT`; the configuration keeps that of fine-tuning
+                    module.p = 0.0
             self.samples["fill_ins_before"] = fill_in_examples(job)
 
     def classify(self) -> str:

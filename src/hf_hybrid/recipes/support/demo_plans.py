@@ -37,6 +37,9 @@ class DemoPlan:
 
 PRETRAINING, CLASSIFICATION, SUMMARIZATION, REST = "pretraining", "classification", "summarization", "rest"
 
+# A minute is too short to overfit, and the checkpoint was pretrained without dropout.
+NO_DROPOUT = {"hidden_dropout": 0.0}
+
 # Steps are limits for fast machines; elsewhere the time ends a phase, and the learning rate with it.
 FULL_PLAN = DemoPlan(
     minutes=5.0,
@@ -44,18 +47,19 @@ FULL_PLAN = DemoPlan(
     data=DataPlan(new_families=NEW_FAMILIES, max_characters=2_000_000, max_per_class=25),
     pretraining={
         "input_length": 512, "noise_density": 0.15, "max_steps": 240, "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 16, "max_validation_segments": 32, "learning_rate": 5e-4, "ssm_learning_rate": 5e-4,
+        "per_device_eval_batch_size": 16, "max_validation_segments": 32, "learning_rate": 1e-3, "ssm_learning_rate": 5e-4,
         "muon_learning_rate": 5e-4, "warmup_steps": 10, "lr_scheduler_type": "linear", "eval_steps": 40, "logging_steps": 10,
     },
     classification={
         "max_length": 80, "num_train_epochs": 6, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
-        "learning_rate": 8e-3, "muon_learning_rate": 3e-4, "label_smoothing_factor": 0.1, "warmup_steps": 5,
+        "learning_rate": 8e-3, "muon_learning_rate": 3e-4, "label_smoothing_factor": 0.1, "warmup_steps": 5, "config_overrides": NO_DROPOUT,
         "logging_steps": 20, "eval_strategy": "no",
     },
     summarization={
         "max_source_length": 96, "max_target_length": 28, "num_train_epochs": 3, "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 96, "learning_rate": 2e-3, "muon_learning_rate": 2e-3, "warmup_steps": 10,
         "logging_steps": 20, "no_repeat_ngram_size": 2, "min_new_tokens": 10, "generation_num_beams": 4, "eval_strategy": "no", "source_prefix": HIDDEN_LINE,
+        "config_overrides": NO_DROPOUT,
     },
 )  # fmt: skip
 
