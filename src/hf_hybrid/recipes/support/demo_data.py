@@ -76,7 +76,8 @@ def write_data(folder: Path, plan: DataPlan, advance: Callable[[float], None] = 
     source: dict[str, Any] = {"families": plan.families, "max_source_bytes": plan.max_source_bytes}
     texts = _pretraining_text(plan)
     advance(0.4)
-    classes, pairs = {}, {}
+    classes: dict[str, list[dict[str, Any]]] = {}
+    pairs: dict[str, list[dict[str, Any]]] = {}
     for (
         split
     ) in SPLITS:  # from the same rows whatever the number of labels: few labels are not to mean few validation rows

@@ -53,7 +53,7 @@ def _evaluation_batch(job: Job, indices: Sequence[int]) -> tuple[torch.Tensor, t
     return inputs, labels
 
 
-def _model(job: Job) -> PreTrainedModel:
+def _model(job: Job) -> Any:
     """The model for evaluation, in the precision of its weights: the trainer leaves a `forward` for mixed precision at the object."""
     job.model.__dict__.pop("forward", None)
     return job.model.eval()
@@ -179,7 +179,7 @@ def classify_examples(job: Job, sentences: Sequence[str], max_length: int) -> li
     model = _model(job)
     inputs = {name: tensor.to(model.device) for name, tensor in _encode(job, sentences, max_length).items()}
     probabilities = model(**inputs).logits.float().softmax(-1).cpu()
-    names = model.config.id2label or {}
+    names: dict[Any, str] = model.config.id2label or {}
     best = probabilities.max(-1)
     return [
         {"label": str(names[int(index)]), "probability": float(share)}
