@@ -30,7 +30,7 @@ LEVELS: tuple[set[str], ...] = (
     {"modeling"},
     {"modeling/*"},
     {"auto", "metric_names", "metrics", "new_folder", "offline_metrics", "processing", "published", "tokenization"},
-    {"conversion", "data", "export", "hub", "model_card", "pipelines", "remote_code", "training", "viz"},
+    {"conversion", "data", "export", "hub", "memory", "model_card", "pipelines", "remote_code", "training", "viz"},
     {"recipes/support"},
     {"app"},
     {"recipes"},

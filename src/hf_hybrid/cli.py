@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "evaluate",
     "lm-eval": "lm_eval",
     "inspect": "inspect_activations",
+    "memory": "estimate_memory",
     "merge": "merge_adapter",
     "export": "export_model",
     "convert": "convert_checkpoint",

@@ -19,6 +19,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "data.streaming": ("CausalBlockStream",),
     "export": ("export_decoding_step", "export_int8", "export_onnx", "export_program"),
     "hub": ("push", "push_folder", "push_space"),
+    "memory": ("MemoryEstimate", "estimate_memory"),
     "metrics": ("bits_per_byte", "perplexity"),
     "model_card": ("ModelCard", "card_of_model", "write_model_card"),
     "modeling.call_cache": ("detach_cache", "reset_rows"),

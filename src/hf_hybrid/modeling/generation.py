@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
 from .argument_types import check_types
+from .cache import StateCache
 from .call_cache import reorder_targets
+from .compiled_step import CompiledStep, check_compilable
 
 # Arguments with a row for each source; the beams and samples of a source share it.
 _SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "token_type_ids")
@@ -68,6 +70,33 @@ class StateGenerationMixin(GenerationMixin):
         else:
             self._check_cache_implementation(name)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Whether steps are compiled: on any device, where `compile_config` asks for it.
+
+        Raises:
+            ValueError: it asks for what cannot be compiled.
+        """
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.compile_config is None or generation_config.disable_compile:
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if (
+            cache is not None and not isinstance(cache, StateCache) and cache.is_compileable
+        ):  # static, of full attention
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        check_compilable(cast(Any, self), cache, generation_config)
+        return True
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """The compiled step of `generate`; with a cache of Transformers its own."""
+        model: Any = self
+        if model.config.is_encoder_decoder or compile_config is None:
+            return cast(Any, super()).get_compiled_call(compile_config)
+        settings = compile_config.to_dict()
+        step = self.__dict__.get("_compiled_step")
+        if step is None or not step.belongs_to(model, settings):
+            step = self.__dict__["_compiled_step"] = CompiledStep(model, settings)
+        return step
 
     def _expand_inputs_for_generation(
         self,

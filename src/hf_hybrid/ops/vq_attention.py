@@ -75,7 +75,7 @@ def vq_attention(
     if group is not None:
         return _composed_attention(*arguments, chunk_size, causal, far_key_gradient, group)
     keeps_gradient = torch.is_grad_enabled() and memory is not None and memory.code_value_mean.requires_grad
-    if not (torch.compiler.is_exporting() or keeps_gradient or query.is_meta):
+    if not (torch.compiler.is_exporting() or keeps_gradient):
         return vq_scores_attention(*arguments, chunk_size, causal, far_key_gradient)
     return _composed_attention(*arguments, chunk_size, causal, far_key_gradient)
 
