@@ -25,6 +25,8 @@ from .export import export_program as export_program
 from .hub import push as push
 from .hub import push_folder as push_folder
 from .hub import push_space as push_space
+from .memory import MemoryEstimate as MemoryEstimate
+from .memory import estimate_memory as estimate_memory
 from .metrics import bits_per_byte as bits_per_byte
 from .metrics import perplexity as perplexity
 from .model_card import ModelCard as ModelCard

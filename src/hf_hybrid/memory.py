@@ -160,13 +160,15 @@ def _model_class(config: PreTrainedConfig, auto_class: str | None) -> type[PreTr
     return heads[auto_class]
 
 
-def _inputs(model: PreTrainedModel, batch_size: int, length: int, target_length: int) -> dict[str, torch.Tensor]:
+def _inputs(model: PreTrainedModel, batch_size: int, length: int, target_length: int) -> dict[str, Any]:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-    if model.config.is_encoder_decoder:
-        return {"input_ids": ids, "labels": ids.new_zeros(batch_size, target_length)}
-    if hasattr(model.config, "num_labels") and "SequenceClassification" in type(model).__name__:
+    if "SequenceClassification" in type(model).__name__:
         return {"input_ids": ids, "labels": ids[:, 0]}
-    return {"input_ids": ids, "labels": ids}
+    # As the trainers of this library: only the loss is read.
+    labels = ids.new_zeros(batch_size, target_length) if model.config.is_encoder_decoder else ids
+    return {"input_ids": ids, "labels": labels} | (
+        {"skip_logits": True} if getattr(model, "accepts_loss_options", False) else {}
+    )
 
 
 class LiveBytes(TorchDispatchMode):

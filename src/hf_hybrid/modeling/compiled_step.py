@@ -63,6 +63,9 @@ class CompiledStep:
         self.settings = dict(settings)
         self._run: Callable[..., Any] = torch.compile(self._step, **self.settings)
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of the model makes its own
+
     def belongs_to(self, model: nn.Module, settings: Mapping[str, Any]) -> bool:
         """Whether it was made for this model, not for one that this was copied from, and with these settings."""
         return self._model() is model and self.settings == settings
