@@ -213,14 +213,7 @@ def is_cache(value: object) -> bool:
 
 
 class StateCache(Cache):
-    """The layers of a model, one for each of its blocks.
-
-    Attributes:
-        place_offset: what is missing from `get_seq_length()` to the true number of tokens, a number in a tensor, where a step of
-            constant shapes counts from a fixed one; None elsewhere.
-    """
-
-    place_offset: torch.Tensor | None = None
+    """The layers of a model, one for each of its blocks."""
 
     def __init__(self, layers: Iterable[StateLayer]) -> None:
         super().__init__(layers=list(layers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
@@ -11,7 +11,6 @@ from transformers.generation import GenerationMixin
 from .argument_types import check_types
 from .cache import StateCache
 from .call_cache import reorder_targets
-from .compiled_step import CompiledStep, check_compilable
 
 # Arguments with a row for each source; the beams and samples of a source share it.
 _SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "token_type_ids")
@@ -80,23 +79,11 @@ class StateGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if generation_config.compile_config is None or generation_config.disable_compile:
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        if (
-            cache is not None and not isinstance(cache, StateCache) and cache.is_compileable
-        ):  # static, of full attention
+        is_own = cache is None or isinstance(cache, StateCache)
+        if not is_own and cache.is_compileable:  # static, of full attention
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        check_compilable(cast(Any, self), cache, generation_config)
+        _check_compilable(self, cache)
         return True
-
-    def get_compiled_call(self, compile_config: Any) -> Any:
-        """The compiled step of `generate`; with a cache of Transformers its own."""
-        model: Any = self
-        if model.config.is_encoder_decoder or compile_config is None:
-            return cast(Any, super()).get_compiled_call(compile_config)
-        settings = compile_config.to_dict()
-        step = self.__dict__.get("_compiled_step")
-        if step is None or not step.belongs_to(model, settings):
-            step = self.__dict__["_compiled_step"] = CompiledStep(model, settings)
-        return step
 
     def _expand_inputs_for_generation(
         self,
@@ -180,4 +167,23 @@ def _check_prompt(mask: torch.Tensor | None, name: str) -> None:
         raise ValueError(
             f"`{name}` ends with padding, but generation goes on from the last position of every row: pad the prompts on the left "
             "(`tokenizer.padding_side = 'left'`)."
+        )
+
+
+def _check_compilable(model: Any, cache: Cache | None) -> None:
+    """Checks that the steps of a generation can be compiled.
+
+    Raises:
+        ValueError: the state grows with the text, or there is none.
+    """
+    name = type(model).__name__
+    if not isinstance(cache, StateCache) or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`compile_config` needs a decoder with a state of its own and `use_cache=True`; {name} generates here "
+            f"{'without a cache' if cache is None else 'from an encoder'}. Leave `compile_config` unset."
+        )
+    if cache.kept_tokens is None:
+        raise ValueError(
+            f"`compile_config` needs a state of constant size, but {name} keeps every token with this configuration: attend in chunks "
+            "or windows, or leave `compile_config` unset."
         )

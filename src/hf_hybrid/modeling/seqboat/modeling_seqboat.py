@@ -198,9 +198,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         token_mask = None if mask is None else mask.unsqueeze(-1)
 
         hidden_states = self._embed(inputs, inputs_embeds, positions, token_mask)
-        # Kept keys are turned by their place already.
-        offset = None if past_key_values is None else past_key_values.place_offset
-        rotary = self._rotary(places if offset is None else places + offset, hidden_states.dtype)
+        rotary = self._rotary(places, hidden_states.dtype)
         gates, penalties = [], []
         for layer in self.layers:
             hidden_states, gate, penalty = layer(
