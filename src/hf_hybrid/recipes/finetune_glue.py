@@ -145,10 +145,10 @@ def encode(
 
     def tokenize(batch: Mapping[str, list[str]]) -> dict[str, Any]:
         options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
-        pair = None if second is None or two_inputs else batch[second]
-        encoded = dict(tokenizer(batch[first], pair, **options))
+        others = None if second is None else batch[second]
+        encoded = dict(tokenizer(batch[first], None if two_inputs else others, **options))
         if two_inputs:
-            encoded |= {f"pair_{name}": values for name, values in tokenizer(batch[second], **options).items()}
+            encoded |= {f"pair_{name}": values for name, values in tokenizer(others, **options).items()}
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     encoded = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"tokenize {what}")
