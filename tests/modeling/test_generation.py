@@ -223,6 +223,19 @@ class TestEncoderDecoder:
             length = generated.shape[1] - len(row)
             assert batch[index, 6 : 6 + length].tolist() == generated[0, len(row) :].tolist()
 
+    def test_a_missing_start_token_stands_behind_the_padding(self, case: Case) -> None:
+        """Transformers puts it in front of everything, where a state would go on through the padding."""
+        model = case.model()
+        source, start = random_ids(2, 9), model.config.decoder_start_token_id
+        rows = [torch.tensor([start + 2, start + 3, start + 2]), torch.tensor([start + 3])]
+        prompts, mask = left_pad(rows, pad=start + 1)
+        inputs = {"input_ids": source, "decoder_input_ids": prompts, "decoder_attention_mask": mask}
+        batch = generate(model, inputs, eos_token_id=None)
+        for index, row in enumerate(rows):
+            single = {"input_ids": source[index : index + 1], "decoder_input_ids": row.unsqueeze(0)}
+            generated = generate(model, single, eos_token_id=None)[0]
+            assert generated[0] == start and batch[index, 3 - len(row) :].tolist() == generated.tolist()
+
     def test_inputs_embeds(self, case: Case) -> None:
         model = case.model()
         ids = random_ids(2, 7)

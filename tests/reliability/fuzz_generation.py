@@ -372,7 +372,13 @@ def _check_shape(call: Generation, arguments: dict[str, Any], ids: torch.Tensor)
         assert len(ids) == rows * copies, ids.shape
         wanted = prompt.repeat_interleave(copies, 0)
         place = 1 if call.case.is_seq2seq and not torch.equal(ids[:, :length], wanted) else 0
-        assert torch.equal(ids[:, place : place + length], wanted), (ids.tolist(), wanted.tolist())
+        padding = torch.zeros(len(ids), dtype=torch.long)
+        mask = arguments.get("decoder_attention_mask") if place else None
+        if mask is not None:  # a start token stands between padding and text
+            padding = (mask.cumsum(1) == 0).sum(1).repeat_interleave(copies, 0)
+        for row, text, skipped in zip(ids.tolist(), wanted.tolist(), padding.tolist()):
+            begin = row[:skipped] + row[skipped + place : length + place]
+            assert begin == text, (row, text)
         assert start >= 0
     assert len(ids) == rows * copies, ids.shape
     assert ids.shape[1] <= length + call.new_tokens + 1

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_hybrid.training.muon import MuonAdamW, _product_dtype, orthogonalize
+from hf_hybrid.training.muon import MuonAdamW, product_dtype, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (3, 6, 4), (1, 7)])
@@ -72,10 +72,10 @@ def test_steps_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", None])
 def test_products_are_in_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, capability: str | None) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capability: True}, raising=False)
-    _product_dtype.cache_clear()
-    assert _product_dtype("cpu") == (torch.float32 if capability is None else torch.bfloat16)
-    assert _product_dtype("cuda") == torch.bfloat16
-    _product_dtype.cache_clear()
+    product_dtype.cache_clear()
+    assert product_dtype("cpu") == (torch.float32 if capability is None else torch.bfloat16)
+    assert product_dtype("cuda") == torch.bfloat16
+    product_dtype.cache_clear()
 
 
 def test_loss_falls_and_gradients_stay() -> None:

@@ -49,6 +49,19 @@ class StateGenerationMixin(GenerationMixin):
                 _check_prompt_ids(ids, argument)
         return tensor, name, model_kwargs
 
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """The target prompts, with the start token that is missing put between padding and text, not in front of the padding."""
+        given = model_kwargs.get("decoder_input_ids")
+        ids, model_kwargs = super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
+        mask = model_kwargs.get("decoder_attention_mask")
+        if given is not None and mask is not None and mask.shape == ids.shape and ids.shape[1] > given.shape[1]:
+            ids, model_kwargs["decoder_attention_mask"] = _with_padding_in_front(ids, mask)
+        return ids, model_kwargs
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -148,6 +161,14 @@ class StateGenerationMixin(GenerationMixin):
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, see `init_continuous_batching`."""
         self.init_continuous_batching()
+
+
+def _with_padding_in_front(ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Ids and mask (B, T) with the first token of each row behind the padding that follows it."""
+    padding = (mask[:, 1:].cumsum(1) == 0).sum(1, keepdim=True)
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    sources = torch.where(places < padding, places + 1, torch.where(places == padding, 0, places))
+    return ids.gather(1, sources), mask.gather(1, sources)
 
 
 def _check_prompt_ids(ids: torch.Tensor, name: str) -> None:

@@ -228,9 +228,9 @@ class Demo:
         """Trains a SentencePiece tokenizer on the pretraining text."""
         options = {"data": self.path / "data" / CORPUS / "train.jsonl", "num_threads": torch.get_num_threads()}
         self.metrics["tokenizer"] = train_tokenizer.main(
-            {**options, "output_dir": self.path / "tokenizer", "quiet": True, **self.plan.tokenizer}
+            {**options, "output_dir": self.path / "tokenizer", "quiet": True, **self.plan.new_tokenizer}
         )
-        return f"{self.plan.tokenizer['vocab_size']:,} pieces"
+        return f"{self.plan.new_tokenizer['vocab_size']:,} pieces"
 
     def open_checkpoint(self) -> str:
         """Loads the checkpoint and lets it fill in some sentences."""
@@ -245,7 +245,7 @@ class Demo:
         """Pretrains by span corruption, from the checkpoint or from random weights; measures the hidden text of held-out documents."""
         start: dict[str, Any]
         if self.checkpoint is None:
-            start = {"tokenizer": self.path / "tokenizer", "config_overrides": self.plan.model}
+            start = {"tokenizer": self.path / "tokenizer", "config_overrides": self.plan.new_model}
         else:
             start = {"model_name_or_path": self.checkpoint, "eval_on_start": True}
         job, metrics = self._run_recipe(

@@ -22,7 +22,7 @@ class DemoPlan:
         shares: parts of the time of the three training phases and of everything after them.
         data: text and rows.
         pretraining, classification, summarization: options of the training phases.
-        tokenizer, model: of a run from random weights; empty for one from a checkpoint.
+        new_tokenizer, new_model: of a run from random weights; empty for one from a checkpoint.
     """
 
     minutes: float
@@ -31,8 +31,8 @@ class DemoPlan:
     pretraining: Mapping[str, Any]
     classification: Mapping[str, Any]
     summarization: Mapping[str, Any]
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
+    new_tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    new_model: Mapping[str, Any] = field(default_factory=dict)
 
 
 PRETRAINING, CLASSIFICATION, SUMMARIZATION, REST = "pretraining", "classification", "summarization", "rest"
@@ -79,8 +79,8 @@ FULL_PLAN_FROM_SCRATCH = DemoPlan(
     minutes=5.3,
     shares={PRETRAINING: 1.5, CLASSIFICATION: 0.8, SUMMARIZATION: 0.7, REST: 0.6},
     data=DataPlan(),
-    tokenizer={"vocab_size": 2000, "num_sentinels": 48, "max_sentences": 30_000},
-    model={
+    new_tokenizer={"vocab_size": 2000, "num_sentinels": 48, "max_sentences": 30_000},
+    new_model={
         "hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "intermediate_size": 384, "num_hidden_layers": 3, "decoder_layers": 1,
         "window_size": 17, "ssm_state_size": 16, "hidden_dropout": 0.0, "classifier_dropout": 0.3, "initializer_range": 0.08,
         "max_target_positions": 160,
@@ -108,8 +108,8 @@ QUICK_PLAN_FROM_SCRATCH = DemoPlan(
         families=("numpy", "sklearn"), max_source_bytes=1_000_000, max_characters=60_000, max_per_class=75,
         max_pairs=24, max_evaluation=8,
     ),
-    tokenizer={"vocab_size": 500, "num_sentinels": 32, "max_sentences": 1000},
-    model={
+    new_tokenizer={"vocab_size": 500, "num_sentinels": 32, "max_sentences": 1000},
+    new_model={
         "hidden_size": 16, "head_dim": 8, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1, "decoder_layers": 1,
         "window_size": 9, "ssm_state_size": 4, "hidden_dropout": 0.0, "max_target_positions": 64,
     },
