@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_hybrid.training.muon import MuonAdamW, product_dtype, orthogonalize
+from hf_hybrid.training.muon import MuonAdamW, orthogonalize, product_dtype
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (3, 6, 4), (1, 7)])
