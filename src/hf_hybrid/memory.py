@@ -102,7 +102,8 @@ def estimate_memory(
             raise ValueError(f"`{name}` must be positive; got {value}.")
     model_class = _model_class(config, auto_class)
     with torch.device("meta"):
-        model = model_class(copy.deepcopy(config)).to(dtype).train()
+        model: Any = model_class(copy.deepcopy(config))
+        model.to(dtype).train()
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
     inputs = _inputs(model, batch_size, length, target_length or length)

@@ -210,3 +210,11 @@ def test_what_generate_cannot_read(case: Case) -> None:
     for wrong in (0, -1, 1.5, "3"):
         with pytest.raises(ValueError, match="`prefill_chunk_size` must be a number of tokens"):
             model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=wrong)
+    for name in ("num_beams", "num_return_sequences"):
+        for wrong in (0, -1):
+            with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1"):
+                model.generate(**inputs, max_new_tokens=2, do_sample=True, **{name: wrong})
+    if not case.is_seq2seq:
+        embeds = model.get_input_embeddings()(ids)
+        with pytest.raises(ValueError, match="`input_ids` has 1 rows, `inputs_embeds` 2"):
+            model.generate(ids[:1], inputs_embeds=embeds, max_new_tokens=2)

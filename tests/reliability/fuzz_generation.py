@@ -317,11 +317,14 @@ def check_generation(call: Generation) -> str:
         return "computed"
     _check_shape(call, arguments, expected)
     run(call, arguments, torch.float32, **_assistant(call, torch.float32))
-    uncached = run(call, arguments, use_cache=False)
-    assert is_same(call, arguments, uncached, expected), (
-        f"without a cache {uncached.tolist()}, with it {expected.tolist()}"
-    )
-    if not call.case.is_seq2seq and "input_ids" in arguments:
+    if call.strategy not in ("lookup", "assistant"):  # which Transformers offers with a cache only
+        uncached = run(call, arguments, use_cache=False)
+        assert is_same(call, arguments, uncached, expected), (
+            f"without a cache {uncached.tolist()}, with it {expected.tolist()}"
+        )
+    if call.mask == "gaps":  # no cache is continued behind a gap, so that pieces may be refused
+        pass
+    elif not call.case.is_seq2seq and "input_ids" in arguments:
         for size in (1, 3):
             chunked = run(call, arguments, prefill_chunk_size=size)
             assert is_same(call, arguments, chunked, expected), (

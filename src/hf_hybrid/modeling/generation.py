@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 
 from .argument_types import check_types
 from .cache import StateCache
@@ -47,7 +47,25 @@ class StateGenerationMixin(GenerationMixin):
         for argument, ids in ((name, tensor), ("decoder_input_ids", model_kwargs.get("decoder_input_ids"))):
             if ids is not None and argument.endswith("input_ids"):
                 _check_prompt_ids(ids, argument)
+        beside = model_kwargs.get("input_ids")
+        if name == "inputs_embeds" and beside is not None and len(beside) != len(tensor):
+            raise ValueError(
+                f"`input_ids` has {len(beside)} rows, `inputs_embeds` {len(tensor)}: pass one of them, or both of the same rows."
+            )
         return tensor, name, model_kwargs
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Reads the options of `generate`.
+
+        Raises:
+            ValueError: a number of beams or of texts is not positive, which Transformers finds out by a division.
+        """
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        for name in ("num_beams", "num_return_sequences"):
+            value = getattr(generation_config, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+        return generation_config, model_kwargs
 
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
