@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 
 from .argument_types import check_types
+from .cache import StateCache
 from .call_cache import reorder_targets
 
 # Arguments with a row for each source; the beams and samples of a source share it.
@@ -48,7 +49,38 @@ class StateGenerationMixin(GenerationMixin):
         for argument, ids in ((name, tensor), ("decoder_input_ids", model_kwargs.get("decoder_input_ids"))):
             if ids is not None and argument.endswith("input_ids"):
                 _check_prompt_ids(ids, argument)
+        beside = model_kwargs.get("input_ids")
+        if name == "inputs_embeds" and beside is not None and len(beside) != len(tensor):
+            raise ValueError(
+                f"`input_ids` has {len(beside)} rows, `inputs_embeds` {len(tensor)}: pass one of them, or both of the same rows."
+            )
         return tensor, name, model_kwargs
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Reads the options of `generate`.
+
+        Raises:
+            ValueError: a number of beams or of texts is not positive, which Transformers finds out by a division.
+        """
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        for name in ("num_beams", "num_return_sequences"):
+            value = getattr(generation_config, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+        return generation_config, model_kwargs
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """The target prompts, with the start token that is missing put between padding and text, not in front of the padding."""
+        given = model_kwargs.get("decoder_input_ids")
+        ids, model_kwargs = super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
+        mask = model_kwargs.get("decoder_attention_mask")
+        if given is not None and mask is not None and mask.shape == ids.shape and ids.shape[1] > given.shape[1]:
+            ids, model_kwargs["decoder_attention_mask"] = _with_padding_in_front(ids, mask)
+        return ids, model_kwargs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -70,6 +102,21 @@ class StateGenerationMixin(GenerationMixin):
         else:
             self._check_cache_implementation(name)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Whether steps are compiled: on any device, where `compile_config` asks for it.
+
+        Raises:
+            ValueError: it asks for what cannot be compiled.
+        """
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.compile_config is None or generation_config.disable_compile:
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        is_own = cache is None or isinstance(cache, StateCache)
+        if not is_own and cache.is_compileable:  # static, of full attention
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        _check_compilable(self, cache)
+        return True
 
     def _expand_inputs_for_generation(
         self,
@@ -136,6 +183,14 @@ class StateGenerationMixin(GenerationMixin):
         self.init_continuous_batching()
 
 
+def _with_padding_in_front(ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Ids and mask (B, T) with the first token of each row behind the padding that follows it."""
+    padding = (mask[:, 1:].cumsum(1) == 0).sum(1, keepdim=True)
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    sources = torch.where(places < padding, places + 1, torch.where(places == padding, 0, places))
+    return ids.gather(1, sources), mask.gather(1, sources)
+
+
 def _check_prompt_ids(ids: torch.Tensor, name: str) -> None:
     """Raises ValueError for a prompt, or a source, that is not a batch of token ids."""
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0:
@@ -153,4 +208,23 @@ def _check_prompt(mask: torch.Tensor | None, name: str) -> None:
         raise ValueError(
             f"`{name}` ends with padding, but generation goes on from the last position of every row: pad the prompts on the left "
             "(`tokenizer.padding_side = 'left'`)."
+        )
+
+
+def _check_compilable(model: Any, cache: Cache | None) -> None:
+    """Checks that the steps of a generation can be compiled.
+
+    Raises:
+        ValueError: the state grows with the text, or there is none.
+    """
+    name = type(model).__name__
+    if not isinstance(cache, StateCache) or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`compile_config` needs a decoder with a state of its own and `use_cache=True`; {name} generates here "
+            f"{'without a cache' if cache is None else 'from an encoder'}. Leave `compile_config` unset."
+        )
+    if cache.kept_tokens is None:
+        raise ValueError(
+            f"`compile_config` needs a state of constant size, but {name} keeps every token with this configuration: attend in chunks "
+            "or windows, or leave `compile_config` unset."
         )

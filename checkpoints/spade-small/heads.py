@@ -294,7 +294,7 @@ class GenericClassifier(GenericHead):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # padding would be pooled
         return pool_tokens(outputs.last_hidden_state, attention_mask, getattr(self.config, self.pooling_field))
 
-    def _output(self, outputs: Any, pooled: torch.Tensor, labels: torch.Tensor | None) -> ModelOutput:
+    def _output(self, outputs: Any, pooled: Any, labels: torch.Tensor | None) -> ModelOutput:
         logits, loss = self.classify(pooled), None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)

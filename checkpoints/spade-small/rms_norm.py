@@ -35,6 +35,9 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     """
     wide = inputs.dtype in (torch.float32, torch.float64) and inputs.dtype == weight.dtype
     on_cpu = uses_cpu_form(inputs) and uses_cpu_form(weight)
+    if on_cpu and inputs.dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32:
+        # Under autocast. torch would compute the same, but warn that it has no kernel for two dtypes.
+        return rms_norm(inputs.float(), weight, eps).to(inputs.dtype)
     is_eager = not torch.compiler.is_compiling()  # asked before the size: a graph that compared sizes would fix them
     if wide and on_cpu and is_eager and (torch.is_grad_enabled() or inputs.numel() >= FEWEST_ELEMENTS):
         return _RmsNorm.apply(inputs, weight, eps)[0]
