@@ -18,10 +18,8 @@ import hf_hybrid
 from hf_hybrid.memory import estimate_memory
 
 SIZES = {"base": (768, 12), "billion": (2048, 24)}
-LENGTHS = (
-    8192,
-    16384,
-)  # of the two estimates whose difference is the price of a token; both losses are computed in pieces
+# Of the two estimates whose difference is the price of a token; both losses are computed in pieces.
+LENGTHS = (8192, 16384)
 
 
 def configs(hidden: int, layers: int) -> dict[str, Callable[[], Any]]:

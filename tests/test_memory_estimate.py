@@ -72,6 +72,30 @@ def test_an_estimate_is_what_a_step_takes(name: str, checkpointing: bool, dtype:
     assert found.step >= found.activations
 
 
+def test_only_tensors_made_inside_count() -> None:
+    """4,000 bytes each: at most two of the sums live at once; views, work in place and what was there before cost nothing."""
+    start = torch.zeros(1000)
+    with torch.inference_mode(), LiveBytes() as memory:
+        first = start + 1
+        second = first * 2
+        del first
+        third = second.view(10, 100) + 1
+        third.add_(1)
+        del second
+    assert memory.peak == 8000 and memory.now == 4000
+    del third
+    assert memory.now == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_do_not_count(device: str) -> None:
+    """A linear layer reads a view of its weight."""
+    layer, inputs = torch.nn.Linear(100, 1000, device=device), torch.zeros(2, 100, device=device)
+    with LiveBytes() as memory:
+        outputs = layer(inputs)
+    assert memory.now == memory.peak == outputs.nbytes == 8000
+
+
 WIDTHS = {
     "spade_lm": {"D": "hidden_size", "F": "intermediate_size"},
     "mega": {"D": "hidden_size", "E": "intermediate_size", "F": "nffn_hidden_size", "Z": "shared_representation_size"},

@@ -173,7 +173,7 @@ def _inputs(model: PreTrainedModel, batch_size: int, length: int, target_length:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside while they are alive.
+    """Counts the bytes of tensors made inside while they are alive; not those of weights and inputs, nor of views of them.
 
     Attributes:
         now: bytes alive.
@@ -187,15 +187,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(outputs):
+            if id(storage) not in self._known and id(storage) not in given:
+                self._note(storage)
         return outputs
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
 
         def forget(_: weakref.ref) -> None:
             self.now -= size
@@ -231,6 +230,10 @@ class KeptBytes(torch.autograd.graph.saved_tensors_hooks):
     def clear(self) -> None:
         """Lets go of the storages, so that the backward pass can free them."""
         self._kept.clear()
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -6,13 +6,11 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from factories import Case
 from torch import nn
 from word_tokenizer import word_tokenizer
 
 from hf_hybrid.app.measuring import (
-    _TensorMemory,
     active_tokens,
     draw_lengths,
     measure,
@@ -219,21 +217,6 @@ def test_models_without_states_say_so() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- lengths
-
-
-def test_memory_of_tensors() -> None:
-    """4,000 bytes each: at most two of the sums live at once, views and work in place cost nothing."""
-    start = torch.zeros(1000)
-    with torch.inference_mode(), _TensorMemory() as memory:
-        first = start + 1
-        second = first * 2
-        del first
-        third = second.view(10, 100) + 1
-        third.add_(1)
-        del second
-    assert memory.peak == 8000 and sum(memory.held.values()) == 4000
-    del third
-    assert not memory.held
 
 
 @pytest.mark.parametrize("model_type", ["spade", "longvq"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..memory import LiveBytes
 from ..training.activations import sample_gates
 from ..viz import (
     EVALUATION_COLOUR,
@@ -136,7 +134,7 @@ def measure(opened: OpenCheckpoint, length: int) -> Measured:
         stack(**inputs)
         _wait_for_accelerator()
         seconds.append(time.perf_counter() - before)
-    with _TensorMemory() as memory:
+    with LiveBytes() as memory:
         stack(**inputs)
     return Measured(length, min(seconds), memory.peak)
 
@@ -154,33 +152,6 @@ def _random_inputs(model: Any, length: int) -> dict[str, torch.Tensor]:
 def _wait_for_accelerator() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-
-
-class _TensorMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at once, while operations run inside the block.
-
-    Attributes:
-        peak: largest total, in bytes. What a single operation needs and frees again does not count.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        known = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in known and storage._cdata not in self.held:
-                    self.held[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.held.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.held.values()))
-        return outputs
 
 
 def draw_lengths(rows: list[Measured]) -> Any:
