@@ -160,7 +160,7 @@ def push_folder(
 
 
 def push_space(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
     private: bool | None = None,

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from ..auto import ARCHITECTURES
+from ..auto import ARCHITECTURES, find_architecture
 from ..recipes.support.finetuning_data import check_vocabulary
 from ..recipes.support.models import load_config, load_model, load_tokenizer
 from ..training.activations import has_routers
@@ -104,7 +104,7 @@ def open_checkpoint(name: str, *, trust_remote_code: bool = False, device: str |
     name = name.strip()
     if not name:
         raise ValueError("There is no checkpoint: type the name of a folder, or of a model on the Hub.")
-    if name in {item.model_type for item in ARCHITECTURES} and not Path(name).exists():
+    if find_architecture(name) is not None and not Path(name).exists():
         raise ValueError(
             f"{name} is an architecture, not a checkpoint: type the name of a folder, or of a model on the Hub."
         )
@@ -127,7 +127,8 @@ def _auto_class_of(config: PreTrainedConfig, name: str, trusts_code: bool) -> st
         ValueError: its architecture or its head is not known.
     """
     head = (config.architectures or [""])[0]
-    heads = {item.model_type: item.heads for item in ARCHITECTURES}.get(config.model_type)
+    architecture = find_architecture(config.model_type)
+    heads = None if architecture is None else architecture.heads
     if heads is None and trusts_code:
         code = getattr(config, "auto_map", None) or {}
         heads = {auto: target.rpartition(".")[2] for auto, target in code.items() if auto.startswith("AutoModel")}

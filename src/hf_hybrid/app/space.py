@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..new_folder import new_folder
-from ..published import SPACE_MODEL, SPACE_PACKAGE, is_space_file, write_published
+from ..published import SPACE_MODEL, SPACE_PACKAGE, write_published
 
 GRADIO_VERSION = "6.31.0"  # what the Hub installs; a test compares it with constraints.txt
 PYTHON_VERSION = "3.11"
@@ -38,7 +38,7 @@ writes is not to be taken for facts.
 
 
 def write_space(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     title: str,
     repo_id: str | None = None,
@@ -104,6 +104,3 @@ def _readme(title: str, repo_id: str | None, license: str | None) -> str:
 def _plain(title: str) -> str:
     """A title that can stand in a docstring."""
     return re.sub(r"[^\w .,/-]", "", title)
-
-
-__all__ = ["GRADIO_VERSION", "is_space_file", "space_requirements", "write_space"]

@@ -14,9 +14,8 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from .opening import OpenCheckpoint
 
 MAX_INPUT_TOKENS = 65_536
-TOKENS_PER_GAP = (
-    8  # hidden spans have three tokens on average; a model that has seen little does not know where to end
-)
+# Hidden spans have three tokens on average; a model that has seen little does not know where to end.
+TOKENS_PER_GAP = 8
 _GAP = re.compile(r"_{3,}|<extra_id_\d+>")
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _GAP_SHOWN = "___"

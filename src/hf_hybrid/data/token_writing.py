@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..new_folder import check_new_folder
 from .parallel import map_blocks
 from .token_corpus import document_batches, encode_documents
 from .token_shards import COLUMN, FORMAT, MANIFEST_FILE, tokenizer_fingerprint
@@ -82,11 +83,8 @@ def write_token_folder(
         FileExistsError: `path` exists and is not an empty folder.
         ValueError: a split has no text, or the partial folder belongs to other documents or another tokenizer.
     """
+    check_new_folder(path, "output_dir")
     target = Path(path)
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise FileExistsError(
-            f"`output_dir` {target} exists and is not an empty folder. Choose a new one, or empty it."
-        )
     unfinished = partial_folder(target)
     scratch = unfinished / "folder"
     fingerprint = tokenizer_fingerprint(tokenizer)

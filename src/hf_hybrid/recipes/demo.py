@@ -27,7 +27,7 @@ from transformers import AutoModelForSeq2SeqLM, EvalPrediction
 
 from ..training.callbacks import TimeLimitCallback
 from ..training.run_folder import describe_environment, write_json
-from ..viz import plot_loss_curves, plot_state_space_channels
+from ..viz import plot_loss_curves, plot_state_space_channels, state_space_layers
 from . import finetune_glue, finetune_summarization, pretrain_span_corruption, train_tokenizer
 from .support.console import set_quiet
 from .support.demo_console import Phase, PhaseProgress, running, say
@@ -512,9 +512,7 @@ def _checks(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _first_ssm(model: torch.nn.Module) -> torch.nn.Module:
-    from ..layers.ssm import StateSpaceLayer
-
-    return next(module for module in model.modules() if isinstance(module, StateSpaceLayer)).cpu()
+    return next(iter(state_space_layers(model).values()))
 
 
 def _peak_memory_mb() -> float | None:
