@@ -78,10 +78,9 @@ def write_data(folder: Path, plan: DataPlan, advance: Callable[[float], None] = 
     advance(0.4)
     classes: dict[str, list[dict[str, Any]]] = {}
     pairs: dict[str, list[dict[str, Any]]] = {}
-    for (
-        split
-    ) in SPLITS:  # from the same rows whatever the number of labels: few labels are not to mean few validation rows
-        limit = max(_FEWEST_PER_CLASS, 2 * plan.max_per_class)
+    # From the same rows whatever the number of labels: few labels are not to mean few validation rows.
+    limit = max(_FEWEST_PER_CLASS, 2 * plan.max_per_class)
+    for split in SPLITS:
         examples = embedded_classification_examples(split, max_per_class=limit, **source)
         rows = (
             _first_of_each_class(examples, plan.max_per_class) if split == "train" else examples[: plan.max_evaluation]
