@@ -79,9 +79,14 @@ def show(report: dict[str, Any]) -> None:
         for result in results:
             size = " ".join(f"{key} {value}" for key, value in result["size"].items())
             rate = f"  {result['rate']:.3g} {result['unit']}" if "rate" in result else ""
+            token = (
+                f", {result['growth_bytes'] / result['size']['length']:.0f} bytes a token"
+                if "length" in result["size"]
+                else ""
+            )
             print(
                 f"  {result['contender']:<28} {size:<28} {result['median_s'] * 1e3:10.1f} ms  ratio {result['ratio']:6.2f}"
-                f"  peak {result['peak_bytes'] / 2**20:8.0f} MiB (grew {result['growth_bytes'] / 2**20:.0f}){rate}"
+                f"  peak {result['peak_bytes'] / 2**20:8.0f} MiB (grew {result['growth_bytes'] / 2**20:.0f}{token}){rate}"
             )
     for line in report["missed"]:
         print(f"  BELOW THE FLOOR: {line}")
@@ -136,6 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--largest", type=int, metavar="N", help="leave out sizes whose first entry exceeds N")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats after the warm-up; default 5")
     parser.add_argument(
+        "--warm_up", type=int, default=1, help="untimed steps before them; 0 for steps of minutes; default 1"
+    )
+    parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="threads of each process; default all cores"
     )
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time; see Settings")
@@ -151,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.repeats < 1:
         raise SystemExit(f"--repeats: at least 1; got {options.repeats}.")
-    settings = Settings(repeats=options.repeats, threads=options.threads, clock=options.clock)
+    if options.warm_up < 0:
+        raise SystemExit(f"--warm_up: 0 or more; got {options.warm_up}.")
+    settings = Settings(repeats=options.repeats, warm_up=options.warm_up, threads=options.threads, clock=options.clock)
     folder = options.out or BENCHMARKS / "results" / time.strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     reports: list[dict[str, Any]] = []

@@ -2,7 +2,7 @@
 
     start   module, paths, clock            imports the case module
     build   build, size                     makes the step
-    run     times                           runs the step untimed; answers the memory before the first
+    run     times                           runs the step untimed, and learns how short it is; answers the memory before the first
     time                                    runs the step (several times when it is short), answers the seconds of one
     call    function, size                  answers the result of a function of the case module
     memory                                  answers the peak and the versions
@@ -55,7 +55,8 @@ class Process:
         before = peak_bytes()
         for _ in range(times):
             self.step()
-        self.count = max(1, round(SHORTEST_MEASUREMENT / max(self._seconds(1), 1e-6)))
+        if times:
+            self.count = max(1, round(SHORTEST_MEASUREMENT / max(self._seconds(1), 1e-6)))
         return {"before_bytes": before}
 
     def time(self) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""A million tokens in one forward pass, and a training step of a quarter of a million, for every model.
+
+Models: hidden 32 (forward) and 64 (training), 2 layers, vocabulary 1,000, windows and chunks of 128, dropout 0, batch 1, float32. SPADE is its encoder;
+the others are causal stacks. A training step has gradient checkpointing. Steps take minutes: `--repeats 1 --warm_up 0` runs each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from harness import Case
+
+VOCABULARY = 1000
+ARCHITECTURES = ("spade", "spade_lm", "mega", "seqboat", "longvq", "bst")
+
+
+def _token_ids(length: int):
+    import torch
+
+    return torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _stack(architecture: str, hidden: int):
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from hf_hybrid.modeling.spade.modeling_spade import SpadeEncoderModel
+
+    heads = {"num_attention_heads": 2, "intermediate_size": 4 * hidden, "window_size": 128}
+    single = {"shared_representation_size": hidden // 2, "intermediate_size": 2 * hidden, "chunk_size": 128}
+    options: dict[str, Any] = {
+        "spade": heads | {"head_dim": hidden // 2, "decoder_layers": 1},
+        "spade_lm": heads,
+        "mega": single
+        | {"nffn_hidden_size": 2 * hidden, "use_chunking": True, "bidirectional": False, "is_decoder": True},
+        "seqboat": {"value_dim": 2 * hidden, "qk_dim": hidden // 2, "window_size": 128, "is_decoder": True},
+        "longvq": single | {"value_size": 2 * hidden, "is_decoder": True},
+        "bst": heads | {"head_dim": hidden // 2},
+    }[architecture]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=2, **options
+    )
+    return SpadeEncoderModel(config) if architecture == "spade" else AutoModel.from_config(config)
+
+
+def forward(length: int, architecture: str) -> Callable[[], object]:
+    import torch
+
+    stack, ids = _stack(architecture, 32).eval(), _token_ids(length)
+
+    def step() -> object:
+        with torch.no_grad():
+            return stack(ids, **({} if architecture == "spade" else {"use_cache": False})).last_hidden_state
+
+    return step
+
+
+def train(length: int, architecture: str) -> Callable[[], object]:
+    stack, ids = _stack(architecture, 64).train(), _token_ids(length)
+    stack.activation_checkpointing_enable()
+
+    def step() -> None:
+        stack.zero_grad(set_to_none=True)
+        states = stack(ids, **({} if architecture == "spade" else {"use_cache": False})).last_hidden_state
+        states.pow(2).mean().backward()
+
+    return step
+
+
+def check(length: int, architecture: str) -> None:
+    """Every causal stack gives for a long text what it gives for its pieces with a cache; the encoder what it gives in float64."""
+    import torch
+
+    ids = _token_ids(16384)
+    for name in ARCHITECTURES:
+        stack = _stack(name, 32).eval()
+        with torch.no_grad():
+            found = forward(16384, name)()[:, -256:]
+            if name == "spade":
+                expected = stack.double()(ids).last_hidden_state[:, -256:].float()
+            else:
+                cache = None
+                for piece in ids.split(4096, dim=1):
+                    output = stack(piece, past_key_values=cache, use_cache=True)
+                    cache = output.past_key_values
+                expected = output.last_hidden_state[:, -256:]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def tokens(length: int, architecture: str) -> tuple[int, str]:
+    return length, "tokens"
+
+
+def _sizes(length: int) -> tuple[dict[str, Any], ...]:
+    return tuple({"length": length, "architecture": name} for name in ARCHITECTURES)
+
+
+CASES = (
+    Case(
+        name="million-tokens",
+        timed="forward without gradient over 1,048,576 tokens, hidden 32, 2 layers",
+        build="forward",
+        sizes=_sizes(1 << 20),
+        check="check",
+        work="tokens",
+    ),
+    Case(
+        name="quarter-million-train",
+        timed="train step with gradient checkpointing over 262,144 tokens, hidden 64, 2 layers",
+        build="train",
+        sizes=_sizes(1 << 18),
+        check="check",
+        work="tokens",
+    ),
+)
