@@ -93,6 +93,14 @@ def tokens(length: int, architecture: str) -> tuple[int, str]:
     return length, "tokens"
 
 
+def six_kilobytes_a_token(length: int, architecture: str) -> int:
+    return 6144 * length
+
+
+def twenty_four_kilobytes_a_token(length: int, architecture: str) -> int:
+    return 24576 * length
+
+
 def _sizes(length: int) -> tuple[dict[str, Any], ...]:
     return tuple({"length": length, "architecture": name} for name in ARCHITECTURES)
 
@@ -105,6 +113,7 @@ CASES = (
         sizes=_sizes(1 << 20),
         check="check",
         work="tokens",
+        memory_at_most="six_kilobytes_a_token",
     ),
     Case(
         name="quarter-million-train",
@@ -113,5 +122,6 @@ CASES = (
         sizes=_sizes(1 << 18),
         check="check",
         work="tokens",
+        memory_at_most="twenty_four_kilobytes_a_token",
     ),
 )

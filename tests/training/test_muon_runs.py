@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def train(case: Case, rows: list[dict[str, torch.Tensor]], folder: Path, steps: 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda found: found.model_type)
-def test_resumed_training_is_uninterrupted(architecture: Architecture, tmp_path: Path) -> None:
+def test_resumed_training_is_uninterrupted(architecture: Architecture, tmp_path: Path, caplog) -> None:
     case = pretraining_case(architecture)
     torch.manual_seed(0)
     inputs = case.inputs(batch=8)
@@ -41,7 +42,13 @@ def test_resumed_training_is_uninterrupted(architecture: Architecture, tmp_path:
     rows = [{name: column[index] for name, column in columns.items()} for index in range(8)]
     whole = train(case, rows, tmp_path / "whole", steps=4)
     train(case, rows, tmp_path / "stopped", steps=2)
-    resumed = train(case, rows, tmp_path / "stopped", steps=4, resume_from_checkpoint=True)
+    trainer_log = logging.getLogger("transformers.trainer")
+    trainer_log.addHandler(caplog.handler)
+    try:
+        resumed = train(case, rows, tmp_path / "stopped", steps=4, resume_from_checkpoint=True)
+    finally:
+        trainer_log.removeHandler(caplog.handler)
+    assert "keys in the checkpoint" not in caplog.text  # tied weights are stored once
     for (name, actual), expected in zip(resumed.model.named_parameters(), whole.model.parameters()):
         assert torch.equal(actual, expected), name
     optimizer = whole.optimizer.optimizer

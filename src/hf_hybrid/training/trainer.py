@@ -493,6 +493,15 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
         if not self._is_staging:  # else it is pushed when it is complete
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of missing weights, except of tied ones whose partner was loaded: a checkpoint stores these once."""
+        missing = set(load_result.missing_keys)
+        for key, partner in getattr(self.model, "all_tied_weights_keys", {}).items():
+            if not {key, partner} <= missing:
+                missing -= {key, partner}
+        kept = [key for key in load_result.missing_keys if key in missing]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=kept))
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         several = self.args.world_size > 1
         name = f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"
