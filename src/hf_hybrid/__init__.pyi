@@ -15,6 +15,7 @@ from .data.corpus import embedded_text_corpus as embedded_text_corpus
 from .data.packing import SeparateDocumentsCollator as SeparateDocumentsCollator
 from .data.packing import pack_documents as pack_documents
 from .data.sharded_stream import ShardedStream as ShardedStream
+from .data.sharded_stream import StreamBatches as StreamBatches
 from .data.sharded_stream import merge_stream_states as merge_stream_states
 from .data.span_corruption import SpanCorruptionDataset as SpanCorruptionDataset
 from .data.streaming import CausalBlockStream as CausalBlockStream

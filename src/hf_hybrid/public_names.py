@@ -14,7 +14,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "auto": ("Architecture", "Paper", "register_architecture"),
     "data.corpus": ("embedded_classification_examples", "embedded_summarization_pairs", "embedded_text_corpus"),
     "data.packing": ("SeparateDocumentsCollator", "pack_documents"),
-    "data.sharded_stream": ("ShardedStream", "merge_stream_states"),
+    "data.sharded_stream": ("ShardedStream", "StreamBatches", "merge_stream_states"),
     "data.span_corruption": ("SpanCorruptionDataset",),
     "data.streaming": ("CausalBlockStream",),
     "export": ("export_decoding_step", "export_int8", "export_onnx", "export_program"),

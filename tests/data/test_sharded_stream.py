@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from hf_hybrid.data.sharded_stream import ShardedStream, merge_stream_states
+from hf_hybrid.data.sharded_stream import ShardedStream, StreamBatches, merge_stream_states
 from hf_hybrid.data.streaming import CausalBlockStream
 from hf_hybrid.tokenization.byte_tokenizer import byte_tokenizer
 
@@ -82,6 +82,26 @@ def test_workers_do_not_change_the_order(workers):
         assert rows == blocks(make(rank, 2, source=source))
 
 
+@pytest.mark.parametrize(("workers", "later"), [(0, 3), (3, 0)])
+def test_workers_read_their_own_shards(workers, later):
+    """Whatever the workers have read ahead, the state is that behind the last batch; another number of them goes on."""
+    source = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=12)
+    options = {"source": source, "repeat": True, "shuffle_window": 3}
+    expected = blocks(itertools.islice(make(1, 2, **options), 36))
+
+    def batches(number):
+        return StreamBatches(
+            make(1, 2, **options), 4, lambda rows: [row["input_ids"] for row in rows], num_workers=number
+        )
+
+    first, second = batches(workers), batches(later)
+    found = [tuple(row.tolist()) for rows in itertools.islice(first, 5) for row in rows]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())), skipped=2)
+    continued = list(itertools.islice(second, 6))
+    assert continued[:2] == [{}, {}]
+    assert found + [tuple(row.tolist()) for rows in continued[2:] for row in rows] == expected
+
+
 @pytest.mark.parametrize("resumed", [1, 3, 6])
 def test_the_division_of_the_trainer_resumes_at_any_number(resumed):
     """The Trainer's way: processes take turns in one stream, and a resumed run skips the batches that were trained."""
@@ -117,3 +137,7 @@ def test_misuse_is_named():
         make(num_shards=24).load_state_dict(merge_stream_states([first, second]))
     with pytest.raises(ValueError, match="`state` must be what"):
         make().load_state_dict({"epoch": 0})
+    with pytest.raises(ValueError, match="12 shards of this process cannot be divided among 5 workers"):
+        next(make().numbered_samples(0, 5))
+    with pytest.raises(ValueError, match="Shard 0 of 12 holds fewer tokens than one block of 8"):
+        next(iter(make(source=["a"], repeat=True)))

@@ -22,7 +22,8 @@ def _work(rank: int, check: Callable[[Any, Path], None], cases: Iterable[Any], f
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+    meeting = f"{folder}/{check.__name__}-of-{processes}"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     case: Any = None
     try:
         for case in cases:

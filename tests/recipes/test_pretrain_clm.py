@@ -86,6 +86,21 @@ def test_streaming_needs_an_end(pretraining):
         main({**pretraining, "streaming": True, "max_steps": -1})
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"streaming": False}, "`stream_shards` must be a positive number of shards of a stream"),
+        ({"stream_shards": 0}, "got 0"),
+        ({"dataloader_num_workers": 5}, "got 24 for 1 processes with 5 workers"),
+        ({"validation_data": None}, "divides the 24 files of the data among the shards.*pass `validation_data`"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused(pretraining, changed, message):
+    options = {**pretraining, "streaming": True, "stream_shards": 24, "validation_data": pretraining["data"]}
+    with pytest.raises(ValueError, match=message):
+        main(options | changed)
+
+
 def test_a_stream_that_is_held_out_whole_is_refused(pretraining):
     with pytest.raises(ValueError, match="held_out_documents"):
         main({**pretraining, "streaming": True})

@@ -105,10 +105,19 @@ def _reads_alone() -> bool:
     info = get_worker_info()
     if info is None:
         return True
-    if info.id == 0 and info.num_workers > 1:
-        alone = workers.WorkerInfo(id=0, num_workers=1, seed=info.seed, dataset=info.dataset)
-        workers._worker_info = alone
+    if info.id == 0:
+        pass_for_only_worker()
     return info.id == 0
+
+
+def pass_for_only_worker() -> tuple[int, int]:
+    """Makes this worker of a DataLoader read streams as if it were the only one; returns its number and that of all workers."""
+    info = get_worker_info()
+    if info is None:
+        return 0, 1
+    if info.num_workers > 1:
+        workers._worker_info = workers.WorkerInfo(id=0, num_workers=1, seed=info.seed, dataset=info.dataset)
+    return info.id, info.num_workers
 
 
 def _is_one_shot(documents: object) -> bool:
@@ -187,9 +196,14 @@ class PackedStream(IterableDataset):
             self._pending = None
         self.epoch = epoch
 
+    @property
+    def position(self) -> dict[str, Any]:
+        """Position after the last sample, as `state_dict`; not to be changed, and never changed by the stream."""
+        return self._pending if self._pending is not None else self._place
+
     def state_dict(self) -> dict[str, Any]:
         """Position after the last sample, made of plain numbers, lists and dictionaries."""
-        return copy.deepcopy(self._pending if self._pending is not None else self._place)
+        return copy.deepcopy(self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes the next iteration continue from a stored position.

@@ -37,6 +37,7 @@ from .support.pretraining_data import (
     check_length_of_run,
     limited,
     load_text,
+    sharded,
 )
 from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
@@ -96,7 +97,7 @@ def build(
     if data_args.segment_length is None:
         check_decoder_table(model.config, data_args.block_length, "The training sequences", "block_length")
         train_dataset, eval_dataset, text = build_datasets(
-            data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
+            data_args, tokenizer, training_args, evaluate_only=evaluate_only
         )
     else:
         new_state(model, in_training=not evaluate_only)  # fail now rather than after reading the data
@@ -158,7 +159,11 @@ def _load(arguments: CausalDataArguments, tokenizer: PreTrainedTokenizerBase, ev
 
 
 def build_datasets(
-    arguments: CausalDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int, *, evaluate_only: bool = False
+    arguments: CausalDataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: PretrainingArguments,
+    *,
+    evaluate_only: bool = False,
 ) -> tuple[Dataset | None, Dataset, PretrainingText]:
     """Blocks to train on, blocks to evaluate on, and the text they come from."""
     text = _load(arguments, tokenizer, evaluate_only)
@@ -167,8 +172,17 @@ def build_datasets(
     if isinstance(text.train, TokenSplit):
         train = CausalBlockDataset(text.train.tokens, length)
     elif text.train is not None:
-        options: dict[str, Any] = {"seed": seed, "shuffle_window": SHUFFLE_WINDOW, "repeat": True}
-        train = CausalBlockStream(text.train, tokenizer, block_length=length, **options)
+        make = partial(
+            CausalBlockStream,
+            text.train,
+            tokenizer,
+            block_length=length,
+            seed=training_args.seed,
+            shuffle_window=SHUFFLE_WINDOW,
+            repeat=True,
+        )
+        shards = arguments.stream_shards
+        train = sharded(lambda rank, size: make(rank=rank, world_size=size), shards, training_args)
     evaluation = CausalBlockDataset(text.validation.tokens, length)
     return train, limited(evaluation, arguments.max_validation_segments), text
 

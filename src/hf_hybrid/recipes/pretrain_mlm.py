@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -29,6 +30,7 @@ from .support.pretraining_data import (
     check_length_of_run,
     limited,
     load_text,
+    sharded,
 )
 from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
@@ -68,7 +70,7 @@ def build(
     model = build_new_or_pretrained(AutoModelForMaskedLM, model_args, tokenizer, default_arch="mega")
     check_positions(model.config, data_args.block_length, "block_length")
     train_dataset, eval_dataset, text = build_datasets(
-        data_args, tokenizer, vocabulary, training_args.seed, evaluate_only=evaluate_only
+        data_args, tokenizer, vocabulary, training_args, evaluate_only=evaluate_only
     )
     trainer = HybridTrainer(
         model=model,
@@ -100,20 +102,26 @@ def build_datasets(
     arguments: MaskedDataArguments,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: MaskingVocabulary,
-    seed: int,
+    training_args: PretrainingArguments,
     *,
     evaluate_only: bool = False,
 ) -> tuple[Dataset | None, Dataset, PretrainingText]:
     """Training set (masked anew in each epoch), evaluation set (fixed masks) and the text they come from."""
     text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
     length = arguments.block_length
-    options: dict[str, Any] = {"vocabulary": vocabulary, "mask_probability": arguments.mask_probability, "seed": seed}
+    options: dict[str, Any] = {
+        "vocabulary": vocabulary,
+        "mask_probability": arguments.mask_probability,
+        "seed": training_args.seed,
+    }
     train: Dataset | None = None
     if isinstance(text.train, TokenSplit):
         train = MaskedBlockDataset(text.train.tokens, length, **options)
     elif text.train is not None:
         stream: dict[str, Any] = {"block_length": length, "shuffle_window": SHUFFLE_WINDOW, "repeat": True}
-        train = MaskedBlockStream(text.train, tokenizer, **stream, **options)
+        make = partial(MaskedBlockStream, text.train, tokenizer, **stream, **options)
+        shards = arguments.stream_shards
+        train = sharded(lambda rank, size: make(rank=rank, world_size=size), shards, training_args)
     evaluation = MaskedBlockDataset(text.validation.tokens, length, resample_each_epoch=False, **options)
     return train, limited(evaluation, arguments.max_validation_segments), text
 

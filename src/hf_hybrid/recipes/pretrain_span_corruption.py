@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -42,6 +43,7 @@ from .support.pretraining_data import (
     check_length_of_run,
     limited,
     load_text,
+    sharded,
 )
 from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
@@ -82,7 +84,7 @@ def build(
     check_positions(model.config, data_args.input_length, "input_length")
     check_decoder_table(model.config, lengths.target_length, "The span-corruption targets", "input_length")
     train_dataset, eval_dataset, text = build_datasets(
-        data_args, tokenizer, training_args.seed, evaluate_only=evaluate_only
+        data_args, tokenizer, training_args, evaluate_only=evaluate_only
     )
     trainer = HybridTrainer(
         model=model,
@@ -112,7 +114,11 @@ def build(
 
 
 def build_datasets(
-    arguments: SpanCorruptionArguments, tokenizer: PreTrainedTokenizerBase, seed: int, *, evaluate_only: bool = False
+    arguments: SpanCorruptionArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: PretrainingArguments,
+    *,
+    evaluate_only: bool = False,
 ) -> tuple[Dataset | None, Dataset, str]:
     """Training set (new noise in each epoch), evaluation set (fixed noise) and a description of the text."""
     options: dict[str, Any] = {
@@ -120,7 +126,7 @@ def build_datasets(
         "noise_density": arguments.noise_density,
         "mean_span_length": arguments.mean_span_length,
         "sentinel_ids": sentinel_ids(tokenizer),
-        "seed": seed,
+        "seed": training_args.seed,
     }
     eos = tokenizer.eos_token_id
     text = load_text(arguments, tokenizer, evaluate_only=evaluate_only)
@@ -128,7 +134,10 @@ def build_datasets(
     if isinstance(text.train, TokenSplit):
         train = SpanCorruptionDataset(text.train.tokens, eos_token_id=eos, **options)
     elif text.train is not None:
-        train = SpanCorruptionStream(text.train, tokenizer, shuffle_window=SHUFFLE_WINDOW, repeat=True, **options)
+        stream: dict[str, Any] = {"shuffle_window": SHUFFLE_WINDOW, "repeat": True}
+        make = partial(SpanCorruptionStream, text.train, tokenizer, **stream, **options)
+        shards = arguments.stream_shards
+        train = sharded(lambda rank, size: make(rank=rank, world_size=size), shards, training_args)
     evaluation = SpanCorruptionDataset(text.validation.tokens, eos_token_id=eos, resample_each_epoch=False, **options)
     return train, limited(evaluation, arguments.max_validation_segments), str(text)
 

@@ -32,6 +32,7 @@ from .parameter_groups import parameter_groups
 from .pieces_trainer import PiecesTrainer
 from .publishing import PublishingTrainer
 from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
+from .streams_trainer import StreamsTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class _SumsCallback(TrainerCallback):
         self._trainer._continue_sums()
 
 
-class HybridTrainer(PublishingTrainer, PiecesTrainer):
+class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer):
     """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
 
     A run that is resumed logs and reports as if it had never stopped: losses, runtime and throughput cover all its sessions up to
@@ -364,6 +365,8 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
         return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._load_stream(checkpoint)
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -481,9 +484,6 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer):
             rotate_checkpoints(run, self.args.save_total_limit, final, self.state.best_model_checkpoint)
             shutil.rmtree(staged.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-
-    def _save_process_state(self, folder: Path) -> None:
-        """Write what else this process needs to continue into the unfinished checkpoint `folder`."""
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
 from ...data.loading import MissingSplitError, is_single_file, load_text_source
+from ...data.sharded_stream import ShardedStream
+from ...data.streaming import PackedStream
 from ...data.token_corpus import tokenize_corpus
 from ...data.token_shards import TokenFolder, TokenShards, is_token_folder
 from ...training.arguments import HybridTrainingArguments
@@ -77,6 +80,20 @@ class PretrainingDataArguments(TextArguments):
     streaming: bool = field(
         default=False, metadata={"help": "Read and tokenize while training; needs `max_steps` or `max_minutes`."}
     )
+    stream_shards: int | None = field(
+        default=None,
+        metadata={
+            "help": "Streaming: divide the documents into this many shards, a multiple of processes x workers of this run and of those "
+            "that will resume it (48, say); every process and worker reads its own. Default: the first process reads for all."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stream_shards is not None and (self.stream_shards < 1 or not self.streaming):
+            raise ValueError(
+                f"`stream_shards` must be a positive number of shards of a stream (`streaming=True`); got {self.stream_shards}."
+            )
 
 
 CONVERSATIONS_HELP = (
@@ -144,13 +161,37 @@ def check_length_of_run(arguments: PretrainingDataArguments, training_args: Hybr
     Raises:
         ValueError: streaming with neither `max_steps` nor `max_minutes`.
     """
-    if arguments.streaming and training_args.dataloader_num_workers > 1:
-        logger.info("One worker reads the stream, so that its order does not depend on `dataloader_num_workers`.")
+    if arguments.streaming and arguments.stream_shards is None and training_args.dataloader_num_workers > 1:
+        logger.info("One worker reads the stream; with `stream_shards` every worker reads shards of its own.")
     if not arguments.streaming or training_args.max_steps > 0:
         return
     if training_args.max_minutes is None:
         raise ValueError("`streaming` needs `max_steps` or `max_minutes`: a stream has no known length.")
     training_args.max_steps = UNLIMITED_STEPS
+
+
+def sharded(
+    make: Callable[[int, int], PackedStream], num_shards: int | None, training_args: HybridTrainingArguments
+) -> TorchIterableDataset:
+    """The training stream of this process.
+
+    Args:
+        make: makes a shard of the stream from its index and the number of shards.
+        num_shards: number of shards that processes and workers read themselves; None: one stream, which the first process reads.
+        training_args: says which process this is, of how many, and of their workers.
+
+    Raises:
+        ValueError: the shards cannot be divided among the processes and their workers.
+    """
+    if num_shards is None:
+        return make(0, 1)
+    processes, workers = training_args.world_size, training_args.dataloader_num_workers
+    if num_shards % (processes * max(1, workers)):
+        raise ValueError(
+            f"`stream_shards` must be a multiple of the number of processes times `dataloader_num_workers`; got {num_shards} for "
+            f"{processes} processes with {workers} workers."
+        )
+    return ShardedStream(make, num_shards, rank=training_args.process_index, world_size=processes)
 
 
 def _loader(arguments: TextArguments, documents_of: DocumentsOf | None) -> Callable[..., Any]:
@@ -208,6 +249,12 @@ def _load_stream(
 
     load = partial(_loader(arguments, documents_of), streaming=True)
     stream = load(arguments.data, "train")
+    if arguments.stream_shards is not None and stream.num_shards % arguments.stream_shards and is_main_process():
+        logger.warning(
+            "`stream_shards` divides rows, as the number of files, %d, is no multiple of it: every shard reads all files, and only the "
+            "work of tokenizing is divided.",
+            stream.num_shards,
+        )
     if arguments.validation_data is not None:
         held_out = _validation_documents(arguments.validation_data, load)
     else:
@@ -215,6 +262,14 @@ def _load_stream(
     count = arguments.held_out_documents
     if held_out:
         return stream, concatenate_datasets([first_texts(split, count) for split in held_out])
+    shards = arguments.stream_shards
+    if (
+        shards is not None and shards > 1 and stream.num_shards % shards == 0
+    ):  # every shard would skip documents of its own files
+        raise ValueError(
+            f"`stream_shards={shards}` divides the {stream.num_shards} files of the data among the shards, so that no documents can be "
+            "held out from the beginning of the stream: pass `validation_data`."
+        )
     logger.info("No validation split: the first %d documents are held out of training.", count)
     rest = stream.skip(count)
     if next(iter(rest), None) is None:
