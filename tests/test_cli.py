@@ -57,6 +57,7 @@ def test_overview_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(words) == 0
         text = capsys.readouterr().out
         assert all(f"\n  {command} " in text for command in cli.COMMANDS)
+        assert len(text.splitlines()) < 48 and max(map(len, text.splitlines())) < 108  # a screen: a line for each
     assert cli.main(["finetune"]) == 0
     text = capsys.readouterr().out
     assert "  finetune glue" in text and "pretrain" not in text.split("Usage")[1]

@@ -19,34 +19,45 @@ from .recipes.support.main_options import MAIN_OPTIONS, TRAINING_ONLY
 
 PROGRAM = "hf-hybrid"
 
-# Words of the command -> recipe. Their order is that of `--help`.
-COMMANDS: dict[str, str] = {
-    "train-tokenizer": "train_tokenizer",
-    "tokenize": "tokenize_text",
-    "pretrain span-corruption": "pretrain_span_corruption",
-    "pretrain clm": "pretrain_clm",
-    "pretrain mlm": "pretrain_mlm",
-    "finetune glue": "finetune_glue",
-    "finetune summarization": "finetune_summarization",
-    "finetune translation": "finetune_translation",
-    "train lra": "train_lra",
-    "train synthetic": "train_synthetic",
-    "train image": "classify_image",
-    "train audio": "classify_audio",
-    "generate": "generate",
-    "evaluate": "evaluate",
-    "lm-eval": "lm_eval",
-    "inspect": "inspect_activations",
-    "memory": "estimate_memory",
-    "merge": "merge_adapter",
-    "export": "export_model",
-    "convert": "convert_checkpoint",
-    "push": "push_to_hub",
-    "data lra": "generate_lra",
-    "reproduce": "reproduce",
-    "app": "app",
-    "demo": "demo",
+# Words of the command -> recipe, by what one wants to do. Their order is that of `--help`.
+_SECTIONS: dict[str, dict[str, str]] = {
+    "Prepare data": {
+        "train-tokenizer": "train_tokenizer",
+        "tokenize": "tokenize_text",
+        "data lra": "generate_lra",
+    },
+    "Train": {
+        "pretrain span-corruption": "pretrain_span_corruption",
+        "pretrain clm": "pretrain_clm",
+        "pretrain mlm": "pretrain_mlm",
+        "finetune glue": "finetune_glue",
+        "finetune summarization": "finetune_summarization",
+        "finetune translation": "finetune_translation",
+        "train lra": "train_lra",
+        "train synthetic": "train_synthetic",
+        "train image": "classify_image",
+        "train audio": "classify_audio",
+    },
+    "Use": {
+        "generate": "generate",
+        "inspect": "inspect_activations",
+        "app": "app",
+        "demo": "demo",
+    },
+    "Measure": {
+        "evaluate": "evaluate",
+        "lm-eval": "lm_eval",
+        "memory": "estimate_memory",
+        "reproduce": "reproduce",
+    },
+    "Share and convert": {
+        "push": "push_to_hub",
+        "export": "export_model",
+        "merge": "merge_adapter",
+        "convert": "convert_checkpoint",
+    },
 }
+COMMANDS: dict[str, str] = {command: recipe for section in _SECTIONS.values() for command, recipe in section.items()}
 _GROUPS = {
     "pretrain": "Pretrain a model on raw text.",
     "finetune": "Fine-tune a checkpoint for a task.",
@@ -162,18 +173,21 @@ def _recipes() -> dict[str, Listed]:
 def _overview(group: str | None = None) -> str:
     """All commands, or those of a group, in a line each."""
     listed = _recipes()
-    shown = {command: recipe for command, recipe in COMMANDS.items() if group is None or command.split()[0] == group}
-    rows = [(command, listed[recipe].summary.rstrip(".:")) for command, recipe in shown.items()]
     title = _GROUPS.get(group or "", "Hybrid state-space/attention models: train, evaluate, use and share them.")
     usage = f"Usage: {PROGRAM} {group or 'COMMAND'} {'COMMAND ' if group else ''}[OPTIONS.yaml] [--option value ...]"
     last = f"`{PROGRAM} {group + ' ' if group else ''}COMMAND --help` shows the main options of a command, `--help-all` all of them."
+    width = max(map(len, COMMANDS)) + 4
+    lines: list[str] = []
+    for heading, section in _SECTIONS.items():
+        shown = {command: recipe for command, recipe in section.items() if group in (None, command.split()[0])}
+        if shown:
+            lines += [""] if group else ["", f"{heading}:"]
+        for command, recipe in shown.items():
+            summary, start = listed[recipe].summary.rstrip(".:"), f"  {command}".ljust(width)
+            lines += textwrap.wrap(summary, 104, initial_indent=start, subsequent_indent=" " * width)
     if group is None:
-        rows.append(("completion bash|zsh|fish", f'Completion of this command: eval "$({PROGRAM} completion bash)"'))
-    width = max(len(command) for command, _ in rows) + 4
-    lines = []
-    for command, summary in rows:
-        lines += textwrap.wrap(summary, 104, initial_indent=f"  {command}".ljust(width), subsequent_indent=" " * width)
-    return "\n".join([title, "", usage, "", *lines, "", last, ""])
+        last += f'\n`eval "$({PROGRAM} completion bash)"` completes commands and options (also zsh; fish: `| source`).'
+    return "\n".join([title, "", usage, *lines, "", last, ""])
 
 
 def _help(command: str, rest: Sequence[str]) -> str | None:

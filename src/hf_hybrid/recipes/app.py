@@ -1,4 +1,6 @@
-"""Try a checkpoint on a page in the browser: fill in, summarise, continue; where it attends; time and memory.
+"""Try a checkpoint on a page in the browser.
+
+It fills in, summarises and continues text, and shows where the model attends, how far it remembers, and its time and memory.
 
     python -m hf_hybrid.recipes.app --model_name_or_path checkpoints/spade-small
     python -m hf_hybrid.recipes.app --port 8000

@@ -1,4 +1,4 @@
-"""Train a classifier on raw waveforms.
+"""Train a classifier of raw waveforms.
 
     python -m hf_hybrid.recipes.classify_audio --data digits/ --arch mega \
         --config_overrides "hidden_size=60,num_hidden_layers=6,use_chunking=true,chunk_size=1000" --output_dir runs/digits

@@ -1,4 +1,6 @@
-"""Train a classifier on images read as sequences of grey values, row by row.
+"""Train a classifier of images, read pixel by pixel.
+
+Images are sequences of grey values, row by row.
 
     python -m hf_hybrid.recipes.classify_image --data digits/ --arch mega \
         --config_overrides "hidden_size=96,num_hidden_layers=4,normalization_type=batchnorm" --output_dir runs/images

@@ -1,4 +1,6 @@
-"""Convert official checkpoints of SPADE (arXiv 2212.08136), Mega (2209.10655) and SeqBoat (2306.11197) to this library, and back.
+"""Convert official SPADE, Mega and SeqBoat checkpoints, and back.
+
+The official code is that of arXiv 2212.08136, 2209.10655 and 2306.11197.
 
     python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path official/ --output_dir converted/
     python -m hf_hybrid.recipes.convert_checkpoint --model_name_or_path checkpoint_best.pt --output_dir converted/

@@ -1,4 +1,6 @@
-"""Demonstration: a small pretrained SPADE reads new documentation, learns to tell libraries apart and writes summary lines.
+"""Continue, fine-tune and use a small checkpoint, in five minutes.
+
+A small pretrained SPADE reads new documentation, learns to tell libraries apart, and writes summary lines.
 
     python -m hf_hybrid.recipes.demo --output_dir demo-output
 

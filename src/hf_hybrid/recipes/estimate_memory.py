@@ -1,4 +1,6 @@
-"""Estimate the memory of a training step on an accelerator, and how many rows fit, without running it.
+"""Estimate the accelerator memory of a training step without running it.
+
+Also tells how many rows fit.
 
     hf-hybrid memory --arch spade_lm --config_overrides "hidden_size=1024,num_hidden_layers=24" --length 8192 \
         --gradient_checkpointing true --device_memory 24

@@ -1,4 +1,4 @@
-"""Evaluate a saved checkpoint on a data set, with the metrics of its task.
+"""Measure a checkpoint on a data set, with the metrics of its task.
 
     python -m hf_hybrid.recipes.evaluate glue --model_name_or_path runs/sst2 --task sst2 --output_dir runs/sst2-eval
     python -m hf_hybrid.recipes.evaluate summarization --model_name_or_path runs/summaries --data articles/ \

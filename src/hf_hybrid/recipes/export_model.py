@@ -1,4 +1,6 @@
-"""Export a checkpoint to a format without model code: program of torch.export, decoding step, ONNX, 8-bit weights.
+"""Export a checkpoint to torch.export, ONNX or 8-bit weights.
+
+The formats run without model code: a program of torch.export, a decoding step, ONNX; or hold 8-bit weights.
 
     python -m hf_hybrid.recipes.export_model --model_name_or_path runs/classifier --format onnx --output_dir exported/
     python -m hf_hybrid.recipes.export_model --model_name_or_path runs/lm --format decoding_step --output_dir exported/

@@ -1,4 +1,6 @@
-"""Fine-tune a sequence classifier (or regressor) on a GLUE task or on your own data with the same columns.
+"""Fine-tune a classifier or regressor of texts or pairs of texts.
+
+Reads a GLUE task, or your own data with the same columns.
 
     python -m hf_hybrid.recipes.finetune_glue --model_name_or_path runs/pretrain --task sst2 --output_dir runs/sst2
     python -m hf_hybrid.recipes.finetune_glue --model_name_or_path runs/pretrain --data reviews.csv \

@@ -1,4 +1,6 @@
-"""Fine-tune an encoder-decoder for summarization, or any other rewriting of text, evaluated by ROUGE on generated text.
+"""Fine-tune an encoder-decoder to summarise or rewrite texts.
+
+Evaluated by ROUGE on generated text.
 
     python -m hf_hybrid.recipes.finetune_summarization --model_name_or_path runs/pretrain --data articles/ \
         --max_source_length 4096 --max_target_length 128 --generation_num_beams 4 --output_dir runs/summaries

@@ -1,4 +1,6 @@
-"""Train or fine-tune an encoder-decoder for translation, evaluated by BLEU (sacrebleu) and chrF on generated text.
+"""Train or fine-tune an encoder-decoder to translate.
+
+Evaluated by BLEU (sacrebleu) and chrF on generated text.
 
     python -m hf_hybrid.recipes.finetune_translation --data pairs/ --source_lang en --target_lang de --tokenizer tokenizer/ \
         --arch mega --config_overrides "hidden_size=256,decoder_layers=4" \

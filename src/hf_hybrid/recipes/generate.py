@@ -1,4 +1,6 @@
-"""Generate text with a saved encoder-decoder or causal language model, in batches.
+"""Generate text with a checkpoint, in batches.
+
+The checkpoint is an encoder-decoder or a causal language model.
 
     python -m hf_hybrid.recipes.generate --model_name_or_path runs/summaries --input_file articles.jsonl \
         --num_beams 4 --max_new_tokens 128 --output_file summaries.jsonl

@@ -1,4 +1,6 @@
-"""Generate ListOps or Pathfinder data and write it as `train`, `validation` and `test` files in Parquet.
+"""Generate ListOps or Pathfinder data of the Long Range Arena.
+
+Writes `train`, `validation` and `test` files in Parquet.
 
     python -m hf_hybrid.recipes.generate_lra --task pathfinder --num_train 160000 --num_validation 20000 --num_test 20000 \
         --output_dir data/pathfinder32

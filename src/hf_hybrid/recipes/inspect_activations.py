@@ -1,4 +1,6 @@
-"""Show where a SeqBoat model attends: which tokens its layers activate, how much of an input, and how far they look.
+"""Show which tokens a SeqBoat model attends to.
+
+Also how much of an input its layers activate, and how far they look.
 
     python -m hf_hybrid.recipes.inspect_activations --model_name_or_path runs/lm --prompts "To be, or not to be" \
         --output_dir runs/lm-activations

@@ -1,4 +1,6 @@
-"""Run the lm-evaluation-harness, with its own command line, on checkpoints of this library.
+"""Run the lm-evaluation-harness on checkpoints of this library.
+
+Its own command line applies.
 
     python -m hf_hybrid.recipes.lm_eval --model hf --model_args pretrained=runs/lm --blimp_data data/blimp --blimp_rows 50 \
         --batch_size 16 --device cpu --output_path runs/lm-blimp

@@ -1,4 +1,6 @@
-"""Merge a LoRA adapter into its base checkpoint, and save the result as an ordinary checkpoint.
+"""Merge a LoRA adapter into its base checkpoint.
+
+The result is an ordinary checkpoint.
 
     python -m hf_hybrid.recipes.merge_adapter --model_name_or_path runs/sst2-lora --output_dir runs/sst2-merged
 

@@ -1,4 +1,6 @@
-"""Pretrain a causal language model on raw text; reports perplexity and bits per byte.
+"""Pretrain a causal language model on raw text.
+
+Reports perplexity and bits per byte.
 
     python -m hf_hybrid.recipes.pretrain_clm --data corpus.txt --tokenizer tokenizer/ \
         --config_overrides "hidden_size=256,num_attention_heads=4,intermediate_size=1024,num_hidden_layers=4,window_size=128" \

@@ -1,4 +1,6 @@
-"""Pretrain a masked language model (BERT objective, arXiv 1810.04805) on raw text.
+"""Pretrain a masked language model on raw text (BERT objective).
+
+Tokens are masked as in arXiv 1810.04805.
 
     python -m hf_hybrid.recipes.pretrain_mlm --data corpus.txt --tokenizer tokenizer/ --arch mega \
         --config_overrides "hidden_size=256,num_hidden_layers=4" --block_length 512 --max_steps 1000 --output_dir runs/mlm

@@ -1,4 +1,6 @@
-"""Pretrain an encoder-decoder by span corruption (T5 objective, arXiv 1910.10683 section 3.1.4) on raw text.
+"""Pretrain an encoder-decoder on raw text (T5 objective).
+
+Span corruption as in section 3.1.4 of arXiv 1910.10683.
 
     python -m hf_hybrid.recipes.pretrain_span_corruption --data corpus.txt --tokenizer tokenizer/ \
         --config_overrides "hidden_size=256,num_attention_heads=4,intermediate_size=1024,num_hidden_layers=4,decoder_layers=4" \

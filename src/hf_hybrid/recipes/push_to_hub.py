@@ -1,4 +1,4 @@
-"""Share a checkpoint, with the code to load it: push it to the Hub, or write it to a folder.
+"""Push a checkpoint with its code to the Hub, or write it to a folder.
 
     python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --repo_id me/summaries --license apache-2.0
     python -m hf_hybrid.recipes.push_to_hub --model_name_or_path runs/summaries --output_dir export

@@ -1,4 +1,4 @@
-"""Run an experiment of a paper with its published settings, whole or at a smaller scale.
+"""Run an experiment of a paper, whole or at a smaller scale.
 
     python -m hf_hybrid.recipes.reproduce mega/listops --scale 0.01 --output_dir runs/listops
     python -m hf_hybrid.recipes.reproduce seqboat/enwik8 --scale 0.1 --data enwik8/ --output_dir runs/enwik8

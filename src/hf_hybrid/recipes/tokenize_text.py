@@ -1,4 +1,6 @@
-"""Tokenize text into a folder of Arrow shards, once, for all runs and all processes that train on it.
+"""Tokenize text once, into a folder of Arrow shards.
+
+Every run and every process that trains on the text reads the same shards.
 
     hf-hybrid tokenize --data corpus/ --tokenizer tokenizer/ --num_proc 8 --output_dir tokens
     hf-hybrid pretrain clm --data tokens --tokenizer tokenizer/ ...

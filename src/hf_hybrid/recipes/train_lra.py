@@ -1,4 +1,6 @@
-"""Train a sequence classifier on a task of the Long Range Arena (arXiv 2011.04006).
+"""Train a classifier on a task of the Long Range Arena.
+
+The tasks are those of arXiv 2011.04006.
 
     python -m hf_hybrid.recipes.train_lra --task listops --arch mega --config_overrides "hidden_size=80,num_hidden_layers=6" \
         --num_train 96000 --num_validation 2000 --per_device_train_batch_size 64 --learning_rate 1e-3 --output_dir runs/listops

@@ -1,4 +1,4 @@
-"""Train a causal model on a synthetic memory task: associative recall, copying or induction.
+"""Train a causal model on recall, copying or induction.
 
     python -m hf_hybrid.recipes.train_synthetic --task associative_recall --arch longvq --length 128 --distance 48 \
         --config_overrides "hidden_size=64,num_hidden_layers=2,shared_representation_size=32,codebook_size=64,window_size=16,chunk_size=16" \

@@ -1,4 +1,6 @@
-"""Train a SentencePiece-unigram tokenizer with sentinels on text files, local data-set folders or Hub data sets.
+"""Train a SentencePiece tokenizer with sentinels.
+
+A unigram model with byte fallback, from text files, local data-set folders or Hub data sets.
 
     python -m hf_hybrid.recipes.train_tokenizer --data books/ notes.txt --vocab_size 8000 --output_dir my_tokenizer
 
