@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from transformers import IntervalStrategy
 
+from hf_hybrid.recipes.support.experiment_files import option_file
 from hf_hybrid.recipes.support.finetuning_data import TableArguments
 from hf_hybrid.recipes.support.models import NewModelArguments
-from hf_hybrid.recipes.support.options import parse_arguments
+from hf_hybrid.recipes.support.options import parse_arguments, read_options
 from hf_hybrid.recipes.support.pretraining_data import PretrainingDataArguments
 from hf_hybrid.training.arguments import FinetuningArguments, PretrainingArguments, Seq2SeqFinetuningArguments
 
@@ -200,3 +201,16 @@ def test_former_names_of_options_are_understood(form: str, caplog: pytest.LogCap
         (options,) = parse_arguments((NewModelArguments,), given, None)
     assert options.arch == "seqboat"
     assert "The option `config_name` is now called `arch`." in caplog.text
+
+
+def test_option_files_of_the_package_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README names them as in the source tree; a file of one's own under the same path comes first."""
+    name = "configs/pretraining/spade-7m.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert read_options(option_file(name))["arch"] == "spade"
+    Path(name).parent.mkdir(parents=True)
+    Path(name).write_text("arch: mega")
+    assert read_options(option_file(name))["arch"] == "mega"
+    assert option_file("configs/none.yaml") == Path("configs/none.yaml")

@@ -16,7 +16,7 @@ yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "pretraining").glob("*.yaml"))
-SIZES = {"spade-50m": (25e6, 60e6)}
+SIZES = {"spade-7m": (6.2e6, 7.2e6), "spade-50m": (25e6, 60e6)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ...data.records import check_reading_options
 from .console import set_quiet
+from .experiment_files import option_file
 from .help_text import TRAINER_GROUP, Option, help_page
 from .main_options import HELP
 from .option_values import option_value
@@ -84,7 +85,7 @@ def parse_arguments(
     _answer_help(words, dataclass_types, description or "", main_options)
     from_file: dict[str, Any] = {}
     if words and words[0].endswith((".yaml", ".yml", ".json")):
-        from_file, words = dict(read_options(Path(words[0]))), words[1:]
+        from_file, words = dict(read_options(option_file(words[0]))), words[1:]
         from_file.pop("published", None)  # what the file is about
     if "--quiet" in words:
         from_file = {**from_file, "quiet": True}
