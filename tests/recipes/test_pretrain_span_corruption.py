@@ -126,7 +126,7 @@ def test_a_separate_validation_file(pretraining, tmp_path, corpus):
     ("changes", "error", "message"),
     [
         ({"tokenizer": None}, ValueError, "`tokenizer` is required"),
-        ({"tokenizer": "/nowhere/tokenizer"}, ValueError, "cannot be loaded"),
+        ({"tokenizer": "/nowhere/tokenizer"}, ValueError, "cannot be loaded: no such folder exists"),
         ({"input_length": 1024}, ValueError, "57 masked spans.*only 32"),
         ({"input_length": 400, "mean_span_length": 20.0}, ValueError, "max_target_positions"),
         ({"data": ["/nowhere.txt"]}, ValueError, "No such file"),

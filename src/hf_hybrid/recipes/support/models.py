@@ -108,7 +108,14 @@ def load_tokenizer(name_or_path: str | None, **kwargs: Any) -> PreTrainedTokeniz
     try:
         return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`tokenizer` {name_or_path!r} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"`tokenizer` {name_or_path!r} cannot be loaded: {_looked_up(name_or_path)}{error}"
+        ) from error
+
+
+def _looked_up(name_or_path: str) -> str:
+    """Says that a mistyped folder was taken for a name of the Hub; the errors of Transformers then speak of the network alone."""
+    return "" if Path(name_or_path).exists() else "no such folder exists; looked up on the Hub: "
 
 
 def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) -> PreTrainedConfig:
@@ -132,7 +139,9 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any], **kwargs: Any) 
         own = [item.model_type for item in ARCHITECTURES]
         close = difflib.get_close_matches(name_or_path.lower(), own, n=1)
         hint = f" Did you mean the architecture {close[0]!r}?" if close else ""
-        raise ValueError(f"The configuration {name_or_path!r} cannot be loaded: {error}{hint}") from error
+        raise ValueError(
+            f"The configuration {name_or_path!r} cannot be loaded: {_looked_up(name_or_path)}{error}{hint}"
+        ) from error
     former = getattr(base, "former_fields", {})
     unknown = sorted(name for name in overrides if not hasattr(base, name) and name not in former)
     if unknown:
@@ -247,7 +256,8 @@ def load_model(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedM
         except (OSError, ValueError, RuntimeError) as error:
             details = "".join(f"\n{text}" for text in reports)
             raise ValueError(
-                f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: {error}{details}"
+                f"The checkpoint {name_or_path!r} cannot be loaded as {auto_class.__name__}: "
+                f"{_looked_up(name_or_path)}{error}{details}"
             ) from error
     model.untrained_parameters = sorted(report["missing_keys"])
     _say_what_differs(name_or_path, report)
