@@ -226,3 +226,11 @@ def test_dependencies_are_few() -> None:
 def test_typed_and_versioned() -> None:
     assert (Path(hf_hybrid.__file__).parent / "py.typed").is_file()
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.?\w+)?", hf_hybrid.__version__)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    root = Path(__file__).parents[1]
+    cited = re.search(r"^version: (\S+)$", (root / "CITATION.cff").read_text("utf-8"), flags=re.MULTILINE)
+    newest = re.search(r"^## (\S+) \((.+)\)$", (root / "CHANGELOG.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert cited and newest and cited[1] == newest[1] == hf_hybrid.__version__
+    assert newest[2] == "unreleased" or re.fullmatch(r"\d{4}-\d{2}-\d{2}", newest[2])
