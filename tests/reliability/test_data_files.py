@@ -97,6 +97,14 @@ CORRUPT = {
     "latin-1 in csv": ("a.csv", lines(b"text,label", b"a,1", b"caf\xe9,1"), r"a\.csv, line 3: byte 0xe9 at position 3.*not UTF-8"),
     "no object": ("a.jsonl", lines(GOOD, b"[1, 2]"), r"a\.jsonl, line 2: a record must be an object"),
     "surrogate": ("a.jsonl", lines(GOOD, b'{"text":"a\\ud800"}'), r"line 2: column 'text': half of a surrogate pair \(\\ud800\)"),
+    "nested surrogate": ("a.jsonl", lines(GOOD, b'{"text":"a","t":{"en":["b\\ud800"]}}'), r"line 2: column 't': half of a surrogate pair"),
+    "name twice": ("a.jsonl", lines(GOOD, b'{"text":"a","text":"b"}'), r"a\.jsonl, line 2: the column 'text' occurs twice"),
+    "key twice": ("a.jsonl", lines(GOOD, b'{"text":"a","m":{"a":1,"a":2}}'), r"a\.jsonl, line 2: column 'm': the key 'a' occurs twice"),
+    "too large": ("a.jsonl", lines(GOOD, b'{"text":"a","label":1e400}'), r"line 2: column 'label': a number that is too large"),
+    "too deep": ("a.jsonl", lines(GOOD, b'{"text":"a","m":' + b"[" * 20_000 + b"]" * 20_000 + b"}"), r"line 2: nested more than 60 levels"),
+    "deep objects": ("a.jsonl", lines(GOOD, b'{"text":"a","m":' + b'{"a":' * 70 + b"1" + b"}" * 71), r"line 2: column 'm': nested more than 60"),
+    "in an array": ("a.json", b"[" + GOOD + b',{"text":"a\\ud800"}]', r"a\.json: record 2: column 'text': half of a surrogate pair"),
+    "too large in an array": ("a.json", b"[" + GOOD + b',{"text":"a","label":-1e999}]', r"a\.json: record 2: column 'label': a number"),
     "raw NUL": ("a.jsonl", lines(GOOD, b'{"text":"a\0b"}'), r"line 2: no valid JSON: Invalid control character"),
     "long row": ("a.csv", lines(b"text,label", b"a,1", b"b,2,3", b"c,1"), r"a\.csv, line 3: 3 cells, but the header names 2"),
     "short row": ("a.csv", lines(b"text,label", b"a,1", b"b", b"c,1"), r"a\.csv, line 3: 1 cell, but the header names 2"),
@@ -109,6 +117,7 @@ UNREADABLE = {
     "same names": ("a.csv", lines(b"text,text", b"a,1"), r"a\.csv, line 1: the column 'text' occurs twice"),
     "header only": ("a.csv", lines(b"text,label"), r"a\.csv has a header but no rows"),
     "blank lines": ("a.jsonl", b"\n\n", r"a\.jsonl has no rows"),
+    "deep array": ("a.json", b"[" * 20_000 + b"]" * 20_000, r"a\.json: nested more than 60 levels deep"),
     "empty array": ("a.json", b"[]", r"a\.json has no rows"),
     "empty": ("a.jsonl", b"", r"Empty file: .*a\.jsonl"),
     "no gzip": ("a.jsonl.gz", b"not compressed", r"a\.jsonl\.gz: Not a gzipped file"),
@@ -179,6 +188,9 @@ HANDLED = {
     "NUL, text": ("a.txt", b"a\0b", ["a\0b"]),
     "NUL, JSON": ("a.jsonl", b'{"text":"a\\u0000b"}\n', ["a\0b"]),
     "words of csv": ("a.csv", b"text,label\nNone,1\nNA,2\nnull,3\nnan,4\n", ["None", "NA", "null", "nan"]),
+    "brackets in a text": ("a.jsonl", json.dumps({"text": '[{\\"' * 100}).encode(), ['[{\\"' * 100]),
+    "60 levels": ("a.jsonl", b'{"text":"a","m":' + b"[" * 59 + b"]" * 59 + b"}", ["a"]),
+    "words after 10,000 numbers": ("a.csv", b"text,label\n" + b"7,1\n" * 10_001 + b"a,1\n", ["7"] * 10_001 + ["a"]),
     "10 MB document": ("a.txt", b"word " * 2_000_000, ["word " * 2_000_000]),
     "line of 50 MB, JSON": ("a.jsonl", json.dumps({"text": "word " * 10_000_000}).encode(), ["word " * 10_000_000]),
     "line of 50 MB, csv": ("a.csv", b"text,label\n" + b"word " * 10_000_000 + b",1\n", ["word " * 10_000_000]),
@@ -206,5 +218,46 @@ def test_reading_options_are_checked(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="`encoding` 'latin-99' is unknown"):
         load_table(tmp_path / "a.txt", encoding="latin-99")
+    with pytest.raises(ValueError, match="`encoding` 'base64' is unknown"):
+        load_table(tmp_path / "a.txt", encoding="base64")
     with pytest.raises(ValueError, match="`on_bad_record` must be one of error, skip; got 'ignore'"):
         load_table(tmp_path / "a.txt", on_bad_record="ignore")
+
+
+DISAGREEING = {
+    "kinds in .csv": ({"a.csv": "text,label\na,\nb,1\n", "b.csv": "text,label\na,1\n\nb,yes\n"}, r"'label' holds a number in .*a\.csv, line 3 \('1'\), but text in .*b\.csv, line 4 \('yes'\)"),
+    "kinds in .jsonl": ({"a.jsonl": '{"text":"a","label":1}\n', "b.jsonl": '\n{"text":"a","label":"x"}\n'}, r"'label' holds a number in .*a\.jsonl, line 1 \(1\), but text in .*b\.jsonl, line 2 \('x'\)"),
+    "columns of .csv": ({"a.csv": "text,label\na,1\n", "b.csv": "text,other\na,1\n"}, r"b\.csv has no column 'label', which .*a\.csv has"),
+    "columns of .jsonl": ({"a.jsonl": '{"text":"a"}\n', "b.jsonl": '{"text":"a","label":1}\n'}, r"a\.jsonl has no column 'label', which .*b\.jsonl has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DISAGREEING)
+def test_files_of_a_folder_that_do_not_fit_together(case, tmp_path):
+    files, message = DISAGREEING[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_table(tmp_path)
+
+
+def test_a_late_change_of_kind_is_named(tmp_path):
+    """Types are inferred in pieces of 10 MB."""
+    rows = [json.dumps({"text": "x" * 10_000, "label": 1})] * 1_200 + [json.dumps({"text": "x", "label": "yes"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(
+        ValueError, match=r"'label' holds a number in .*line 1 \(1\), but text in .*line 1201 \('yes'\)"
+    ):
+        load_table(tmp_path / "a.jsonl")
+
+
+def test_sources_of_different_formats_are_joined(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,1\n")
+    (tmp_path / "b.jsonl").write_text('{"text":"b","label":0}\n')
+    (tmp_path / "c.jsonl").write_text('{"text":"b","label":"x"}\n')
+    for order in (["a.csv", "b.jsonl"], ["b.jsonl", "a.csv"]):
+        assert {*load_table([tmp_path / name for name in order])["text"]} == {"a", "b"}
+    with pytest.raises(
+        ValueError, match=r"'label' is of the type .*int64.* in .*a\.csv, but .*string.* in .*c\.jsonl"
+    ):
+        load_table([tmp_path / "a.csv", tmp_path / "c.jsonl"])

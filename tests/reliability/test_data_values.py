@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,53 @@ def test_words_of_csv_are_text_and_labels(tmp_path):
     assert rows.features["text"].dtype in (Value("string").dtype, "large_string")
     require_text(rows, ["text"], "data")
     assert find_labels(rows, "label").names == ["NA", "None", "null"]
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (1, 0.9), (3, 0.75)])
+def test_too_few_rows_to_hold_some_out(count, fraction, tmp_path):
+    path = write(tmp_path, [{"text": "a", "label": 1}] * count)
+    with pytest.raises(
+        ValueError, match=f"`validation_fraction` {fraction} of the training rows, which are {count}, leaves none"
+    ):
+        load_tables(TableArguments(data=[str(path)], validation_fraction=fraction), seed=1)
+
+
+@pytest.mark.parametrize("option", ["data", "validation_data"])
+@pytest.mark.parametrize("value", ["", [""], " , "])
+def test_an_empty_name_is_no_folder(option, value, monkeypatch, tmp_path):
+    """Not the current one."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, [{"text": "a", "label": 1}])
+    with pytest.raises(ValueError, match=f"`{option}` names no file"):
+        TableArguments(**{option: value})
+
+
+NUMBERS = [
+    *((name, 0, "at least 1") for name in ("per_device_train_batch_size", "per_device_eval_batch_size")),
+    ("gradient_accumulation_steps", 0, "at least 1"),
+    ("gradient_accumulation_steps", -1, "at least 1"),
+    ("max_steps", -5, "at least -1"),
+    *(
+        (name, math.nan, "a finite number")
+        for name in ("num_train_epochs", "weight_decay", "max_grad_norm", "learning_rate")
+    ),
+    ("warmup_steps", math.inf, "a finite number"),
+    ("ssm_learning_rate", -1.0, "at least 0"),
+    ("max_grad_norm", -1.0, "at least 0"),
+    ("seed", -1, "at least 0"),
+    ("seed", 2**40, "below 4294967296"),
+    ("dataloader_num_workers", -1, "at least 0"),
+    ("adam_beta1", 1.5, "below 1"),
+    ("label_smoothing_factor", 2.0, "below 1"),
+    *((name, 0, "above 0") for name in ("save_steps", "eval_steps", "logging_steps")),
+    ("save_steps", -3, "above 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), NUMBERS)
+def test_numbers_that_no_training_can_follow(name, value, message, tmp_path):
+    """Before data and model are loaded, and not in the evaluation after the last step."""
+    options = {"data": "a.jsonl", "model_name_or_path": "m", "output_dir": str(tmp_path / "run"), name: value}
+    options |= {"save_strategy": "steps", "eval_strategy": "steps"}
+    with pytest.raises(ValueError, match=f"`{name}` must be .*{message}"):
+        finetune_glue.main(options)

@@ -8,14 +8,17 @@ that is not an existing path is taken as the name of a Hub data set.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .disagreements import disagreement
 from .records import (
     DEFAULT_ENCODING,
     BadRecord,
@@ -24,6 +27,7 @@ from .records import (
     check_reading_options,
     is_array_file,
     is_decodable,
+    is_deep,
     list_problems,
     place_of,
     read_records,
@@ -174,8 +178,30 @@ def load_table(
     common = [column for column in names[0] if all(column in other for other in names[1:])]
     if not common:
         raise ValueError(f"The sources {', '.join(map(str, sources))} have no column in common: {names}.")
-    joined = datasets.concatenate_datasets([part.select_columns(common) for part in parts])
+    joined = datasets.concatenate_datasets(_alike(datasets, [part.select_columns(common) for part in parts], sources))
     return joined if streaming else remember_origin(joined, _joined(origins))
+
+
+def _alike(datasets, parts: list, sources: Sequence[str | Path]) -> list:
+    """Tables of the same columns, with texts of one type: readers differ.
+
+    Raises:
+        ValueError: a column has other values in one source than in another.
+    """
+    first = parts[0].features
+    for number, part in enumerate(parts[1:], 1):
+        if first is None or part.features is None:
+            continue
+        for column, feature in part.features.items():
+            types = [getattr(item, "dtype", None) for item in (first[column], feature)]
+            if types == ["string", "large_string"] or types == ["large_string", "string"]:
+                parts[number] = parts[number].cast_column(column, first[column])
+            elif feature != first[column] and "null" not in types:
+                raise ValueError(
+                    f"The column {column!r} is of the type {first[column]} in {sources[0]}, but {feature} in {sources[number]}: pass files whose "
+                    "columns hold the same kind of values."
+                )
+    return parts
 
 
 def _builder_options(builder: str, separator: str, encoding: str | None) -> dict[str, Any]:
@@ -236,17 +262,33 @@ class _Reader:
         except Exception as error:  # every builder raises its own exceptions
             settle([] if self.builder == "parquet" else self.problems(), self.on_bad_record, error)
             self._refuse_empty(error)
+            if self.builder == "csv":  # it takes the types of a file from its first 10,000 rows
+                with contextlib.suppress(Exception):
+                    return self._build(datasets, self.files, streaming, at_once=True)
+            if (reason := self._disagreement()) is not None:
+                raise ValueError(
+                    f"{reason}: rows of a table have the same columns, and a column one kind of values."
+                ) from error
             raise ValueError(
                 f"Could not read {self._names()} as {self.builder}: {_first_cause(error)}. Check that the file is complete and "
                 "that its suffix matches its format."
             ) from error
 
+    def _disagreement(self) -> str | None:
+        if self.builder not in ("csv", "json"):
+            return None
+        rows = [(path, (row for row in self.records(path) if isinstance(row, Record))) for path in self.files]
+        return disagreement(self.origin(), rows, self.builder)
+
     def _must_look_through(self) -> bool:
         """Whether corrupt records are to be looked for before the builder reads, or it would pass over them."""
         if self.builder == "csv":  # rows with too few cells are filled up
             return True
-        if self.builder == "json":  # bytes that are no text are found when a value is used
-            return self._skips or not all(is_decodable(path, self.encoding) for path in self.files)
+        if self.builder == "json":
+            # Bytes that are no text are found when a value is used; an array is read by another parser, which passes over much.
+            return self._skips or any(
+                not is_decodable(path, self.encoding) or is_deep(path) or is_array_file(path) for path in self.files
+            )
         return self._skips and self.builder == "text"
 
     @property
@@ -316,8 +358,10 @@ class _Reader:
             if rows <= 0:
                 raise ValueError(f"{self._names()} has {'a header but ' if header else ''}no rows.") from error
 
-    def _build(self, datasets, files: list[Path], streaming: bool):
+    def _build(self, datasets, files: list[Path], streaming: bool, *, at_once: bool = False):
         options = _builder_options(self.builder, self.separator, self.encoding)
+        if at_once:  # the types of a .csv file are those of all its rows
+            options |= {"chunksize": sys.maxsize, "engine": "python"}
         return datasets.load_dataset(
             self.builder,
             data_files={"train": [str(path) for path in files]},

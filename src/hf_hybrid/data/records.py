@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ DEFAULT_ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
 ON_BAD_RECORD = ("error", "skip")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_DEPTH = 60  # of a JSON record; Arrow ends at 64 levels, and its parser ends the process at some thousand
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _SHOWN = 5
 
@@ -67,7 +70,7 @@ def check_reading_options(encoding: str | None, on_bad_record: str) -> None:
         raise ValueError(f"`on_bad_record` must be one of {', '.join(ON_BAD_RECORD)}; got {on_bad_record!r}.")
     if encoding is not None:
         try:
-            codecs.lookup(encoding)
+            io.TextIOWrapper(io.BytesIO(), encoding=encoding)  # also refuses codecs that make no text, such as base64
         except LookupError:
             raise ValueError(
                 f"`encoding` {encoding!r} is unknown; known are utf-8, latin-1, cp1252, utf-16 ..."
@@ -231,10 +234,13 @@ def _whole_file(path: Path, raw: bytes, builder: str, encoding: str | None) -> I
         yield Record(1, text)
         return
     try:
-        rows = json.loads(text)
+        rows = _parse(text)
     except json.JSONDecodeError as error:
         problem = f"no valid JSON: {error.msg} (character {error.colno})"
         yield BadRecord(path, error.lineno, problem, ends_file=True)
+        return
+    except RecursionError:
+        yield BadRecord(path, None, _TOO_DEEP, ends_file=True)
         return
     for number, row in enumerate(rows, 1):
         if fault := _problem_of(row):
@@ -243,16 +249,66 @@ def _whole_file(path: Path, raw: bytes, builder: str, encoding: str | None) -> I
             yield Record(number, json.dumps(row), row)
 
 
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep"
+
+
+class _Twice(dict):
+    """An object in which a key occurs twice."""
+
+    key = ""
+
+
+class _Overflow(float):
+    """A number beyond all numbers of 64 bits."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    twice, names = _Twice(found), [name for name, _ in pairs]
+    twice.key = next(name for name in names if names.count(name) > 1)
+    return twice
+
+
+def _real(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _Overflow(number)
+
+
+def _parse(text: str) -> Any:
+    """The value of a JSON text; `_problem_of` says what of it cannot be a record."""
+    return json.loads(text, object_pairs_hook=_object, parse_float=_real)
+
+
 def _problem_of(row: Any) -> str | None:
     if not isinstance(row, dict):
         return f"a record must be an object with the columns as keys; got {type(row).__name__}"
+    if isinstance(row, _Twice):
+        return f"the column {row.key!r} occurs twice"
     for column, value in row.items():
-        if isinstance(value, str) and (found := _SURROGATE.search(value)):
-            return (
-                f"column {column!r}: half of a surrogate pair (\\u{ord(found[0]):x}) at character {found.start() + 1}, "
-                "which is no text"
-            )
+        if fault := _fault_in(column, 1) or _fault_in(value, 2):
+            return f"column {column!r}: {fault}"
     return None
+
+
+def _fault_in(value: Any, depth: int) -> str | None:
+    """What is wrong with a value of a JSON record, or with one inside of it."""
+    if isinstance(value, str):
+        found = _SURROGATE.search(value)
+        if found is None:
+            return None
+        return f"half of a surrogate pair (\\u{ord(found[0]):x}) at character {found.start() + 1}, which is no text"
+    if isinstance(value, _Overflow):
+        return "a number that is too large for 64 bits"
+    if not isinstance(value, (list, dict)):
+        return None
+    if depth > _MAX_DEPTH:
+        return _TOO_DEEP
+    if isinstance(value, _Twice):
+        return f"the key {value.key!r} occurs twice"
+    items = value if isinstance(value, list) else [*value, *value.values()]
+    return next((fault for item in items if (fault := _fault_in(item, depth + 1))), None)
 
 
 def _json_lines(path: Path, lines: Iterator[tuple[int, str | BadRecord]]) -> Iterator[Record | BadRecord]:
@@ -262,12 +318,12 @@ def _json_lines(path: Path, lines: Iterator[tuple[int, str | BadRecord]]) -> Ite
         elif line.strip():
             row: Any = None
             try:
-                row = json.loads(line)
+                row = _parse(line)
                 problem: str | None = _problem_of(row)
             except json.JSONDecodeError as error:
                 problem = f"no valid JSON: {error.msg} (character {error.colno})"
             except RecursionError:
-                problem = "too deeply nested"
+                problem = _TOO_DEEP
             yield BadRecord(path, number, problem) if problem else Record(number, line, row)
 
 
@@ -343,6 +399,31 @@ def is_decodable(path: Path, encoding: str | None) -> bool:
     except (UnicodeDecodeError, OSError, EOFError):
         return False
     return True
+
+
+def is_deep(path: Path) -> bool:
+    """Whether a record of a JSON file is nested too deeply; the parser of Arrow does not survive some thousand levels."""
+    try:
+        with _open(path) as file:
+            if _is_array(file):
+                return _depth(file.read()) > _MAX_DEPTH + 1
+            return any(_depth(line) > _MAX_DEPTH for line in file)
+    except (OSError, EOFError):
+        return True  # the reader of records says what is wrong
+
+
+def _depth(text: bytes) -> int:
+    if text.count(b"[") + text.count(b"{") <= _MAX_DEPTH:
+        return 0
+    deepest = depth = 0
+    for match in _BRACKETS.finditer(text):
+        character = match[0][:1]
+        if character in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in b"]}":
+            depth -= 1
+    return deepest
 
 
 # ------------------------------------------------------------------------------------------ places of rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -17,10 +19,50 @@ SAMPLING_STRATEGIES: Any = _TRAINER_FIELDS["train_sampling_strategy"].metadata["
 MUON = "muon"
 MUON_LEARNING_RATE = 5e-3
 _ADAMW: Any = _TRAINER_FIELDS["optim"].default  # the AdamW that Transformers prefers for the installed torch
+# What training arguments accept at least; Transformers and torch find most of these only after data and model were loaded, or after
+# the last step.
+_AT_LEAST = {
+    **dict.fromkeys(
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
+        "context_parallel_size generation_num_beams generation_max_length".split(),
+        1,
+    ),
+    "max_steps": -1,
+    **dict.fromkeys(
+        "num_train_epochs learning_rate ssm_learning_rate muon_learning_rate head_learning_rate weight_decay adam_epsilon max_grad_norm "
+        "warmup_steps max_minutes dataloader_num_workers seed data_seed label_smoothing_factor adam_beta1 adam_beta2".split(),
+        0,
+    ),
+}
+_BELOW = {"seed": 2**32, "data_seed": 2**32, "label_smoothing_factor": 1, "adam_beta1": 1, "adam_beta2": 1}
+_INTERVALS = {"save_strategy": "save_steps", "eval_strategy": "eval_steps", "logging_strategy": "logging_steps"}
 _OPTIM_HELP = (
     "Optimizer: `muon` (Muon for the matrices of the blocks, AdamW at `learning_rate` for the rest), `adamw_torch`, or another "
     "name that Transformers knows."
 )
+
+
+def check_numbers(arguments: TrainingArguments) -> None:
+    """Rejects numbers that no training can follow.
+
+    Raises:
+        ValueError: a number is not finite, or out of its range; the message names the argument.
+    """
+    for item in fields(arguments):
+        value = getattr(arguments, item.name)
+        if not isinstance(value, Real) or isinstance(value, bool):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{item.name}` must be a finite number; got {value}.")
+        least, limit = _AT_LEAST.get(item.name), _BELOW.get(item.name)
+        if (least is not None and value < least) or (limit is not None and value >= limit):
+            wanted = [f"at least {least}"] if least is not None else []
+            wanted += [f"below {limit}"] if limit is not None else []
+            raise ValueError(f"`{item.name}` must be {' and '.join(wanted)}; got {value}.")
+    for strategy, name in _INTERVALS.items():
+        chosen, interval = getattr(arguments, strategy), getattr(arguments, name)
+        if getattr(chosen, "value", chosen) == "steps" and isinstance(interval, Real) and interval <= 0:
+            raise ValueError(f"`{name}` must be above 0 with `{strategy}` steps; got {interval}.")
 
 
 @dataclass
@@ -65,6 +107,7 @@ class HybridTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if getattr(self.optim, "value", self.optim) == MUON:
             self.optim = _ADAMW
             if self.muon_learning_rate is None:

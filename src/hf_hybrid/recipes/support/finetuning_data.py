@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -129,6 +130,11 @@ def _split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]
     """Training rows and a held-out share; both know their rows in the files."""
     from datasets import Dataset
 
+    if math.ceil(fraction * len(rows)) >= len(rows):
+        raise ValueError(
+            f"`validation_fraction` {fraction} of the training rows, which are {len(rows)}, leaves none to train on: lower it, add rows, or "
+            "pass `validation_data`."
+        )
     numbers = Dataset.from_dict({"number": range(len(rows))})
     parts = numbers.train_test_split(test_size=fraction, seed=seed)
     kept, held_out = (parts[name]["number"][:] for name in ("train", "test"))

@@ -358,5 +358,5 @@ def split_names(names: Sequence[str] | str | None) -> list[str]:
     names = [names] if isinstance(names, str) else list(names or [])
     split: list[str] = []
     for name in names:
-        split += [name] if Path(name).exists() else [part.strip() for part in name.split(",") if part.strip()]
+        split += [name] if name and Path(name).exists() else [part.strip() for part in name.split(",") if part.strip()]
     return split
