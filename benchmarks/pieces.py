@@ -41,6 +41,11 @@ def models(hidden: int, layers: int) -> dict[str, Any]:
                 chunk_size=128, is_decoder=True, bidirectional=False,
             )
         ),
+        "seqboat": lambda: hf_hybrid.SeqBoatForCausalLM(
+            hf_hybrid.SeqBoatConfig(
+                **common, qk_dim=hidden // 2, value_dim=2 * hidden, ema_dim=16, window_size=129, is_decoder=True
+            )
+        ),
         "bst": lambda: hf_hybrid.BstForCausalLM(
             hf_hybrid.BstConfig(**common, **heads, head_dim=32, block_size=128, context_variant="mf", ssm_state_size=32)
         ),
@@ -82,6 +87,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
                 "model": name, "processes": options.processes, "length": options.length, "hidden": options.hidden,
                 "layers": options.layers, "pass": "forward" if options.forward_only else "forward and backward",
                 "seconds": round(seconds, 2), "bytes_sent_per_process": group.bytes_sent - sent,
+                "bytes_sent_per_layer": (group.bytes_sent - sent) // options.layers,
                 "memory_growth_mib": round(float(growth) / 2**20, 1),
             }  # fmt: skip
             print(json.dumps(found), flush=True)
@@ -95,7 +101,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=65536, help="tokens of the whole text")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--models", nargs="+", default=["spade_lm", "mega", "bst", "longvq"])
+    parser.add_argument("--models", nargs="+", default=["spade_lm", "mega", "seqboat", "bst", "longvq"])
     parser.add_argument("--forward_only", action="store_true", help="no loss and no backward pass")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

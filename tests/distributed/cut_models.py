@@ -1,6 +1,6 @@
 """Models whose matrices or layers are cut over two processes by Transformers' plans, against the same models in one piece.
 
-python -m tests.distributed.cut_models FOLDER
+python -m tests.distributed.cut_models FOLDER [refused] [stages] [matrices]
 """
 
 from __future__ import annotations
@@ -30,6 +30,26 @@ CASES = [
     Case("bst", "AutoModelForCausalLM", "default"),
     Case("bst", "AutoModelForCausalLM", "mh_sliding"),
     Case("longvq", "AutoModelForCausalLM", "default"),
+]
+STAGES = [
+    Case("spade_lm", "AutoModelForCausalLM", "default"),
+    Case("spade_lm", "AutoModelForCausalLM", "chunk_gated"),
+    Case("spade_lm", "AutoModelForCausalLM", "rotary_add"),
+    Case("mega", "AutoModelForCausalLM", "default"),
+    Case("mega", "AutoModelForCausalLM", "chunk_softmax_simple"),
+    Case("seqboat", "AutoModelForCausalLM", "default"),
+    Case("seqboat", "AutoModelForCausalLM", "laplace_rank"),
+    Case("seqboat", "AutoModelForCausalLM", "unlimited_t5"),
+    Case("bst", "AutoModelForCausalLM", "mf"),
+    Case("longvq", "AutoModelForCausalLM", "default"),
+    Case("longvq", "AutoModelForCausalLM", "heads_s4d"),
+]
+REFUSED = [
+    (Case("spade", "AutoModelForSeq2SeqLM", "default"), "causal language model"),
+    (Case("mega", "AutoModelForMaskedLM", "default"), "causal language model"),
+    (Case("bst", "AutoModelForSequenceClassification", "default"), "causal language model"),
+    (Case("mega", "AutoModelForCausalLM", "chunk_relu2_adaptive"), "adaptive_cutoffs=None"),
+    (Case("spade_lm", "AutoModelForCausalLM", "official"), "adaptive_cutoffs=None"),
 ]
 
 
@@ -78,30 +98,48 @@ def check_matrices(case: Case, folder: Path) -> None:
             )
 
 
-def check_layers(folder: Path) -> None:
-    """Pipeline stages of BST compute its logits and write its text; the other architectures refuse by name."""
-    model, place = stored(Case("bst", "AutoModelForCausalLM", "mf"), folder)
+def check_layers(case: Case, folder: Path) -> None:
+    """Pipeline stages compute the logits of the whole model and write its text; none of them holds what only others need."""
+    model, place = stored(case, folder / "stages")
+    model.eval()
     stages = load(model, place, pp_size=WORLD).eval()
-    ids = random_ids(2, 11) if dist.get_rank() == 0 else torch.zeros(2, 11, dtype=torch.long)
-    dist.broadcast(ids, 0)
+    held = sum(parameter.numel() for parameter in stages.parameters())
+    assert held < sum(parameter.numel() for parameter in model.parameters()), f"{case}: a stage holds everything"
+    ids, mask = random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    mask[1, :3] = 0
+    for tensor in (ids, mask):
+        dist.broadcast(tensor, 0)
     with torch.no_grad():
         torch.testing.assert_close(stages(ids).logits, model(ids).logits, **CLOSE)
-        prompt = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
-        assert torch.equal(stages.generate(**prompt), model.generate(**prompt))
-    for case in (Case("mega", "AutoModelForCausalLM", "default"), Case("longvq", "AutoModelForCausalLM", "default")):
-        model, place = stored(case, folder)
+        found, expected = (net(ids, attention_mask=mask).logits[mask.bool()] for net in (stages, model))
+        torch.testing.assert_close(found, expected, **CLOSE)
+        prompt = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(stages.generate(**prompt), model.generate(**prompt)), f"{case}: other text"
+
+
+def check_refusals(folder: Path) -> None:
+    """What cannot be cut into stages is refused by name."""
+    for case, words in REFUSED:
+        model, place = stored(case, folder / "refused")
         try:
             load(model, place, pp_size=WORLD)
         except ValueError as error:
-            assert f"{type(model).__name__} cannot be cut into pipeline stages" in str(error)
+            assert f"{type(model).__name__} cannot be cut into pipeline stages" in str(error) and words in str(error)
         else:
             raise AssertionError(f"{case} was not refused")
 
 
-def check(case: Case | None, folder: Path) -> None:
-    """Matrices of a model, or (None) the stages of BST."""
-    check_layers(folder) if case is None else check_matrices(case, folder)
+def check(part: Any, folder: Path) -> None:
+    """Matrices of a model, its stages (`("stages", case)`), or (None) what is refused."""
+    if part is None:
+        check_refusals(folder)
+    elif isinstance(part, tuple):
+        check_layers(part[1], folder)
+    else:
+        check_matrices(part, folder)
 
 
 if __name__ == "__main__":
-    run_alike(check, [None, *CASES], sys.argv[1])
+    parts = {"refused": [None], "stages": [("stages", case) for case in STAGES], "matrices": CASES}
+    chosen = sys.argv[2:] or list(parts)
+    run_alike(check, [part for name in chosen for part in parts[name]], sys.argv[1])

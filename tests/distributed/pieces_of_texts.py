@@ -26,6 +26,8 @@ CLOSE = {
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}
 CHUNKED: dict[str, Any] = {"truncation": None}
 LEARNING: dict[str, Any] = {"commitment_loss_weight": 0.3}
+# A layer with few active tokens, and a penalty for it.
+RARE: dict[str, Any] = {"router_act_bias": 1.0, "dead_layer_loss_weight": 0.3, "dead_layer_min_rate": 0.9}
 
 # Head, variant and further settings of each model.
 CASES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
@@ -59,6 +61,15 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("AutoModelForCausalLM", "mf_unstructured", {}),
         ("AutoModelForCausalLM", "sh_unstructured", {}),
         ("AutoModelForCausalLM", "mh_s4", {}),
+    ],
+    "seqboat": [
+        ("AutoModelForCausalLM", "default", {}),
+        ("AutoModelForCausalLM", "relu2_distance", {"ema_truncation": None}),
+        ("AutoModelForCausalLM", "laplace_rank", RARE),
+        ("AutoModelForMaskedLM", "default", {}),
+        ("AutoModelForMaskedLM", "laplace_rank", {"window_size": 30}),
+        ("AutoModelForMaskedLM", "always_active", RARE),
+        ("AutoModelForTokenClassification", "relu2_distance", {"ema_truncation": None}),
     ],
     "longvq": [
         ("AutoModelForCausalLM", "default", LEARNING),
@@ -152,7 +163,9 @@ def check(
 def check_refusals(group: SequenceGroup) -> None:
     """What cannot read pieces says so by name."""
     refused = [
-        (Case("seqboat", "AutoModelForCausalLM", "default"), {}, "SeqBoatForCausalLM cannot read"),
+        (Case("seqboat", "AutoModelForCausalLM", "unlimited_relu2"), {}, "Set `window_size`"),
+        (Case("seqboat", "AutoModelForCausalLM", "relu2_distance"), {}, "ema_truncation=None"),
+        (Case("seqboat", "AutoModelForSequenceClassification", "default"), {}, "read the whole input at once"),
         (Case("mega", "AutoModelForCausalLM", "default"), {}, "use_chunking=True"),
         (Case("mega", "AutoModelForCausalLM", "chunk_laplace"), {}, "truncation=None"),
         (

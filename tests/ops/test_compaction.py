@@ -19,6 +19,7 @@ from hf_hybrid.ops.compaction import (
     scatter_active,
 )
 from hf_hybrid.ops.working_memory import (
+    WorkingMemory,
     continued_attention,
     empty_memory,
     enlarge_memory,
@@ -295,6 +296,31 @@ class TestBadInput:
                 compacted_attention(query, key, value, tokens, **options | wrong)
         with pytest.raises(ValueError, match="`query`, `key` and `value` must be"):
             compacted_attention(query, key, value[:3], tokens, **options)
+
+    @pytest.mark.parametrize("is_static", [False, True])
+    def test_a_piece_between_two_memories(self, is_static: bool) -> None:
+        """What sees the future has the last active tokens in front of a piece, and the first ones behind it."""
+        torch.manual_seed(1)
+        active = random_active(3, 40, 0.4)
+        active[1, 12:31] = False
+        active[2, :12] = False
+        query, key, value = states(3, 40)
+        common = {"activation": "laplace", "window": 4} | random_biases("position", 4)
+        expected = compacted_attention_reference(query, key, value, active, causal=False, **common)[:, 12:30]
+
+        def memory_of(piece: slice, from_end: bool) -> WorkingMemory:
+            tokens = active_tokens(active[:, piece])
+            if from_end:
+                tokens = tokens._replace(ranks=tokens.counts[tokens.rows] - 1 - tokens.ranks)
+            parts = [gather_active(part[:, piece], tokens) for part in (key, value)]
+            return write_memory(empty_memory(3, 4, key, value), *parts, tokens, piece.start)
+
+        own = slice(12, 30)
+        tokens = active_tokens(active[:, own], 3 * 18 if is_static else None)
+        parts = [gather_active(part[:, own], tokens) for part in (query, key, value)]
+        before, behind = memory_of(slice(0, 12), False), memory_of(slice(30, 40), True)
+        found = continued_attention(*parts, tokens, before, 12, behind=behind, **common)
+        torch.testing.assert_close(scatter_active(found, tokens, (3, 18)), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_nothing_quadratic_is_allocated() -> None:

@@ -74,6 +74,11 @@ class LongVQConfig(HybridConfig):
         "layers.*.ffn.fc1": "colwise",
         "layers.*.ffn.fc2": "rowwise",
     }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
     attribute_map: ClassVar[dict[str, str]] = {"is_causal": "is_decoder"}
     former_fields: ClassVar[dict[str, str]] = {"dropout": "hidden_dropout"}
     # Codebook statistics are not predictions: Trainer must not gather them during evaluation.

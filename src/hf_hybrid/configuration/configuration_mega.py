@@ -127,6 +127,11 @@ class MegaConfig(HybridConfig):
         "layers.*.nffn.fc1": "colwise",
         "layers.*.nffn.fc2": "rowwise",
     }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
+        "embedding_layer": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "mask"], ["hidden_states"]),
+        "final_norm": (["hidden_states"], ["hidden_states"]),
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"encoder_layers": "num_hidden_layers", "hidden_dropout": "dropout_prob"}
 

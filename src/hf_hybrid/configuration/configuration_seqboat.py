@@ -84,6 +84,11 @@ class SeqBoatConfig(HybridConfig):
         "layers.*.ffn.fc1": "colwise",
         "layers.*.ffn.fc2": "rowwise",
     }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
+        "embeddings": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "mask"], ["hidden_states"]),
+        "final_norm": (["hidden_states"], ["hidden_states"]),
+    }
     attribute_map: ClassVar[dict[str, str]] = {"prenorm": "norm_first", "value_dropout": "activation_dropout"}
     former_fields: ClassVar[dict[str, str]] = {"max_position_embeddings": "distance_table_size"}
     # Activation statistics are not predictions: Trainer must not gather them during evaluation.

@@ -168,6 +168,7 @@ def continued_attention(
     rank_bias: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    behind: WorkingMemory | None = None,
 ) -> torch.Tensor:
     """`memory_attention` of many new tokens: one stream of what the memory holds and the new active tokens, row by row.
 
@@ -176,46 +177,54 @@ def continued_attention(
         tokens: the active tokens; their ranks and positions count from the first new token.
         memory, first_position, activation, window, rank_bias, position_bias: as in `memory_attention`.
         dropout_p: probability of dropping a weight.
+        behind: the first active tokens behind the new ones, counted from the end of the text; attention then sees them too, and
+            needs a window.
 
     Returns:
         (C, E) in the dtype of `value`.
     """
+    memories = [memory] if behind is None else [memory, behind]
     batch, slots = memory.positions.shape
-    remembered = memory.counts.clamp(max=slots)
-    totals = remembered + tokens.counts
-    size = batch * slots + tokens.index.shape[0] if tokens.is_static else int(totals.sum())
+    kept = [item.counts.clamp(max=slots) for item in memories]
+    totals = sum(kept, tokens.counts)
+    room = len(memories) * batch * slots
+    size = room + tokens.index.shape[0] if tokens.is_static else int(totals.sum())
     starts = totals.cumsum(0) - totals
-    old_ranks = memory.ranks()
-    old = torch.where(
-        old_ranks >= 0, starts.unsqueeze(-1) + old_ranks - (memory.counts - remembered).unsqueeze(-1), size
-    )
+    ranks = [item.ranks() for item in memories]
+    firsts = starts - (memory.counts - kept[0])
+    places = [torch.where(ranks[0] >= 0, firsts.unsqueeze(-1) + ranks[0], size)]
+    if behind is not None:
+        lasts = starts + kept[0] + tokens.counts + behind.counts - 1
+        places.append(torch.where(ranks[1] >= 0, lasts.unsqueeze(-1) - ranks[1], size))
+    old = torch.cat(places).flatten()
     rows = tokens.rows.clamp(min=0)
-    new = torch.where(tokens.rows >= 0, starts[rows] + remembered[rows] + tokens.ranks, size)
-    old = old.flatten()
+    new = torch.where(tokens.rows >= 0, starts[rows] + kept[0][rows] + tokens.ranks, size)
 
-    def join(kept: torch.Tensor, added: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """(B, W, ...) and (C, ...) as one stream; what has no place is dropped."""
+    def join(remembered: list[torch.Tensor], added: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """(B, W, ...) each, and (C, ...), as one stream; what has no place is dropped."""
         empty = added.new_full((size + 1, *added.shape[1:]), fill)
-        return empty.index_copy(0, old, kept.flatten(0, 1).to(added.dtype)).index_copy(0, new, added)[:size]
+        states = torch.cat(remembered).flatten(0, 1).to(added.dtype)
+        return empty.index_copy(0, old, states).index_copy(0, new, added)[:size]
 
     row_of_slots = torch.arange(batch, device=key.device).unsqueeze(-1).expand(-1, slots)
     stream = ActiveTokens(
         index=torch.arange(size, device=key.device),
-        rows=join(row_of_slots, rows, fill=-1),
-        ranks=join(old_ranks, tokens.ranks + memory.counts[rows]),
-        positions=join(memory.positions, tokens.positions + first_position),
+        rows=join([row_of_slots] * len(memories), rows, fill=-1),
+        ranks=join(ranks, tokens.ranks + memory.counts[rows]),
+        positions=join([item.positions for item in memories], tokens.positions + first_position),
         counts=totals,
-        longest=slots + tokens.longest,
+        longest=len(memories) * slots + tokens.longest,
         is_static=tokens.is_static,
     )
     outputs = compacted_attention(
-        join(torch.zeros_like(memory.keys), query),  # the memory has no queries: only its keys and values matter
-        join(memory.keys, key),
-        join(memory.values, value),
+        # The memories have no queries: only their keys and values matter.
+        join([torch.zeros_like(item.keys) for item in memories], query),
+        join([item.keys for item in memories], key),
+        join([item.values for item in memories], value),
         stream,
         activation=activation,
         window=window,
-        causal=True,
+        causal=behind is None,
         rank_bias=rank_bias,
         position_bias=position_bias,
         dropout_p=dropout_p,

@@ -50,7 +50,9 @@ class BlockStateLayer(StateLayer):
         return torch.full(self.keys.shape[:1], self.cumulative_length, device=self.keys.device)
 
     def count(self, length: int, real: torch.Tensor | None = None) -> None:
-        if real is not None or self.positions is not None:
+        if real is not None and self.positions is None and self.keys is None:  # a layer that another process runs
+            self.positions = self.cumulative_length + real
+        elif real is not None or self.positions is not None:
             positions = self._row_positions()
             self.positions = positions + (length if real is None else real.to(positions.device))
         super().count(length, real)

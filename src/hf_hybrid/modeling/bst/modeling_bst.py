@@ -34,6 +34,7 @@ from ..call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from ..inputs import check_inputs, note_missing_attentions
 from ..packed_documents import separates_documents
 from ..parallel_plans import ParallelPlans
+from ..pipeline_stages import RunsInStages
 from ..sequence_pieces import ReadsPieces
 from .bst_cache import BlockStateLayer
 from .bst_layers import BstAttention, BstContext, BstLayer, Passage, Step
@@ -91,7 +92,7 @@ class BstPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
             init.normal_(module.initial, std=0.1)
 
 
-class BstModel(ReadsPieces, BstPreTrainedModel):
+class BstModel(RunsInStages, ReadsPieces, BstPreTrainedModel):
     """The bare model: `last_hidden_state` (B, T, D)."""
 
     _can_record_outputs = {"hidden_states": BstLayer}
@@ -179,10 +180,10 @@ class BstModel(ReadsPieces, BstPreTrainedModel):
         mask = _new_padding(mask, length, is_kept=past_key_values is not None)
         start: Start = 0 if past_key_values is None else layer_state(past_key_values, 0).start
         passage = self._passage(mask, start, batch, length, hidden_states.device)
-        for layer in self.layers:
+        for layer in self.own_layers:
             hidden_states = layer(hidden_states, passage, past_key_values=past_key_values, **kwargs)
         count_tokens(past_key_values, length, mask)
-        last = self.final_dropout(self.norm(hidden_states))
+        last = self.final_dropout(self.norm(hidden_states)) if self.is_last_stage else hidden_states
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
 
 

@@ -24,6 +24,7 @@ from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
 from ..parallel_plans import ParallelPlans
+from ..pipeline_stages import RunsInStages
 from ..sequence_pieces import ReadsPieces
 from .longvq_cache import CodeMemoryLayer, check_codebooks
 from .longvq_layers import LongVQLayer, LongVQMixer, build_norm
@@ -60,7 +61,7 @@ class LongVQPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
             init.normal_(module.bias, mean=0.0, std=0.1)
 
     def _quantizers(self) -> list[VectorQuantizer]:
-        return [layer.mixer.quantizer for layer in self.base_model.layers]
+        return [layer.mixer.quantizer for layer in self.base_model.own_layers]
 
     def apply_codebook_updates(self) -> None:
         """Applies the pending codebook update of the last training step; the next training step does so by itself.
@@ -84,7 +85,7 @@ class LongVQPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
         return super().save_pretrained(*args, **kwargs)
 
 
-class LongVQModel(ReadsPieces, LongVQPreTrainedModel):
+class LongVQModel(RunsInStages, ReadsPieces, LongVQPreTrainedModel):
     """The bare stack.
 
     A causal one keeps a cache of constant size: per layer the state of the moving average, (B, D, N) (or of the state space,
@@ -144,7 +145,8 @@ class LongVQModel(ReadsPieces, LongVQPreTrainedModel):
         check_cache(cache, CodeMemoryLayer, len(self.layers), self._cache_layout())
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not is_traced:
-            check_codebooks(cache, [quantizer.version() for quantizer in self._quantizers()])
+            versions = {layer.layer_idx: layer.mixer.quantizer.version() for layer in self.own_layers}
+            check_codebooks(cache, [versions.get(index) for index in range(len(self.layers))])
 
     # ------------------------------------------------------------------------------------------------------ forward
 
@@ -199,7 +201,7 @@ class LongVQModel(ReadsPieces, LongVQPreTrainedModel):
         hidden_states = self.get_input_embeddings()(read.values) if inputs_embeds is None else inputs_embeds
         inputs_device = hidden_states.device  # layers may lie on several
         commitments, perplexities = [], []
-        for layer in self.layers:
+        for layer in self.own_layers:
             hidden_states, commitment, perplexity = layer(
                 hidden_states, mask, slot, past_key_values=past_key_values, **kwargs
             )
@@ -208,7 +210,7 @@ class LongVQModel(ReadsPieces, LongVQPreTrainedModel):
         count_tokens(past_key_values, read.length)
         output_quantization = self.training or bool(output_quantization)
         return LongVQModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=self.norm(hidden_states) if self.is_last_stage else hidden_states,
             past_key_values=past_key_values,
             commitment_loss=torch.stack(commitments).mean() if output_quantization else None,
             codebook_perplexity=torch.stack(perplexities) if output_quantization else None,

@@ -29,6 +29,7 @@ from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import check_inputs, check_source_rows, pool_tokens, read_inputs, simplify_mask
 from ..packed_documents import separates_documents
 from ..parallel_plans import ParallelPlans
+from ..pipeline_stages import RunsInStages
 from ..sequence_pieces import ReadsPieces
 from .mega_cache import GatedAttentionLayer
 from .mega_layers import (
@@ -118,7 +119,7 @@ class MegaPooler(nn.Module):
         return torch.tanh(self.dense(pool_tokens(hidden_states, mask, "first")))
 
 
-class MegaModel(ReadsPieces, MegaPreTrainedModel):
+class MegaModel(RunsInStages, ReadsPieces, MegaPreTrainedModel):
     """The bare stack: `last_hidden_state` (B, L, D), and `pooler_output` (B, D) unless `add_pooling_layer=False`.
 
     With `config.is_decoder` it keeps a cache: per layer the keys (B, P, Z) and values (B, P, E) of all P past tokens, or of
@@ -131,6 +132,8 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
         "cross_attentions": OutputRecorder(MegaCrossAttention, index=1),
     }
     _per_document_outputs = ("pooler_output",)
+    embedding_modules = ("embedding_layer", "embed_norm")
+    final_modules = ("final_norm",)
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -185,6 +188,13 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
 
     def piece_multiple(self) -> int:
         return self.config.attention_chunk or 1
+
+    def obstacle_to_stages(self) -> str | None:
+        if self.config.adaptive_cutoffs is not None:
+            return "its head is an adaptive softmax with tables of the embeddings. Set `adaptive_cutoffs=None`"
+        if self.config.add_cross_attention:
+            return "it attends to encoder states. Use a model without cross-attention"
+        return None
 
     # ------------------------------------------------------------------------------------------------------- cache
 
@@ -241,6 +251,8 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         token_mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        if not self.is_first_stage and inputs_embeds is not None:
+            return inputs_embeds
         hidden_states = self.embedding_layer(input_ids, token_type_ids, inputs_embeds)
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
@@ -309,7 +321,7 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
         hidden_states = self._embed(input_ids, token_type_ids, inputs_embeds, token_mask)
         positions = self._positions(mask, leading)
         output_attentions = bool(kwargs.pop("output_attentions", config.output_attentions))
-        for layer in self.layers:
+        for layer in self.own_layers:
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
@@ -324,7 +336,7 @@ class MegaModel(ReadsPieces, MegaPreTrainedModel):
             )
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
-        if token_mask is not None:
+        if token_mask is not None and self.is_last_stage:
             hidden_states = hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
         pooled = None
         if self.pooler is not None:

@@ -27,6 +27,8 @@ from ..call_cache import cache_of_call, check_cache, count_tokens
 from ..inputs import note_missing_attentions, read_inputs
 from ..packed_documents import separates_documents
 from ..parallel_plans import ParallelPlans
+from ..pipeline_stages import RunsInStages
+from ..sequence_pieces import ReadsPieces
 from .router import ActivationRouter, truncated_normal
 from .seqboat_cache import WorkingMemoryLayer
 from .seqboat_layers import SeqBoatEmbeddings, SeqBoatLayer, SeqBoatPositionBias, SeqBoatUnit, build_norm
@@ -81,7 +83,7 @@ class SeqBoatPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
                 init.xavier_uniform_(projection.weight)
 
 
-class SeqBoatModel(SeqBoatPreTrainedModel):
+class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
     """The bare stack.
 
     With `config.is_decoder` it keeps a cache: per layer the state of the moving average, (B, D, N) in float32 or better, and a ring of
@@ -90,6 +92,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
 
     _can_record_outputs = {"hidden_states": SeqBoatLayer}
     _per_document_outputs = ("activation_rate",)
+    embedding_modules = ("embeddings", "embed_norm")
+    final_modules = ("final_norm",)
 
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__(config)
@@ -112,6 +116,18 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         name = "embed_tokens" if hasattr(self.embeddings, "embed_tokens") else "value_embeddings"
         setattr(self.embeddings, name, value)
+
+    def obstacle_to_pieces(self) -> str | None:
+        config = self.config
+        if config.window_size is None:
+            return "its attention sees all active tokens of a text. Set `window_size`"
+        if config.ema_truncation is not None:
+            return "its moving averages are truncated. Set `ema_truncation=None`"
+        if config.absolute_sinusoid:
+            return "its positions count from the first real token, which another process may hold. Set `absolute_sinusoid=False`"
+        if config.feature_dropout:
+            return "its dropout is the same for all tokens of a text. Set `feature_dropout=False`"
+        return None
 
     # ------------------------------------------------------------------------------------------------------- cache
 
@@ -137,6 +153,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         positions: torch.Tensor,
         token_mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        if not self.is_first_stage and inputs_embeds is not None:
+            return inputs_embeds
         hidden_states = self.embeddings(inputs, inputs_embeds, positions)
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
@@ -149,6 +167,16 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if self.config.position_bias != "rotary":
             return None
         return rotary_table(places, self.config.qk_dim, torch.promote_types(dtype, torch.float32))
+
+    def _activation_rates(self, active: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, num_hidden_layers) share of the real tokens of each text that were active."""
+        counts = torch.stack([layer.sum(-1) for layer in active], dim=-1)
+        if mask is None and self.sequence_group is None:
+            return counts / active[0].shape[1]
+        real = torch.full_like(counts[:, :1], active[0].shape[1]) if mask is None else mask.sum(-1, keepdim=True)
+        if self.sequence_group is not None:
+            counts, real = self.sequence_group.reduce(torch.cat([counts, real], dim=-1)).tensor_split([-1], dim=-1)
+        return counts / real.clamp(min=1)
 
     @checks_types
     @separates_documents
@@ -187,20 +215,23 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             input_values,
             inputs_embeds,
             attention_mask,
-            width=config.embedding_width,
+            width=config.embedding_width if self.is_first_stage else config.hidden_size,
             cache=past_key_values,
         )
         if past_key_values is not None and attention_mask is None:
             leading = past_key_values.begins
         mask = None if mask is None else mask[:, past:]
-        places = torch.arange(past, past + length, device=(inputs_embeds if inputs is None else inputs).device)
+        self.check_piece(length, mask)
+        group = self.sequence_group
+        begin = past if group is None else group.rank * length
+        places = torch.arange(begin, begin + length, device=(inputs_embeds if inputs is None else inputs).device)
         positions = places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)
         token_mask = None if mask is None else mask.unsqueeze(-1)
 
         hidden_states = self._embed(inputs, inputs_embeds, positions, token_mask)
         rotary = self._rotary(places, hidden_states.dtype)
         gates, penalties = [], []
-        for layer in self.layers:
+        for layer in self.own_layers:
             hidden_states, gate, penalty = layer(
                 hidden_states, mask, rotary, past, past_key_values=past_key_values, **kwargs
             )
@@ -208,17 +239,17 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             penalties.append(None if penalty is None else penalty.to(places.device))
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
-        if token_mask is not None:
+        if token_mask is not None and self.is_last_stage:
             hidden_states = hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
         if output_activations is None:
             output_activations = config.output_activations
         active = [gate.detach() > 0 for gate in gates]
         count_tokens(past_key_values, length)
-        number = length if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
+        rates = self._activation_rates(active, mask)
         return SeqBoatModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            activation_rate=torch.stack([layer.sum(-1) for layer in active], dim=-1) / number,
+            activation_rate=rates,
             active=tuple(active) if output_activations else None,
             gate_probs=tuple(gates) if output_activations else None,
             auxiliary_loss=None if penalties[0] is None else torch.stack(penalties).mean(),

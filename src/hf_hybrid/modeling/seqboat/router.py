@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...ops.autocast import without_autocast
+from ...ops.sequence_group import SequenceGroup
 
 
 def truncated_normal(weight: torch.Tensor, init: ModuleType, std: float) -> None:
@@ -88,16 +89,24 @@ class ActivationRouter(nn.Module):
         return torch.softmax(biased / self.log_temperature.to(logits.dtype).exp(), dim=-1)
 
     def dead_layer_penalty(
-        self, routing: Routing, mask: torch.Tensor | None = None, minimum_rate: float = 0.02
+        self,
+        routing: Routing,
+        mask: torch.Tensor | None = None,
+        minimum_rate: float = 0.02,
+        group: SequenceGroup | None = None,
     ) -> torch.Tensor:
         """Pulls tokens over the threshold while fewer than `minimum_rate` of them are active, and vanishes otherwise.
 
             max(0, 1 - rate / minimum_rate) * mean softplus(u_0 + act_bias - u_1)
 
-        The first factor has no gradient; the second reaches every real token, active or not.
+        The first factor has no gradient; the second reaches every real token, active or not. Of texts in pieces each process of
+        the `group` gets its share of the penalty.
         """
         losses = F.softplus(routing.logits[..., 0] + self.act_bias - routing.logits[..., 1])
         real = torch.ones_like(routing.active) if mask is None else mask
-        number = real.sum().clamp(min=1)
-        deficit = (1 - routing.active.sum() / (number * minimum_rate)).clamp(min=0)
+        number, active = real.sum(), routing.active.sum()
+        if group is not None:
+            number, active = group.reduce(torch.stack([number, active])).unbind()
+        number = number.clamp(min=1)
+        deficit = (1 - active / (number * minimum_rate)).clamp(min=0)
         return deficit * torch.where(real, losses, 0).sum() / number

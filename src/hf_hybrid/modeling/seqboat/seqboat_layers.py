@@ -30,7 +30,9 @@ from ...ops.compaction import (
     rotate_pairs,
     scatter_active,
 )
+from ...ops.memory_pieces import entering_memory, piece_counts
 from ...ops.relative_position import relative_bias_vector
+from ...ops.sequence_group import SequenceGroup
 from ...ops.working_memory import (
     WorkingMemory,
     continued_attention,
@@ -142,6 +144,8 @@ class SeqBoatUnit(nn.Module):
         (6) y = f(x + S h + g * o)   (post-norm: norm(y))
     """
 
+    sequence_group: SequenceGroup | None = None  # processes that hold the other pieces of the texts
+
     def __init__(self, config: SeqBoatConfig) -> None:
         super().__init__()
         self.is_causal = config.is_decoder
@@ -243,7 +247,9 @@ class SeqBoatUnit(nn.Module):
         query, key, value, reset = self._project(gather_active(inner, tokens), rotary, tokens)
         dropout = self.attention_dropout if self.training else 0.0
         memory = None if cache_layer is None else cache_layer.memory
-        if memory is None:
+        if self.sequence_group is not None:
+            attended = self._attend_in_piece(query, key, value, tokens, shape[1], dropout, self.sequence_group)
+        elif memory is None:
             attended = compacted_attention(
                 query, key, value, tokens, causal=self.is_causal, dropout_p=dropout, **self._settings()
             )
@@ -257,6 +263,27 @@ class SeqBoatUnit(nn.Module):
         gate = routing.gate.flatten()[tokens.index].unsqueeze(-1)
         # (5) times g
         return scatter_active(self.out_proj(attended * reset) * gate.to(value.dtype), tokens, shape)
+
+    def _attend_in_piece(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        tokens: ActiveTokens,
+        length: int,
+        dropout: float,
+        group: SequenceGroup,
+    ) -> torch.Tensor:
+        """Attention of the active tokens of a piece (C, .) to those of their text in the window, whoever holds them."""
+        assert self.window is not None
+        counts, first = piece_counts(group, tokens.counts), group.rank * length
+        before = entering_memory(group, key, value, tokens, counts, self.window, first)
+        behind = None
+        if not self.is_causal:
+            behind = entering_memory(group, key, value, tokens, counts, self.window, first, reverse=True)
+        return continued_attention(
+            query, key, value, tokens, before, first, dropout_p=dropout, behind=behind, **self._settings()
+        )
 
     def _attend_few(
         self,
@@ -330,7 +357,7 @@ class SeqBoatUnit(nn.Module):
         routing = self._route(inner, mask)  # (2)
         penalty = None
         if self.min_rate is not None and self.router is not None:
-            penalty = self.router.dead_layer_penalty(routing, mask, self.min_rate)
+            penalty = self.router.dead_layer_penalty(routing, mask, self.min_rate, self.sequence_group)
         inner = inner.to(hidden_states.dtype)
         is_few = (
             cache_layer is not None
