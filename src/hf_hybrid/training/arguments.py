@@ -99,6 +99,13 @@ class HybridTrainingArguments(TrainingArguments):
             "group of so many processes."
         },
     )
+    fsdp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Shard parameters, gradients and optimizer over this many processes (FSDP2). A run may be resumed with another "
+            "number of processes."
+        },
+    )
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] = field(
         default="non_padding", metadata={"help": "Count the tokens of the inputs: all, non_padding or no."}
     )

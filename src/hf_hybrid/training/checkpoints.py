@@ -16,6 +16,7 @@ from pathlib import Path
 
 CHECKPOINT_MANIFEST_FILE = "checkpoint_manifest.json"
 STAGING_FOLDER = "_saving"
+OPTIMIZER_FOLDER = "optimizer"  # of a sharded run: the shards of its optimizer
 PUBLISHING_FOLDER = "_publishing"  # clean copies on their way to the Hub, hard links where possible
 
 

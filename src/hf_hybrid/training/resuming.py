@@ -22,7 +22,7 @@ TOTALS_FILE = "run_totals.json"
 _FREE = frozenset(
     "resume_from_checkpoint max_steps num_train_epochs max_minutes save_steps save_total_limit eval_steps eval_strategy save_strategy "
     "disable_tqdm report_to run_name local_rank per_device_eval_batch_size output_dir trust_remote_code num_processes quiet "
-    "push_to_hub".split()
+    "push_to_hub fsdp_size".split()
 )
 _FREE_PARTS = ("log_", "logging_", "dataloader_", "hub_")  # beginnings of the names of others
 # Options of training that a continuation cannot take over: they decide what the stored optimizer state, the order of the rows or

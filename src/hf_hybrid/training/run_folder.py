@@ -29,6 +29,7 @@ import torch
 
 from .checkpoints import (
     CHECKPOINT_MANIFEST_FILE,
+    OPTIMIZER_FOLDER,
     PUBLISHING_FOLDER,
     STAGING_FOLDER,
     check_safetensors,
@@ -307,8 +308,9 @@ def check_checkpoint(folder: str | os.PathLike[str], *, resumable: bool = False)
         weights = [ADAPTER_WEIGHTS_FILE if is_adapter else "model.safetensors"]
     if resumable:
         _check_bytes(folder)
+        is_sharded = (folder / OPTIMIZER_FOLDER / ".metadata").is_file()
         for name in ("optimizer.pt", "scheduler.pt"):
-            if not (folder / name).is_file():
+            if not (folder / name).is_file() and not (is_sharded and name == "optimizer.pt"):
                 raise ValueError(
                     f"{folder} cannot be resumed: {name} is missing (was it saved with save_only_model?)."
                 )

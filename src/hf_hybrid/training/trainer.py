@@ -32,6 +32,7 @@ from .parameter_groups import parameter_groups
 from .pieces_trainer import PiecesTrainer
 from .publishing import PublishingTrainer
 from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
+from .shards_trainer import ShardsTrainer
 from .streams_trainer import StreamsTrainer
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class _SumsCallback(TrainerCallback):
         self._trainer._continue_sums()
 
 
-class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer):
+class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrainer):
     """`Trainer` with parameter groups by name, a time limit and tokens per second in its logs.
 
     A run that is resumed logs and reports as if it had never stopped: losses, runtime and throughput cover all its sessions up to
@@ -316,8 +317,8 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer):
     def _warn_of_shards(self) -> None:
         if self.is_fsdp_enabled and self.args.save_strategy != SaveStrategy.NO:
             logger.warning(
-                "The checkpoints of a run under FSDP cannot be resumed (`resume_from_checkpoint`), only started from: their weights are "
-                "whole with `fsdp_state_dict_type: FULL_STATE_DICT`."
+                "The checkpoints of a run under FSDP of Accelerate cannot be resumed (`resume_from_checkpoint`), only started from: their "
+                "weights are whole with `fsdp_state_dict_type: FULL_STATE_DICT`. Those of `fsdp_size` can be resumed."
             )
 
     @property
