@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .pipeline_stages import cut_into_stages
+from .pipeline_stages import RunsInStages, cut_into_stages
 
 GATHER, SPLIT = "colwise_gather_output", "rowwise_split_input"
 
@@ -59,7 +59,10 @@ class ParallelPlans:
         if stages == 1:
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
         stack = model.base_model
-        obstacle = stack.obstacle_to_stages()
+        if isinstance(stack, RunsInStages):
+            obstacle = stack.obstacle_to_stages()
+        else:
+            obstacle = f"{type(stack).__name__} is not made for it. Derive it from `RunsInStages`"
         if obstacle is None and len(stack.layers) < stages:
             obstacle = f"it has {len(stack.layers)} layers. Choose a `pp_size` of at most so many"
         if obstacle is not None:
