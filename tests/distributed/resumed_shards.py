@@ -59,6 +59,7 @@ def train(kind: str, folder: Path, run: str, resumed: str | None = None, shards:
         output_dir=str(place), use_cpu=True, max_steps=STEPS, save_steps=SAVED, learning_rate=1e-2, ssm_learning_rate=5e-3, seed=3,
         per_device_train_batch_size=ROWS // processes, train_sampling_strategy="sequential", report_to="none", disable_tqdm=True,
         weight_decay=0.1, logging_steps=1, fsdp_size=shards,
+        adam_epsilon=1e-3,  # gradients that are zeros but for rounding (keys have a common offset) would be steps of full size
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in rows]
     if kind == "spade":
@@ -135,15 +136,10 @@ def compare(kind: str, folder: Path) -> None:
     expected = load_file(folder / kind / "1" / "model.safetensors")
     for run in ("2", "4", "4to2", "2to4", "4to1whole", "4to2whole"):
         found = load_file(folder / kind / run / "model.safetensors")
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
-            torch.testing.assert_close(
-                tensor,
-                expected[name],
-                rtol=1e-4,
-                atol=1e-5,
-                msg=f"{kind}, {run}, {name}",
-            )
+        further = found.keys() - expected.keys()  # tied weights are gathered, and saved, twice
+        assert expected.keys() <= found.keys() and further <= ({"lm_head.weight"} if kind in TIED else set()), further
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{kind}, {run}, {name}")
 
 
 if __name__ == "__main__":

@@ -187,16 +187,13 @@ def continued_attention(
     batch, slots = memory.positions.shape
     kept = [item.counts.clamp(max=slots) for item in memories]
     totals = sum(kept, tokens.counts)
-    room = len(memories) * batch * slots
-    size = room + tokens.index.shape[0] if tokens.is_static else int(totals.sum())
+    size = len(memories) * batch * slots + tokens.index.shape[0] if tokens.is_static else int(totals.sum())
     starts = totals.cumsum(0) - totals
     ranks = [item.ranks() for item in memories]
-    firsts = starts - (memory.counts - kept[0])
-    places = [torch.where(ranks[0] >= 0, firsts.unsqueeze(-1) + ranks[0], size)]
+    places = [starts.unsqueeze(-1) + ranks[0] - (memory.counts - kept[0]).unsqueeze(-1)]
     if behind is not None:
-        lasts = starts + kept[0] + tokens.counts + behind.counts - 1
-        places.append(torch.where(ranks[1] >= 0, lasts.unsqueeze(-1) - ranks[1], size))
-    old = torch.cat(places).flatten()
+        places.append((starts + kept[0] + tokens.counts + behind.counts - 1).unsqueeze(-1) - ranks[1])
+    old = torch.cat([torch.where(rank >= 0, place, size) for rank, place in zip(ranks, places)]).flatten()
     rows = tokens.rows.clamp(min=0)
     new = torch.where(tokens.rows >= 0, starts[rows] + kept[0][rows] + tokens.ranks, size)
 
