@@ -8,6 +8,7 @@ Long Range Arena are ten times as long: leave out `longer_than` to `max_args` (d
 
 # %%
 import os
+import shutil
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -38,6 +39,9 @@ TASK = {
 }
 
 # %% Train and evaluate each with the same recipe: `hf-hybrid train lra --task listops --arch mega ...`
+shutil.rmtree(
+    OUTPUT / "listops", ignore_errors=True
+)  # an earlier run: recipes never write into a folder that is not empty
 accuracies = {}
 for name, sizes in MODELS.items():
     metrics = train_lra.main(
