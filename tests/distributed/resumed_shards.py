@@ -34,6 +34,7 @@ TIED = (
     "spade_lm",
     "seqboat",
 )  # whose weights Transformers cannot write in shards: safetensors refuses two names of a tensor
+WITH_INTEGERS = ("longvq",)  # counters of codebooks; PyTorch joins shards of real numbers only
 STEPS, SAVED, ROWS = 4, 2, 4
 
 
@@ -122,7 +123,7 @@ def resume_whole(kind: str, folder: Path) -> None:
 
     processes = dist.get_world_size()
     train(kind, folder, f"4to{processes}whole", "4")
-    if dist.get_rank() == 0 and kind not in TIED:
+    if dist.get_rank() == 0 and kind not in TIED + WITH_INTEGERS:
         place = folder / kind / f"joined{processes}"
         consolidate_distributed_checkpoint(folder / kind / "shards4", place)
         plain = build(kind)
@@ -136,8 +137,7 @@ def compare(kind: str, folder: Path) -> None:
     expected = load_file(folder / kind / "1" / "model.safetensors")
     for run in ("2", "4", "4to2", "2to4", "4to1whole", "4to2whole"):
         found = load_file(folder / kind / run / "model.safetensors")
-        further = found.keys() - expected.keys()  # tied weights are gathered, and saved, twice
-        assert expected.keys() <= found.keys() and further <= ({"lm_head.weight"} if kind in TIED else set()), further
+        assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{kind}, {run}, {name}")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -71,6 +72,8 @@ def check(case: Case, folder: Path) -> None:
     dcp.save({"optimizer": saved}, checkpoint_id=place / "optimizer")
     expected = whole(model)
     again = type(plain).from_pretrained(place / "whole")  # in one piece
+    stored, alone = (load_file(place / name / "model.safetensors").keys() for name in ("whole", "start"))
+    assert stored == alone, f"{case}: tied tensors are saved twice"
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, expected[name]), f"{case}: {name} of the whole checkpoint differs"
     torch.manual_seed(0)
