@@ -158,6 +158,12 @@ class LayerActivation:
     is_always_on: bool
 
 
+def _temperature(log_temperature: torch.Tensor) -> float:
+    """The temperature of a router; a shard of a number may be empty."""
+    whole = log_temperature.full_tensor() if hasattr(log_temperature, "full_tensor") else log_temperature
+    return float(whole.exp())
+
+
 class ActivationCollector:
     """Accumulates decisions of routers; the sums stay on the device of the model until `summary`."""
 
@@ -180,7 +186,7 @@ class ActivationCollector:
         self.sums[layer].append(torch.stack(parts))
 
     def summary(self) -> list[LayerActivation]:
-        """One entry per layer; empty before the first decision."""
+        """One entry per layer; empty before the first decision. Of a sharded model all processes must call it."""
         found = []
         for layer, unit in enumerate(self.units):
             if not self.rates[layer]:
@@ -197,7 +203,7 @@ class ActivationCollector:
                     rate_std=float(rates.std()) if rates.numel() > 1 else 0.0,
                     span=span_sum / spans if spans else 0.0,
                     max_span=float(sums[:, 2].max()),
-                    temperature=float(unit.router.log_temperature.detach().exp()),
+                    temperature=_temperature(unit.router.log_temperature.detach()),
                     gate=gate_sum / number if number else 0.0,
                     tokens_per_window=unit.window / rate if unit.window is not None and rate > 0 else None,
                     saving=1.0 - rate,
