@@ -138,7 +138,8 @@ class PretrainingArguments(HybridTrainingArguments):
     ssm_learning_rate: float | None = field(
         default=1e-3, metadata={"help": "Peak learning rate of the state space parameters (no weight decay)."}
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
+    # Muon's updates have one size, so that matrices grow until the decay balances them: at 0.01 to ten times their initial size.
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the matrices."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
@@ -157,6 +158,7 @@ class SyntheticTrainingArguments(PretrainingArguments):
     """Training arguments with defaults for synthetic tasks."""
 
     optim: str = field(default=_ADAMW, metadata={"help": _OPTIM_HELP})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the matrices."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples per step and device."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
