@@ -341,7 +341,8 @@ def _check_gaps(mask: torch.Tensor, past: int, name: str) -> None:
     if can_read_values(mask) and past > 1 and bool((mask[:, : past - 1] & ~mask[:, 1:past]).any()):
         raise ValueError(
             f"`{name}` has padding behind real tokens of earlier calls: the state went on through it, so the cache of a text that was "
-            "padded on the right cannot be continued. Pad on the left, or run the rows on their own."
+            "padded on the right cannot be continued. Pad on the left, or run the rows on their own. (Without an attention mask "
+            "`generate` masks every padding token of the prompt: pass one of ones where the text itself has that token.)"
         )
 
 
