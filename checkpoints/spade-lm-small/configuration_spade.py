@@ -391,6 +391,11 @@ class SpadeLMConfig(HybridConfig):
         "layers.*.feed_forward.wi_1": "colwise",
         "layers.*.feed_forward.wo": "rowwise",
     }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "key_mask"], ["hidden_states"]),
+        "final_norm": (["hidden_states"], ["hidden_states"]),
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",

@@ -52,6 +52,7 @@ class GenericHead:
 
     Attributes:
         accepts_loss_options: whether `forward` takes `LossKwargs`.
+        runs_in_stages: whether Transformers can cut the model into pipeline stages.
         stack_class: class of the stack.
         output_class: class of what `forward` returns. Fields of the same name are taken over from the output of the stack.
         required_settings: fields of the configuration and the values that they must have.
@@ -62,6 +63,7 @@ class GenericHead:
     """
 
     accepts_loss_options: ClassVar[bool] = False
+    runs_in_stages: ClassVar[bool] = False
     stack_class: ClassVar[Any]
     output_class: ClassVar[type[ModelOutput]]
     required_settings: ClassVar[dict[str, object]] = {}
@@ -138,6 +140,7 @@ class GenericForCausalLM(FusedHeadGuard, GenericHead):
     """Language model. Put `StateGenerationMixin` among the bases of the class itself: Transformers looks for it there."""
 
     accepts_loss_options: ClassVar[bool] = True
+    runs_in_stages: ClassVar[bool] = True
     output_class: ClassVar[type[CausalLMOutputWithPast]] = CausalLMOutputWithPast
     lm_head: nn.Module
 

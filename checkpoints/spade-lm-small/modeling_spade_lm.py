@@ -34,6 +34,7 @@ from .call_cache import cache_of_call, check_cache, count_tokens, layer_state
 from .inputs import check_inputs, logical_positions, note_missing_attentions
 from .packed_documents import separates_documents
 from .parallel_plans import GATHER, SPLIT, ParallelPlans
+from .pipeline_stages import RunsInStages
 from .sequence_pieces import ReadsPieces
 from .feed_forward import FeedForward
 from .local_self_attention import LocalSelfAttention
@@ -87,6 +88,21 @@ class SpadeLMLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(mixed)
         residual = hidden_states if self.residual_scale is None else hidden_states * self.residual_scale
         return residual + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states))), bias
+
+
+class _SharedBias(nn.Module):
+    """What later pipeline stages need of the first layer, under its names: the table of biases that all layers share."""
+
+    def __init__(self, attention: LocalSelfAttention) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "output_norm", "head_scale"):
+            setattr(attention, name, None)
+        self.mixer = nn.Module()
+        self.mixer.attention = attention
+
+    def forward(self, device: torch.device) -> torch.Tensor | None:
+        """See `LocalSelfAttention.bias_vector`."""
+        return self.mixer.attention.bias_vector(device)
 
 
 class SpadeLMPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
@@ -145,10 +161,11 @@ class SpadeLMPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
                 init.zeros_(module.weight[module.padding_idx])
 
 
-class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
+class SpadeLMModel(RunsInStages, ReadsPieces, SpadeLMPreTrainedModel):
     """The bare decoder-only model: `last_hidden_state` (B, L, D)."""
 
     _can_record_outputs = {"hidden_states": SpadeLMLayer}
+    final_modules = ("final_norm",)
 
     def __init__(self, config: SpadeLMConfig) -> None:
         super().__init__(config)
@@ -193,6 +210,16 @@ class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
 
     def piece_multiple(self) -> int:
         return self.config.window_size if self.config.local_attention_type == "chunk" else 1
+
+    def obstacle_to_stages(self) -> str | None:
+        if self.config.adaptive_cutoffs is not None:
+            return "its head is an adaptive softmax with tables of the embeddings. Set `adaptive_cutoffs=None`"
+        return None
+
+    def become_stage(self, first_layer: nn.Module, *, is_first: bool, is_last: bool, keeps_embeddings: bool) -> None:
+        super().become_stage(first_layer, is_first=is_first, is_last=is_last, keeps_embeddings=keeps_embeddings)
+        if not is_first and self.config.share_relative_bias:
+            self.layers[0] = _SharedBias(first_layer.mixer.attention)
 
     def _cache_layout(self) -> dict[str, object]:
         names = (
@@ -258,13 +285,15 @@ class SpadeLMModel(ReadsPieces, SpadeLMPreTrainedModel):
             cache=past_key_values,
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.config.scale_embedding:
+        if self.config.scale_embedding and self.is_first_stage:
             hidden_states = hidden_states * math.sqrt(self.config.hidden_size)
         hidden_states = self.dropout(hidden_states)
         self.check_piece(hidden_states.shape[1], mask)
         positions = self._positions(mask, past, hidden_states.shape[1], hidden_states.device)
         bias = None
-        for layer in self.layers:
+        if not self.is_first_stage and self.config.share_relative_bias:
+            bias = self.layers[0](hidden_states.device)
+        for layer in self.own_layers:
             hidden_states, bias = layer(
                 hidden_states, mask, bias, positions, past_key_values=past_key_values, **kwargs
             )

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from .pipeline_stages import RunsInStages, cut_into_stages
+
 GATHER, SPLIT = "colwise_gather_output", "rowwise_split_input"
 
 
@@ -41,9 +43,46 @@ class ParallelPlans:
         """
         is_mapping = isinstance(distributed_config, dict)
         stages = distributed_config.get("pp_size") if is_mapping else getattr(distributed_config, "pp_size", None)
-        if (stages or 1) > 1 and not cls.config_class.base_model_pp_plan:  # type: ignore[attr-defined]
+        if (stages or 1) > 1 and not getattr(cls, "runs_in_stages", False):
             raise ValueError(
-                f"{cls.__name__} cannot be cut into pipeline stages (`pp_size={stages}`): what passes between its layers is more "
-                "than one tensor, or its embeddings have names that Transformers does not know. Use `tp_size` or `fsdp_size`."
+                f"{cls.__name__} cannot be cut into pipeline stages (`pp_size={stages}`): Transformers passes the hidden states of one "
+                "stack from stage to stage, to the head of a causal language model. Use `tp_size` or `fsdp_size`."
             )
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As in Transformers.
+
+        Raises:
+            ValueError: pipeline stages of a model whose configuration does not allow them, or with too few layers.
+        """
+        stages = 1 if mesh_manager is None else distributed_config.pp_size
+        if stages == 1:
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+        stack = model.base_model
+        if isinstance(stack, RunsInStages):
+            obstacle = stack.obstacle_to_stages()
+        else:
+            obstacle = f"{type(stack).__name__} is not made for it. Derive it from `RunsInStages`"
+        if obstacle is None and len(stack.layers) < stages:
+            obstacle = f"it has {len(stack.layers)} layers. Choose a `pp_size` of at most so many"
+        if obstacle is not None:
+            raise ValueError(
+                f"{cls.__name__} cannot be cut into pipeline stages (`pp_size={stages}`): {obstacle}, or use `tp_size` or `fsdp_size`."
+            )
+        first_layer = stack.layers[0]
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+        cut_into_stages(model, first_layer)
+        return model
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: Any, state_dict: dict[str, Any], distributed_config: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in Transformers, but tied tensors, which it gathers one by one, are saved once."""
+        gather = super().gather_sharded_state_dict_for_save  # type: ignore[misc]
+        state = gather(model_to_save, state_dict, distributed_config, **kwargs)
+        if distributed_config is None:
+            return state
+        tied = getattr(model_to_save, "all_tied_weights_keys", None) or {}
+        return {name: tensor for name, tensor in state.items() if tied.get(name) not in state}
