@@ -117,6 +117,33 @@ def test_the_newest_that_verifies_is_taken(finished, toy, tmp_path, caplog):
     check_checkpoint(run / "checkpoint-4", resumable=True)  # written anew
 
 
+def test_whatever_is_missing_the_older_one_is_taken(finished, tmp_path, caplog):
+    """As a kill while saving once left it: each file of the newest checkpoint in turn, which is named."""
+    for name in files_of(finished / "checkpoint-4"):
+        if name == CHECKPOINT_MANIFEST_FILE:  # only said: other programs write none
+            continue
+        run = tmp_path / name
+        shutil.copytree(finished, run)
+        (run / "checkpoint-4" / name).unlink()
+        for resume in ("last", "auto"):
+            caplog.clear()
+            assert RunFolder(run, resume).resume_checkpoint == run / "checkpoint-2"
+            assert f"{run / 'checkpoint-2'} instead" in caplog.text and f"{name} is missing" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"global_step": "4"}', "null"])
+def test_a_state_that_is_json_but_no_state(finished, tmp_path, content):
+    """Of another program, without digests."""
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(finished / "checkpoint-4", checkpoint)
+    (checkpoint / CHECKPOINT_MANIFEST_FILE).unlink()
+    (checkpoint / "trainer_state.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"trainer_state.json is corrupt: it (holds no object|names no `global_step`)"
+    ):
+        check_checkpoint(checkpoint, resumable=True)
+
+
 def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Let the checkpoint of a step fail in one of its parts."""
     owner = trainer_module if where == "publish_checkpoint" else pretrain_clm.SegmentTrainer

@@ -156,6 +156,21 @@ def test_a_resume_that_fails_leaves_the_records(toy, finished, tmp_path, monkeyp
     assert json.loads((run / "arguments.json").read_text())["learning_rate"] == 1e-4
 
 
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_records_that_cannot_be_compared_are_said(toy, finished, tmp_path, caplog, damage):
+    """Else other options and other data would be taken over in silence."""
+    run = as_killed(finished, 4, tmp_path / "run")
+    for name in ("arguments.json", "fingerprints.json"):
+        (run / name).unlink() if damage == "missing" else (run / name).write_text('{"data": ')
+    pretrain_clm.main({**toy, "output_dir": str(run), "resume_from_checkpoint": "last"})
+    for name, consequence in (
+        ("arguments.json", "options of this run"),
+        ("fingerprints.json", "data, tokenizer and initial model"),
+    ):
+        assert f"{run / name} is {damage}: " in caplog.text and f"{consequence} " in caplog.text
+    assert json.loads((run / "arguments.json").read_text())["max_steps"] == toy["max_steps"]
+
+
 def test_a_checkpoint_of_another_program_has_no_sums(toy, finished, tmp_path, caplog):
     run = as_killed(finished, 2, tmp_path / "run")
     for name in (TOTALS_FILE, "checkpoint_manifest.json"):

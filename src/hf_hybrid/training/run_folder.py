@@ -163,6 +163,10 @@ class RunFolder:
             return
         known = self._earlier_record(FINGERPRINTS_FILE)
         self._fingerprints = fingerprints(options, known=known, without=self.path)
+        if self._fingerprints and not known:
+            self._warn_of_record(
+                FINGERPRINTS_FILE, "data, tokenizer and initial model cannot be compared with those of its begin"
+            )
         for option, found in self._fingerprints.items():
             if option not in known:
                 continue
@@ -185,6 +189,12 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _warn_of_record(self, name: str, consequence: str) -> None:
+        """Says that a record of the run that is resumed is missing or damaged, where there is one to resume."""
+        if self.resume_checkpoint is not None:
+            path = self.resume_checkpoint.parent / name
+            logger.warning("%s %s: %s.", path, "is damaged" if path.is_file() else "is missing", consequence)
 
     @contextlib.contextmanager
     def recording(self, arguments: Mapping[str, Any], *, training: Collection[str] = ()) -> Iterator[None]:
@@ -259,8 +269,11 @@ class RunFolder:
         state = json.loads((self.resume_checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         step = state.get("global_step", 0)
         before, record = self._earlier_record(ARGUMENTS_FILE), self._earlier_record(ENVIRONMENT_FILE)
-        kept = [entry for entry in record.get("resumed", []) if entry["step"] < step]
-        for entry in reversed(record.get("resumed", [])[len(kept) :]):  # of continuations that led to nothing
+        if not before:
+            self._warn_of_record(ARGUMENTS_FILE, "the options of this run cannot be compared with those that it had")
+        entries = record.get("resumed") or []
+        kept = [entry for entry in entries if entry["step"] < step]
+        for entry in reversed(entries[len(kept) :]):  # of continuations that led to nothing
             before.update({name: values[0] for name, values in entry["changed"].items()})
         processes = (record.get("world_size", environment["world_size"]), environment["world_size"])
         changed = changed_options(
@@ -302,6 +315,12 @@ def check_checkpoint(folder: str | os.PathLike[str], *, resumable: bool = False)
             raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"The checkpoint file {folder / name} is corrupt: {error}. Copy it again.") from error
+        if not isinstance(parsed[name], dict):
+            raise ValueError(f"The checkpoint file {folder / name} is corrupt: it holds no object. Copy it again.")
+    if resumable and not isinstance(parsed["trainer_state.json"].get("global_step"), int):
+        raise ValueError(
+            f"The checkpoint file {folder / 'trainer_state.json'} is corrupt: it names no `global_step`. Copy it again."
+        )
     if index.name in parsed:
         weights = sorted({*parsed[index.name].get("weight_map", {}).values()})
     else:
