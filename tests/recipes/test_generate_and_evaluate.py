@@ -65,7 +65,7 @@ def test_sampling_is_reproducible(checkpoint, capsys, tmp_path):
         ({"max_new_tokens": 65}, "accepts 64"),
         ({"batch_size": 0}, "`batch_size` must be positive"),
         ({"prompts": None, "input_file": "/nowhere.txt"}, "No such file"),
-        ({"model_name_or_path": "/nowhere"}, "cannot be loaded as .*: no such folder exists"),
+        ({"model_name_or_path": "/nowhere"}, "cannot be loaded: no such folder exists"),
     ],
 )
 def test_bad_generation_options(checkpoint, changes, message):
