@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -50,7 +49,7 @@ def check_numbers(arguments: TrainingArguments) -> None:
     """
     for item in fields(arguments):
         value = getattr(arguments, item.name)
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"`{item.name}` must be a finite number; got {value}.")
@@ -61,7 +60,7 @@ def check_numbers(arguments: TrainingArguments) -> None:
             raise ValueError(f"`{item.name}` must be {' and '.join(wanted)}; got {value}.")
     for strategy, name in _INTERVALS.items():
         chosen, interval = getattr(arguments, strategy), getattr(arguments, name)
-        if getattr(chosen, "value", chosen) == "steps" and isinstance(interval, Real) and interval <= 0:
+        if getattr(chosen, "value", chosen) == "steps" and isinstance(interval, (int, float)) and interval <= 0:
             raise ValueError(f"`{name}` must be above 0 with `{strategy}` steps; got {interval}.")
 
 

@@ -37,7 +37,7 @@ def shard_model(model: PreTrainedModel, fsdp_size: int, processes: int) -> PreTr
         raise ValueError(
             f"`fsdp_size={fsdp_size}` shards whole models, not {type(model).__name__}: train an adapter without it."
         )
-    config = DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=processes // fsdp_size)
+    config: Any = DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=processes // fsdp_size)
     config, _, mesh = type(model).prepare_distribute_model(config)
     model = type(model).maybe_distribute_model(model, config, mesh)
     model.tie_weights()  # sharding gave each module a parameter of its own
@@ -85,7 +85,7 @@ class ShardsTrainer(Trainer):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         own: Any = self.model
-        state: dict[str, torch.Tensor] = {}
+        state: dict[str, Any] = {}
         for path in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
             state.update(load_file(path))
         # Tied tensors are stored once.
@@ -113,7 +113,8 @@ class ShardsTrainer(Trainer):
 
         save_optimizer_distributed(self.model, self._plain_optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         folder = None if checkpoint is None else Path(checkpoint) / OPTIMIZER_FOLDER
@@ -121,7 +122,8 @@ class ShardsTrainer(Trainer):
             from transformers.distributed.checkpoint import load_optimizer_distributed
 
             load_optimizer_distributed(self.model, self._plain_optimizer, str(folder))
-            self.lr_scheduler.load_state_dict(torch.load(folder.parent / "scheduler.pt", weights_only=True))
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(torch.load(folder.parent / "scheduler.pt", weights_only=True))
             return
         if folder is not None and self._holds_shards:
             raise ValueError(

@@ -145,7 +145,7 @@ class LongVQModel(RunsInStages, ReadsPieces, LongVQPreTrainedModel):
         check_cache(cache, CodeMemoryLayer, len(self.layers), self._cache_layout())
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not is_traced:
-            versions = {layer.layer_idx: layer.mixer.quantizer.version() for layer in self.own_layers}
+            versions: dict[Any, Any] = {layer.layer_idx: layer.mixer.quantizer.version() for layer in self.own_layers}
             check_codebooks(cache, [versions.get(index) for index in range(len(self.layers))])
 
     # ------------------------------------------------------------------------------------------------------ forward
