@@ -10,7 +10,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) i
 PYTEST = $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 15
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help install demo docs test test-wide test-oldest test-slow test-company test-app gpu-check dist test-wheel lint format tables clean
+.PHONY: help install demo docs test test-wide test-oldest test-slow test-company test-app gpu-check dist test-wheel lint format tables pictures clean
 
 help:
 	@echo "make demo       continue, fine-tune and use the small SPADE of checkpoints/ on text that every Python installation carries"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       ruff and mypy (make format: let ruff rewrite)"
 	@echo "make docs       the documentation as a site in site/, without a network"
 	@echo "make tables     the tables in README.md and docs/, the stub and the index of options, from the records"
+	@echo "make pictures   the examples, with what they print, and the screenshot of the page (needs Chromium), after a checkpoint has changed"
 	@echo "make dist       wheel and source distribution in dist/ (make test-wheel: the README with the wheel in a new environment)"
 	@echo "make install    only the virtual environment in $(VENV)"
 
@@ -99,5 +100,14 @@ docs: install
 tables: install
 	$(BIN)/python tests/test_architecture_tables.py
 
+# What the examples print goes to examples-output/*.txt, from where it is copied into examples/README.md by hand.
+pictures: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	mkdir -p examples-output
+	for name in $(basename $(notdir $(wildcard examples/*.py))); do \
+		echo $$name; $(TEST_ENVIRONMENT) $(BIN)/python examples/$$name.py > examples-output/$$name.txt || exit 1; done
+	cp examples-output/*.png examples/images/
+	$(BIN)/python docs/_site/screenshot.py
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist site
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist site examples-output
