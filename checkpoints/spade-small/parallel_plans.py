@@ -75,3 +75,14 @@ class ParallelPlans:
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
         cut_into_stages(model, first_layer)
         return model
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: Any, state_dict: dict[str, Any], distributed_config: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in Transformers, but tied tensors, which it gathers one by one, are saved once."""
+        gather = super().gather_sharded_state_dict_for_save  # type: ignore[misc]
+        state = gather(model_to_save, state_dict, distributed_config, **kwargs)
+        if distributed_config is None:
+            return state
+        tied = getattr(model_to_save, "all_tied_weights_keys", None) or {}
+        return {name: tensor for name, tensor in state.items() if tied.get(name) not in state}
