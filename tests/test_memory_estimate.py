@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import TINY_OVERRIDES
+from factories import TINY_OVERRIDES, enable_checkpointing
 
 from hf_hybrid import BstConfig, LongVQConfig, MegaConfig, SeqBoatConfig, SpadeConfig, SpadeLMConfig
 from hf_hybrid.auto import find_architecture, load_heads
@@ -43,7 +43,7 @@ def measure(name: str, batch_size: int, length: int, target_length: int, checkpo
     head = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
     model = dict(load_heads(find_architecture(name)))[head](config).to(dtype).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     ids = torch.randint(3, 90, (batch_size, length))
     labels = ids[:, :target_length].clone() if config.is_encoder_decoder else ids
     with forced_branch("accelerator"), LiveBytes() as alive:

@@ -105,7 +105,8 @@ def estimate_memory(
         model: Any = model_class(copy.deepcopy(config))
         model.to(dtype).train()
     if gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        # The name that Transformers before 5.23 has.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     inputs = _inputs(model, batch_size, length, target_length or length)
     counted = LiveBytes()
     with forced_branch("accelerator"), _fused_attention(), counted:

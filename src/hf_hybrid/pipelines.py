@@ -127,7 +127,11 @@ class Seq2SeqText2TextPipeline(Pipeline):
         return dict(encoded)
 
     def _forward(self, model_inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
-        generated = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generate_kwargs))
+        if hasattr(self, "_prepare_generate_kwargs"):
+            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+        else:  # Transformers before 5.23
+            generate_kwargs.setdefault("generation_config", getattr(self, "generation_config"))  # noqa: B009
+        generated = self.model.generate(**model_inputs, **generate_kwargs)
         ids = generated if isinstance(generated, torch.Tensor) else generated.sequences
         batch = model_inputs["input_ids"].shape[0]
         return {"output_ids": ids.view(batch, ids.shape[0] // batch, -1)}

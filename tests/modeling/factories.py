@@ -544,3 +544,8 @@ def main_output(outputs: ModelOutput) -> torch.Tensor:
     if "start_logits" in outputs:
         return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=-1)
     return outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Checkpoints activations, by the name that the installed Transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)

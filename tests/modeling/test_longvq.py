@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import Case, all_variants, parametrize, random_ids
+from factories import Case, all_variants, enable_checkpointing, parametrize, random_ids
 
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
 from hf_hybrid.modeling.longvq.longvq_heads import (
@@ -120,7 +120,7 @@ class TestLearningCodebooks:
         for checkpointing in (False, True):
             model = CAUSAL.model(**LEARNING, hidden_dropout=0.1).train()
             if checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+                enable_checkpointing(model, {"use_reentrant": use_reentrant})
             torch.manual_seed(3)
             losses = [train_step(model, ids) for _ in range(3)]
             model.apply_codebook_updates()

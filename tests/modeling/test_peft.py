@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import VARIANTS, Case, all_heads, main_output, parametrize
+from factories import VARIANTS, Case, all_heads, enable_checkpointing, main_output, parametrize
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 
@@ -184,7 +184,7 @@ def test_running_statistics_belong_to_the_adapter(tmp_path: Path) -> None:
 def test_checkpointing_with_an_adapter(model_type: str) -> None:
     case = representative(model_type)
     model = case.model()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model.enable_input_require_grads()
     adapter = add_lora(model, 4).train()
     inputs = case.inputs()

@@ -4,6 +4,7 @@ repeating it for every target."""
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -36,7 +37,9 @@ def source_repeated():
 
     with (
         mock.patch.object(
-            StateGenerationMixin, "_expand_inputs_for_generation", GenerationMixin._expand_inputs_for_generation
+            StateGenerationMixin,
+            "_expand_inputs_for_generation",
+            inspect.getattr_static(GenerationMixin, "_expand_inputs_for_generation"),  # static in older Transformers
         ),
         mock.patch.object(StateGenerationMixin, "_reorder_cache", reorder),
     ):

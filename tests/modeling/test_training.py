@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from factories import Case, all_heads, all_variants, main_output, parametrize, random_ids
+from factories import Case, all_heads, all_variants, enable_checkpointing, main_output, parametrize, random_ids
 from torch.nn import functional as F
 
 EVERY_HEAD = all_heads() + all_heads(other_inputs=True)
@@ -45,7 +45,7 @@ class TestGradients:
         results = []
         for checkpointing in (False, True):
             if checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+                enable_checkpointing(model, {"use_reentrant": use_reentrant})
                 assert model.is_activation_checkpointing
             torch.manual_seed(5)
             results.append(loss_and_gradients(model, **inputs))

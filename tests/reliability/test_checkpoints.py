@@ -102,7 +102,7 @@ def test_a_sharded_run_is_told_at_its_start(toy, tmp_path, monkeypatch, caplog):
     pretrain_clm.main({**options, "save_strategy": "no", "output_dir": str(tmp_path / "none")})
     assert "FSDP" not in caplog.text
     pretrain_clm.main({**options, "output_dir": str(tmp_path / "some")})
-    assert "checkpoints of a run under FSDP cannot be resumed" in caplog.text
+    assert "checkpoints of a run under FSDP of Accelerate cannot be resumed" in caplog.text
 
 
 def test_the_newest_that_verifies_is_taken(finished, toy, tmp_path, caplog):

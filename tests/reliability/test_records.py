@@ -104,8 +104,8 @@ def test_new_settings_are_in_force_and_recorded(toy, finished, tmp_path, monkeyp
     recorded = json.loads((run / "arguments.json").read_text())
     assert {name: recorded[name] for name in new} == new
     (entry,) = json.loads((run / "environment.json").read_text())["resumed"]
-    assert entry["step"] == 2 and entry["changed"]["weight_decay"] == [0.01, 0.3]
-    assert "weight_decay 0.01 -> 0.3 (step 2)" in (run / "README.md").read_text()
+    assert entry["step"] == 2 and entry["changed"]["weight_decay"] == [0.1, 0.3]
+    assert "weight_decay 0.1 -> 0.3 (step 2)" in (run / "README.md").read_text()
 
 
 REFUSED = [

@@ -17,7 +17,7 @@ def checkpoint(tmp_path: Path) -> Path:
     config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     folder = tmp_path / "run" / "checkpoint-3"
     T5ForConditionalGeneration(config).save_pretrained(folder)
-    (folder / "trainer_state.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
     (folder / "optimizer.pt").write_bytes(b"x")
     (folder / "scheduler.pt").write_bytes(b"x")
     return folder
