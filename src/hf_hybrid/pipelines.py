@@ -130,7 +130,8 @@ class Seq2SeqText2TextPipeline(Pipeline):
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         else:  # Transformers before 5.23
-            generate_kwargs.setdefault("generation_config", getattr(self, "generation_config"))  # noqa: B009
+            pipeline: Any = self
+            generate_kwargs.setdefault("generation_config", pipeline.generation_config)
         generated = self.model.generate(**model_inputs, **generate_kwargs)
         ids = generated if isinstance(generated, torch.Tensor) else generated.sequences
         batch = model_inputs["input_ids"].shape[0]

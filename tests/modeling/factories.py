@@ -548,4 +548,6 @@ def main_output(outputs: ModelOutput) -> torch.Tensor:
 
 def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
     """Checkpoints activations, by the name that the installed Transformers has for it."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")(options)
+    assert getattr(model, f"is_{name}_checkpointing")

@@ -46,7 +46,6 @@ class TestGradients:
         for checkpointing in (False, True):
             if checkpointing:
                 enable_checkpointing(model, {"use_reentrant": use_reentrant})
-                assert model.is_activation_checkpointing
             torch.manual_seed(5)
             results.append(loss_and_gradients(model, **inputs))
         (loss, plain), (again, checkpointed) = results
