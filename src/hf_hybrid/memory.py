@@ -105,8 +105,9 @@ def estimate_memory(
         model: Any = model_class(copy.deepcopy(config))
         model.to(dtype).train()
     if gradient_checkpointing:
-        # The name that Transformers before 5.23 has.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        # Transformers before 5.23 calls them gradient checkpoints.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")()
     inputs = _inputs(model, batch_size, length, target_length or length)
     counted = LiveBytes()
     with forced_branch("accelerator"), _fused_attention(), counted:

@@ -183,8 +183,7 @@ def build_datasets(
             shuffle_window=SHUFFLE_WINDOW,
             repeat=True,
         )
-        shards = arguments.stream_shards
-        train = sharded(lambda rank, size: make(rank=rank, world_size=size), shards, training_args)
+        train = sharded(make, arguments.stream_shards, training_args)
     evaluation = CausalBlockDataset(text.validation.tokens, length)
     return train, limited(evaluation, arguments.max_validation_segments), text
 

@@ -138,8 +138,7 @@ def build_datasets(
     elif text.train is not None:
         stream: dict[str, Any] = {"shuffle_window": SHUFFLE_WINDOW, "repeat": True}
         make = partial(SpanCorruptionStream, text.train, tokenizer, **stream, **options)
-        shards = arguments.stream_shards
-        train = sharded(lambda rank, size: make(rank=rank, world_size=size), shards, training_args)
+        train = sharded(make, arguments.stream_shards, training_args)
     evaluation = SpanCorruptionDataset(text.validation.tokens, eos_token_id=eos, resample_each_epoch=False, **options)
     return train, limited(evaluation, arguments.max_validation_segments), str(text)
 

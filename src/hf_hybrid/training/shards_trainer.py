@@ -6,6 +6,7 @@ processes, so that any number of processes, sharded or not, can resume. Weights 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def shard_model(model: PreTrainedModel, fsdp_size: int, processes: int) -> PreTr
     model = type(model).maybe_distribute_model(model, config, mesh)
     model.tie_weights()  # sharding gave each module a parameter of its own
     return model
+
+
+def lacking_weights(model: Any, missing: Sequence[str]) -> list[str]:
+    """The weights that a checkpoint really lacks: of tied ones it stores one.
+
+    Args:
+        model: the model.
+        missing: names that the checkpoint does not have.
+    """
+    lacking = set(missing)
+    for name, partner in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if not {name, partner} <= lacking:
+            lacking -= {name, partner}
+    return [name for name in missing if name in lacking]
 
 
 class ShardsTrainer(Trainer):
@@ -88,11 +103,10 @@ class ShardsTrainer(Trainer):
         state: dict[str, Any] = {}
         for path in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
             state.update(load_file(path))
-        # Tied tensors are stored once.
         missing, unexpected = set_model_state_dict(
             own, state, options=StateDictOptions(full_state_dict=True, strict=False)
         )
-        missing = [name for name in missing if name not in (own.all_tied_weights_keys or {})]
+        missing = lacking_weights(own, missing)
         if missing or unexpected:
             raise ValueError(
                 f"{resume_from_checkpoint} is the checkpoint of another model: {(missing or unexpected)[0]} is only in "

@@ -32,7 +32,7 @@ from .parameter_groups import parameter_groups
 from .pieces_trainer import PiecesTrainer
 from .publishing import PublishingTrainer
 from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
-from .shards_trainer import ShardsTrainer
+from .shards_trainer import ShardsTrainer, lacking_weights
 from .streams_trainer import StreamsTrainer
 
 logger = logging.getLogger(__name__)
@@ -496,12 +496,8 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrai
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn of missing weights, except of tied ones whose partner was loaded: a checkpoint stores these once."""
-        missing = set(load_result.missing_keys)
-        for key, partner in getattr(self.model, "all_tied_weights_keys", {}).items():
-            if not {key, partner} <= missing:
-                missing -= {key, partner}
-        kept = [key for key in load_result.missing_keys if key in missing]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=kept))
+        missing = lacking_weights(self.model, load_result.missing_keys)
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         several = self.args.world_size > 1

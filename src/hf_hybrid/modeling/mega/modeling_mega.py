@@ -190,11 +190,9 @@ class MegaModel(RunsInStages, ReadsPieces, MegaPreTrainedModel):
         return self.config.attention_chunk or 1
 
     def obstacle_to_stages(self) -> str | None:
-        if self.config.adaptive_cutoffs is not None:
-            return "its head is an adaptive softmax with tables of the embeddings. Set `adaptive_cutoffs=None`"
-        if self.config.add_cross_attention:
+        if (obstacle := super().obstacle_to_stages()) is None and self.config.add_cross_attention:
             return "it attends to encoder states. Use a model without cross-attention"
-        return None
+        return obstacle
 
     # ------------------------------------------------------------------------------------------------------- cache
 

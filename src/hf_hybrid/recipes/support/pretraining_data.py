@@ -171,12 +171,12 @@ def check_length_of_run(arguments: PretrainingDataArguments, training_args: Hybr
 
 
 def sharded(
-    make: Callable[[int, int], PackedStream], num_shards: int | None, training_args: HybridTrainingArguments
+    make: Callable[..., PackedStream], num_shards: int | None, training_args: HybridTrainingArguments
 ) -> TorchIterableDataset:
     """The training stream of this process.
 
     Args:
-        make: makes a shard of the stream from its index and the number of shards.
+        make: makes a shard of the stream from its index, `rank`, and the number of shards, `world_size`.
         num_shards: number of shards that processes and workers read themselves; None: one stream, which the first process reads.
         training_args: says which process this is, of how many, and of their workers.
 
@@ -184,14 +184,19 @@ def sharded(
         ValueError: the shards cannot be divided among the processes and their workers.
     """
     if num_shards is None:
-        return make(0, 1)
+        return make(rank=0, world_size=1)
     processes, workers = training_args.world_size, training_args.dataloader_num_workers
     if num_shards % (processes * max(1, workers)):
         raise ValueError(
             f"`stream_shards` must be a multiple of the number of processes times `dataloader_num_workers`; got {num_shards} for "
             f"{processes} processes with {workers} workers."
         )
-    return ShardedStream(make, num_shards, rank=training_args.process_index, world_size=processes)
+    return ShardedStream(
+        lambda index, shards: make(rank=index, world_size=shards),
+        num_shards,
+        rank=training_args.process_index,
+        world_size=processes,
+    )
 
 
 def _loader(arguments: TextArguments, documents_of: DocumentsOf | None) -> Callable[..., Any]:
