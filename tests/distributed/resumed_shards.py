@@ -30,11 +30,10 @@ CASES = {
     "bst": Case("bst", "AutoModelForCausalLM", "mf"),
     "longvq": Case("longvq", "AutoModelForCausalLM", "default"),
 }
-TIED = (
-    "spade_lm",
-    "seqboat",
-)  # whose weights Transformers cannot write in shards: safetensors refuses two names of a tensor
-WITH_INTEGERS = ("longvq",)  # counters of codebooks; PyTorch joins shards of real numbers only
+# Their weights Transformers cannot write in shards: safetensors refuses two names of a tensor.
+TIED = ("spade_lm", "seqboat")
+# The kernel length of state spaces, counters of codebooks; PyTorch 2.13 joins shards of real numbers only.
+WITH_INTEGERS = ("spade", "longvq")
 STEPS, SAVED, ROWS = 4, 2, 4
 
 
