@@ -8,6 +8,7 @@ from typing import Any
 
 MUON = {"optimizer": "muon", "matrix_learning_rate": 1e-2, "learning_rate": 3e-3}
 ADAMW = {"learning_rate": 3e-3}
+RECIPE = MUON | {"matrix_learning_rate": 5e-3, "weight_decay": 0.1}  # the defaults of pretraining
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _at_rates(contender: str, **common: Any) -> tuple[Variant, ...]:
     """Every contender is tried with the same two pairs of learning rates."""
     return (
         Variant(f"{contender}, AdamW 3e-3", contender, ADAMW | common),
-        Variant(f"{contender}, Muon 1e-2", contender, MUON | common),
+        Variant(f"{contender}, Muon 5e-3", contender, RECIPE | common),
     )
 
 
@@ -59,6 +60,7 @@ def _seq2seq(*names: str) -> tuple[Variant, ...]:
 
 
 _RELATIVE: dict[str, Any] = {"ssm_learning_rate": None}  # steps relative to the size of the tensor, for states too
+_BST_WINDOWS = {"bst_layers": [], "local_attention": "sliding_window"}
 _LM = ("SPADE-LM", "Mega", "SeqBoat", "BST", "LongVQ", "Llama", "Mistral", "Mamba2")
 
 CASES = {
@@ -86,6 +88,15 @@ CASES = {
                 Variant("Lion 1e-3", "SPADE", _RELATIVE | {"optimizer": "lion", "learning_rate": 1e-3}),
                 Variant("Adafactor 1e-2", "SPADE", _RELATIVE | {"optimizer": "adafactor", "learning_rate": 1e-2}),
                 Variant("Adafactor 3e-2", "SPADE", _RELATIVE | {"optimizer": "adafactor", "learning_rate": 3e-2}),
+            ),
+        ),
+        Case(
+            "recipe",
+            "What do the defaults of pretraining gain over those before them?",
+            (
+                Variant("before: AdamW 1e-3, dropout 0.1", "SPADE", {"dropout": 0.1}),
+                Variant("AdamW 3e-3", "SPADE", ADAMW),
+                Variant("now: Muon 5e-3, AdamW 3e-3, weight decay 0.1", "SPADE", RECIPE),
             ),
         ),
         Case(
@@ -183,6 +194,24 @@ CASES = {
             "Language models of the same size",
             tuple(variant for name in _LM for variant in _at_rates(name)),
             {"length": 512, "batch_size": 8},
+        ),
+        Case(
+            "beyond-windows",
+            "Does what reaches beyond the windows help? (windows of 64 in texts of 2,048 tokens)",
+            (
+                Variant("SPADE-LM", "SPADE-LM"),
+                Variant("SPADE-LM, windows alone", "SPADE-LM", {"model": {"ssm_layers": []}, "feed_forward": 460}),
+                Variant("BST", "BST"),
+                Variant("BST, slower filters", "BST", {"model": {"ssm_dt_min": 1e-4, "ssm_dt_max": 1e-2}}),
+                Variant("BST, filters at 1e-3", "BST", {"ssm_learning_rate": 1e-3}),
+                Variant("BST, windows alone", "BST", {"model": _BST_WINDOWS}),
+                Variant("Mega-chunk", "Mega"),
+                Variant("SeqBoat", "SeqBoat"),
+                Variant("LongVQ", "LongVQ"),
+                Variant("Mistral", "Mistral"),
+                Variant("Llama", "Llama"),
+            ),
+            RECIPE | {"ssm_learning_rate": 3e-3, "length": 2048, "batch_size": 2, "window": 64},
         ),
     )
 }

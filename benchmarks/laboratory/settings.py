@@ -33,6 +33,7 @@ class Settings:
         schedule: name of a schedule of Transformers, with `warmup` as a share of the steps.
         decay: share of the steps in which the schedule "warmup_stable_decay" falls to zero.
         compile: `torch.compile` of the model.
+        bf16: bfloat16 autocast.
     """
 
     hidden_size: int = 128
@@ -61,6 +62,7 @@ class Settings:
     decay: float = 0.3
     max_grad_norm: float = 1.0
     compile: bool = False
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from hf_hybrid.training.text_tokens import text_mask
 
@@ -54,7 +55,7 @@ def lab():
             command=importlib.import_module("learning"),
             **{
                 name: importlib.import_module(f"laboratory.{name}")
-                for name in ("cases", "contenders", "optimizers", "settings", "text", "training")
+                for name in ("cases", "contenders", "optimizers", "peer_classifiers", "settings", "text", "training")
             },
         )
     finally:
@@ -275,3 +276,28 @@ def test_wrong_words_are_refused(lab, capsys):
         lab.settings.Settings().changed({"widht": 1})
     with pytest.raises(ValueError, match="`matrix_learning_rate` is the learning rate of the matrices"):
         lab.settings.Settings(optimizer="muon")
+
+
+@pytest.mark.parametrize("name", ["T5", "LongT5-local"])
+def test_peers_classify_with_the_heads_of_spade(lab, name, tmp_path):
+    """The folder opens as a classifier that has the weights of the encoder and does not look at padding."""
+    torch.manual_seed(0)
+    settings = lab.settings.Settings().changed(TINY)
+    peer = lab.contenders.CONTENDERS[name].build(settings, 50, 32)
+    peer.save_pretrained(tmp_path / "peer")
+    folder = lab.peer_classifiers.as_classifier(tmp_path / "peer", tmp_path / "classifier")
+    texts = {"input_ids": torch.randint(3, 50, (2, 20)), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
+    longer = {key: torch.nn.functional.pad(value, (0, 7)) for key, value in texts.items()}
+    for dual_encoder in (False, True):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dual_encoder=dual_encoder
+        ).eval()
+        assert torch.equal(model.shared.weight, peer.get_input_embeddings().weight)
+        assert all(parameter.isfinite().all() for parameter in model.classifier.parameters())
+        second = {f"pair_{key}": value.flip(0) for key, value in texts.items()} if dual_encoder else {}
+        wanted = model(**texts, **second, labels=torch.tensor([0.5, 2.0]))
+        torch.testing.assert_close(model(**longer, **second).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(wanted.loss, (wanted.logits[:, 0] - torch.tensor([0.5, 2.0])).square().mean())
+    (tmp_path / "peer" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="'bert'; known are t5, longt5"):
+        lab.peer_classifiers.as_classifier(tmp_path / "peer", tmp_path / "other")
