@@ -83,19 +83,8 @@ def write(kind: str, model: Any, place: Path) -> None:
 
 def text(kind: str, model: Any) -> torch.Tensor:
     torch.manual_seed(2)
-    if (
-        kind == "spade"
-    ):  # `generate` calls the encoder alone, which does not gather what FSDP2 keeps with the whole model
-        return torch.stack([parameter.sum() for _, parameter in sorted(gathered(model).items())])
     prompt: dict[str, Any] = {"input_ids": CASES[kind].inputs()["input_ids"], "max_new_tokens": 4, "do_sample": False}
     return model.eval().generate(**prompt)
-
-
-def gathered(model: Any) -> dict[str, torch.Tensor]:
-    whole = {
-        name: getattr(parameter, "full_tensor", parameter.clone)() for name, parameter in model.named_parameters()
-    }
-    return {name: parameter.detach() for name, parameter in whole.items()}
 
 
 def straight(kind: str, folder: Path) -> None:

@@ -20,6 +20,8 @@ from ..modeling.factories import Case
 from .alike import WORLD, run_alike
 
 CASES = [
+    Case("spade", "AutoModelForSeq2SeqLM", "default"),
+    Case("mega", "AutoModelForSeq2SeqLM", "default"),
     Case("spade_lm", "AutoModelForCausalLM", "default"),
     Case("mega", "AutoModelForCausalLM", "default"),
     Case("seqboat", "AutoModelForCausalLM", "default"),
@@ -54,7 +56,7 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def check(case: Case, folder: Path) -> None:
     plain = case.model()
-    place = folder / case.model_type
+    place = folder / f"{case.model_type}-{case.auto_name}"
     if dist.get_rank() == 0:
         plain.save_pretrained(place / "start")
     dist.barrier()

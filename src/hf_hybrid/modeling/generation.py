@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,19 @@ _SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "toke
 
 class StateGenerationMixin(GenerationMixin):
     """`GenerationMixin` that begins with `build_cache()` of the stack."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_sharded(self) and "_generate" not in vars(self):
+            # The encoder is called by itself, whose embeddings and norms FSDP2 gathers for calls of the whole model only:
+            # generating has to count as one.
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self, "_generate")  # type: ignore[arg-type]
+        return self._generate(*args, **kwargs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().generate(*args, **kwargs)
 
     def _refuse_cache(self, name: str) -> NoReturn:
         raise ValueError(
@@ -179,6 +193,15 @@ class StateGenerationMixin(GenerationMixin):
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, see `init_continuous_batching`."""
         self.init_continuous_batching()
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether FSDP2 has sharded the model (`fully_shard`), by whichever engine."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def _with_padding_in_front(ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, torch.Tensor]:

@@ -514,3 +514,8 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrai
 
 class HybridSeq2SeqTrainer(HybridTrainer, Seq2SeqTrainer):
     """`Seq2SeqTrainer` (generation in the evaluation) with the additions of `HybridTrainer`."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`. `Seq2SeqTrainer` would also keep the rows that several processes repeat to fill up the last batch."""
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
