@@ -351,8 +351,8 @@ class TestBadCalls:
                 model.generate(random_ids(1, 6), max_new_tokens=3, **options)
 
     def test_other_caches_of_generate(self) -> None:
-        settings = GenerationConfig(max_new_tokens=2, cache_implementation="static")
-        with pytest.raises(ValueError, match="`cache_implementation='static'.*constant size"):
+        settings = GenerationConfig(max_new_tokens=2, cache_implementation="offloaded")
+        with pytest.raises(ValueError, match="`cache_implementation='offloaded'.*constant size"):
             build().generate(random_ids(1, 6), generation_config=settings)
 
     def test_shifted_labels(self) -> None:

@@ -160,7 +160,7 @@ class TestLanguageModel:
             generate(model, inputs, assistant_model=case.model())
         with pytest.raises(ValueError, match="stateful"):
             generate(model, inputs, prompt_lookup_num_tokens=2)
-        for kind in ("static", "quantized", "offloaded"):
+        for kind in ("quantized", "offloaded"):
             with pytest.raises(ValueError, match="`cache_implementation='.*constant size"):
                 generate(model, inputs, cache_implementation=kind)
 
@@ -258,8 +258,6 @@ class TestEncoderDecoder:
             generate(model, inputs, prompt_lookup_num_tokens=3)
         with pytest.raises(ValueError, match="stateful"):
             generate(model, inputs, assistant_model=case.model())
-        with pytest.raises(ValueError, match="`cache_implementation='static'.*constant size"):
-            generate(model, inputs, cache_implementation="static")
 
     def test_targets_longer_than_the_position_table(self, case: Case) -> None:
         if case.model_type != "spade":

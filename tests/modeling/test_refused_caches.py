@@ -9,7 +9,7 @@ from factories import Case, all_variants, parametrize, random_ids
 SEQ2SEQ = all_variants("AutoModelForSeq2SeqLM")
 CAUSAL = all_variants("AutoModelForCausalLM")
 DEFAULTS = [case for case in SEQ2SEQ + CAUSAL if case.variant == "default"]
-KINDS = ("static", "offloaded", "offloaded_static", "quantized")
+KINDS = ("offloaded", "offloaded_static", "quantized")
 
 
 def right_padded(case: Case, rows: int = 2) -> tuple[torch.nn.Module, dict, torch.Tensor, torch.Tensor, str]:
@@ -55,8 +55,6 @@ class TestKinds:
     @pytest.mark.parametrize("kind", KINDS)
     def test_kinds_of_transformers(self, case: Case, kind: str) -> None:
         model = case.model()
-        if case.model_type == "spade" and kind == "static":
-            pytest.skip("a decoder with full attention takes a static cache: test_generation_outputs")
         message = (
             f"`cache_implementation='{kind}'` (is not available for {type(model).__name__}|moves keys and values from)"
         )

@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "num_beams": (0, -1),
     "num_return_sequences": (0, -1, 7),
     "prefill_chunk_size": NUMBERS,
-    "cache_implementation": ("static", "quantized", "offloaded", "paged", "nonsense", "dynamic"),
+    "cache_implementation": ("quantized", "offloaded", "paged", "nonsense", "dynamic"),
     "use_cache": ("no", 7, None),
     "pad_token_id": (None, -1, VOCABULARY),
     "eos_token_id": (-1, VOCABULARY, [1, VOCABULARY]),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 
 from .argument_types import check_types
-from .cache import StateCache
 from .call_cache import reorder_targets
+from .fixed_steps import FixedState, FixedSteps, has_own_state, released_states
 
 # Arguments with a row for each source; the beams and samples of a source share it.
 _SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "token_type_ids")
@@ -28,7 +29,12 @@ class StateGenerationMixin(GenerationMixin):
             from torch.distributed.fsdp import register_fsdp_forward_method
 
             register_fsdp_forward_method(self, "_generate")  # type: ignore[arg-type]
-        return self._generate(*args, **kwargs)
+        with released_states():
+            outputs = self._generate(*args, **kwargs)
+        cache = getattr(outputs, "past_key_values", None)
+        if isinstance(cache, FixedState):
+            outputs.past_key_values = cache.cache
+        return outputs
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         return super().generate(*args, **kwargs)
@@ -36,7 +42,7 @@ class StateGenerationMixin(GenerationMixin):
     def _refuse_cache(self, name: str) -> NoReturn:
         raise ValueError(
             f"`cache_implementation={name!r}` is not available for {type(self).__name__}: such a cache cannot hold its recurrent "
-            "states, which are of constant size already. Leave `cache_implementation` unset."
+            "states, which are of constant size already. Leave `cache_implementation` unset, or set it to 'static'."
         )
 
     def _check_cache_implementation(self, name: str) -> None:
@@ -108,27 +114,51 @@ class StateGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is False:
             return
-        elif name in (None, "dynamic"):
+        elif name in (None, "dynamic", "static"):
             stack = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
             model_kwargs["past_key_values"] = stack.build_cache()
         else:
             self._check_cache_implementation(name)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        announce_length(model_kwargs["past_key_values"], model_kwargs, generation_config.max_length)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Whether steps are compiled: on any device, where `compile_config` asks for it.
+        """Whether steps are compiled (`fixed_steps`): where `compile_config` asks for it, on any device; on accelerators, as in
+        Transformers, also with `cache_implementation="static"`.
 
         Raises:
-            ValueError: it asks for what cannot be compiled.
+            ValueError: `compile_config` asks for what cannot be compiled.
         """
         cache = model_kwargs.get("past_key_values")
-        if generation_config.compile_config is None or generation_config.disable_compile:
+        if generation_config.disable_compile:
+            return False
+        if cache is not None and not has_own_state(cache):  # a cache of Transformers, of full attention
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        is_own = cache is None or isinstance(cache, StateCache)
-        if not is_own and cache.is_compileable:  # static, of full attention
-            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        _check_compilable(self, cache)
+        obstacle = "generates here without a cache" if cache is None else _obstacle_to_compiling(self)
+        if generation_config.compile_config is None:
+            is_static = generation_config.cache_implementation == "static"
+            model: Any = self
+            return is_static and obstacle is None and model.device.type != "cpu"
+        if obstacle is not None:
+            raise ValueError(
+                f"`compile_config` needs the state of a generation on one device, but {type(self).__name__} {obstacle}. Leave "
+                "`compile_config` unset."
+            )
         return True
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What `generate` calls for its steps: `FixedSteps` of this model."""
+        model: Any = self
+        if "_fixed_steps" not in self.__dict__:
+            self._fixed_steps = FixedSteps()
+        steps = self._fixed_steps.compiled(compile_config or model._default_compile_config())
+
+        def call(**inputs: Any) -> Any:
+            if has_own_state(inputs.get("past_key_values")):
+                return steps(self, **inputs)
+            return super(StateGenerationMixin, self).get_compiled_call(compile_config)(**inputs)  # type: ignore[misc]
+
+        return call
 
     def _expand_inputs_for_generation(
         self,
@@ -232,20 +262,18 @@ def _check_prompt(mask: torch.Tensor | None, name: str) -> None:
         )
 
 
-def _check_compilable(model: Any, cache: Cache | None) -> None:
-    """Checks that the steps of a generation can be compiled.
+def _obstacle_to_compiling(model: Any) -> str | None:
+    """What keeps the steps of a model with a state of its own from being compiled; None if nothing does."""
+    quantizer, places = getattr(model, "hf_quantizer", None), set(getattr(model, "hf_device_map", {}).values())
+    if quantizer is not None and not quantizer.is_compileable:
+        return "is quantised in a way that does not compile"
+    return "is offloaded to the CPU or the disk in part" if len(places) > 1 and places & {"cpu", "disk"} else None
 
-    Raises:
-        ValueError: the state grows with the text, or there is none.
-    """
-    name = type(model).__name__
-    if not isinstance(cache, StateCache) or model.config.is_encoder_decoder:
-        raise ValueError(
-            f"`compile_config` needs a decoder with a state of its own and `use_cache=True`; {name} generates here "
-            f"{'without a cache' if cache is None else 'from an encoder'}. Leave `compile_config` unset."
-        )
-    if cache.kept_tokens is None:
-        raise ValueError(
-            f"`compile_config` needs a state of constant size, but {name} keeps every token with this configuration: attend in chunks "
-            "or windows, or leave `compile_config` unset."
-        )
+
+def announce_length(cache: Cache | None, model_kwargs: dict[str, Any], max_length: int) -> None:
+    """Tells a state of constant shapes for how many tokens it needs room."""
+    if not has_own_state(cache):
+        return
+    own: Any = getattr(cache, "self_attention_cache", cache)
+    embeds = None if hasattr(cache, "self_attention_cache") else model_kwargs.get("inputs_embeds")
+    own.announced = max_length + own.get_seq_length() + (0 if embeds is None else embeds.shape[1])

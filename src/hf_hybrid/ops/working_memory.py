@@ -84,7 +84,11 @@ def write_memory(
 
 
 def write_token(
-    memory: WorkingMemory, key: torch.Tensor, value: torch.Tensor, active: torch.Tensor, position: int
+    memory: WorkingMemory,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    active: torch.Tensor,
+    position: int | torch.Tensor,
 ) -> WorkingMemory:
     """`write_memory` of one new token of every row: (B, 1, Z), (B, 1, E), `active` (B, 1); in place if possible."""
     place = torch.remainder(memory.counts, memory.keys.shape[1]).unsqueeze(-1)
@@ -96,7 +100,9 @@ def write_token(
         new = torch.where(active.view(wide), new.to(old.dtype), old.gather(1, index))
         return old.scatter_(1, index, new) if in_place else old.scatter(1, index, new)
 
-    positions = write(memory.positions, torch.full_like(place, position))
+    is_known = isinstance(position, int)
+    new_positions = torch.full_like(place, position) if is_known else position.expand_as(place)
+    positions = write(memory.positions, new_positions)
     counts = memory.counts + active.squeeze(-1)
     return WorkingMemory(write(memory.keys, key), write(memory.values, value), positions, counts)
 
@@ -107,7 +113,7 @@ def memory_attention(
     value: torch.Tensor,
     active: torch.Tensor,
     memory: WorkingMemory,
-    first_position: int,
+    first_position: int | torch.Tensor,
     *,
     activation: str,
     window: int | None,
@@ -120,7 +126,7 @@ def memory_attention(
         query, key, value: (B, T, Z), (B, T, Z) and (B, T, E) of the new tokens, active or not.
         active: (B, T) bool.
         memory: memory of the rows, with W >= `window` slots, or all active tokens without one.
-        first_position: position of the first new token.
+        first_position: position of the first new token, a number or (1,).
         activation, window, rank_bias, position_bias: as in `compacted_attention`.
 
     Returns:

@@ -13,7 +13,7 @@ class GatedAverageHead(GenericHead, GatedAveragePreTrainedModel):
     stack_class = GatedAverageModel
 
 
-class GatedAverageForCausalLM(GenericForCausalLM, GatedAverageHead, StateGenerationMixin):
+class GatedAverageForCausalLM(GenericForCausalLM, StateGenerationMixin, GatedAverageHead):
     """Language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -84,6 +84,10 @@ class BlockStateLayer(StateLayer):
             self.state = InputHistory.of(self.state)
         self.was_reset = True
 
+    def hold_by_end(self) -> None:
+        super().hold_by_end()
+        self.was_reset = False  # every row has begun
+
     def counters(self) -> dict[str, int]:
         return super().counters() | {"is_uniform": int(self.positions is None)}
 

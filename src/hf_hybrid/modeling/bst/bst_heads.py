@@ -20,7 +20,7 @@ class BstHead(GenericHead, BstPreTrainedModel):
     stack_class = BstModel
 
 
-class BstForCausalLM(GenericForCausalLM, BstHead, StateGenerationMixin):
+class BstForCausalLM(GenericForCausalLM, StateGenerationMixin, BstHead):
     """Language model; the head is the embedding matrix, or a matrix of its own (`tie_word_embeddings=False`)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -82,7 +82,7 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
         return loss + commitment
 
 
-class LongVQForCausalLM(GenericForCausalLM, LongVQHead, StateGenerationMixin):
+class LongVQForCausalLM(GenericForCausalLM, StateGenerationMixin, LongVQHead):
     """Decoder with a language model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

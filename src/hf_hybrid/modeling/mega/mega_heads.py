@@ -134,7 +134,7 @@ class MegaForMaskedLM(GenericForMaskedLM, MegaHead):
         return super().forward(input_ids, **inputs, **kwargs)
 
 
-class MegaForCausalLM(GenericForAdaptiveCausalLM, MegaHead, StateGenerationMixin):
+class MegaForCausalLM(GenericForAdaptiveCausalLM, StateGenerationMixin, MegaHead):
     """Decoder with a language model head, plain or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "mega.embedding_layer.word_embeddings.weight"}

@@ -23,7 +23,7 @@ from .modeling_mega import MegaModel, MegaPreTrainedModel
 _EMBEDDING = "embedding_layer.word_embeddings.weight"
 
 
-class MegaForConditionalGeneration(MegaPreTrainedModel, StateGenerationMixin):
+class MegaForConditionalGeneration(StateGenerationMixin, MegaPreTrainedModel):
     """A bidirectional encoder and a causal decoder with gated cross-attention in every layer.
 
     The configuration needs `is_encoder_decoder=True`. Embeddings of both sides and the head are one matrix, or two with

@@ -229,6 +229,8 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
         token_mask = None if mask is None else mask.unsqueeze(-1)
 
         hidden_states = self._embed(inputs, inputs_embeds, positions, token_mask)
+        moved = getattr(past_key_values, "moved", None)
+        places, past = (places, past) if moved is None else (places - moved, past - moved)
         rotary = self._rotary(places, hidden_states.dtype)
         gates, penalties = [], []
         for layer in self.own_layers:
@@ -241,17 +243,15 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
             hidden_states = self.final_norm(hidden_states)
         if token_mask is not None and self.is_last_stage:
             hidden_states = hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
-        if output_activations is None:
-            output_activations = config.output_activations
+        shows = config.output_activations if output_activations is None else output_activations
         active = [gate.detach() > 0 for gate in gates]
         count_tokens(past_key_values, length)
-        rates = self._activation_rates(active, mask)
         return SeqBoatModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            activation_rate=rates,
-            active=tuple(active) if output_activations else None,
-            gate_probs=tuple(gates) if output_activations else None,
+            activation_rate=self._activation_rates(active, mask),
+            active=tuple(active) if shows else None,
+            gate_probs=tuple(gates) if shows else None,
             auxiliary_loss=None if penalties[0] is None else torch.stack(penalties).mean(),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from ...ops.working_memory import WorkingMemory
 from ..cache import StateLayer
@@ -28,6 +29,15 @@ class WorkingMemoryLayer(StateLayer):
     def kept_tokens(self) -> int | None:
         window = self.layout["window_size"]
         return None if window is None else window - 1
+
+    def fitted(self, slots: int) -> dict[str, torch.Tensor]:
+        """Without a window, the memory with as many slots as the text can need; it is never full."""
+        found = super().fitted(slots)
+        for name, axis in self.token_axes.items() if self.kept_tokens is None else ():
+            missing = slots - found[name].shape[1]
+            padding = (*(0, 0) * (-axis - 1), 0, missing)
+            found[name] = F.pad(found[name], padding) if missing > 0 else found[name][:, :slots]
+        return found
 
     @property
     def memory(self) -> WorkingMemory | None:

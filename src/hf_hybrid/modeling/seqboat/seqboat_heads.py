@@ -78,7 +78,7 @@ class SeqBoatLanguageModel(SeqBoatHead):
             init.normal_(module.weight, mean=0.0, std=self.config.hidden_size**-0.5)
 
 
-class SeqBoatForCausalLM(GenericForCausalLM, SeqBoatLanguageModel, StateGenerationMixin):
+class SeqBoatForCausalLM(GenericForCausalLM, StateGenerationMixin, SeqBoatLanguageModel):
     """Decoder with a language model head."""
 
     output_class: ClassVar[type[SeqBoatCausalLMOutput]] = SeqBoatCausalLMOutput

@@ -290,7 +290,7 @@ class SeqBoatUnit(nn.Module):
         inner: torch.Tensor,
         routing: Routing,
         rotary: torch.Tensor | None,
-        past: int,
+        past: int | torch.Tensor,
         cache_layer: WorkingMemoryLayer,
     ) -> torch.Tensor:
         """As `_attend`, for a few tokens that continue a text: shapes do not depend on which of them are active."""
@@ -298,7 +298,9 @@ class SeqBoatUnit(nn.Module):
         if can_read_values(active) and not active.any():
             return torch.zeros_like(inner)  # the unit need not run at all
         query, key, value, reset = self._project(inner, rotary)
-        memory = self._room(cache_layer.memory, active.shape, active.sum(-1), key, value, past)
+        memory = cache_layer.memory
+        if not cache_layer.has_fixed_shapes:
+            memory = self._room(memory, active.shape, active.sum(-1), key, value, past)
         attended = memory_attention(query, key, value, active, memory, past, **self._settings())
         if active.shape[1] == 1:
             cache_layer.memory = write_token(memory, key, value, active, past)
@@ -336,7 +338,7 @@ class SeqBoatUnit(nn.Module):
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None = None,
         rotary: torch.Tensor | None = None,
-        past: int = 0,
+        past: int | torch.Tensor = 0,
         cache_layer: WorkingMemoryLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Runs the unit.
@@ -345,7 +347,7 @@ class SeqBoatUnit(nn.Module):
             hidden_states: (B, L, D).
             mask: (B, L) bool, True at real tokens, or None.
             rotary: (L, Z / 2, 2) cosines and sines of the positions, or None.
-            past: number of tokens before these.
+            past: number of tokens before these, or (1,) for a single token of a text held by its end.
             cache_layer: state to continue and to extend.
 
         Returns:
@@ -408,7 +410,7 @@ class SeqBoatLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None = None,
         rotary: torch.Tensor | None = None,
-        past: int = 0,
+        past: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
