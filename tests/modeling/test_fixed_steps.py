@@ -174,7 +174,7 @@ def test_steps_of_a_static_cache_are_compiled_on_accelerators() -> None:
         state = {
             "past_key_values": model.get_decoder().build_cache() if case.is_seq2seq else model.model.build_cache()
         }
-        with mock.patch.object(type(model), "device", torch.device("cuda")):
+        with forced_branch("accelerator"):
             assert model._valid_auto_compile_criteria(state, settings)
             settings.disable_compile = True
             assert not model._valid_auto_compile_criteria(state, settings)

@@ -22,6 +22,7 @@ from transformers.generation import CompileConfig
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
+from ..ops.branches import uses_cpu_form
 from .cache import StateCache
 
 LEAST_SLOTS = 64  # texts and sources have room in powers of two, so that few graphs serve texts of all lengths
@@ -186,7 +187,7 @@ class FixedSteps:
         if model.config.is_encoder_decoder:
             options.pop("token_type_ids", None)  # of the source
         with torch.no_grad():
-            if tokens.device.type == "cuda":
+            if not uses_cpu_form(tokens):
                 torch.compiler.cudagraph_mark_step_begin()
             found = self._step(model, tokens, state.fixed, **options)
         state.length += 1
@@ -283,3 +284,12 @@ def has_own_state(cache: Cache | FixedState | None) -> bool:
     return isinstance(cache, (StateCache, FixedState)) or (
         isinstance(cache, EncoderDecoderCache) and isinstance(cache.self_attention_cache, StateCache)
     )
+
+
+def announce_length(cache: Any, model_kwargs: Mapping[str, Any], max_length: int) -> None:
+    """Tells a cache for how many tokens a generation needs room: `max_length` beside those that it holds, and embedded ones."""
+    if not has_own_state(cache):
+        return
+    own = _own(cache)
+    embeds = model_kwargs.get("inputs_embeds") if own is cache else None  # of a source otherwise
+    own.announced = max_length + own.get_seq_length() + (0 if embeds is None else embeds.shape[1])

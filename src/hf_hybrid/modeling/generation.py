@@ -10,9 +10,10 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 
+from ..ops.branches import uses_cpu_form
 from .argument_types import check_types
 from .call_cache import reorder_targets
-from .fixed_steps import FixedState, FixedSteps, has_own_state, released_states
+from .fixed_steps import FixedState, FixedSteps, announce_length, has_own_state, released_states
 
 # Arguments with a row for each source; the beams and samples of a source share it.
 _SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "token_type_ids")
@@ -138,7 +139,7 @@ class StateGenerationMixin(GenerationMixin):
         if generation_config.compile_config is None:
             is_static = generation_config.cache_implementation == "static"
             model: Any = self
-            return is_static and obstacle is None and model.device.type != "cpu"
+            return is_static and obstacle is None and not uses_cpu_form(model.device)
         if obstacle is not None:
             raise ValueError(
                 f"`compile_config` needs the state of a generation on one device, but {type(self).__name__} {obstacle}. Leave "
@@ -268,12 +269,3 @@ def _obstacle_to_compiling(model: Any) -> str | None:
     if quantizer is not None and not quantizer.is_compileable:
         return "is quantised in a way that does not compile"
     return "is offloaded to the CPU or the disk in part" if len(places) > 1 and places & {"cpu", "disk"} else None
-
-
-def announce_length(cache: Cache | None, model_kwargs: dict[str, Any], max_length: int) -> None:
-    """Tells a state of constant shapes for how many tokens it needs room."""
-    if not has_own_state(cache):
-        return
-    own: Any = getattr(cache, "self_attention_cache", cache)
-    embeds = None if hasattr(cache, "self_attention_cache") else model_kwargs.get("inputs_embeds")
-    own.announced = max_length + own.get_seq_length() + (0 if embeds is None else embeds.shape[1])
