@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from factories import all_variants, one_each
+
+from hf_hybrid.training.shards_trainer import refuse_cast_states
+
+from .test_context_parallel import run
 
 FOLDER = Path(__file__).parents[2] / "configs" / "distributed"
 KINDS = {"ddp": "MULTI_GPU", "multi_node": "MULTI_GPU", "fsdp2": "FSDP"}
@@ -44,13 +50,39 @@ def test_transformers_reads(name: str) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_example(stage: int) -> None:
-    """DeepSpeed is no dependency: only the sections that the Trainer of Transformers fills in are checked."""
-    fields = json.loads((FOLDER / f"deepspeed_zero{stage}.json").read_text())
-    assert fields["zero_optimization"]["stage"] == stage
+    """Accelerate reads it; the Trainer of Transformers fills in the sizes."""
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    found = HfDeepSpeedConfig(str(FOLDER / f"deepspeed_zero{stage}.json"))
+    assert (found.is_zero2(), found.is_zero3()) == (stage == 2, stage == 3) and not found.is_offload()
     for name in (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
         "gradient_clipping",
+        "bf16.enabled",
     ):
-        assert fields[name] == "auto"
+        assert found.get_value(name) == "auto"
+    if stage == 3:  # checkpoints hold whole weights
+        assert found.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+
+
+def test_half_precision_of_deepspeed_is_refused() -> None:
+    """It casts parameters past the layers that would keep float32."""
+    for case in one_each(all_variants()):
+        model = case.model()
+        refuse_cast_states(model, SimpleNamespace(bf16=False, fp16=False))
+        for option in ("bf16", "fp16"):
+            with pytest.raises(
+                ValueError, match=f"`{option}=True` cannot be used with DeepSpeed.*torch_autocast.*fsdp_size"
+            ):
+                refuse_cast_states(model, SimpleNamespace(**{option: True}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_what_one_process_trains(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes: weights, text, and checkpoints that are refused when resumed. DeepSpeed is no dependency."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run("deepspeed_runs", tmp_path, stage)

@@ -83,7 +83,7 @@ def test_a_checkpoint_of_a_sharded_run_is_refused_as_such(finished, tmp_path, na
     (checkpoint / "optimizer.pt").unlink()
     (checkpoint / name).touch()
     for check in (lambda: check_checkpoint(checkpoint, resumable=True), lambda: RunFolder(tmp_path / "run", "auto")):
-        with pytest.raises(ValueError, match=f"{name} come from a run under FSDP.*model_name_or_path"):
+        with pytest.raises(ValueError, match=f"{name} come from a run under FSDP or DeepSpeed.*model_name_or_path"):
             check()
     check_checkpoint(checkpoint)  # its weights can be read
 
@@ -94,15 +94,17 @@ def test_a_sharded_run_is_told_at_its_start(toy, tmp_path, monkeypatch, caplog):
     start = pretrain_clm.SegmentTrainer._warn_of_shards
 
     def sharded(self):
-        with monkeypatch.context() as patch:
-            patch.setattr(self, "is_fsdp_enabled", True)
-            start(self)
+        for engine in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+            with monkeypatch.context() as patch:
+                patch.setattr(self, engine, True)
+                start(self)
 
     monkeypatch.setattr(pretrain_clm.SegmentTrainer, "_warn_of_shards", sharded)
     pretrain_clm.main({**options, "save_strategy": "no", "output_dir": str(tmp_path / "none")})
-    assert "FSDP" not in caplog.text
+    assert "FSDP" not in caplog.text and "DeepSpeed" not in caplog.text
     pretrain_clm.main({**options, "output_dir": str(tmp_path / "some")})
-    assert "checkpoints of a run under FSDP of Accelerate cannot be resumed" in caplog.text
+    for engine in ("FSDP of Accelerate", "DeepSpeed"):
+        assert f"checkpoints of a run under {engine} cannot be resumed" in caplog.text
 
 
 def test_the_newest_that_verifies_is_taken(finished, toy, tmp_path, caplog):

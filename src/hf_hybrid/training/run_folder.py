@@ -48,8 +48,8 @@ FINGERPRINTS_FILE = "fingerprints.json"
 METRICS_FILE = "metrics.json"
 LOSS_CURVE_FILE = "loss_curve.png"
 CODEBOOK_FILE = "codebooks.png"
-# What FSDP (by accelerate) writes instead of `optimizer.pt`, in one piece or in shards.
-SHARDED_STATES = ("optimizer.bin", "optimizer_0", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
+# What FSDP (by accelerate), in one piece or in shards, and DeepSpeed write instead of `optimizer.pt`.
+SHARDED_STATES = ("optimizer.bin", "optimizer_0", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", "zero_to_fp32.py")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 RECORDED_PACKAGES = (
@@ -338,12 +338,12 @@ def check_checkpoint(folder: str | os.PathLike[str], *, resumable: bool = False)
 
 
 def _refuse_shards(folder: Path) -> None:
-    """Raises ValueError for the checkpoint of a run under FSDP: its optimizer belongs to that number of processes."""
+    """Raises ValueError for the checkpoint of a run under FSDP by accelerate, or DeepSpeed: its optimizer belongs to that engine."""
     found = [name for name in SHARDED_STATES if (folder / name).exists()]
     if found:
         raise ValueError(
-            f"{folder} cannot be resumed: {', '.join(found)} come from a run under FSDP, whose optimizer only its own engine reads. "
-            "Start a new run from its weights (`--model_name_or_path`), or resume a checkpoint of a run without FSDP."
+            f"{folder} cannot be resumed: {', '.join(found)} come from a run under FSDP or DeepSpeed, whose optimizer only its own engine reads. "
+            "Start a new run from its weights (`--model_name_or_path`), or resume a checkpoint of a run without these (or with `--fsdp_size`)."
         )
 
 

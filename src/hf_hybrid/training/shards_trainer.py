@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from ..layers.full_precision import GathersFullPrecision
 from .checkpoints import OPTIMIZER_FOLDER
 
 
@@ -59,11 +60,31 @@ def lacking_weights(model: Any, missing: Sequence[str]) -> list[str]:
     return [name for name in missing if name in lacking]
 
 
+def refuse_cast_states(model: torch.nn.Module, args: Any) -> None:
+    """Refuses half precision under DeepSpeed, which casts every parameter.
+
+    Args:
+        model: the model, whole.
+        args: training arguments of a run under DeepSpeed.
+
+    Raises:
+        ValueError: the model has layers that compute with float32 tensors only.
+    """
+    option = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), None)
+    layer = next((module for module in model.modules() if isinstance(module, GathersFullPrecision)), None)
+    if option is not None and layer is not None:
+        raise ValueError(
+            f"`{option}=True` cannot be used with DeepSpeed: it would cast all parameters, also those of {type(layer).__name__}, which "
+            f"gives wrong results in half precision. Leave out `{option}` and add "
+            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} to the file of `deepspeed`, or use `fsdp_size` instead of it.'
+        )
+
+
 class ShardsTrainer(Trainer):
     """`Trainer` of models that `from_pretrained(distributed_config=…)`, or `args.fsdp_size`, has sharded.
 
     Raises:
-        ValueError: `fsdp_size` does not fit the number of processes, the model, or pieces of texts.
+        ValueError: `fsdp_size` does not fit the number of processes, the model, or pieces of texts; or half precision under DeepSpeed.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
@@ -81,6 +102,8 @@ class ShardsTrainer(Trainer):
         finally:
             if saves_optimizer:
                 args.save_only_model = False
+        if self.is_deepspeed_enabled:
+            refuse_cast_states(self.model, self.args)
 
     @property
     def _holds_shards(self) -> bool:

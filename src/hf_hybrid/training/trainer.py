@@ -315,10 +315,13 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrai
         return super().train(*args, **kwargs)
 
     def _warn_of_shards(self) -> None:
-        if self.is_fsdp_enabled and self.args.save_strategy != SaveStrategy.NO:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.save_strategy != SaveStrategy.NO:
+            engine, whole = "FSDP of Accelerate", "`fsdp_state_dict_type: FULL_STATE_DICT`"
+            if self.is_deepspeed_enabled:
+                engine, whole = "DeepSpeed", "`stage3_gather_16bit_weights_on_model_save: true`"
             logger.warning(
-                "The checkpoints of a run under FSDP of Accelerate cannot be resumed (`resume_from_checkpoint`), only started from: their "
-                "weights are whole with `fsdp_state_dict_type: FULL_STATE_DICT`. Those of `fsdp_size` can be resumed."
+                f"The checkpoints of a run under {engine} cannot be resumed (`resume_from_checkpoint`), only started from: their weights are "
+                f"whole with {whole}. Those of `fsdp_size` can be resumed."
             )
 
     @property
