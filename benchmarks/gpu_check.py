@@ -3,8 +3,8 @@
     python benchmarks/gpu_check.py                                # on the accelerator of this machine
     python benchmarks/gpu_check.py --device cpu --small --no-page # the CPU stands in: tries the check itself
 
-First the tests with the marker `gpu` (results of the CPU in float32 and bfloat16, generation, compiled decoding steps, memory),
-then training steps and generation in bfloat16. Writes `gpu_check.json` and the page `docs/guides/gpu.md`. Exit status 1: a test failed.
+First the tests with the marker `gpu` (results of the CPU in float32 and bfloat16, generation, memory, compiled decoding steps),
+then training steps and generation in bfloat16, in a process of their own. Writes `gpu_check.json` and the page `docs/guides/gpu.md`. Exit status 1: a test failed.
 """
 
 from __future__ import annotations
@@ -12,35 +12,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
+import re
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOCABULARY = 1024
 SHARE_OF_TESTS = 0.5  # of the time, at most
+SECONDS_PER_CASE = 60  # a contender that takes longer is given up
+OUTCOME = re.compile(r"\S+\.py::(?P<name>test_.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
 
 SIZES = {"hidden": 512, "layers": 4, "batch": 4, "length": 8192, "prompt": 2048, "new": 64, "repeats": 5}
 SMALL_SIZES = {"hidden": 64, "layers": 1, "batch": 1, "length": 256, "prompt": 64, "new": 8, "repeats": 1}
 
 INTRODUCTION = """# On a GPU
 
-`make gpu-check` runs what this page is made from, in at most eight minutes: the tests with the marker `gpu`, then training steps and
-generation in bfloat16 against models of Transformers and, where it is installed, of flash-linear-attention. It writes
-`benchmarks/results/gpu/gpu_check.json` and this page.
+`make gpu-check` runs what this page is made from, in at most eight minutes: the tests with the marker `gpu`, at most half of the time, then training
+steps and generation in bfloat16 against models of Transformers and, where it is installed, of flash-linear-attention, each at most a minute. It writes
+`benchmarks/results/gpu/gpu_check.json`, after every result, and this page; what fails, hangs or is missing is named there, and the rest still runs.
 
 What accelerators run is tested without one as well: every operation has its form for accelerators computed on a CPU
 (`forced_branch("accelerator")`, [testing](../testing.md)), in all models, with the kernels and the values that a host would wait for
-counted. A training or decoding step waits for none. Exceptions, once each: `generate` looks at the mask of the prompt, LongVQ asks in the
+counted. A training or decoding step waits for none, and a compiled decoding step is one graph of fixed shapes and addresses in every model, as graphs
+of CUDA need it ([generation](generation.md#compiled-steps)). Exceptions, once each: `generate` looks at the mask of the prompt, LongVQ asks in the
 first two steps of a run whether its codebooks have started, and `position_ids` that mark several documents in a row are read.
 
 `attn_implementation="flex_attention"` (SPADE, BST) uses FlexAttention for local attention; it has no dropout of attention weights.
@@ -173,6 +178,7 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "GLA (flash-linear-attention)": _fla("GLA"),
     "Mamba2 (flash-linear-attention)": _fla("Mamba2"),
 }
+CONTENDERS = ENCODERS | DECODERS
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
@@ -230,49 +236,118 @@ def measure(
     return found
 
 
-def run_cases(sizes: dict[str, int], device: torch.device, stop: float) -> dict[str, dict[str, Any]]:
-    """All contenders, as long as there is time."""
+def measure_all(names: list[str], sizes: dict[str, int], device: torch.device) -> None:
+    """The work of a process of its own: a line of JSON for each contender, in turn."""
+    print(json.dumps({"ready": True}), flush=True)
+    for name in names:
+        try:
+            found = measure(CONTENDERS[name], sizes, device, decodes=name in DECODERS)
+        except ImportError as error:
+            found = {"not_measured": f"{error.name or error} is not installed"}
+        except Exception as error:  # one contender that fails does not hide the others
+            message = str(error).splitlines()[0][:200] if str(error) else ""
+            found = {"failed": f"{type(error).__name__}: {message}"}
+        print(json.dumps({name: found}), flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def lines_of(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
+    """The lines that a process writes, as they come; None at their end."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def run_cases(
+    names: list[str], command: list[str], stop: float, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, dict[str, Any]]:
+    """All contenders, as long as there is time.
+
+    Args:
+        names: those to measure.
+        command: program that measures the contenders whose names are appended; one that hangs or dies is started again
+            with the next one.
+        stop: moment at which nothing runs any more.
+        keep: called with the results so far, whenever there is another one.
+    """
     results: dict[str, dict[str, Any]] = {}
-    for contenders, decodes in ((ENCODERS, False), (DECODERS, True)):
-        for name, build in contenders.items():
-            if time.monotonic() > stop:
-                results[name] = {"not_measured": "the time was up"}
-                continue
-            try:
-                results[name] = measure(build, sizes, device, decodes=decodes)
-            except ImportError as error:
-                results[name] = {"not_measured": f"{error.name or error} is not installed"}
-            except Exception as error:  # one contender that fails does not hide the others
-                results[name] = {
-                    "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-                }
-            print(name, results[name], file=sys.stderr, flush=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return results
+    while len(results) < len(names) and time.monotonic() < stop:
+        left = [name for name in names if name not in results]
+        with subprocess.Popen([*command, *left], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+            lines = lines_of(process)
+            while left:
+                limit = min(SECONDS_PER_CASE, stop - time.monotonic())
+                try:
+                    line = lines.get(timeout=max(0.0, limit))
+                except queue.Empty:
+                    if time.monotonic() < stop:
+                        results[left[0]] = {"failed": f"took more than {SECONDS_PER_CASE} seconds"}
+                    break
+                if line is None:
+                    results[left[0]] = {"failed": f"the process ended with status {process.wait()}"}
+                    break
+                found = json.loads(line)
+                if "ready" not in found:
+                    results |= found
+                    left.pop(0)
+                    keep(results)
+                    print(found, file=sys.stderr, flush=True)
+            process.kill()
+        keep(results)
+    return {name: results.get(name, {"not_measured": "the time was up"}) for name in names}
 
 
 def run_tests(device: torch.device, seconds: float, chosen: str | None) -> dict[str, Any]:
-    """The tests with the marker `gpu`: counts, and the names of those that failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["tests/modeling/test_on_accelerator.py", *(["-k", chosen] if chosen else [])]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        if device.type == "cpu":
-            environment["HF_HYBRID_CHECK_DEVICE"] = "cpu"
-        start = time.monotonic()
-        try:
-            subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=seconds, stdout=sys.stderr)
-        except subprocess.TimeoutExpired:
-            return {"seconds": round(seconds), "stopped": f"after {seconds:.0f} seconds"}
-        if not report.exists():
-            return {"seconds": round(time.monotonic() - start), "stopped": "pytest wrote no report"}
-        cases = [*ElementTree.parse(report).getroot().iter("testcase")]
-    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    passed = len(cases) - len(failed) - skipped
-    return {"passed": passed, "failed": failed, "skipped": skipped, "seconds": round(time.monotonic() - start)}
+    """The tests with the marker `gpu`: counts, and the names of those that failed; what ran before a stop counts too."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    command += ["tests/modeling/test_on_accelerator.py", *(["-k", chosen] if chosen else [])]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if device.type == "cpu":
+        environment["HF_HYBRID_CHECK_DEVICE"] = "cpu"
+    start, outcomes, stopped = time.monotonic(), {}, None
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        lines = lines_of(process)
+        while stopped is None:
+            try:
+                line = lines.get(timeout=max(0.0, start + seconds - time.monotonic()))
+            except queue.Empty:
+                stopped = f"after {seconds:.0f} seconds"
+                break
+            if line is None:
+                break
+            sys.stderr.write(line)
+            found = OUTCOME.match(line)
+            if found is not None:
+                outcomes[found["name"]] = found["outcome"]
+        process.kill() if stopped else process.wait()
+    if stopped is None and process.returncode not in (0, 1):
+        stopped = f"as pytest ended with status {process.returncode}"
+    record: dict[str, Any] = {
+        "passed": sum(outcome == "PASSED" for outcome in outcomes.values()),
+        "failed": [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")],
+        "skipped": sum(outcome == "SKIPPED" for outcome in outcomes.values()),
+        "seconds": round(time.monotonic() - start),
+    }
+    return record if stopped is None else record | {"stopped": stopped}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -285,10 +360,9 @@ def page_of(record: dict[str, Any] | None) -> str:
             INTRODUCTION + "**Not measured yet**: no figures of a GPU stand here, and there are no Triton kernels.\n"
         )
     tests, sizes = record["tests"], record["sizes"]
+    outcome = f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped"
     if "stopped" in tests:
-        outcome = f"stopped {tests['stopped']}"
-    else:
-        outcome = f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped"
+        outcome += f", then stopped {tests['stopped']}"
     lines = [
         f"## {record['device']}",
         "",
@@ -321,38 +395,54 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "gpu", help="folder of the JSON file"
     )
     parser.add_argument("--no-page", action="store_true", help="leave docs/guides/gpu.md alone")
+    parser.add_argument(
+        "--cases", metavar="EXPRESSION", help="only the contenders whose names match (a regular expression)"
+    )
+    parser.add_argument("--measure", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device is None and not torch.accelerator.is_available():
         print("No accelerator was found. `--device cpu --small --no-page` tries the check itself.", file=sys.stderr)
         return 2
-    import transformers
-
-    from hf_hybrid.ops.branches import forced_branch
-
     begin = time.monotonic()
     device = torch.device(options.device) if options.device else torch.accelerator.current_accelerator()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    ).stdout.strip()
     sizes = SMALL_SIZES if options.small else SIZES
-    record: dict[str, Any] = {
-        "device": name,
-        "time": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit,
-        "sizes": sizes,
-        "tests": run_tests(device, SHARE_OF_TESTS * options.seconds, options.tests),
-    }
-    with forced_branch("accelerator") if device.type == "cpu" else nullcontext():
-        record["results"] = run_cases(sizes, device, begin + 0.9 * options.seconds)
+    if options.measure:
+        from hf_hybrid.ops.branches import forced_branch
+
+        with forced_branch("accelerator") if device.type == "cpu" else nullcontext():
+            measure_all(options.measure, sizes, device)
+        return 0
+    record = record_of(device, sizes)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def keep(results: dict[str, Any]) -> None:
+        record["results"] = results
+        (options.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    record["tests"] = run_tests(device, SHARE_OF_TESTS * options.seconds, options.tests)
+    keep({})
+    command = [sys.executable, __file__, "--device", str(device), *(["--small"] if options.small else []), "--measure"]
+    names = [name for name in CONTENDERS if re.search(options.cases or "", name)]
+    keep(run_cases(names, command, begin + 0.95 * options.seconds, keep))
     if not options.no_page:
         (REPOSITORY / "docs" / "guides" / "gpu.md").write_text(page_of(record), encoding="utf-8")
     print(page_of(record).removeprefix(INTRODUCTION))
-    return 1 if record["tests"].get("failed") or "stopped" in record["tests"] else 0
+    return 1 if record["tests"]["failed"] or "stopped" in record["tests"] else 0
+
+
+def record_of(device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
+    """What is written beside the results: device, versions and sizes."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "time": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "commit": commit,
+        "sizes": sizes,
+    }
 
 
 if __name__ == "__main__":

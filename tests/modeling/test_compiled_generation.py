@@ -14,7 +14,7 @@ from transformers import CompileConfig
 
 from hf_hybrid.ops.branches import forced_branch
 
-GENERATIVE = [case for case in all_variants() if case.auto_name.endswith("LM")]
+GENERATIVE = all_variants("AutoModelForSeq2SeqLM") + all_variants("AutoModelForCausalLM")
 CASES = [case for case in GENERATIVE if case.variant in KINDS.get(case.model_type, (case.variant,))]
 
 
@@ -54,13 +54,13 @@ def test_a_compiled_step_is_one_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model_type}-{case.variant}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model_type}-{case.auto_name[9:]}-{case.variant}")
 def test_every_compiled_step_is_one_graph(case: Case) -> None:
     check_graphs(case, case.model())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: f"{case.model_type}-{case.variant}")
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: f"{case.model_type}-{case.auto_name[9:]}-{case.variant}")
 def test_inductor_compiles_a_step(case: Case) -> None:
     """As on accelerators, apart from the graphs of the device."""
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ from hf_hybrid.modeling import fixed_steps
 from hf_hybrid.modeling.fixed_steps import FixedSteps
 from hf_hybrid.ops.branches import forced_branch
 
-GENERATIVE = [case for case in all_variants() if case.auto_name.endswith("LM")]
+GENERATIVE = all_variants("AutoModelForSeq2SeqLM") + all_variants("AutoModelForCausalLM")
 COMPILED = CompileConfig(backend="eager", mode=None, fullgraph=True)
 SETTINGS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
