@@ -20,6 +20,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 
 from hf_hybrid.modeling.generation import StateGenerationMixin
+from hf_hybrid.modeling.spade import spade_layers
 
 SEQ2SEQ = all_variants("AutoModelForSeq2SeqLM")
 DEFAULTS = [case for case in SEQ2SEQ if case.variant == "default"]
@@ -239,3 +240,19 @@ def test_caches_of_transformers() -> None:
     assert source_rows(outputs.past_key_values) == {2}
     static = generate(model, source, num_beams=3, eos_token_id=None, cache_implementation="static")
     assert torch.equal(static, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_long_sources_in_the_form_for_few_queries(beams: int) -> None:
+    """Equal to attention by the implementation that the configuration names, in float64."""
+    (case,) = (case for case in DEFAULTS if case.model_type == "spade")
+    model = case.model().double().eval()
+    source = padded_source(2, 300, "right")
+    with mock.patch.object(spade_layers, "is_few_queries", wraps=spade_layers.is_few_queries) as few:
+        found = model.generate(**source, **SCORES, num_beams=beams, do_sample=False, max_new_tokens=5)
+        assert few.called
+    with mock.patch.object(spade_layers, "is_few_queries", return_value=False):
+        expected = model.generate(**source, **SCORES, num_beams=beams, do_sample=False, max_new_tokens=5)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.scores, expected.scores):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

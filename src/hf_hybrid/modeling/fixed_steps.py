@@ -248,7 +248,7 @@ def _fixed_tensors(model: Any, cache: Any, inputs: Mapping[str, Any], rows: int)
         given = inputs.get("attention_mask")
         source_mask = torch.ones(sources, size, dtype=torch.bool, device=device) if given is None else given.bool()
         source_mask = F.pad(source_mask, (0, more))
-        source = {name: F.pad(tensor, (0, 0, 0, more)) for name, tensor in source.items()}
+        source = {name: F.pad(tensor, (0, 0, 0, more)).contiguous() for name, tensor in source.items()}
     moved = torch.full((1,), slots - 1 - past, device=device)
     return FixedTensors(own.fitted(slots), F.pad(mask, (slots - past, 0)), moved, source, source_mask)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 
+from ..layers.decoding_linear import few_rows
 from ..ops.branches import uses_cpu_form
 from .argument_types import check_types
 from .call_cache import reorder_targets
@@ -38,7 +40,9 @@ class StateGenerationMixin(GenerationMixin):
         return outputs
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        return super().generate(*args, **kwargs)
+        model: Any = self
+        with few_rows(model) if uses_cpu_form(model.device) else nullcontext():
+            return super().generate(*args, **kwargs)
 
     def _refuse_cache(self, name: str) -> NoReturn:
         raise ValueError(

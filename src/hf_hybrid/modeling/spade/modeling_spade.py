@@ -31,6 +31,7 @@ from ...layers.kept_results import FreezableModel
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ...ops.branches import can_read_values
+from ...ops.relative_position import rotary_cos_sin
 from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, count_tokens
@@ -289,7 +290,8 @@ class SpadeDecoder(SpadePreTrainedModel):
                 past_key_values=own_cache,
             )
             if self.config.decoder_has_rotary_positions:
-                positions = logical_positions(mask, past + length, device=inputs_embeds.device)[:, past:]
+                places = logical_positions(mask, past + length, device=inputs_embeds.device)[:, past:]
+                positions = rotary_cos_sin(places, self.config.head_dim, self.config.rotary_base)
         cross_attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
