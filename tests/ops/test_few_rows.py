@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_hybrid.layers.decoding_linear import few_rows
-from hf_hybrid.ops.few_rows import few_query_attention, few_rows_linear, for_few_queries, is_few_queries
+from hf_hybrid.ops.few_queries import few_query_attention, for_few_queries, is_few_queries
+from hf_hybrid.ops.few_rows import few_rows_linear
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

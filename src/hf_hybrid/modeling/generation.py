@@ -41,7 +41,9 @@ class StateGenerationMixin(GenerationMixin):
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
-        with few_rows(model) if uses_cpu_form(model.device) else nullcontext():
+        config = kwargs.get("generation_config") or model.generation_config
+        compiles = kwargs.get("compile_config", getattr(config, "compile_config", None)) is not None
+        with few_rows(model) if uses_cpu_form(model.device) and not compiles else nullcontext():
             return super().generate(*args, **kwargs)
 
     def _refuse_cache(self, name: str) -> NoReturn:

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ...ops.branches import can_read_values
-from ...ops.few_rows import for_few_queries
+from ...ops.few_queries import for_few_queries
 from ..cache import StateCache, select_sources
 from ..call_cache import check_cache
 from ..token_cache import TokenLayer

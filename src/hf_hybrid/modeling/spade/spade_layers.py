@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
-from ...ops.few_rows import few_query_attention, is_few_queries
+from ...ops.few_queries import few_query_attention, is_few_queries
 from ...ops.relative_position import apply_rotary
 from ...ops.shared_source import mask_of_sources, targets_per_source
 from ..call_cache import layer_state
