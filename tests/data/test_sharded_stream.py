@@ -32,8 +32,8 @@ def blocks(samples):
 
 
 def read_together(sizes_and_steps, **options):
-    """Samples in the order of training: each number of processes reads its steps, one sample each, and the next one goes on."""
-    found, state = [], None
+    """Samples in the order of the stream: each number of processes reads its steps, one sample each, and the next one goes on."""
+    found, state, begun = [], None, 0
     for size, steps in sizes_and_steps:
         streams = [make(rank, size, **options) for rank in range(size)]
         if state is not None:
@@ -42,6 +42,8 @@ def read_together(sizes_and_steps, **options):
         readers = [iter(stream) for stream in streams]
         for _ in range(steps) if steps is not None else itertools.count():
             row = [next(reader, None) for reader in readers]
+            first = begun % size  # reads the sample that follows; a step sums over all of them, in any order
+            row, begun = row[first:] + row[:first], begun + size
             found += blocks(sample for sample in row if sample is not None)
             if steps is None and not any(row):
                 break

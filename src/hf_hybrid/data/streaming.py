@@ -15,10 +15,12 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as workers
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +39,8 @@ class _DocumentSource:
     """Documents of one shard, from the beginning or from a stored position.
 
     Map-style data sets and lists are indexed; `datasets` streams use their own state; anything else is read again up to the
-    position, as is a stream with a shuffle buffer, whose state does not include the buffer.
+    position, as is a stream whose state is not exact: with a shuffle buffer, which is no part of it, or before datasets 5.1 behind
+    functions and in batches, of which it counts some twice.
     """
 
     def __init__(self, documents: Documents, rank: int, world_size: int) -> None:
@@ -56,7 +59,7 @@ class _DocumentSource:
             documents = split_dataset_by_node(documents, rank=rank, world_size=world_size)
         # All iterations of a `datasets` stream share its state: keep a stream of our own.
         self.documents = copy.deepcopy(documents) if self.is_stream else documents
-        self.has_state = self.is_stream and not _has_shuffle_buffer(documents)
+        self.has_state = self.is_stream and _has_exact_state(documents)
 
     def set_epoch(self, epoch: int) -> None:
         if self.is_stream:
@@ -125,13 +128,19 @@ def _is_one_shot(documents: object) -> bool:
     return hasattr(documents, "__next__")
 
 
-def _has_shuffle_buffer(stream: object) -> bool:
-    layer = getattr(stream, "_ex_iterable", None)
-    while layer is not None:
-        if "Shuffle" in type(layer).__name__ and "Buffer" in type(layer).__name__:
-            return True
-        layer = getattr(layer, "ex_iterable", None)
-    return False
+def _has_exact_state(stream: object) -> bool:
+    """Whether the state of a `datasets` stream is that behind the last document."""
+    if not hasattr(stream, "_ex_iterable"):  # a stream of another library
+        return True
+    inexact = ["Buffer"]
+    if Version(version("datasets")) < Version("5.1"):
+        inexact += ["Mapped", "Filtered", "Rebatched"]
+    layers = [stream._ex_iterable]
+    for layer in layers:  # which grows
+        if any(part in type(layer).__name__ for part in inexact):
+            return False
+        layers += [layer.ex_iterable] if hasattr(layer, "ex_iterable") else getattr(layer, "ex_iterables", [])
+    return True
 
 
 class PackedStream(IterableDataset):
