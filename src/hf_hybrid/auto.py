@@ -455,14 +455,21 @@ def _register_models() -> None:
         enter_names(architecture.model_type, architecture.heads, classes)
 
 
+def image_processor_class() -> Any:
+    """`AutoImageProcessor`, also where torchvision is missing.
+
+    Transformers before 5.23 asks for torchvision if the class is imported by its name at the top, though it works without.
+    """
+    return import_module("transformers.models.auto.image_processing_auto").AutoImageProcessor
+
+
 def _register_image_processors() -> None:
     _register_configs()
-    module = import_module("transformers.models.auto.image_processing_auto")
     for architecture in ARCHITECTURES:
         if architecture.image_processor is not None:
             processor = _load_processor(architecture.image_processor)
             config_class = load_config_class(architecture)
-            module.AutoImageProcessor.register(config_class, slow_image_processor_class=processor, exist_ok=True)
+            image_processor_class().register(config_class, slow_image_processor_class=processor, exist_ok=True)
 
 
 def _register_feature_extractors() -> None:

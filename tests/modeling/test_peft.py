@@ -245,6 +245,7 @@ def test_damaged_adapters_are_refused(saved: Path, tmp_path: Path) -> None:
     [
         ({"rank": 0}, "`lora_rank` must be positive"),
         ({"rank": -3}, "`lora_rank` must be positive"),
+        ({"rank": 10**9}, "`lora_rank` is 1000000000, but no linear map to adapt has a rank above"),
         ({"rank": 4, "alpha": 0.0}, "`lora_alpha` must be positive"),
         ({"rank": 4, "dropout": 1.0}, "`lora_dropout`"),
         ({"rank": 4, "target_modules": ["query"]}, "`target_modules` names 'query'"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from factories import Case
-from transformers import AutoFeatureExtractor, AutoImageProcessor, pipeline
+from transformers import AutoFeatureExtractor, pipeline
 
+from hf_hybrid.auto import image_processor_class
 from hf_hybrid.processing.audio_processing import WaveformFeatureExtractor
 from hf_hybrid.processing.image_processing import PixelSequenceImageProcessor
 
@@ -59,7 +60,7 @@ class TestImages:
         IMAGE.model(image_size=8).save_pretrained(tmp_path)
         process = PixelSequenceImageProcessor(image_size=8, image_mean=0.48, image_std=0.24)
         process.save_pretrained(tmp_path)
-        loaded = AutoImageProcessor.from_pretrained(tmp_path)
+        loaded = image_processor_class().from_pretrained(tmp_path)
         assert type(loaded) is PixelSequenceImageProcessor
         assert (loaded.image_size, loaded.image_mean, loaded.image_std) == (8, 0.48, 0.24)
         image = torch.rand(16, 16)

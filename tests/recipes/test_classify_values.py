@@ -10,13 +10,12 @@ from factories import TINY_OVERRIDES
 from PIL import Image
 from transformers import (
     AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoModelForAudioClassification,
     AutoModelForImageClassification,
     pipeline,
 )
 
-from hf_hybrid.auto import ARCHITECTURES
+from hf_hybrid.auto import ARCHITECTURES, image_processor_class
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import classify_audio, classify_image, evaluate, train_lra
 
@@ -75,7 +74,7 @@ def test_images_are_told_apart(training, images, tmp_path, arch):
     assert measured["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5, abs=1e-7)
     picture = Image.fromarray(np.array(json.loads(images_row(images, 1))["pixels"], np.uint8).reshape(4, 4))
     classify = pipeline(
-        "image-classification", model=str(run), image_processor=AutoImageProcessor.from_pretrained(run)
+        "image-classification", model=str(run), image_processor=image_processor_class().from_pretrained(run)
     )
     assert classify(picture)[0]["label"] == "1"
     lra = {**base, "task": "image", "pixel_values": True, "max_steps": 1, "output_dir": str(tmp_path / "lra")}

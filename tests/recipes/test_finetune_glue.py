@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_hybrid.hub import model_card_problems
 from hf_hybrid.recipes import finetune_glue
 from hf_hybrid.recipes.finetune_glue import find_text_columns, main
-from hf_hybrid.recipes.support.finetuning_data import Labels, find_labels
+from hf_hybrid.recipes.support.labels import Labels, find_labels
 
 GOOD, BAD = "the list is good and sorted", "this dictionary is bad"
 
@@ -191,6 +191,10 @@ def test_bad_training_data_is_explained(finetuning, data, rows, message):
         ({"model_name_or_path": "/nowhere"}, "cannot be loaded"),
         ({"text_columns": ["body"]}, "no column 'body'"),
         ({"metrics": ["acc"]}, "Unknown metric"),
+        (
+            {"metric_for_best_model": "acc", "metrics": ["f1"]},
+            "`metric_for_best_model` is 'acc', .* measure eval_loss, .*, eval_f1: choose",
+        ),
         ({"data": None}, "`data` is required"),
     ],
 )
@@ -210,7 +214,7 @@ def test_kinds_of_labels():
     names = find_labels(
         Dataset.from_dict({"label": [0, 1]}).cast_column("label", ClassLabel(names=["no", "yes"])), "label"
     )
-    assert names == Labels("label", ["no", "yes"], {0: 0, 1: 1})
+    assert names == Labels("label", ["no", "yes"], {0: 0, 1: 1}, kind="a number")
     booleans = Dataset.from_dict({"label": [True, False]})
     assert find_labels(booleans, "label").encode(booleans, "x") == [1, 0]
     numbers = find_labels(Dataset.from_dict({"label": [0.5, 1.0]}), "label")

@@ -106,6 +106,10 @@ def test_empty_reference_lists_fall_back_to_the_summary():
         ({"max_target_length": 65}, "Targets have up to 65 tokens.*accepts 64.*`max_target_length`"),
         ({"generation_max_length": 66}, "Generated texts.*`generation_max_length`"),
         ({"length_penalty": 0.8}, "generation_num_beams"),
+        (
+            {"metric_for_best_model": "bleu"},
+            "`metric_for_best_model` is 'bleu', .*eval_rougeL, .*eval_generated_tokens",
+        ),
         ({"text_column": "body"}, "no column 'body'"),
         ({"query_column": "questions"}, "no column 'questions'"),
         ({"data": None}, "`data` is required"),

@@ -13,7 +13,8 @@ from hf_hybrid.data.loading import load_table, load_text_source
 from hf_hybrid.data.records import place_of
 from hf_hybrid.recipes import finetune_glue, finetune_summarization, finetune_translation
 from hf_hybrid.recipes.finetune_summarization import Columns, references_of
-from hf_hybrid.recipes.support.finetuning_data import TableArguments, find_labels, load_tables, require_text
+from hf_hybrid.recipes.support.finetuning_data import TableArguments, load_tables, require_text
+from hf_hybrid.recipes.support.labels import find_labels
 from hf_hybrid.recipes.support.options import fill_dataclasses
 from hf_hybrid.recipes.train_tokenizer import TrainTokenizerArguments
 
@@ -88,6 +89,36 @@ def test_labels_that_cannot_be_learnt(labels, message, tmp_path):
     path = write(tmp_path, [{"text": "a", "label": label} for label in labels])
     with pytest.raises(ValueError, match=message):
         find_labels(load_table(path), "label")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "learnt", "held_out", "message"),
+    [
+        ("jsonl", [0, 1], [0, 1, 10**30], r"line 3 has the label 1e\+30 .*accepted are 0, 1"),
+        ("jsonl", [0, 1, 10**30], [0], r"line 3 has the label 1e\+30 .*accepted are finite numbers below"),
+        ("csv", [0.5, 1.5], ["0.5", "1e30"], r"line 3 has the label 1e\+30 .*accepted are finite numbers below"),
+        ("jsonl", [0, 1], [1, True], "line 2 has the label True .*accepted are 0, 1"),
+        ("jsonl", [True, False], [True, 1], "line 2 has the label 1 .*accepted are"),
+        ("jsonl", [0, 1], [0, 1, "yes"], "line 3 has the label 'yes' .*accepted are 0, 1"),
+        ("csv", [0, 1], [0, 1, "yes"], "line 4 has the label 'yes' .*accepted are 0, 1"),
+        ("csv", ["a", "b"], ["b", "a", 1], "line 4 has the label '1' .*accepted are 'a', 'b'"),
+        ("jsonl", [0, 1], [0, [1]], r"line 2 has the label \[1\] .*accepted are 0, 1"),
+    ],
+)
+def test_labels_of_other_kinds_are_named(suffix, learnt, held_out, message, tmp_path):
+    """Also where they are only among the rows to evaluate on."""
+    tables = []
+    for name, values in (("train", learnt), ("validation", held_out)):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "jsonl":
+            write(tmp_path, [{"text": "a", "label": label} for label in values], path.name)
+        else:
+            path.write_text("text,label\n" + "".join(f"a,{label}\n" for label in values))
+        tables.append(load_table(path))
+    labels = find_labels(tables[0], "label")
+    with pytest.raises(ValueError, match=rf"\.{suffix}, {message}"):
+        for table in tables:
+            labels.encode(table, "data")
 
 
 @pytest.mark.parametrize("only", [0, 1])

@@ -11,8 +11,10 @@ from torch.utils.data import Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_hybrid.training.arguments import HybridTrainingArguments, PretrainingArguments, SyntheticTrainingArguments
+from hf_hybrid.training.best_metric import NamedMetrics
 from hf_hybrid.training.callbacks import EpochCallback, TimeLimitCallback
 from hf_hybrid.training.divergence import DivergedError
+from hf_hybrid.training.resuming import device_without_number
 from hf_hybrid.training.trainer import EpochLengthSampler, HybridTrainer
 
 
@@ -61,6 +63,43 @@ def test_the_optimizer_has_our_groups_and_the_schedule_keeps_them(tmp_path):
     assert [group["initial_lr"] for group in groups.values()] == [1e-2, 1e-2, 1e-3]
     assert [group["weight_decay"] for group in groups.values()] == [0.1, 0.0, 0.0]
     assert all(group["lr"] == pytest.approx(0.0) for group in groups.values())
+
+
+def test_a_cpu_has_no_number_while_an_optimizer_is_loaded(tmp_path):
+    args = arguments(tmp_path)
+    args.__dict__["_setup_devices"] = torch.device("cpu", 0)  # what Accelerate sets where several processes train
+    with pytest.raises(KeyError), device_without_number(args):
+        assert args.device == torch.device("cpu")
+        raise KeyError
+    assert args.device == torch.device("cpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options", "known"),
+    [
+        ("acuracy", {}, "eval_loss, .*, eval_accuracy: choose"),
+        ("accuracy", {"prediction_loss_only": True}, "eval_loss, eval_runtime"),
+        ("accuracy", {"sets": True}, "eval_a_loss, .*eval_b_accuracy"),
+    ],
+)
+def test_a_best_metric_that_nothing_measures(tmp_path, wanted, options, known):
+    sets = options.pop("sets", False)
+    args = arguments(tmp_path, max_steps=1, metric_for_best_model=wanted, eval_strategy="steps", **options)
+    trainer = HybridTrainer(
+        model=Model(),
+        args=args,
+        train_dataset=Numbers(),
+        eval_dataset={"a": Numbers(), "b": Numbers()} if sets else Numbers(),
+        compute_metrics=NamedMetrics(lambda prediction: {"accuracy": 1.0}, lambda: ["accuracy"]),
+    )
+    with pytest.raises(ValueError, match=f"`metric_for_best_model` is '{wanted}', .* measure {known}"):
+        trainer.train()
+    for right in ("eval_a_accuracy", "b_loss") if sets else ("loss", "eval_runtime"):
+        args.metric_for_best_model = right
+        trainer.train()
+    trainer.compute_metrics = lambda prediction: {"accuracy": 1.0}  # of somebody who does not name what it measures
+    args.metric_for_best_model = "b_accuracy" if sets else "runtime"
+    trainer.train()
 
 
 def test_muon_trains_the_matrices(tmp_path):

@@ -18,14 +18,8 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 from ..data.waveforms import WaveformCollator, WaveformDataset, read_waveforms, standardization
 from ..processing.audio_processing import WaveformFeatureExtractor
 from ..training.arguments import FinetuningArguments
-from .support.finetuning_data import (
-    TableArguments,
-    choose_column,
-    labels_of_model,
-    load_tables,
-    require_columns,
-    single_validation_set,
-)
+from .support.finetuning_data import TableArguments, choose_column, load_tables, require_columns, single_validation_set
+from .support.labels import labels_of_model
 from .support.models import with_adapter
 from .support.recipe import Recipe
 from .support.reports import display_names

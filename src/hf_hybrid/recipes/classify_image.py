@@ -21,7 +21,8 @@ from transformers import AutoModelForImageClassification, default_data_collator
 
 from ..data.lra import PixelSequences, load_lra_table, lra_task, pixel_array
 from ..training.arguments import FinetuningArguments
-from .support.finetuning_data import TableArguments, labels_of_model, load_tables, single_validation_set
+from .support.finetuning_data import TableArguments, load_tables, single_validation_set
+from .support.labels import labels_of_model
 from .support.models import with_adapter
 from .support.recipe import Recipe
 from .support.reports import display_names

@@ -26,19 +26,21 @@ from ..training.arguments import FinetuningArguments
 from ..training.trainer import HybridTrainer
 from .support.finetuning_data import (
     CheckpointArguments,
-    Labels,
     TableArguments,
     check_vocabulary,
+    load_or_initialize,
+    load_tables,
+    require_columns,
+    require_text,
+)
+from .support.labels import (
+    Labels,
     classification_head,
     find_labels,
     labels_of_model,
-    load_or_initialize,
-    load_tables,
     majority_accuracy,
     make_classification_metrics,
     only_logits,
-    require_columns,
-    require_text,
 )
 from .support.models import check_positions, load_config, load_tokenizer, with_adapter
 from .support.recipe import Recipe

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
 from ..app.space import write_space
-from ..auto import ARCHITECTURES, load_heads
+from ..auto import ARCHITECTURES, image_processor_class, load_heads
 from ..hub import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -207,7 +207,7 @@ def _load_inputs(source: Path) -> tuple[Any, Any]:
     if not settings.is_file():
         return tokenizer, None
     is_image = "image_processor_type" in json.loads(settings.read_text(encoding="utf-8"))
-    return tokenizer, (AutoImageProcessor if is_image else AutoFeatureExtractor).from_pretrained(source)
+    return tokenizer, (image_processor_class() if is_image else AutoFeatureExtractor).from_pretrained(source)
 
 
 def _card(options: PushToHubArguments, source: Path, model: PreTrainedModel) -> str:

@@ -42,14 +42,8 @@ from ..data.lra import (
 )
 from ..training.arguments import FinetuningArguments
 from .generate_lra import GENERATED, GeneratorArguments, generate_splits
-from .support.finetuning_data import (
-    Labels,
-    TableArguments,
-    check_vocabulary,
-    labels_of_model,
-    load_tables,
-    single_validation_set,
-)
+from .support.finetuning_data import TableArguments, check_vocabulary, load_tables, single_validation_set
+from .support.labels import Labels, labels_of_model
 from .support.models import load_tokenizer, with_adapter
 from .support.recipe import Recipe
 from .support.reports import RunReport, display_names

@@ -143,6 +143,7 @@ def add_lora(
 
     check_lora_options(rank, alpha, dropout)
     targets = lora_target_modules(model) if target_modules is None else list(target_modules)
+    _check_rank(model, rank, targets)
     names = [name for name, _ in model.named_modules()]
     for option, wanted in (("target_modules", targets), ("modules_to_save", modules_to_save)):
         for name in [] if isinstance(wanted, str) else wanted:
@@ -182,6 +183,20 @@ def check_lora_options(rank: int, alpha: float | None, dropout: float) -> None:
         raise ValueError(f"`lora_alpha` must be positive; got {alpha}. Leave it out for twice the rank.")
     if not 0 <= dropout < 1:
         raise ValueError(f"`lora_dropout` must be at least 0 and below 1; got {dropout}.")
+
+
+def _check_rank(model: PreTrainedModel, rank: int, targets: str | Sequence[str]) -> None:
+    """Refuses a rank above that of every map to adapt, before its updates are allocated."""
+    ranks = [
+        min(module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (isinstance(targets, str) or any(_is_named(name, end) for end in targets))
+    ]
+    if ranks and rank > max(ranks):
+        raise ValueError(
+            f"`lora_rank` is {rank}, but no linear map to adapt has a rank above {max(ranks)}: usual ranks are 4 to 64, and training in "
+            "full is without `lora_rank`."
+        )
 
 
 def _is_named(module: str, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,10 +15,12 @@ from transformers import PreTrainedModel
 
 from ..data.segments import DocumentSegments
 from ..modeling.cache import StateCache
+from .best_metric import check_best_metric
 from .trainer import HybridTrainer
 
 STATE_FILE = "carried_state_{rank}.safetensors"
 POSITION_LIMITS = (4096, 16384, 65536)  # ends of the ranges of positions for which the loss is reported
+_RANGE_LOSSES = [f"loss_{first}_{last}" for first, last in zip((0, *POSITION_LIMITS), (*POSITION_LIMITS, "end"))]
 
 
 def new_state(model: Any, *, in_training: bool = False) -> StateCache:
@@ -114,6 +115,9 @@ class SegmentTrainer(HybridTrainer):
         self._carried = self._new_state()
         self._carried.load_saved(load_file(path), self.args.device)
 
+    def _check_best_metric(self) -> None:
+        check_best_metric(self, ["loss", *_RANGE_LOSSES])
+
     # ------------------------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
@@ -138,11 +142,9 @@ class SegmentTrainer(HybridTrainer):
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         metrics = {f"{metric_key_prefix}_loss": float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))}
-        borders = [0, *POSITION_LIMITS, math.inf]
-        for (total, count), first, last in zip(sums.tolist(), borders, borders[1:]):
+        for (total, count), name in zip(sums.tolist(), _RANGE_LOSSES):
             if count:
-                name = f"{metric_key_prefix}_loss_{first}_{last if last < math.inf else 'end'}"
-                metrics[name] = total / count
+                metrics[f"{metric_key_prefix}_{name}"] = total / count
         self._paused_seconds += time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -23,6 +23,7 @@ from ..modeling.losses import align_labels, mean_over_labels
 from ..ops.branches import uses_cpu_form
 from .activations import ActivationCallback, has_routers
 from .adapters import base_model, is_adapted, save_adapted_config
+from .best_metric import check_best_metric
 from .callbacks import EpochCallback, TimeLimitCallback
 from .checkpoints import STAGING_FOLDER, publish_checkpoint, reporting_write_errors, rotate_checkpoints
 from .codebooks import CodebookCallback, has_codebooks
@@ -31,7 +32,7 @@ from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
 from .pieces_trainer import PiecesTrainer
 from .publishing import PublishingTrainer
-from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
+from .resuming import TOTALS_FILE, RunTotals, apply_settings, device_without_number, optimizer_settings
 from .shards_trainer import ShardsTrainer, lacking_weights
 from .streams_trainer import StreamsTrainer
 
@@ -312,7 +313,11 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrai
         if self._time_limit is not None:
             self._time_limit.earlier_seconds = self._time_limit.elapsed_fraction = 0.0
         self._warn_of_shards()
+        self._check_best_metric()
         return super().train(*args, **kwargs)
+
+    def _check_best_metric(self) -> None:
+        check_best_metric(self)
 
     def _warn_of_shards(self) -> None:
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.save_strategy != SaveStrategy.NO:
@@ -376,7 +381,8 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrai
             return
         optimizer: Any = self.optimizer
         settings = optimizer_settings(optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with device_without_number(self.args):
+            super()._load_optimizer_and_scheduler(checkpoint)
         self._earlier = RunTotals.read(Path(checkpoint))
         if self._time_limit is not None:  # before the schedule, which follows it
             self._time_limit.earlier_seconds = self._earlier_seconds

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .experiment_files import experiment_names, folder_of_experiments
-from .finetuning_data import Labels
+from .labels import Labels
 from .models import load_config, parse_overrides, role_fields
 from .options import read_options
 from .sequence_classification import ClassifierArguments, build_classifier, classifier_config

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...auto import find_architecture
+from ...auto import find_architecture, image_processor_class
 from ...processing.image_processing import PixelSequenceImageProcessor
 from ...training.arguments import FinetuningArguments
 from ...training.trainer import HybridTrainer
-from .finetuning_data import (
+from .labels import (
     Labels,
     classification_head,
     find_labels,
@@ -159,7 +159,7 @@ def saved_image_processor(checkpoint: str | None) -> Any:
     if checkpoint is None:
         return None
     try:
-        return AutoImageProcessor.from_pretrained(checkpoint)
+        return image_processor_class().from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         logger.debug("no image processor: %s", error)
         return None
