@@ -93,8 +93,13 @@ def test_numbers_beyond_all_precision_are_refused(cls, name, value):
 def test_what_forward_passes_return_is_switched_by_booleans(cls):
     for name in ("return_dict", "output_hidden_states"):
         for wrong in ({"a": 1}, "yes", 1.5, ["a"]):
-            with pytest.raises(Exception, match=f"`{name}` must be True, False or None"):
+            # Transformers 5.17 checks the type itself.
+            with pytest.raises(Exception, match=f"`{name}` must be True, False or None|Field '{name}' with value"):
                 cls(**{name: wrong})
+    try:
+        PreTrainedConfig(output_hidden_states=[0, -1])
+    except StrictDataclassError:  # Transformers 5.17 accepts no list of layers
+        return
     assert cls(output_hidden_states=[0, -1]).output_hidden_states == [0, -1]
 
 
@@ -110,7 +115,8 @@ def test_labels_of_classifiers(cls):
     for wrong in ("3", [], 1.5):
         with pytest.raises(TypeError, match="`num_labels` must be an int"):
             cls(num_labels=wrong)
-    with pytest.raises(Exception, match="`problem_type` must be one of 'regression'"):
+    # Transformers 5.17 checks the type itself.
+    with pytest.raises(Exception, match="`problem_type` must be one of 'regression'|'problem_type' expected one of"):
         cls(problem_type="classification")
 
 

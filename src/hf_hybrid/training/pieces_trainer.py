@@ -94,6 +94,18 @@ class PiecesTrainer(Trainer):
         piece.pop("num_items_in_batch", None)  # the Trainer counts those of all processes
         return partial(context_parallel, self.model, group), piece
 
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Number of labels of a step; every process of a group counts those of the whole texts.
+
+        `Trainer` divides by the size of the group, but before 5.23 only where Accelerate made the group.
+        """
+        pieces, self._pieces = self._pieces, None  # now the size is 1 for all of them
+        try:
+            count = super()._get_num_items_in_batch(*args, **kwargs)
+        finally:
+            self._pieces = pieces
+        return count if count is None or pieces is None else count / pieces[1].size
+
     def prediction_step(
         self,
         model: Any,
