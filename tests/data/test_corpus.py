@@ -16,6 +16,7 @@ from hf_hybrid.data.corpus import (
     embedded_summarization_pairs,
     embedded_text_corpus,
     language_reference,
+    name_in_words,
 )
 
 SMALL = {"families": ("python", "torch", "numpy"), "max_source_bytes": 800_000}
@@ -55,7 +56,7 @@ def test_order_does_not_depend_on_the_file_system(monkeypatch):
 def test_summarization_pairs():
     rows = embedded_summarization_pairs(**SMALL)
     assert len(rows) > 300
-    assert set(rows[0]) == {"document", "summary", "family", "module", "split"}
+    assert set(rows[0]) == {"name", "document", "summary", "family", "module", "split"}
     modules = {
         split: {(r["family"], r["module"]) for r in rows if r["split"] == split} for split in ("train", "validation")
     }
@@ -63,6 +64,16 @@ def test_summarization_pairs():
     assert len({row["document"] for row in rows}) == len(rows)
     assert all(row["summary"] not in row["document"] for row in rows[:200])
     assert [r for r in rows if r["split"] == "validation"] == embedded_summarization_pairs("validation", **SMALL)
+
+
+def test_names_in_words():
+    names = {
+        "XMLReader.get_feature2": "xml reader get feature2",
+        "__init__": "init",
+        "DataFrame._größe": "data frame größe",
+        "": "",
+    }
+    assert {name: name_in_words(name) for name in names} == names
 
 
 def test_classification_examples():

@@ -48,6 +48,7 @@ _SECTION = re.compile(
     r"Outputs?|Usage|Keyword [Aa]rguments|Warns?|Methods|Other Parameters)\s*:{0,2}\s*$|[-=~^]{3,}\s*$|>>> |\.\. |```|[:@]\w+)"
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_INNER_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _LETTER_OR_SPACE = re.compile(r"[^\W\d_]| ")
 _ALIASES = {"numpy": ("np",), "torch": ("pytorch",), "sklearn": ("scikit-learn", "scikit"), "matplotlib": ("mpl", "pyplot", "plt"), "pandas": ("pd",)}  # fmt: skip
 
@@ -246,7 +247,8 @@ def embedded_summarization_pairs(
         progress: show a progress bar.
 
     Returns:
-        Rows with `document`, `summary`, `family`, `module` and `split`.
+        Rows with `name` (of the module, class or function, in words; empty for modules), `document`, `summary`, `family`, `module`
+        and `split`.
     """
     _check_split(split)
     rows = []
@@ -260,6 +262,7 @@ def embedded_summarization_pairs(
         ):
             rows.append(
                 {
+                    "name": name_in_words(item.name),
                     "document": body,
                     "summary": summary,
                     "family": item.family,
@@ -333,6 +336,11 @@ def embedded_classification_examples(
         label += 1
     chosen.sort(key=lambda row: _share(str(row["sentence"]), "mix"))
     return [row for row in chosen if split is None or row["split"] == split]
+
+
+def name_in_words(name: str) -> str:
+    """A qualified name in lower-case words: `"XMLReader.get_feature"` becomes `"xml reader get feature"`."""
+    return " ".join(_INNER_WORD.sub(" ", name).replace(".", " ").replace("_", " ").lower().split())
 
 
 def _check_split(split: str | None) -> None:

@@ -62,7 +62,7 @@ from .support.runs import Job, set_up_logging
 
 CHECKPOINT = Path("checkpoints", "spade-small")  # in the repository
 OWN_DOCUMENT = (
-    "The file is opened for reading and every line is passed to the function. Lines that are empty are skipped. "
+    "read lines: The file is opened for reading and every line is passed to the function. Lines that are empty are skipped. "
     "If the file does not exist, an error is raised."
 )
 PROMPTS = (
@@ -91,7 +91,7 @@ class DemoArguments:
     max_minutes: float | None = field(
         default=None,
         metadata={
-            "help": "Time limit in minutes; training phases end early to meet it. Default: 5 (quick: 1.1), 5.3 from scratch (quick: 1)."
+            "help": "Time limit in minutes; training phases end early to meet it. Default: 5.5 (quick: 1.1), 5.3 from scratch (quick: 1)."
         },
     )
     quick: bool = field(
@@ -324,7 +324,7 @@ class Demo:
         return f"accuracy {metrics['eval_accuracy']:.1%} (Naive Bayes {_naive_bayes(metrics):.1%})"
 
     def summarize(self) -> str:
-        """Summarization with its recipe, compared with the first words of the document."""
+        """Summarization with its recipe, compared with the first words of the docstring."""
         folder = self.path / "data" / SUMMARIZATION
         job, metrics = self._run_recipe(
             finetune_summarization.RECIPE,
@@ -335,12 +335,15 @@ class Demo:
             **self.plan.summarization,
         )
         self.summarizer = job
-        leads, words = lead_summaries(folder)
         rows = [
             {"document": row["document"], "summary": row["targets"][0]}
             for row in read_rows(folder / "validation.jsonl")
         ]
-        metrics["baselines"] = {"lead_words": words, **rouge(leads, [row["summary"] for row in rows])}
+        references = [row["summary"] for row in rows]
+        leads, words = lead_summaries(folder, "text")
+        named_leads, _ = lead_summaries(folder, "document")
+        metrics["baselines"] = {"lead_words": words, **rouge(leads, references)}
+        metrics["baselines"]["named"] = rouge(named_leads, references)
         plot_loss_curves(job.trainer.state.log_history, self._picture("summarization"), title="Summarization")
         self.metrics["summarization"] = metrics
         written = read_rows(self.path / "summarizer" / PREDICTIONS_FILE)
@@ -350,8 +353,10 @@ class Demo:
                 for row, lead, prediction in zip(rows, leads, written)
             ]
         )
-        lead = metrics["baselines"]["rougeL"]
-        return f"ROUGE-L {metrics['eval_rougeL']:.1f} (first {words} words {lead:.1f})"
+        plain, named_lead = metrics["baselines"]["rougeL"], metrics["baselines"]["named"]["rougeL"]
+        return (
+            f"ROUGE-L {metrics['eval_rougeL']:.1f} (first {words} words {plain:.1f}, with the name {named_lead:.1f})"
+        )
 
     def generate(self) -> str:
         """Summaries by greedy search, by beam search and by sampling."""
@@ -493,9 +498,10 @@ def _checks(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             f"and {baselines['naive_bayes_default']:.1%} (default smoothing)",
         },
         {
-            "claim": "The summaries beat the first words of the document (ROUGE-L)",
+            "claim": "The summaries beat the first words of the docstring (ROUGE-L)",
             "passed": summaries["eval_rougeL"] > lead,
-            "measured": f"{summaries['eval_rougeL']:.1f} against {lead:.1f}",
+            "measured": f"{summaries['eval_rougeL']:.1f} against {lead:.1f}; {summaries['baselines']['named']['rougeL']:.1f} where they "
+            "begin with the name, which the model reads too",
         },
         {
             "claim": "A fresh process loads the checkpoint and computes the same logits, bit for bit",

@@ -25,8 +25,8 @@ SPLITS = ("train", "validation")
 # Libraries that come with torch and the extra `train`, and whose documentation `checkpoints/spade-small` has not seen.
 NEW_FAMILIES = ("sympy", "networkx", "huggingface_hub", "accelerate", "datasets", "joblib")
 
-# The input of a summary is a document whose first line is hidden: what the model was pretrained to fill in. The space behind the
-# sentinel makes the first word of a text one token, as in the middle of a text.
+# The input of a summary is a document whose first line is hidden: what the model was pretrained to fill in, with the name of what it
+# documents. The space behind the sentinel makes the first word of a text one token, as in the middle of a text.
 HIDDEN_LINE = "<extra_id_0> "
 
 # This share of the files serves as validation data of one of the tasks: pretraining never reads them.
@@ -94,7 +94,12 @@ def write_data(folder: Path, plan: DataPlan, advance: Callable[[float], None] = 
         found_pairs = embedded_summarization_pairs(split, **source)
         kept = _spread(found_pairs, plan.max_pairs if split == "train" else plan.max_evaluation)
         pairs[split] = [
-            {"document": row["document"], "summary": HIDDEN_LINE + row["summary"], "targets": [row["summary"]]}
+            {
+                "document": named(row["name"], row["document"]),
+                "summary": HIDDEN_LINE + row["summary"],
+                "targets": [row["summary"]],
+                "text": row["document"],
+            }
             for row in kept
         ]
     if len({row["label"] for row in classes["train"]}) < 2 or not all([*classes.values(), *pairs.values()]):
@@ -133,6 +138,11 @@ def _pretraining_text(plan: DataPlan) -> dict[str, list[dict[str, str]]]:
         split: [{"text": text} for text in documents]
         for split, documents in (("train", train), ("validation", held_out))
     }
+
+
+def named(name: str, text: str) -> str:
+    """The input of the summarizer: the name in words, and the text; the text alone for a module, which has none."""
+    return f"{name}: {text}" if name else text
 
 
 def _first_of_each_class(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
@@ -199,11 +209,16 @@ def classification_baselines(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def lead_summaries(folder: Path) -> tuple[list[str], int]:
-    """The first words of every validation document, as many as training summaries have on average."""
+def lead_summaries(folder: Path, column: str) -> tuple[list[str], int]:
+    """The first words of every validation row, as many as training summaries have on average.
+
+    Args:
+        folder: of the task.
+        column: "text" for the docstring, "document" for the input of the model, which begins with the name.
+    """
     train, validation = (read_rows(folder / f"{split}.jsonl") for split in SPLITS)
     words = round(float(np.mean([len(row["targets"][0].split()) for row in train])))
-    return [" ".join(row["document"].split()[:words]) for row in validation], words
+    return [" ".join(row[column].split()[:words]) for row in validation], words
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -207,6 +207,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
         rows.append(
             ["summarization", f"ROUGE-{name[5:]}", summaries[f"eval_{name}"], lead[name], f"first {lead['lead_words']} words"]
         )  # fmt: skip
+        rows.append(["", "", "", lead["named"][name], "the same, beginning with the name"])
     return _table(["task", "measure", "model", "baseline", "which baseline"], rows) + (
         "<p class='note'>All on held-out files. For losses lower is better, for everything else higher. Hidden text is counted without "
         "sentinels and <code>&lt;/s&gt;</code>, whose places are easy to learn. The model is pretrained on no validation text of either "
@@ -299,7 +300,7 @@ def _summarization(folder: Path, metrics: Mapping[str, Any], samples: Mapping[st
     generated = [[s["method"], _shortened(s["document"], 200), s["text"]] for s in samples["generated"]]
     return (
         f"<p>{pairs['train']:,} training and {pairs['validation']:,} validation pairs. The input is the docstring with its first line hidden, "
-        "as in pretraining: <code>&lt;extra_id_0&gt;</code>, then the rest.</p>"
+        "as in pretraining: <code>&lt;extra_id_0&gt;</code>, then the name of the class or function in words, and the rest.</p>"
         + _picture(folder, "summarization", "Fine-tuning for summarization")
         + _table(["document", "its own first sentence", "model", "first words"], rows)
         + "<p>Other ways to decode:</p>"
