@@ -1,4 +1,4 @@
-"""Batched matrix products whose sums are float32 although their operands have less precision."""
+"""Products in one operation: of matrices with float32 sums of less precise operands, and of several with the same factor."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def split_bmm(left: torch.Tensor, right: torch.Tensor, product_dtype: torch.dtyp
     if product_dtype.itemsize >= 4:
         return product
     return product.add_(wide_bmm(left - high.to(left.dtype), right, product_dtype))
+
+
+def scaled_pair(shared: torch.Tensor, factors: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The pair `shared * factors[i] + offsets[i]`: (..., Z), (2, Z) and (2, Z) to (2, ..., Z)."""
+    shape = (2, *(1,) * (shared.dim() - 1), shared.shape[-1])
+    return torch.addcmul(offsets.view(shape), shared.unsqueeze(0), factors.view(shape))

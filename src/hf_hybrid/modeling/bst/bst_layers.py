@@ -37,6 +37,7 @@ from ...ops.branches import can_read_values, uses_cpu_form
 from ...ops.flex_local import Pattern, flex_local_attention
 from ...ops.local_attention import cached_local_attention
 from ...ops.relative_position import window_buckets
+from ...ops.rms_norm import unit_length
 from ...ops.sequence_group import SequenceGroup
 from ..call_cache import layer_state
 from .bst_cache import BlockStateLayer
@@ -71,10 +72,9 @@ class Passage(NamedTuple):
         return None if self.order is None else self.order.counts
 
 
-def unit_length(states: torch.Tensor, eps: float) -> torch.Tensor:
+def normalized(states: torch.Tensor, eps: float) -> torch.Tensor:
     """x (|x|^2 + eps)^(-1/2) over the last dimension, in float32 or better."""
-    wide = states.to(torch.promote_types(states.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    return unit_length(states.to(torch.promote_types(states.dtype, torch.float32)), eps)
 
 
 class _HeadScores(nn.Module):
@@ -110,7 +110,7 @@ class _HeadScores(nn.Module):
         query = self.split_heads(self.q_proj(states))
         if self.qk_scale is None:
             return query
-        scaled = unit_length(query, self.qk_norm_eps) * self.qk_scale.abs().view(-1, 1, 1)
+        scaled = normalized(query, self.qk_norm_eps) * self.qk_scale.abs().view(-1, 1, 1)
         return scaled.to(query.dtype)
 
     def attend_to_tokens(
@@ -148,7 +148,7 @@ class _HeadScores(nn.Module):
 
     def normalize_keys(self, key: torch.Tensor) -> torch.Tensor:
         """(..., e) -> (..., e)."""
-        return key if self.qk_scale is None else unit_length(key, self.qk_norm_eps).to(key.dtype)
+        return key if self.qk_scale is None else normalized(key, self.qk_norm_eps).to(key.dtype)
 
 
 class BstAttention(_HeadScores):

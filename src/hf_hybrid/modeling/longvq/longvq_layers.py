@@ -22,7 +22,9 @@ from ...layers.full_precision import KeepsFullPrecision
 from ...layers.norms import build_norm as norm_by_name
 from ...ops.autocast import without_autocast
 from ...ops.code_memory import empty_memory, remember
+from ...ops.products import scaled_pair
 from ...ops.recompute import recomputed
+from ...ops.rms_norm import unit_rms
 from ...ops.sequence_group import SequenceGroup
 from ...ops.vq_attention import vq_attention
 from ..call_cache import layer_state
@@ -30,8 +32,8 @@ from .longvq_cache import CodeMemoryLayer
 from .quantizer import Quantized, VectorQuantizer
 from .s4d import ActivatedS4D
 
-# Hidden states, commitment loss and perplexity (H,).
-LayerResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Hidden states, commitment loss and perplexity (H,); None where they are not measured.
+LayerResult = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def build_norm(config: LongVQConfig) -> nn.Module:
@@ -44,7 +46,7 @@ def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
 
 
 def _interpolate(residual: torch.Tensor, candidate: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return residual + torch.sigmoid(gate) * (candidate - residual)
+    return torch.addcmul(residual, torch.sigmoid(gate), candidate - residual)
 
 
 class LongVQEma(KeepsFullPrecision, MultiDimensionalDampedEma):
@@ -127,15 +129,9 @@ class LongVQMixer(nn.Module):
         """Scaled queries and keys, (B, H, L, Z / H) in float32 or better, of the shared representation (B, L, Z)."""
         with without_autocast(shared.device):
             shared = shared.to(torch.promote_types(shared.dtype, torch.float32))
-            query, key = (
-                self._heads(torch.addcmul(beta.to(shared.dtype), shared, gamma.to(shared.dtype)))
-                for gamma, beta in zip(self.qk_gamma, self.qk_beta)
-            )
-            if self.qk_norm:
-                query, key = (
-                    states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.qk_norm_eps)
-                    for states in (query, key)
-                )
+            pair = scaled_pair(shared, self.qk_gamma.to(shared.dtype), self.qk_beta.to(shared.dtype))
+            pair = pair.unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
+            query, key = (unit_rms(pair, self.qk_norm_eps) if self.qk_norm else pair).unbind()
             return query * self.scale, key
 
     def _attend(
@@ -175,6 +171,7 @@ class LongVQMixer(nn.Module):
         mask: torch.Tensor | None = None,
         slot: int = 0,
         cache_layer: CodeMemoryLayer | None = None,
+        measures: bool = True,
     ) -> LayerResult:
         """Runs the block.
 
@@ -183,6 +180,7 @@ class LongVQMixer(nn.Module):
             mask: (B, L) bool, True at real tokens, or None.
             slot: see `VectorQuantizer.forward`.
             cache_layer: state to continue and to extend.
+            measures: see `VectorQuantizer.forward`.
         """
         residual = hidden_states
         normed = self.norm(hidden_states)
@@ -190,7 +188,7 @@ class LongVQMixer(nn.Module):
         memory_states = self.dropout(self._run_ssm(normed, mask, cache_layer))  # (2): M
         gate, shared, reset, candidate = self.mx_proj(memory_states).split(self.split_sizes, dim=-1)  # (3): u, z, r, c
         query, key = self.queries_and_keys(F.silu(shared))  # (4)
-        quantized = self.quantizer(key, mask, slot)  # (5)
+        quantized = self.quantizer(key, mask, slot, measures)  # (5)
         value = self._heads(self.activation_dropout(value, function=self.activation))  # (1): f
         attended = self._attend(query, key, value, quantized, mask, cache_layer)  # (6)
         attended = attended.transpose(1, 2).flatten(2)
@@ -232,11 +230,12 @@ class LongVQLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None = None,
         slot: int = 0,
+        measures: bool = True,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LayerResult:
         """As `LongVQMixer`."""
         hidden_states, commitment, perplexity = self.mixer(
-            hidden_states, mask, slot, layer_state(past_key_values, self.layer_idx)
+            hidden_states, mask, slot, layer_state(past_key_values, self.layer_idx), measures
         )
         return self.ffn(hidden_states), commitment, perplexity

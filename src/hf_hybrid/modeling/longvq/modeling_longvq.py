@@ -201,14 +201,16 @@ class LongVQModel(RunsInStages, ReadsPieces, LongVQPreTrainedModel):
         hidden_states = self.get_input_embeddings()(read.values) if inputs_embeds is None else inputs_embeds
         inputs_device = hidden_states.device  # layers may lie on several
         commitments, perplexities = [], []
+        output_quantization = self.training or bool(output_quantization)
+        measures = output_quantization or read.length > 1  # a token says nothing about its codebooks
         for layer in self.own_layers:
             hidden_states, commitment, perplexity = layer(
-                hidden_states, mask, slot, past_key_values=past_key_values, **kwargs
+                hidden_states, mask, slot, measures, past_key_values=past_key_values, **kwargs
             )
-            commitments.append(commitment.to(inputs_device))
-            perplexities.append(perplexity.to(inputs_device))
+            if commitment is not None:
+                commitments.append(commitment.to(inputs_device))
+                perplexities.append(perplexity.to(inputs_device))
         count_tokens(past_key_values, read.length)
-        output_quantization = self.training or bool(output_quantization)
         return LongVQModelOutput(
             last_hidden_state=self.norm(hidden_states) if self.is_last_stage else hidden_states,
             past_key_values=past_key_values,

@@ -46,13 +46,13 @@ class Quantized(NamedTuple):
         codes: (B, H, L) int64.
         words: (H, S, d), a copy of the codebook that later updates do not touch, float32 or better.
         commitment: (), mean square distance of a coordinate from its codeword; differentiable in the keys.
-        perplexity: (H,), of the codes of this batch.
+        perplexity: (H,), of the codes of this batch. Both None where they are not measured.
     """
 
     codes: torch.Tensor
     words: torch.Tensor
-    commitment: torch.Tensor
-    perplexity: torch.Tensor
+    commitment: torch.Tensor | None
+    perplexity: torch.Tensor | None
 
 
 class VectorQuantizer(KeepsFullPrecision):
@@ -140,19 +140,24 @@ class VectorQuantizer(KeepsFullPrecision):
 
     # ------------------------------------------------------------------------------------------------------ forward
 
-    def forward(self, keys: torch.Tensor, mask: torch.Tensor | None = None, slot: int = 0) -> Quantized:
+    def forward(
+        self, keys: torch.Tensor, mask: torch.Tensor | None = None, slot: int = 0, measures: bool = True
+    ) -> Quantized:
         """Quantises keys; in training with gradients it also stores the statistics of the batch, for the next update.
 
         Args:
             keys: (B, H, L, d).
             mask: (B, L) bool, True at real tokens, or None.
             slot: number of the call within a step. The statistics replace those that the slot held.
+            measures: compute `commitment` and `perplexity`, in training always; otherwise they are None.
         """
         words = self.codebook.to(torch.promote_types(keys.dtype, self.codebook.dtype))
         if torch.is_grad_enabled() and words is self.codebook:
             words = words.clone()
         keys = keys.to(words.dtype)
         codes = nearest_codes(keys.detach(), words)
+        if not (measures or self.training):
+            return Quantized(codes, words, None, None)
         error = (keys - look_up(words, codes)).square().sum(-1)  # (B, H, L)
         square = keys.detach().square().sum(-1)
         if mask is not None:

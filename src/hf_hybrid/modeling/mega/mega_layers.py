@@ -34,6 +34,7 @@ from ...ops.gated_attention import (
     gated_cross_attention,
     gated_cross_attention_weights,
 )
+from ...ops.products import scaled_pair
 from ...ops.recompute import recomputed
 from ...ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
 from ..call_cache import layer_state
@@ -46,7 +47,7 @@ def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
 
 
 def _interpolate(residual: torch.Tensor, candidate: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return residual + torch.sigmoid(gate) * (candidate - residual)
+    return torch.addcmul(residual, torch.sigmoid(gate), candidate - residual)
 
 
 def build_norm(config: MegaConfig, affine: bool | None = None) -> nn.Module:
@@ -232,8 +233,9 @@ class MegaAttention(nn.Module):
         mask = None if mask is None else mask[:, -visible:]
         positions = None if positions is None else positions[:, -visible:]
         piece = visible
-        if self.chunk_size is not None and (positions is not None or is_open(visible) or visible > self.chunk_size):
-            piece = self.chunk_size
+        is_cut = positions is not None or is_open(visible) or visible > (self.chunk_size or 0)
+        if self.chunk_size is not None and (is_cut or (cache_layer is not None and new == 1)):
+            piece = self.chunk_size  # of all steps, which keep its bias
         settings = {
             "activation": self.attention_activation,
             "bias": self.rel_pos_bias(piece, kept=None if cache_layer is None else cache_layer.kept),
@@ -279,8 +281,7 @@ class MegaAttention(nn.Module):
         average = self.dropout(self._average(normed, token_mask, cache_layer))  # (2): e
         gate, shared, reset, candidate = self.mx_proj(average).split(self.split_sizes, dim=-1)  # (3): u, z, r, c
         shared = F.silu(shared)  # (4), to the key
-        query = (shared * self.qk_weight[0] + self.qk_bias[0]).to(value.dtype)
-        key = (shared * self.qk_weight[1] + self.qk_bias[1]).to(value.dtype)
+        query, key = scaled_pair(shared, self.qk_weight, self.qk_bias).to(value.dtype).unbind()
         attended, weights = self._attend(query, key, value, mask, positions, cache_layer, output_attentions)  # (5)
         attended = self.h_proj(recomputed(_reset, attended, reset))  # (6): H (o * silu(r)), then h
         candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))

@@ -31,6 +31,7 @@ from ...ops.compaction import (
     scatter_active,
 )
 from ...ops.memory_pieces import entering_memory, piece_counts
+from ...ops.products import scaled_pair
 from ...ops.relative_position import relative_bias_vector
 from ...ops.sequence_group import SequenceGroup
 from ...ops.working_memory import (
@@ -219,13 +220,12 @@ class SeqBoatUnit(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Query, key, value and output gate of (C, D), or of (B, L, D) without `tokens`."""
         shared, reset, value = self.activation(self.in_proj(inner)).split(self.split_sizes, dim=-1)  # (3): s, r, v
-        query = shared * self.qk_weight[0] + self.qk_bias[0]  # (4)
-        key = shared * self.qk_weight[1] + self.qk_bias[1]
+        pair = scaled_pair(shared, self.qk_weight, self.qk_bias)  # (4): q, k
         if rotary is not None:
-            rotary = rotary if tokens is None else rotary[tokens.positions]
-            query, key = rotate_pairs(query, rotary), rotate_pairs(key, rotary)
+            pair = rotate_pairs(pair, rotary if tokens is None else rotary[tokens.positions])
         value = self._drop_values(value, tokens)
-        return query.to(value.dtype), key.to(value.dtype), value, reset
+        query, key = pair.to(value.dtype).unbind()
+        return query, key, value, reset
 
     def _settings(self) -> dict:
         biases = {} if self.position_bias is None else self.position_bias()
