@@ -100,8 +100,10 @@ def write_token(
         new = torch.where(active.view(wide), new.to(old.dtype), old.gather(1, index))
         return old.scatter_(1, index, new) if in_place else old.scatter(1, index, new)
 
-    is_known = isinstance(position, int)
-    new_positions = torch.full_like(place, position) if is_known else position.expand_as(place)
+    if isinstance(position, int):
+        new_positions = torch.full_like(place, position)
+    else:
+        new_positions = position.expand_as(place)
     positions = write(memory.positions, new_positions)
     counts = memory.counts + active.squeeze(-1)
     return WorkingMemory(write(memory.keys, key), write(memory.values, value), positions, counts)
