@@ -102,7 +102,7 @@ class ShardsTrainer(Trainer):
         finally:
             if saves_optimizer:
                 args.save_only_model = False
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and self.model is not None:
             refuse_cast_states(self.model, self.args)
 
     @property
