@@ -256,3 +256,26 @@ def test_long_sources_in_the_form_for_few_queries(beams: int) -> None:
     assert torch.equal(found.sequences, expected.sequences)
     for one, other in zip(found.scores, expected.scores):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_values_of_the_source_lie_as_their_attention_reads_them() -> None:
+    """In the order of few queries only where steps take that form; otherwise each step would copy them."""
+    (case,) = (case for case in DEFAULTS if case.model_type == "spade")
+
+    def is_turned(model: Any, beams: int = 1, length: int = 300, has_gradients: bool = False) -> bool:
+        targets = {"decoder_input_ids": random_ids(2 * beams, 1), "targets_per_source": beams}
+        with torch.set_grad_enabled(has_gradients):
+            cache = model(input_ids=random_ids(2, length), **targets, use_cache=True).past_key_values
+        (turned,) = {layer.values.stride(-1) != 1 for layer in cache.cross_attention_cache.layers}
+        return turned
+
+    model = case.model().eval()
+    assert is_turned(model) and is_turned(model, beams=8)
+    assert not is_turned(model, beams=9)
+    assert not is_turned(model, length=200)
+    assert not is_turned(model, has_gradients=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_turned(model)
+    model.set_attn_implementation("eager")
+    assert not is_turned(model)
+    assert not is_turned(case.model().eval().bfloat16())

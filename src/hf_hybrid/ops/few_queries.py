@@ -15,10 +15,14 @@ MOST_QUERIES = 8
 FEWEST_KEYS = 256  # with fewer, the time goes into calls of operators, and there are more of them here
 
 
+def has_few_queries(queries: int, key: torch.Tensor) -> bool:
+    """Whether so many queries to each of the keys (B, n, L, d) take `few_query_attention`, if they are of their type."""
+    return queries <= MOST_QUERIES and key.shape[2] >= FEWEST_KEYS and is_eager_inference(key)
+
+
 def is_few_queries(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `few_query_attention` is the faster form for (B, n, T, d) queries and (B, n, L, d) keys."""
-    is_few = query.shape[2] <= MOST_QUERIES and key.shape[2] >= FEWEST_KEYS
-    return is_few and query.dtype == key.dtype and is_eager_inference(query)
+    return query.dtype == key.dtype and has_few_queries(query.shape[2], key)
 
 
 def few_query_attention(
@@ -55,9 +59,7 @@ def few_query_attention(
 
 def for_few_queries(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values (B, n, L, d) in the order of memory in which `few_query_attention` reads them fastest: head after head, and
-    values component after component."""
-    if value.requires_grad:
-        return key.contiguous(), value.transpose(2, 3).contiguous().transpose(2, 3)
+    values component after component. Without gradients."""
     batch, heads, length, width = value.shape
     turned = value.new_empty(batch, heads * width, length)
     for target, row in zip(turned, value.transpose(1, 2).flatten(2)):  # torch has a fast form for matrices alone

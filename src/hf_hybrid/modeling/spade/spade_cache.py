@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ...ops.branches import can_read_values
-from ...ops.few_queries import for_few_queries
 from ..cache import StateCache, select_sources
 from ..call_cache import check_cache
 from ..token_cache import TokenLayer
@@ -137,8 +135,6 @@ def kept_source(
 def keep_source(
     cache: EncoderDecoderCache, key: torch.Tensor, value: torch.Tensor, layer_idx: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keeps the keys and values of the source, and returns them; on a CPU as steps read them fastest."""
+    """Keeps the keys and values of the source, and returns them."""
     cache.is_updated[layer_idx] = True
-    if can_read_values(key):
-        key, value = for_few_queries(key, value)
     return cache.cross_attention_cache.update(key, value, layer_idx)

@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
-from ...ops.few_queries import few_query_attention, is_few_queries
+from ...ops.few_queries import few_query_attention, for_few_queries, has_few_queries, is_few_queries
 from ...ops.relative_position import apply_rotary
 from ...ops.shared_source import mask_of_sources, targets_per_source
 from ..call_cache import layer_state
@@ -190,9 +190,9 @@ class SpadeAttention(nn.Module):
         source: torch.Tensor,
         turns: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: EncoderDecoderCache | None,
-        device: torch.device,
+        query: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = kept_source(past_key_values, self.layer_idx, device) if self.is_cross_attention else None
+        kept = kept_source(past_key_values, self.layer_idx, query.device) if self.is_cross_attention else None
         if kept is not None:
             return kept
         key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
@@ -201,6 +201,9 @@ class SpadeAttention(nn.Module):
         if past_key_values is None:
             return key, value
         if self.is_cross_attention:
+            targets = query.shape[0] // key.shape[0]  # each is a query of a step
+            if self.config._attn_implementation == "sdpa" and has_few_queries(targets, key):
+                key, value = for_few_queries(key, value)
             return keep_source(past_key_values, key, value, self.layer_idx)
         return past_key_values.self_attention_cache.update(key, value, self.layer_idx)
 
@@ -217,7 +220,7 @@ class SpadeAttention(nn.Module):
         sees_all = self.is_cross_attention or query.shape[2] == 1
         if name == "sdpa" and sees_all and dropout == 0 and is_few_queries(query, key):
             return few_query_attention(query, key, value, mask, self.scaling).transpose(1, 2), None
-        if value.stride(-1) != 1:  # as a CPU keeps it for few queries
+        if value.stride(-1) != 1:  # as it is kept for few queries
             value = value.contiguous()
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         return attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -238,7 +241,7 @@ class SpadeAttention(nn.Module):
         """
         query = self.q_proj(hidden_states)
         source = hidden_states if source is None else source
-        key, value = self._keys_and_values(source, turns, past_key_values, query.device)
+        key, value = self._keys_and_values(source, turns, past_key_values, query)
         shared = targets_per_source(query.shape[0], key.shape[0])
         if shared > 1:
             query = query.reshape(key.shape[0], -1, query.shape[-1])
