@@ -5,7 +5,9 @@ Uncompiled here, in the forms for accelerators; `test_compiled_generation` compi
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,7 +18,7 @@ from device_work import counted_work
 from factories import Case, all_variants, parametrize, random_ids
 from transformers import CompileConfig
 
-from hf_hybrid.modeling import fixed_steps
+from hf_hybrid.modeling import fixed_steps, generation
 from hf_hybrid.modeling.fixed_steps import FixedSteps
 from hf_hybrid.ops.branches import forced_branch
 
@@ -109,6 +111,34 @@ def test_texts_at_the_same_time_have_their_own_tensors(steps: mock.Mock) -> None
     assert state.release() is cache and cache.get_seq_length() == 9
 
 
+def test_texts_that_begin_at_the_same_moment_have_their_own_tensors(
+    steps: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Case("spade_lm", "AutoModelForCausalLM", "default").model()
+    prompts = [random_ids(1, 5), random_ids(1, 5).flip(1)]
+    options = SETTINGS | {"max_new_tokens": 5}
+    expected = [model.generate(ids, **options) for ids in prompts]
+    model.generate(prompts[0], **options, compile_config=COMPILED)  # its tensors are free
+    meeting, compare, found = threading.Barrier(2), fixed_steps._same_shapes, {}
+
+    def compare_together(*tensors: Any) -> bool:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=1)
+        return compare(*tensors)
+
+    def write(number: int) -> None:
+        found[number] = model.generate(prompts[number], **options, compile_config=COMPILED)
+
+    monkeypatch.setattr(fixed_steps, "_same_shapes", compare_together)
+    threads = [threading.Thread(target=write, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    fixed = {id(call.args[2]) for call in steps.call_args_list[-8:]}
+    assert len(fixed) == 2 and all(torch.equal(found[number], expected[number]) for number in (0, 1))
+
+
 def test_a_text_may_be_longer_than_announced(steps: mock.Mock) -> None:
     model = Case("mega", "AutoModelForCausalLM", "default").model()
     tokens = random_ids(1, 80)
@@ -150,6 +180,21 @@ def test_a_row_that_began_anew(steps: mock.Mock) -> None:
                 options = SETTINGS | {"max_new_tokens": 6, "attention_mask": mask, "past_key_values": cache}
                 texts.append(model.generate(new, **options, compile_config=config))
         assert torch.equal(*texts), name
+
+
+def test_layers_of_compiled_steps_are_those_of_torch(steps: mock.Mock) -> None:
+    """However `generate` is told to compile: a graph holds the products of `torch.nn.Linear`."""
+    model, ids = Case("bst", "AutoModelForCausalLM", "default").model(), random_ids(2, 4)
+    config = copy.deepcopy(model.generation_config)
+    config.compile_config = COMPILED
+    options = SETTINGS | {"max_new_tokens": 2}
+    with mock.patch.object(generation, "few_rows", wraps=generation.few_rows) as few_rows:
+        model.generate(ids, config, **options)
+        model.generate(ids, generation_config=config, **options)
+        model.generate(ids, compile_config=COMPILED, **options)
+        assert steps.call_count == 3 and not few_rows.called
+        model.generate(ids, **options)
+        assert few_rows.called
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:

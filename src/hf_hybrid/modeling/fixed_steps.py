@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +148,7 @@ class FixedSteps:
         self._config: CompileConfig | None = None
         self._step: Callable[..., dict[str, Any]] = next_step
         self._last: FixedState | None = None
+        self._lock = Lock()  # two threads may begin a text at the same time
 
     def __deepcopy__(self, memo: Any) -> FixedSteps:
         return FixedSteps()
@@ -200,19 +202,21 @@ class FixedSteps:
     def _fix(self, model: Any, cache: Any, inputs: Mapping[str, Any], rows: int) -> FixedState:
         """The state of a cache in fixed tensors: those of the last text if they fit and no other generation uses them."""
         tensors = _fixed_tensors(model, cache, inputs, rows)
-        length, last = _own(cache).get_seq_length(), self._last
-        if last is not None and last.is_released and _same_shapes(last.fixed, tensors):
-            for name, tensor in last.fixed.all().items():
-                tensor.copy_(tensors.all()[name])
-            tensors = last.fixed
-        else:
-            with torch.inference_mode(False):
-                tensors = _at_own_addresses(tensors)
-        self._last = FixedState(cache, tensors, length)
+        length = _own(cache).get_seq_length()
+        with self._lock:
+            last = self._last
+            if last is not None and last.is_released and _same_shapes(last.fixed, tensors):
+                for name, tensor in last.fixed.all().items():
+                    tensor.copy_(tensors.all()[name])
+                tensors = last.fixed
+            else:
+                with torch.inference_mode(False):
+                    tensors = _at_own_addresses(tensors)
+            state = self._last = FixedState(cache, tensors, length)
         states = _OPEN.get()
         if states is not None:
-            states.append(self._last)
-        return self._last
+            states.append(state)
+        return state
 
 
 def _copied(value: Any) -> Any:

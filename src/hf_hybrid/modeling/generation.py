@@ -41,7 +41,7 @@ class StateGenerationMixin(GenerationMixin):
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
-        config = kwargs.get("generation_config") or model.generation_config
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
         compiles = kwargs.get("compile_config", getattr(config, "compile_config", None)) is not None
         with few_rows(model) if uses_cpu_form(model.device) and not compiles else nullcontext():
             return super().generate(*args, **kwargs)
