@@ -293,6 +293,8 @@ def run_cases(
                 if line is None:
                     results[left[0]] = {"failed": f"the process ended with status {process.wait()}"}
                     break
+                if not line.startswith('{"'):
+                    continue  # a library has something to say
                 found = json.loads(line)
                 if "ready" not in found:
                     results |= found

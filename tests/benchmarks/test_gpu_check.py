@@ -33,6 +33,7 @@ for name in sys.argv[1:]:
         time.sleep(60)
     if name == "dies":
         os._exit(3)
+    print("A library greets.", 1, flush=True)
     print(json.dumps({name: {"train_tokens_per_second": 1.0}}), flush=True)
 """
 
