@@ -102,6 +102,17 @@ def test_a_best_metric_that_nothing_measures(tmp_path, wanted, options, known):
     trainer.train()
 
 
+def test_a_best_metric_of_an_evaluation_of_ones_own(tmp_path):
+    class Measured(HybridTrainer):
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs) | {"eval_distance": 2.0}
+
+    args = arguments(tmp_path, max_steps=1, metric_for_best_model="distance", eval_strategy="steps", eval_steps=1)
+    trainer = Measured(model=Model(), args=args, train_dataset=Numbers(), eval_dataset=Numbers())
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_muon_trains_the_matrices(tmp_path):
     args = arguments(tmp_path, learning_rate=1e-3, muon_learning_rate=1e-2, max_steps=3)
     model = Model()

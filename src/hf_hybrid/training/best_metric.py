@@ -33,7 +33,8 @@ def check_best_metric(trainer: Trainer, measured: Iterable[str] | None = None) -
 
     Args:
         trainer: the trainer.
-        measured: names of the metrics; default those of `Trainer`. A `compute_metrics` that does not name its results is trusted.
+        measured: names of the metrics; default those of `Trainer`. A `compute_metrics` that does not name its results is trusted, and so
+            is an `evaluate` or `evaluation_loop` of a class outside of this library.
 
     Raises:
         ValueError: no evaluation measures it; the message names what they do.
@@ -43,6 +44,8 @@ def check_best_metric(trainer: Trainer, measured: Iterable[str] | None = None) -
     if wanted is None or args.eval_strategy == IntervalStrategy.NO:
         return
     if measured is None:
+        if _evaluates_in_its_own_way(trainer):
+            return
         measured = _ALWAYS
         if compute is not None and not args.prediction_loss_only:
             names: Any = getattr(compute, "metric_names", None)
@@ -56,3 +59,10 @@ def check_best_metric(trainer: Trainer, measured: Iterable[str] | None = None) -
         raise ValueError(
             f"`metric_for_best_model` is {wanted!r}, but the evaluations of this run measure {', '.join(known)}: choose one of these."
         )
+
+
+def _evaluates_in_its_own_way(trainer: Trainer) -> bool:
+    """Whether a class outside of this library and Transformers evaluates, and may measure what it likes."""
+    packages = (__name__.split(".")[0], "transformers")
+    methods = (getattr(type(trainer), name) for name in ("evaluate", "evaluation_loop"))
+    return any(method.__module__.split(".")[0] not in packages for method in methods)
