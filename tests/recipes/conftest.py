@@ -14,6 +14,7 @@ from hf_hybrid.tokenization.sentencepiece_tokenizer import train_sentencepiece_t
 
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
+    """Pages of the language reference. They differ between versions of Python, and so does a vocabulary made from them."""
     topics = pydoc_data.topics.topics
     return [topics[name] for name in sorted(topics)][:24]
 

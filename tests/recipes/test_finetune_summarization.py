@@ -36,7 +36,8 @@ def finetuning(options, checkpoint, data) -> dict:
         "model_name_or_path": str(checkpoint),
         "data": [str(data)],
         "max_source_length": 24,
-        "max_target_length": 8,
+        # More than a target has letters: how many tokens it has depends on the vocabulary (see `documents`).
+        "max_target_length": 16,
         "save_strategy": "no",
     }
 

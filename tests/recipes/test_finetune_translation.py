@@ -42,7 +42,8 @@ def translating(options, checkpoint, data) -> dict:
         "source_lang": "en",
         "target_lang": "de",
         "max_source_length": 24,
-        "max_target_length": 24,
+        # More than a target has letters: how many tokens it has depends on the vocabulary (see `documents`).
+        "max_target_length": 40,
         "save_strategy": "no",
         "eval_strategy": "no",
     }
