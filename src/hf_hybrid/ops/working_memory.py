@@ -100,10 +100,10 @@ def write_token(
         new = torch.where(active.view(wide), new.to(old.dtype), old.gather(1, index))
         return old.scatter_(1, index, new) if in_place else old.scatter(1, index, new)
 
-    if isinstance(position, int):
-        new_positions = torch.full_like(place, position)
-    else:
+    if isinstance(position, torch.Tensor):
         new_positions = position.expand_as(place)
+    else:  # in exported programs a symbol, which is no int
+        new_positions = torch.full_like(place, position)
     positions = write(memory.positions, new_positions)
     counts = memory.counts + active.squeeze(-1)
     return WorkingMemory(write(memory.keys, key), write(memory.values, value), positions, counts)
