@@ -61,6 +61,7 @@ def _seq2seq(*names: str) -> tuple[Variant, ...]:
 
 _RELATIVE: dict[str, Any] = {"ssm_learning_rate": None}  # steps relative to the size of the tensor, for states too
 _BST_WINDOWS = {"bst_layers": [], "local_attention": "sliding_window"}
+_SMALL_EMBEDDINGS = {"embedding_init_std": 0.02}  # as the other contenders; the default is that of T5
 _LM = ("SPADE-LM", "Mega", "SeqBoat", "BST", "LongVQ", "Llama", "Mistral", "Mamba2")
 
 CASES = {
@@ -205,6 +206,8 @@ CASES = {
                 Variant("BST, slower filters", "BST", {"model": {"ssm_dt_min": 1e-4, "ssm_dt_max": 1e-2}}),
                 Variant("BST, filters at 1e-3", "BST", {"ssm_learning_rate": 1e-3}),
                 Variant("BST, windows alone", "BST", {"model": _BST_WINDOWS}),
+                Variant("BST, embeddings of 0.02", "BST", {"model": _SMALL_EMBEDDINGS}),
+                Variant("BST, windows alone, embeddings of 0.02", "BST", {"model": _BST_WINDOWS | _SMALL_EMBEDDINGS}),
                 Variant("Mega-chunk", "Mega"),
                 Variant("SeqBoat", "SeqBoat"),
                 Variant("LongVQ", "LongVQ"),

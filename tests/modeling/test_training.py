@@ -34,7 +34,10 @@ class TestGradients:
         for name, parameter in model.named_parameters():
             assert name in found, name
             assert found[name].isfinite().all(), name
-            assert found[name].abs().max() > 0, name
+            # A bias that all choices share cancels in the softmax over them: its gradient is rounding, or exactly zero.
+            is_choice = case.auto_name == "AutoModelForMultipleChoice"
+            cancels = is_choice and name.endswith("bias") and parameter.numel() == 1
+            assert cancels or found[name].abs().max() > 0, name
             assert found[name].dtype == parameter.dtype
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
