@@ -340,7 +340,10 @@ def run_tests(device: torch.device, seconds: float, chosen: str | None) -> dict[
             found = OUTCOME.match(line)
             if found is not None:
                 outcomes[found["name"]] = found["outcome"]
-        process.kill() if stopped else process.wait()
+        if stopped is None:
+            process.wait()
+        else:
+            process.kill()
     if stopped is None and process.returncode not in (0, 1):
         stopped = f"as pytest ended with status {process.returncode}"
     record: dict[str, Any] = {
