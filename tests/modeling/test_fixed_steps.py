@@ -109,6 +109,7 @@ def test_texts_at_the_same_time_have_their_own_tensors(steps: mock.Mock) -> None
             outputs = call(input_ids=expected[:, place : place + 1], past_key_values=state)
     assert torch.equal(outputs.logits[:, -1].argmax(-1), expected[:, 9])
     assert state.release() is cache and cache.get_seq_length() == 9
+    assert state.release() is None  # given away: the model, which keeps the fixed tensors, does not keep it alive
 
 
 def test_texts_that_begin_at_the_same_moment_have_their_own_tensors(

@@ -98,7 +98,7 @@ class FixedState:
     """Stands for the cache of a generation while its state lies in fixed tensors; `release` puts it back.
 
     Attributes:
-        cache: the cache, with the state before the steps until it is released.
+        cache: the cache, with the state before the steps; None once it is released.
         fixed: the tensors.
         length: tokens so far, padding included.
     """
@@ -107,7 +107,6 @@ class FixedState:
 
     def __init__(self, cache: Any, fixed: FixedTensors, length: int) -> None:
         self.cache, self.fixed, self.length = cache, fixed, length
-        self.is_released = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -118,11 +117,11 @@ class FixedState:
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def release(self) -> Any:
-        """The cache, with the state after the last step; the fixed tensors are free for another text."""
-        if not self.is_released:
-            _own(self.cache).take_fixed(self.fixed.state, self.length)
-            self.is_released = True
-        return self.cache
+        """Gives away the cache, with the state after the last step, once; the fixed tensors are free for another text."""
+        cache, self.cache = self.cache, None
+        if cache is not None:
+            _own(cache).take_fixed(self.fixed.state, self.length)
+        return cache
 
 
 @contextmanager
@@ -205,7 +204,7 @@ class FixedSteps:
         length = _own(cache).get_seq_length()
         with self._lock:
             last = self._last
-            if last is not None and last.is_released and _same_shapes(last.fixed, tensors):
+            if last is not None and last.cache is None and _same_shapes(last.fixed, tensors):
                 for name, tensor in last.fixed.all().items():
                     tensor.copy_(tensors.all()[name])
                 tensors = last.fixed

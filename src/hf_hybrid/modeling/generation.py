@@ -34,9 +34,9 @@ class StateGenerationMixin(GenerationMixin):
             register_fsdp_forward_method(self, "_generate")  # type: ignore[arg-type]
         with released_states():
             outputs = self._generate(*args, **kwargs)
-        cache = getattr(outputs, "past_key_values", None)
-        if isinstance(cache, FixedState):
-            outputs.past_key_values = cache.cache
+            cache = getattr(outputs, "past_key_values", None)
+            if isinstance(cache, FixedState):
+                outputs.past_key_values = cache.release()
         return outputs
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
