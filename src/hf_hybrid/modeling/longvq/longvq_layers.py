@@ -22,6 +22,7 @@ from ...layers.full_precision import KeepsFullPrecision
 from ...layers.norms import build_norm as norm_by_name
 from ...ops.autocast import without_autocast
 from ...ops.code_memory import empty_memory, remember
+from ...ops.gates import interpolate, silu_reset
 from ...ops.products import scaled_pair
 from ...ops.recompute import recomputed
 from ...ops.rms_norm import unit_rms
@@ -39,14 +40,6 @@ LayerResult = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 def build_norm(config: LongVQConfig) -> nn.Module:
     """Norm over the hidden size."""
     return norm_by_name(config.norm_type, config.hidden_size, config.norm_eps)
-
-
-def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
-    return attended * F.silu(reset)
-
-
-def _interpolate(residual: torch.Tensor, candidate: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(residual, torch.sigmoid(gate), candidate - residual)
 
 
 class LongVQEma(KeepsFullPrecision, MultiDimensionalDampedEma):
@@ -192,9 +185,9 @@ class LongVQMixer(nn.Module):
         value = self._heads(self.activation_dropout(value, function=self.activation))  # (1): f
         attended = self._attend(query, key, value, quantized, mask, cache_layer)  # (6)
         attended = attended.transpose(1, 2).flatten(2)
-        attended = self.h_proj(recomputed(_reset, attended, reset))  # (7): H (o * silu(r)), then h
+        attended = self.h_proj(recomputed(silu_reset, attended, reset))  # (7): H (o * silu(r)), then h
         candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
-        output = recomputed(_interpolate, residual, candidate, gate)  # (8)
+        output = recomputed(interpolate, residual, candidate, gate)  # (8)
         return output, quantized.commitment, quantized.perplexity
 
 

@@ -34,20 +34,13 @@ from ...ops.gated_attention import (
     gated_cross_attention,
     gated_cross_attention_weights,
 )
+from ...ops.gates import interpolate, silu_reset
 from ...ops.products import scaled_pair
 from ...ops.recompute import recomputed
 from ...ops.relative_position import rotary_bias_at, rotary_relative_bias, simple_relative_bias
 from ..call_cache import layer_state
 from ..inputs import check_token_types
 from .mega_cache import GatedAttentionLayer
-
-
-def _reset(attended: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
-    return attended * F.silu(reset)
-
-
-def _interpolate(residual: torch.Tensor, candidate: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(residual, torch.sigmoid(gate), candidate - residual)
 
 
 def build_norm(config: MegaConfig, affine: bool | None = None) -> nn.Module:
@@ -283,9 +276,9 @@ class MegaAttention(nn.Module):
         shared = F.silu(shared)  # (4), to the key
         query, key = scaled_pair(shared, self.qk_weight, self.qk_bias).to(value.dtype).unbind()
         attended, weights = self._attend(query, key, value, mask, positions, cache_layer, output_attentions)  # (5)
-        attended = self.h_proj(recomputed(_reset, attended, reset))  # (6): H (o * silu(r)), then h
+        attended = self.h_proj(recomputed(silu_reset, attended, reset))  # (6): H (o * silu(r)), then h
         candidate = self.dropout(candidate, attended, function=lambda first, second: self.activation(first + second))
-        output = recomputed(_interpolate, residual, candidate, gate)  # (7)
+        output = recomputed(interpolate, residual, candidate, gate)  # (7)
         return output if self.norm_first else self.norm(output), weights
 
 
@@ -372,8 +365,8 @@ class MegaCrossAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         attended = gated_cross_attention(query, key, value, dropout_p=dropout, **settings)
         weights = gated_cross_attention_weights(query, key, **settings).unsqueeze(1) if output_attentions else None
-        candidate = self.dropout(self.h_proj(recomputed(_reset, attended, reset)), function=self.activation)
-        output = recomputed(_interpolate, hidden_states, candidate, gate)
+        candidate = self.dropout(self.h_proj(recomputed(silu_reset, attended, reset)), function=self.activation)
+        output = recomputed(interpolate, hidden_states, candidate, gate)
         return output if self.norm_first else self.norm(output), weights
 
 
