@@ -1,4 +1,4 @@
-"""Continue, fine-tune and use a small checkpoint, in five minutes.
+"""Continue, fine-tune and use a small checkpoint, in about five minutes.
 
 A small pretrained SPADE reads new documentation, learns to tell libraries apart, and writes summary lines.
 
@@ -38,9 +38,10 @@ from .support.demo_data import (
     CORPUS,
     SUMMARIZATION,
     classification_baselines,
-    lead_summaries,
+    first_words,
     read_rows,
     rouge,
+    summary_words,
     write_data,
 )
 from .support.demo_pictures import plot_confusions, plot_overview, plot_text_loss
@@ -335,15 +336,15 @@ class Demo:
             **self.plan.summarization,
         )
         self.summarizer = job
-        rows = [
-            {"document": row["document"], "summary": row["targets"][0]}
-            for row in read_rows(folder / "validation.jsonl")
-        ]
-        references = [row["summary"] for row in rows]
-        leads, words = lead_summaries(folder, "text")
-        named_leads, _ = lead_summaries(folder, "document")
-        metrics["baselines"] = {"lead_words": words, **rouge(leads, references)}
-        metrics["baselines"]["named"] = rouge(named_leads, references)
+        held_out = read_rows(folder / "validation.jsonl")
+        rows = [{"document": row["document"], "summary": row["targets"][0]} for row in held_out]
+        references, words = [row["summary"] for row in rows], summary_words(folder)
+        leads, named_leads = ([first_words(row[name], words) for row in held_out] for name in ("text", "document"))
+        metrics["baselines"] = {
+            "lead_words": words,
+            **rouge(leads, references),
+            "named": rouge(named_leads, references),
+        }
         plot_loss_curves(job.trainer.state.log_history, self._picture("summarization"), title="Summarization")
         self.metrics["summarization"] = metrics
         written = read_rows(self.path / "summarizer" / PREDICTIONS_FILE)

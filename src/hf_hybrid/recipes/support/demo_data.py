@@ -209,16 +209,14 @@ def classification_baselines(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def lead_summaries(folder: Path, column: str) -> tuple[list[str], int]:
-    """The first words of every validation row, as many as training summaries have on average.
+def summary_words(folder: Path) -> int:
+    """Words that a training summary has on average."""
+    return round(float(np.mean([len(row["targets"][0].split()) for row in read_rows(folder / "train.jsonl")])))
 
-    Args:
-        folder: of the task.
-        column: "text" for the docstring, "document" for the input of the model, which begins with the name.
-    """
-    train, validation = (read_rows(folder / f"{split}.jsonl") for split in SPLITS)
-    words = round(float(np.mean([len(row["targets"][0].split()) for row in train])))
-    return [" ".join(row[column].split()[:words]) for row in validation], words
+
+def first_words(text: str, words: int) -> str:
+    """The beginning of a text: the baseline of a summary."""
+    return " ".join(text.split()[:words])
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

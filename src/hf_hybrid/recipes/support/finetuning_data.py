@@ -254,9 +254,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-# ------------------------------------------------------------------------------------------ classification
-
-
 # ------------------------------------------------------------------------------------------------ generation
 
 PREDICTIONS_FILE = "predictions.jsonl"
