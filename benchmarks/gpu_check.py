@@ -4,7 +4,8 @@
     python benchmarks/gpu_check.py --device cpu --small --no-page # the CPU stands in: tries the check itself
 
 First the tests with the marker `gpu` (results of the CPU in float32 and bfloat16, generation, memory, compiled decoding steps),
-then training steps and generation in bfloat16, in a process of their own. Writes `gpu_check.json` and the page `docs/guides/gpu.md`. Exit status 1: a test failed.
+then training steps and generation in bfloat16, in a process of their own. Writes `gpu_check.json` and the page
+`docs/guides/gpu.md`. Exit status 1: a test failed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/pieces.py --processes 2 --length 65536
     python benchmarks/pieces.py --processes 8 --length 65536 131072 --forward_only
 
-Of several lengths every process must send as many bytes as of the first, or the program ends with an error. Every process runs on this machine, so the time says nothing about speed on several. Memory is the largest growth of a
-process after the model was built.
+Of several lengths every process must send as many bytes as of the first, or the program ends with an error. Every process runs
+on this machine, so the time says nothing about speed on several. Memory is the largest growth of a process after the model was built.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def few_query_attention(
         scaling: factor of the scores.
 
     Returns:
-        (B, n, T, d); zeros for a query that sees no key.
+        (B, n, T, d); zeros for a query to which a boolean mask shows no key.
     """
     batch, heads, queries, width = query.shape
     turned = (query * scaling).reshape(batch * heads, queries, width).transpose(1, 2)
