@@ -22,7 +22,8 @@ from hf_hybrid.modeling import fixed_steps, generation
 from hf_hybrid.modeling.fixed_steps import FixedSteps
 from hf_hybrid.ops.branches import forced_branch
 
-GENERATIVE = all_variants("AutoModelForSeq2SeqLM") + all_variants("AutoModelForCausalLM")
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
+GENERATIVE = all_variants(SEQ2SEQ) + all_variants("AutoModelForCausalLM")
 COMPILED = CompileConfig(backend="eager", mode=None, fullgraph=True)
 SETTINGS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -153,6 +154,27 @@ def test_a_text_may_be_longer_than_announced(steps: mock.Mock) -> None:
     torch.testing.assert_close(outputs.logits[:, -1], expected, rtol=1e-4, atol=1e-5)
     shapes = {call.args[2].mask.shape[1] for call in steps.call_args_list}
     assert shapes == {64, 128}
+
+
+@pytest.mark.parametrize("case", [Case("bst", "AutoModelForCausalLM", "default"), Case("mega", SEQ2SEQ, "default")])
+def test_a_continued_text_has_room_for_its_tokens(case: Case, steps: mock.Mock) -> None:
+    """Neither twice for those that the cache holds, nor too little: of 64 or 128 slots, whether ids are those of the whole text,
+    of its new tokens, or embedded."""
+    model, prefix = case.model(), "decoder_" if case.is_seq2seq else ""
+    whole = random_ids(1, 63)
+    source = {"input_ids": random_ids(1, 5)} if case.is_seq2seq else {}
+    for past, length, slots in ((30, 40, 64), (40, 63, 128)):
+        mask = torch.ones(1, length, dtype=torch.long)
+        continued = [{f"{prefix}input_ids": whole[:, :length]}, {f"{prefix}input_ids": whole[:, past:length]}]
+        if not case.is_seq2seq:
+            continued.append({"inputs_embeds": model.get_input_embeddings()(whole[:, :length])})
+        for inputs in continued:
+            with torch.no_grad():
+                cache = model(**source, **{f"{prefix}input_ids": whole[:, :past]}, use_cache=True).past_key_values
+            steps.reset_mock()
+            options = SETTINGS | {"max_new_tokens": 6, f"{prefix}attention_mask": mask, "past_key_values": cache}
+            model.generate(**source, **inputs, **options, compile_config=COMPILED)
+            assert [call.args[2].mask.shape[1] for call in steps.call_args_list] == [slots] * 5
 
 
 def test_a_copy_of_a_model_has_its_own_steps(steps: mock.Mock) -> None:

@@ -118,7 +118,9 @@ class TestDecoderAttention:
                 assert not weights.triu(1).any()
 
     @torch.no_grad()
-    def test_sdpa_equals_eager(self, case: Case) -> None:
+    @pytest.mark.parametrize("empty", [False, True])
+    def test_sdpa_equals_eager(self, case: Case, empty: bool) -> None:
+        """Also where a row has no source: it reads zeros."""
         model = case.model()
         inputs = case.inputs(length=9, target=7)
         inputs["attention_mask"] = torch.ones(2, 9, dtype=torch.long)
@@ -126,6 +128,8 @@ class TestDecoderAttention:
         inputs["decoder_attention_mask"] = torch.ones(2, 7, dtype=torch.long)
         inputs["decoder_attention_mask"][1, :2] = 0
         logits = {}
+        if empty:
+            inputs["attention_mask"][1] = 0
         for kind in ("sdpa", "eager"):
             model.set_attn_implementation(kind)
             assert model.config._attn_implementation == kind

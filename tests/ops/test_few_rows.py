@@ -44,7 +44,7 @@ def test_linear_has_gradients() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5])
-@pytest.mark.parametrize("mask_kind", ["none", "boolean", "additive", "each query"])
+@pytest.mark.parametrize("mask_kind", ["none", "boolean", "infinite", "additive", "each query"])
 @pytest.mark.parametrize("is_laid_out", [False, True])
 def test_attention(queries: int, mask_kind: str, is_laid_out: bool) -> None:
     batch, heads, keys, width = 2, 3, 260, 8
@@ -55,9 +55,9 @@ def test_attention(queries: int, mask_kind: str, is_laid_out: bool) -> None:
         mask = torch.rand(batch, 1, queries if mask_kind == "each query" else 1, keys) > 0.5
         mask[1] = False  # no key is visible
     expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
-    if mask_kind == "additive":
-        mask[1], expected[1] = True, F.scaled_dot_product_attention(query[1:], key[1:], value[1:], scale=0.3)[0]
-        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    if mask_kind in ("additive", "infinite"):
+        least = -torch.inf if mask_kind == "infinite" else torch.finfo(torch.float64).min
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, least)
     if is_laid_out:
         laid_out = for_few_queries(key, value)
         assert torch.equal(laid_out[0], key) and torch.equal(laid_out[1], value)

@@ -289,10 +289,21 @@ def has_own_state(cache: Cache | FixedState | None) -> bool:
     )
 
 
-def announce_length(cache: Any, model_kwargs: Mapping[str, Any], max_length: int) -> None:
-    """Tells a cache for how many tokens a generation needs room: `max_length` beside those that it holds, and embedded ones."""
+def announce_length(cache: Any, ids: torch.Tensor, model_kwargs: Mapping[str, Any], max_length: int) -> None:
+    """Tells a cache for how many tokens a generation needs room: those of its prompt, cached ones included, and the new ones.
+
+    Args:
+        cache: the cache of the generation; nothing happens if it has no state of its own.
+        ids: (B, n) the ids that `generate` begins with: of the whole prompt, or of a continued text only those that the cache
+            does not hold, or none if the prompt is embedded.
+        model_kwargs: the other arguments of the model; embeddings, or else the mask, cover the whole prompt.
+        max_length: n and the new tokens.
+    """
     if not has_own_state(cache):
         return
     own = _own(cache)
     embeds = model_kwargs.get("inputs_embeds") if own is cache else None  # of a source otherwise
-    own.announced = max_length + own.get_seq_length() + (0 if embeds is None else embeds.shape[1])
+    mask = model_kwargs.get("attention_mask" if own is cache else "decoder_attention_mask")
+    given = ids if mask is None else mask
+    prompt = given.shape[1] if embeds is None else embeds.shape[1]
+    own.announced = prompt + max_length - ids.shape[1]

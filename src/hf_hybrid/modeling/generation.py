@@ -127,7 +127,6 @@ class StateGenerationMixin(GenerationMixin):
         else:
             self._check_cache_implementation(name)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        announce_length(model_kwargs["past_key_values"], model_kwargs, generation_config.max_length)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """Whether steps are compiled (`fixed_steps`): where `compile_config` asks for it, on any device; on accelerators, as in
@@ -210,6 +209,7 @@ class StateGenerationMixin(GenerationMixin):
                     "target, or `decoder_attention_mask` of the whole target with its new tokens alone."
                 )
             model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
+        announce_length(cache, input_ids, model_kwargs, generation_config.max_length)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

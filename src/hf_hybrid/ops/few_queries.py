@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .branches import is_eager_inference
+from .masked_softmax import masked_softmax
 
 MOST_QUERIES = 8
 FEWEST_KEYS = 256  # with fewer, the time goes into calls of operators, and there are more of them here
@@ -36,22 +37,16 @@ def few_query_attention(
     Args:
         query: (B, n, T, d).
         key, value: (B, n, L, d); fastest as `for_few_queries` lays them out.
-        mask: (B or 1, 1, T or 1, L), boolean (True where visible) or additive, or None.
+        mask: (B or 1, 1, T or 1, L), boolean or additive, or None: see `masked_softmax`.
         scaling: factor of the scores.
 
     Returns:
-        (B, n, T, d); zeros for a query to which a boolean mask shows no key.
+        (B, n, T, d); zeros for a query to which the mask shows no key.
     """
     batch, heads, queries, width = query.shape
     turned = (query * scaling).reshape(batch * heads, queries, width).transpose(1, 2)
     scores = torch.bmm(key.flatten(0, 1), turned).transpose(1, 2).reshape(batch, heads, queries, -1)
-    if mask is None:
-        weights = scores.softmax(-1)
-    elif mask.dtype == torch.bool:
-        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0)
-    else:
-        weights = (scores + mask).softmax(-1)
-    weights, value = weights.flatten(0, 1), value.flatten(0, 1)
+    weights, value = masked_softmax(scores, mask).flatten(0, 1), value.flatten(0, 1)
     if queries == 1 and value.stride(-1) != 1:
         return torch.bmm(value.transpose(1, 2), weights.transpose(1, 2)).view(batch, heads, 1, width)
     return torch.bmm(weights, value).view(batch, heads, queries, width)

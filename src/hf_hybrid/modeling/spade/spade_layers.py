@@ -20,6 +20,7 @@ from ...configuration.configuration_spade import SpadeConfig, SpadeLMConfig
 from ...layers.norms import build_norm
 from ...layers.ssm import StateSpaceLayer
 from ...ops.few_queries import few_query_attention, for_few_queries, has_few_queries, is_few_queries
+from ...ops.masked_softmax import masked_softmax
 from ...ops.relative_position import apply_rotary
 from ...ops.shared_source import mask_of_sources, targets_per_source
 from ..call_cache import layer_state
@@ -152,11 +153,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T scaling + mask) v, with the weights; (B, n, T, d) to (B, T, n, d)."""
+    """softmax(q k^T scaling + mask) v, with the weights; (B, n, T, d) to (B, T, n, d); zeros for a query that sees no key."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = masked_softmax(scores, attention_mask, torch.promote_types(scores.dtype, torch.float32))
     weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
