@@ -223,6 +223,51 @@ def test_kinds_of_labels():
         numbers.encode(Dataset.from_dict({"label": [float("nan")]}), "x")
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [0, 1, 0.5, 1],
+            "Row 2 of the training data has the label 0.5 .*most labels are the whole numbers 0, 1: correct it",
+        ),
+        ([0.0, 1.0, 1.0], "are the whole numbers 0, 1, but written as decimal numbers"),
+        ([0, 1, 2, 3, 0.1, float("nan")], "Row 4 .* 0.1 .*whole numbers 0, 1, 2 ...: correct it"),
+    ],
+)
+def test_decimal_numbers_that_look_like_classes_need_a_problem_type(labels, message):
+    """Not a regression in silence; both kinds can be asked for."""
+    rows = Dataset.from_dict({"label": list(map(float, labels))})
+    with pytest.raises(
+        ValueError, match=f"{message}.*`problem_type='regression'` predicts .*'single_label_classification'"
+    ):
+        find_labels(rows, "label")
+    assert find_labels(rows, "label", "regression").is_regression
+    if all(number.is_integer() for number in rows["label"]):
+        assert find_labels(rows, "label", "single_label_classification").encode(rows, "x") == [0, 1, 1]
+    else:
+        with pytest.raises(ValueError, match="Row . of the training data has the label 0..*classes are whole numbers"):
+            find_labels(rows, "label", "single_label_classification")
+
+
+def test_the_kind_of_labels_can_be_chosen(finetuning, tmp_path):
+    """Whole numbers as numbers to predict."""
+    metrics = main({**finetuning, "problem_type": "regression", "max_steps": 1})
+    assert "eval_pearson" in metrics and "eval_accuracy" not in metrics
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").config.problem_type == "regression"
+    with pytest.raises(
+        ValueError, match="`problem_type` must be regression or single_label_classification; got 'ranking'"
+    ):
+        finetune_glue.GlueArguments(data=["x"], problem_type="ranking")
+    assert finetune_glue.GlueArguments(task="stsb").problem_type == "regression"
+
+
+def test_long_rows_are_counted(finetuning, data):
+    rows = [{**row, "sentence": row["sentence"] * (1 + 9 * (i < 5))} for i, row in enumerate(sentiment_rows(10))]
+    write_split(data, "validation", rows)
+    metrics = main({**finetuning, "max_length": 40, "max_steps": 1})
+    assert metrics["truncated_rows"] == {"validation data": {"max_length": 5}}
+
+
 def test_pairs_are_preferred_to_single_columns():
     rows = Dataset.from_dict({"question": ["a"], "sentence": ["b"], "label": [0]})
     assert find_text_columns(rows, None) == ("question", "sentence")

@@ -82,6 +82,21 @@ def test_several_references_and_a_query(finetuning, tmp_path, tokenizer):
     assert written["references"] == ["x", "y z"]
 
 
+def test_rows_that_are_cut_are_counted_and_said(finetuning, data, caplog):
+    write_split(data, "train", [{"document": "a list " * (40 * (i % 2) + 1), "summary": "a list"} for i in range(8)])
+    write_split(data, "validation", [{"document": "a", "summary": "a list " * (20 * (i < 3) + 1)} for i in range(4)])
+    with caplog.at_level("INFO", "hf_hybrid"):
+        metrics = main({**finetuning, "max_source_length": 24, "max_target_length": 12, "max_steps": 1})
+    assert metrics["truncated_rows"] == {
+        "training data": {"max_source_length": 4}, "validation data": {"max_target_length": 3},
+    }  # fmt: skip
+    said = [record.getMessage() for record in caplog.records if "are cut" in record.getMessage()]
+    assert said == [
+        "Training data: 4 of 8 rows are cut to 24 tokens (`max_source_length`).",
+        "Validation data: 3 of 4 rows are cut to 12 tokens (`max_target_length`).",
+    ]
+
+
 def test_the_best_reference_counts(tokenizer):
     scorer = GenerationScorer(tokenizer, [["list of keys", "dictionary"], ["the value"]], rouge_scores)
     ids = [tokenizer(text)["input_ids"] for text in ("dictionary", "the value")]

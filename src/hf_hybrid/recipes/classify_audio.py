@@ -88,7 +88,7 @@ def build(
     some = rows if train is None else train
     audio_column = choose_column(some, data_args.audio_column, AUDIO_COLUMNS, "audio_column")
     label_column = choose_column(some, data_args.label_column, LABEL_COLUMNS, "label_column")
-    new_labels = None if train is None else find_classes(train, label_column, "training data")
+    new_labels = None if train is None else find_classes(train, label_column)
     labels = new_labels or labels_of_model(config, label_column)
     extractor = None
     if model_args.model_name_or_path is not None:

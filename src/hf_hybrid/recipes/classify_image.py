@@ -72,7 +72,7 @@ def build(
     load = partial(load_lra_table, lra_task("image"))
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only, load=load)
     rows = single_validation_set(validation)
-    new_labels = None if train is None else find_classes(train, "label", "training data")
+    new_labels = None if train is None else find_classes(train, "label")
     labels = new_labels or labels_of_model(config, "label")
     scale: dict[str, float] = {"mean": data_args.pixel_mean, "std": data_args.pixel_std}
     processor = saved_image_processor(checkpoint)

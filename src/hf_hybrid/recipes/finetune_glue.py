@@ -7,7 +7,7 @@ Reads a GLUE task, or your own data with the same columns.
         --validation_fraction 0.1 --output_dir runs/reviews
 
 Your data needs one or two text columns and a column `label`: integers, names or booleans for classes, decimal numbers
-for regression. The GLUE benchmark is described in arXiv 1804.07461.
+for regression, or as `--problem_type` says. The GLUE benchmark is described in arXiv 1804.07461.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from .support.finetuning_data import (
     require_text,
 )
 from .support.labels import (
+    LABEL_PROBLEMS,
     Labels,
     classification_head,
     find_labels,
@@ -46,6 +47,7 @@ from .support.models import check_positions, load_config, load_tokenizer, with_a
 from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
 from .support.runs import Job
+from .support.truncation import TruncatingTokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,6 +80,13 @@ class GlueArguments(TableArguments):
         default=None, metadata={"help": "One or two columns of text. Default: the usual GLUE column names."}
     )
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    problem_type: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What the labels are: {' or '.join(LABEL_PROBLEMS)}. Default: decimal numbers are predicted (regression), whole numbers, "
+            "names and booleans are classes."
+        },
+    )
     metrics: list[str] | None = field(
         default=None,
         metadata={"help": "Metrics by name. Default: those of the task, else accuracy, or correlations."},
@@ -100,6 +109,10 @@ class GlueArguments(TableArguments):
             raise ValueError(f"`task` must be one of {', '.join(GLUE_TASKS)}; got {self.task!r}.")
         if self.task is not None and self.data is None and self.validation_data is None:
             self.data, self.dataset_config = [GLUE_DATASET], self.task
+        if self.problem_type is None and self.task == "stsb":
+            self.problem_type = "regression"
+        if self.problem_type not in (None, *LABEL_PROBLEMS):
+            raise ValueError(f"`problem_type` must be {' or '.join(LABEL_PROBLEMS)}; got {self.problem_type!r}.")
 
 
 def find_text_columns(rows: Dataset, wanted: Sequence[str] | None) -> tuple[str, str | None]:
@@ -141,22 +154,26 @@ def encode(
     *,
     two_inputs: bool = False,
 ) -> Dataset:
-    """Token ids and labels of all rows; with `two_inputs` the second text is `pair_input_ids`, otherwise a pair is one text."""
+    """Token ids and labels of all rows; with `two_inputs` the second text is `pair_input_ids`, otherwise a pair is one text. Rows that
+    are cut are counted."""
     require_columns(rows, [*columns, labels.column], what)
     require_text(rows, columns, what)
     targets = labels.encode(rows, what)
     first, second = columns
 
-    def tokenize(batch: Mapping[str, list[str]]) -> dict[str, Any]:
-        options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
-        others = None if second is None else batch[second]
-        encoded = dict(tokenizer(batch[first], None if two_inputs else others, **options))
-        if two_inputs:
-            encoded |= {f"pair_{name}": values for name, values in tokenizer(others, **options).items()}
-        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+    tokenize = TruncatingTokenizer(tokenizer, {"max_length": max_length})
 
-    encoded = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"tokenize {what}")
-    return encoded.add_column("labels", targets)
+    def tokenize_batch(batch: Mapping[str, list[str]]) -> dict[str, Any]:
+        others = None if second is None else batch[second]
+        encoded, is_long = tokenize("max_length", batch[first], None if two_inputs else others)
+        columns = dict(encoded)
+        if two_inputs:
+            paired, is_long_pair = tokenize("max_length", others)
+            columns |= {f"pair_{name}": values for name, values in paired.items()}
+            is_long = {name: [*map(any, zip(flags, is_long_pair[name]))] for name, flags in is_long.items()}
+        return {**columns, "length": [len(ids) for ids in encoded["input_ids"]], **is_long}
+
+    return tokenize.map_rows(rows, tokenize_batch, what).add_column("labels", targets)
 
 
 def build(
@@ -177,7 +194,7 @@ def build(
     train, validation = load_tables(data_args, seed=training_args.seed, evaluate_only=evaluate_only)
     changes: dict[str, Any] = {}
     if train is not None:
-        labels = find_labels(train, data_args.label_column)
+        labels = find_labels(train, data_args.label_column, data_args.problem_type)
         changes = classification_head(labels)
     else:
         labels = labels_of_model(load_config(model_args.model_name_or_path, {}), data_args.label_column)

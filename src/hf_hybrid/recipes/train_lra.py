@@ -164,7 +164,7 @@ def build(
     defaults, wishes = _new_fields(task, tokenizer, data_args.pixel_values)
     config = classifier_config(auto_class, model_args, defaults, wishes)
     train, validation = load_rows(task, data_args, training_args.seed, evaluate_only)
-    new_labels = None if train is None else find_classes(train, "label", "training data")
+    new_labels = None if train is None else find_classes(train, "label")
     labels = new_labels or labels_of_model(config, "label")
     two_inputs = bool(getattr(config, "dual_encoder", False))
     with training_args.main_process_first(desc="tokenize"):

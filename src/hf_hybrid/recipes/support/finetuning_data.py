@@ -28,6 +28,7 @@ from .models import check_decoder_table, check_positions, load_config, load_mode
 from .options import BAD_RECORD_HELP, ENCODING_HELP, reading_options, source_names
 from .reports import RunReport
 from .runs import Job
+from .truncation import TruncatingTokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -278,26 +279,28 @@ def encode_pairs(
     arguments: GenerationArguments,
     what: str,
 ) -> Dataset:
-    """Token ids of inputs and targets.
+    """Token ids of inputs and targets; those that are cut are counted.
 
     Args:
         rows: data set with any columns.
         texts_of: function from a batch of rows to its inputs and targets.
         tokenizer: tokenizer of the model.
         arguments: prefix and lengths.
-        what: name of the rows in the progress bar.
+        what: name of the rows in the progress bar, the log and the records.
     """
 
-    def tokenize(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+    limits = {name: getattr(arguments, name) for name in ("max_source_length", "max_target_length")}
+    tokenize = TruncatingTokenizer(tokenizer, limits)
+
+    def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         sources, targets = texts_of(batch)
         sources = [arguments.source_prefix + text for text in sources]
-        options: dict[str, Any] = {"truncation": True, "return_token_type_ids": False}
-        encoded = tokenizer(sources, max_length=arguments.max_source_length, **options)
-        labels = tokenizer(text_target=targets, max_length=arguments.max_target_length, **options)
+        encoded, long_sources = tokenize("max_source_length", sources)
+        labels, long_targets = tokenize("max_target_length", text_target=targets)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        return {**encoded, "labels": labels["input_ids"], "length": lengths}
+        return {**encoded, "labels": labels["input_ids"], "length": lengths, **long_sources, **long_targets}
 
-    return rows.map(tokenize, batched=True, batch_size=200, remove_columns=rows.column_names, desc=f"tokenize {what}")
+    return tokenize.map_rows(rows, encode, what, batch_size=200)
 
 
 def set_generation(

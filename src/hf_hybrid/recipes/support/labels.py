@@ -19,6 +19,7 @@ from .finetuning_data import require_columns
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LABEL_PROBLEMS = ("regression", "single_label_classification")  # of `problem_type`; one label for each row
 _LARGEST = 2**53  # above it floating-point numbers do not hold every integer
 
 
@@ -81,11 +82,16 @@ def _small_number(value: Any) -> float:
     return number
 
 
-def find_labels(rows: Dataset, column: str) -> Labels:
+def find_labels(rows: Dataset, column: str, problem_type: str | None = None) -> Labels:
     """Infers the kind of the labels and the classes from the training rows.
 
+    Args:
+        rows: training rows.
+        column: name of the column.
+        problem_type: one of `LABEL_PROBLEMS`; None = numbers to predict if they are decimal, else classes.
+
     Raises:
-        ValueError: the column is missing, mixes types, or holds a single class.
+        ValueError: the column is missing, mixes types, holds a single class, or decimal numbers that may be meant as classes.
     """
     from datasets import ClassLabel
 
@@ -95,6 +101,8 @@ def find_labels(rows: Dataset, column: str) -> Labels:
     present = [value for value in values if value is not None]
     if not present:
         raise ValueError(f"The column {column!r} of the training data contains no label.")
+    if problem_type == "regression":
+        return Labels(column, None)
     if isinstance(feature, ClassLabel):
         known = set(range(feature.num_classes))
         if set(present) <= known:  # others are named, with their line, when the labels are encoded
@@ -103,7 +111,10 @@ def find_labels(rows: Dataset, column: str) -> Labels:
         return Labels(column, list(feature.names), numbers, kind="a number")
     _check_one_kind(rows, values, column)
     if any(isinstance(value, float) for value in present):
-        return Labels(column, None)
+        if problem_type is None:
+            _check_meant_as_numbers(rows, values, column)
+            return Labels(column, None)
+        present = _whole_numbers(rows, values, column)
     classes = sorted(set(present))
     if isinstance(classes[0], int):  # also booleans
         smallest, largest = int(classes[0]), int(classes[-1])
@@ -122,6 +133,47 @@ def find_labels(rows: Dataset, column: str) -> Labels:
     _check_several(classes, column)
     ids = {name: number for number, name in enumerate(classes)}
     return Labels(column, [str(name) for name in classes], ids, kind=_kind(present[0]))
+
+
+def _check_meant_as_numbers(rows: Dataset, values: Sequence[Any], column: str) -> None:
+    """Rejects decimal numbers most of which are the whole numbers 0, 1 ... of classes, as of 0 and 1 with a single 0.5."""
+    numbers = [float(value) for value in values if value is not None]
+    whole = [number for number in numbers if number.is_integer()]
+    classes = sorted(set(whole))
+    if len(classes) < 2 or classes != [*range(len(classes))] or 2 * len(whole) <= len(numbers):
+        return
+    names = ", ".join(str(int(number)) for number in classes[:3]) + (" ..." if len(classes) > 3 else "")
+    advice = f"`problem_type='regression'` predicts them as numbers, {LABEL_PROBLEMS[1]!r} as classes"
+    fraction = _first_fraction(values)
+    if fraction is None:
+        raise ValueError(
+            f"The labels in {column!r} are the whole numbers {names}, but written as decimal numbers: {advice}."
+        )
+    place = place_of(rows, fraction, "training data")
+    raise ValueError(
+        f"{place} has the label {shortened(values[fraction])} in the column {column!r}, but most labels are the whole numbers {names}: "
+        f"correct it if they are classes; {advice}."
+    )
+
+
+def _first_fraction(values: Sequence[Any]) -> int | None:
+    """The first row whose number is not whole."""
+    return next((row for row, value in enumerate(values) if value is not None and not float(value).is_integer()), None)
+
+
+def _whole_numbers(rows: Dataset, values: Sequence[Any], column: str) -> list[int]:
+    """The classes that decimal numbers stand for.
+
+    Raises:
+        ValueError: one is not whole; the message names the row.
+    """
+    fraction = _first_fraction(values)
+    if fraction is not None:
+        raise ValueError(
+            f"{place_of(rows, fraction, 'training data')} has the label {shortened(values[fraction])} in the column {column!r}; classes "
+            "are whole numbers, names or booleans."
+        )
+    return [int(value) for value in values if value is not None]
 
 
 def _check_several(classes: Collection[Any], column: str, name_of: Callable[[Any], Any] = lambda value: value) -> None:

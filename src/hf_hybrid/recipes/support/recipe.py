@@ -15,6 +15,7 @@ from ...training.run_folder import RunFolder, is_main_process
 from .main_options import MAIN_OPTIONS, TRAINING_ONLY
 from .options import parse_arguments, require, resolved_arguments
 from .runs import Job, finish_together, how_to_continue, set_up_logging, train_and_record
+from .truncation import counting_truncated
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,11 @@ class Recipe:
             raise
 
     def _job(self, groups: Sequence[Any], **options: Any) -> Job:
-        """Builds the job; its metrics count the corrupt records that are left out."""
-        with counting_left_out() as left_out:
+        """Builds the job; its metrics count the corrupt records that are left out, and the rows that are cut."""
+        with counting_left_out() as left_out, counting_truncated() as truncated:
             job = self.build(*groups, **options)
+        if truncated:
+            job.report.metrics["truncated_rows"] = truncated
         if getattr(groups[0], "on_bad_record", "error") == "skip":
             job.report.metrics["skipped_records"] = len(left_out)
         return job

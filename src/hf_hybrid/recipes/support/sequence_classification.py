@@ -42,18 +42,13 @@ class ClassifierArguments(NewModelArguments):
         super().__post_init__()
 
 
-def find_classes(rows: Dataset, column: str, what: str) -> Labels:
-    """The classes of the rows.
+def find_classes(rows: Dataset, column: str) -> Labels:
+    """The classes of training rows.
 
     Raises:
-        ValueError: the labels are numbers, not classes.
+        ValueError: a label is a decimal number, or see `find_labels`.
     """
-    labels = find_labels(rows, column)
-    if labels.is_regression:
-        raise ValueError(
-            f"The labels of the {what} are decimal numbers; classes are whole numbers, names or booleans."
-        )
-    return labels
+    return find_labels(rows, column, "single_label_classification")
 
 
 def _published_fields(known: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
