@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .auto import find_architecture, load_heads
+from .compatibility import enable_checkpointing
 from .ops.branches import forced_branch
 
 ADAMW_BYTES = 8  # of a parameter: two moments in float32
@@ -105,9 +106,7 @@ def estimate_memory(
         model: Any = model_class(copy.deepcopy(config))
         model.to(dtype).train()
     if gradient_checkpointing:
-        # Transformers before 5.23 calls them gradient checkpoints.
-        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        getattr(model, f"{kind}_checkpointing_enable")()
+        enable_checkpointing(model)
     inputs = _inputs(model, batch_size, length, target_length or length)
     counted = LiveBytes()
     with forced_branch("accelerator"), _fused_attention(), counted:

@@ -22,6 +22,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.pipelines.base import ChunkPipeline, Pipeline
 
+from .compatibility import generation_options
 from .configuration.lengths import max_source_length
 
 logger = logging.getLogger(__name__)
@@ -127,12 +128,7 @@ class Seq2SeqText2TextPipeline(Pipeline):
         return dict(encoded)
 
     def _forward(self, model_inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
-        if hasattr(self, "_prepare_generate_kwargs"):
-            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
-        else:  # Transformers before 5.23
-            pipeline: Any = self
-            generate_kwargs.setdefault("generation_config", pipeline.generation_config)
-        generated = self.model.generate(**model_inputs, **generate_kwargs)
+        generated = self.model.generate(**model_inputs, **generation_options(self, generate_kwargs))
         ids = generated if isinstance(generated, torch.Tensor) else generated.sequences
         batch = model_inputs["input_ids"].shape[0]
         return {"output_ids": ids.view(batch, ids.shape[0] // batch, -1)}

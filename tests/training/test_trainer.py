@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_hybrid.compatibility import device_without_number
 from hf_hybrid.training.arguments import HybridTrainingArguments, PretrainingArguments, SyntheticTrainingArguments
 from hf_hybrid.training.best_metric import NamedMetrics
 from hf_hybrid.training.callbacks import EpochCallback, TimeLimitCallback
 from hf_hybrid.training.divergence import DivergedError
-from hf_hybrid.training.resuming import device_without_number
 from hf_hybrid.training.trainer import EpochLengthSampler, HybridTrainer
 
 

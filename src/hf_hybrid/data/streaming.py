@@ -15,16 +15,15 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from packaging.version import Version
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as workers
 from transformers import PreTrainedTokenizerBase
 
+from ..compatibility import streams_with_lost_rows
 from .packing import concatenate_documents
 from .span_corruption import check_sentinels, corrupt_spans, sample_keys, span_corruption_lengths
 from .token_corpus import document_batches, encode_documents, end_of_document
@@ -132,9 +131,7 @@ def _has_exact_state(stream: object) -> bool:
     """Whether the state of a `datasets` stream is that behind the last document."""
     if not hasattr(stream, "_ex_iterable"):  # a stream of another library
         return True
-    inexact = ["Buffer"]
-    if Version(version("datasets")) < Version("5.1"):
-        inexact += ["Mapped", "Filtered", "Rebatched"]
+    inexact = streams_with_lost_rows()
     layers = [stream._ex_iterable]
     for layer in layers:  # which grows
         if any(part in type(layer).__name__ for part in inexact):

@@ -42,10 +42,6 @@ class PiecesTrainer(Trainer):
                 f"`context_parallel_size` must divide the number of processes, {self.args.world_size}; got {size}. Start the run "
                 "with `torchrun --nproc_per_node` of a multiple of it."
             )
-        if not hasattr(Trainer, "_prepare_context_parallel_inputs"):
-            raise ValueError(
-                "`context_parallel_size` needs a newer version of Transformers, whose Trainer prepares pieces."
-            )
         if self.args.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` needs whole texts: leave it 0 with `context_parallel_size`.")
         if self.compute_metrics is not None:

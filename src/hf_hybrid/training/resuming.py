@@ -7,15 +7,14 @@ those of the options: optimizers and schedulers store them too, and would bring 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Seq2SeqTrainingArguments
 
 TOTALS_FILE = "run_totals.json"
 
@@ -42,24 +41,6 @@ _RATES = frozenset(
     "learning_rate ssm_learning_rate muon_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps".split()
 )
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # whose rates are not a function of the step
-
-
-@contextmanager
-def device_without_number(args: TrainingArguments) -> Iterator[None]:
-    """Calls the device of a process on a CPU "cpu" meanwhile.
-
-    Where several processes train on CPUs, Accelerate calls it "cpu:0", to which `torch.load` cannot move anything; Transformers before
-    5.23 asks it to.
-    """
-    device = args.device
-    if device != torch.device("cpu", 0):
-        yield
-        return
-    args.__dict__["_setup_devices"] = torch.device("cpu")
-    try:
-        yield
-    finally:
-        args.__dict__["_setup_devices"] = device
 
 
 @dataclass

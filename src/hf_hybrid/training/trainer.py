@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SaveStrategy
 
+from ..compatibility import device_without_number
 from ..modeling.losses import align_labels, mean_over_labels
 from ..ops.branches import uses_cpu_form
 from .activations import ActivationCallback, has_routers
@@ -32,7 +33,7 @@ from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
 from .pieces_trainer import PiecesTrainer
 from .publishing import PublishingTrainer
-from .resuming import TOTALS_FILE, RunTotals, apply_settings, device_without_number, optimizer_settings
+from .resuming import TOTALS_FILE, RunTotals, apply_settings, optimizer_settings
 from .shards_trainer import ShardsTrainer, lacking_weights
 from .streams_trainer import StreamsTrainer
 
