@@ -78,7 +78,7 @@ def rows_of(folder: Path, run: str, processes: int) -> list[list[list[int]]]:
 def prepare(folder: Path) -> None:
     from hf_hybrid.tokenization.byte_tokenizer import byte_tokenizer
 
-    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    byte_tokenizer(num_sentinels=8).save_pretrained(folder / "tokenizer")
     texts = [f"{number:03d} some words of a document {'and more ' * (number % 4)}" for number in range(96)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
