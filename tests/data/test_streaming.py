@@ -11,6 +11,7 @@ import torch
 from factories import Case
 from torch.utils.data import DataLoader
 
+from hf_hybrid import compatibility
 from hf_hybrid.data import streaming
 from hf_hybrid.data.packing import CausalBlockDataset
 from hf_hybrid.data.span_corruption import restore_segment
@@ -105,7 +106,7 @@ def test_resume_continues_at_the_same_sample(sources, tokenizer, name, window):
 def test_streams_of_older_datasets_are_read_again(sources, tokenizer, monkeypatch):
     """Before datasets 5.1 the state behind a function is that of another document."""
     assert make(sources["mapped stream"], tokenizer).source.has_state
-    monkeypatch.setattr(streaming, "version", lambda name: "5.0.1")
+    monkeypatch.setattr(compatibility, "version", lambda name: "5.0.1")
     joined = datasets.concatenate_datasets([sources["stream"], sources["mapped stream"]])
     for source, is_exact in ((sources["stream"], True), (sources["mapped stream"], False), (joined, False)):
         assert make(source, tokenizer).source.has_state is is_exact
