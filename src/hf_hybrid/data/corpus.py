@@ -247,8 +247,8 @@ def embedded_summarization_pairs(
         progress: show a progress bar.
 
     Returns:
-        Rows with `name` (of the module, class or function, in words; empty for modules), `document`, `summary`, `family`, `module`
-        and `split`.
+        Rows with `name` (of the class or function itself, in words; that of the class before it for special methods; empty for
+        modules), `document`, `summary`, `family`, `module` and `split`.
     """
     _check_split(split)
     rows = []
@@ -262,7 +262,7 @@ def embedded_summarization_pairs(
         ):
             rows.append(
                 {
-                    "name": name_in_words(item.name),
+                    "name": name_in_words(_own_name(item.name)),
                     "document": body,
                     "summary": summary,
                     "family": item.family,
@@ -336,6 +336,12 @@ def embedded_classification_examples(
         label += 1
     chosen.sort(key=lambda row: _share(str(row["sentence"]), "mix"))
     return [row for row in chosen if split is None or row["split"] == split]
+
+
+def _own_name(name: str) -> str:
+    """The last part of a qualified name; a special method (`__init__`) says nothing without its class."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].startswith("__") else parts[-1:])
 
 
 def name_in_words(name: str) -> str:

@@ -44,7 +44,7 @@ NO_DROPOUT = {"hidden_dropout": 0.0}
 FULL_PLAN = DemoPlan(
     minutes=5.5,
     shares={PRETRAINING: 1.0, CLASSIFICATION: 0.6, SUMMARIZATION: 2.9, REST: 0.6},
-    data=DataPlan(new_families=NEW_FAMILIES, max_characters=2_000_000, max_per_class=25),
+    data=DataPlan(new_families=NEW_FAMILIES, max_source_bytes=8_000_000, max_characters=2_000_000, max_per_class=25),
     pretraining={
         "input_length": 512, "noise_density": 0.15, "max_steps": 240, "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 16, "max_validation_segments": 32, "learning_rate": 1e-3, "ssm_learning_rate": 5e-4,
@@ -56,8 +56,8 @@ FULL_PLAN = DemoPlan(
         "logging_steps": 20, "eval_strategy": "no",
     },
     summarization={
-        "max_source_length": 96, "max_target_length": 28, "num_train_epochs": 3, "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 96, "learning_rate": 2e-3, "muon_learning_rate": 5e-3, "warmup_steps": 10,
+        "max_source_length": 64, "max_target_length": 28, "num_train_epochs": 2, "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 96, "learning_rate": 2e-3, "muon_learning_rate": 3e-3, "label_smoothing_factor": 0.1, "warmup_steps": 10,
         "logging_steps": 20, "no_repeat_ngram_size": 2, "min_new_tokens": 7, "generation_num_beams": 4, "eval_strategy": "no", "source_prefix": HIDDEN_LINE,
         "config_overrides": NO_DROPOUT,
     },
