@@ -78,7 +78,12 @@ def test_names_in_words():
 
 def test_names_of_pairs_are_their_own():
     """A method is named without its class, a special one with it."""
-    names = {"XMLReader.get_feature": "get_feature", "XMLReader.__init__": "XMLReader.__init__", "open": "open", "": ""}
+    names = {
+        "XMLReader.get_feature": "get_feature",
+        "XMLReader.__init__": "XMLReader.__init__",
+        "open": "open",
+        "": "",
+    }
     assert {name: corpus._own_name(name) for name in names} == names
 
 
