@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .branches import widest_float
+from .branches import uses_cpu_form, widest_float
 from .diagonal_ssm import diagonal_kernel
 
 
@@ -152,7 +152,9 @@ def toeplitz_bias(
     last = shift + num_columns - 1  # largest index used, in the upper right corner
     before, after = max(0, -first), max(0, last + 1 - vector.shape[-1])
     extended = F.pad(vector, (before, after), value=fill)[..., first + before : last + 1 + before]
-    return extended.unfold(-1, num_columns, 1).flip(-2)
+    matrix = extended.unfold(-1, num_columns, 1).flip(-2)
+    # Its columns lie side by side in memory; on CPU whatever adds it to rows of scores would take ten times as long.
+    return matrix.contiguous() if uses_cpu_form(vector) else matrix
 
 
 def toeplitz_bias_gradient(gradient: torch.Tensor, vector_length: int, *, shift: int) -> torch.Tensor:
