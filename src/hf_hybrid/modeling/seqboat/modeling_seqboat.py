@@ -168,6 +168,15 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
             return None
         return rotary_table(places, self.config.qk_dim, torch.promote_types(dtype, torch.float32))
 
+    def _places(
+        self, past: int, length: int, leading: torch.Tensor | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places (L,) of the new tokens in the text, and their positions (1 or B, L) from the first real token of a row on."""
+        group = self.sequence_group
+        begin = past if group is None else group.rank * length
+        places = torch.arange(begin, begin + length, device=device)
+        return places, places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)
+
     def _activation_rates(self, active: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         """(B, num_hidden_layers) share of the real tokens of each text that were active."""
         counts = torch.stack([layer.sum(-1) for layer in active], dim=-1)
@@ -222,10 +231,7 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
             leading = past_key_values.begins
         mask = None if mask is None else mask[:, past:]
         self.check_piece(length, mask)
-        group = self.sequence_group
-        begin = past if group is None else group.rank * length
-        places = torch.arange(begin, begin + length, device=(inputs_embeds if inputs is None else inputs).device)
-        positions = places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)
+        places, positions = self._places(past, length, leading, (inputs_embeds if inputs is None else inputs).device)
         token_mask = None if mask is None else mask.unsqueeze(-1)
 
         hidden_states = self._embed(inputs, inputs_embeds, positions, token_mask)

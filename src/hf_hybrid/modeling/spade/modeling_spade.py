@@ -402,20 +402,14 @@ class SpadeModel(SpadePreTrainedModel):
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        width, vocab_size = self.config.hidden_size, self.config.vocab_size
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs, return_dict=True
             )
         else:
-            encoder_outputs = read_encoder_outputs(encoder_outputs, self.config.hidden_size)
-        check_inputs(
-            decoder_input_ids,
-            decoder_inputs_embeds,
-            None,
-            self.config.vocab_size,
-            hidden_size=self.config.hidden_size,
-            prefix="decoder_",
-        )
+            encoder_outputs = read_encoder_outputs(encoder_outputs, width)
+        check_inputs(decoder_input_ids, decoder_inputs_embeds, None, vocab_size, hidden_size=width, prefix="decoder_")
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
         source = encoder_outputs.last_hidden_state
