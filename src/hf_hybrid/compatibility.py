@@ -1,4 +1,4 @@
-"""What differs between the releases of Transformers and Datasets that this library supports, and can go with the older ones.
+"""What differs between the releases of Transformers that this library supports, and can go with the older ones.
 
 The classes of image processors are in `auto.py`, because a record of an architecture names them.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from packaging.version import Version
 from transformers import TrainingArguments
 
 
@@ -44,9 +42,3 @@ def device_without_number(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         args.__dict__["_setup_devices"] = device
-
-
-def streams_with_lost_rows() -> tuple[str, ...]:
-    """Parts of the names of the stream classes of Datasets whose state forgets rows that they have read ahead."""
-    fixed = Version(version("datasets")) >= Version("5.1")
-    return ("Buffer",) if fixed else ("Buffer", "Mapped", "Filtered", "Rebatched")

@@ -23,7 +23,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as workers
 from transformers import PreTrainedTokenizerBase
 
-from ..compatibility import streams_with_lost_rows
 from .packing import concatenate_documents
 from .span_corruption import check_sentinels, corrupt_spans, sample_keys, span_corruption_lengths
 from .token_corpus import document_batches, encode_documents, end_of_document
@@ -128,13 +127,12 @@ def _is_one_shot(documents: object) -> bool:
 
 
 def _has_exact_state(stream: object) -> bool:
-    """Whether the state of a `datasets` stream is that behind the last document."""
+    """Whether the state of a `datasets` stream is that behind the last document: one that shuffles forgets rows that it has read ahead."""
     if not hasattr(stream, "_ex_iterable"):  # a stream of another library
         return True
-    inexact = streams_with_lost_rows()
     layers = [stream._ex_iterable]
     for layer in layers:  # which grows
-        if any(part in type(layer).__name__ for part in inexact):
+        if "Buffer" in type(layer).__name__:
             return False
         layers += [layer.ex_iterable] if hasattr(layer, "ex_iterable") else getattr(layer, "ex_iterables", [])
     return True
