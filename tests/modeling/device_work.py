@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -91,7 +92,8 @@ class DeviceWork(TorchDispatchMode):
                     return func._op_dk(key, *args, **kwargs)
             self.kernels[func.name()] += 1
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+        if has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU"):  # of some, a device has a kernel beside
             with self:  # inside operators of ours these arrive whole
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -129,17 +131,19 @@ class _PythonReads(TorchFunctionMode):
 
 
 @torch.library.custom_op("hf_hybrid_tests::fused_rms_norm", mutates_args=())
-def _fused_rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _fused_rms_norm(
+    inputs: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     factors = (inputs.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return inputs * factors * weight, factors
+    return inputs * factors * (1 if weight is None else weight), factors
 
 
 @torch.library.custom_op("hf_hybrid_tests::fused_rms_norm_backward", mutates_args=())
 def _fused_rms_norm_backward(
-    gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor
+    gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor | None, factors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     units = inputs * factors
-    scaled = gradient * weight
+    scaled = gradient * (1 if weight is None else weight)
     found = factors * (scaled - units * (scaled * units).mean(-1, keepdim=True))
     return found, (gradient * units).flatten(0, -2).sum(0)
 
@@ -150,7 +154,9 @@ def _save_norm(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_of_norm(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    return *_fused_rms_norm_backward(gradient, *ctx.saved_tensors), None
+    inputs, weight, factors = ctx.saved_tensors
+    found, of_weight = _fused_rms_norm_backward(gradient, inputs, weight, factors)
+    return found, None if weight is None else of_weight, None
 
 
 _fused_rms_norm.register_autograd(_backward_of_norm, setup_context=_save_norm)
@@ -161,7 +167,6 @@ def fused_norms() -> Iterator[None]:
     """`rms_norm` as one kernel that keeps its input and a factor per row, as on CUDA; on a CPU it is a chain of operations."""
 
     def rms_norm(inputs: Any, shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
-        weight = inputs.new_ones(shape) if weight is None else weight
         return _fused_rms_norm(inputs, weight, torch.finfo(inputs.dtype).eps if eps is None else eps)[0]
 
     with mock.patch.object(torch.nn.functional, "rms_norm", rms_norm):
