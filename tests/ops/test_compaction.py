@@ -11,12 +11,12 @@ from hf_hybrid.ops import packed_attention as engine
 from hf_hybrid.ops.compaction import (
     ActiveTokens,
     active_tokens,
+    add_active,
     compacted_attention,
     compacted_attention_reference,
     gather_active,
     rotary_table,
     rotate_pairs,
-    scatter_active,
 )
 from hf_hybrid.ops.working_memory import (
     WorkingMemory,
@@ -24,8 +24,8 @@ from hf_hybrid.ops.working_memory import (
     empty_memory,
     enlarge_memory,
     memory_attention,
+    token_attention,
     write_memory,
-    write_token,
 )
 
 pytestmark = pytest.mark.both_branches
@@ -63,6 +63,12 @@ def packed(
     tokens = active_tokens(active, capacity)
     parts = [gather_active(part, tokens) for part in (query, key, value)]
     return scatter_active(compacted_attention(*parts, tokens, **kwargs), tokens, active.shape)
+
+
+def scatter_active(states: torch.Tensor, tokens: ActiveTokens, shape: tuple[int, int]) -> torch.Tensor:
+    """(C, X) to (B, L, X), zeros where nothing is active."""
+    states = states.masked_fill((tokens.rows < 0).unsqueeze(-1), 0)
+    return add_active(states.new_zeros(*shape, states.shape[-1]), states, tokens)
 
 
 @st.composite
@@ -238,9 +244,13 @@ class TestMemory:
         biases = {name: options[name] for name in ("rank_bias", "position_bias") if name in options}
         common = {"activation": options["activation"], "window": options["window"]} | biases
         if options["window"] is None:
-            needed = int(memory.counts.max()) + length
+            needed = int(memory.counts.max()) + length + 1
             memory = enlarge_memory(memory, max(needed, memory.keys.shape[1]))
         if way == "few":
+            if length == 1:
+                with torch.no_grad():
+                    output, after = token_attention(query, key, value, active, memory, first, **common)
+                return output.masked_fill(~active.unsqueeze(-1), 0), after
             output = memory_attention(query, key, value, active, memory, first, **common)
             output = output.masked_fill(~active.unsqueeze(-1), 0)
         else:
@@ -248,9 +258,6 @@ class TestMemory:
             parts = [gather_active(part, tokens) for part in (query, key, value)]
             found = continued_attention(*parts, tokens, memory, first, **common)
             output = scatter_active(found, tokens, (batch, length))
-        if length == 1 and way == "few":
-            with torch.no_grad():
-                return output, write_token(memory, key, value, active, first)
         tokens = active_tokens(active)
         parts = [gather_active(part, tokens) for part in (key, value)]
         return output, write_memory(memory, *parts, tokens, first)
@@ -268,7 +275,7 @@ class TestMemory:
             borders = sorted({0, length, *(cut for cut in cuts if cut < length)})
             if length < 20:
                 borders = list(range(length + 1))
-            memory, outputs = empty_memory(len(active), window or 1, key, value), []
+            memory, outputs = empty_memory(len(active), (window or 0) + 1, key, value), []
             for start, stop in zip(borders, borders[1:]):
                 piece = slice(start, stop)
                 parts = (part[:, piece] for part in (query, key, value, active))

@@ -81,13 +81,9 @@ def gather_active(states: torch.Tensor, tokens: ActiveTokens) -> torch.Tensor:
     return states.flatten(0, 1).index_select(0, tokens.index)
 
 
-def scatter_active(states: torch.Tensor, tokens: ActiveTokens, shape: tuple[int, int]) -> torch.Tensor:
-    """(C, X) -> (B, L, X) with zeros for inactive tokens; `shape` is (B, L)."""
-    if tokens.is_static:
-        states = states.masked_fill((tokens.rows < 0).unsqueeze(-1), 0)
-    batch, length = shape
-    empty = states.new_zeros(batch * length, states.shape[-1])
-    return empty.index_add(0, tokens.index, states).unflatten(0, (batch, length))
+def add_active(base: torch.Tensor, states: torch.Tensor, tokens: ActiveTokens) -> torch.Tensor:
+    """`base` (B, L, X) plus states (C, X) at the active tokens; those of entries without a token must be zeros."""
+    return base.flatten(0, 1).index_add(0, tokens.index, states).unflatten(0, base.shape[:2])
 
 
 def compacted_attention(
@@ -219,8 +215,8 @@ def rotary_table(positions: torch.Tensor, width: int, dtype: torch.dtype, base: 
     if width < 2 or width % 2:
         raise ValueError(f"Rotary positions need an even width; got {width}.")
     wide = widest_float(positions)
-    exponents = torch.arange(0, width, 2, device=positions.device, dtype=wide) / width
-    angles = positions.unsqueeze(-1).to(wide) * base**-exponents
+    pairs = torch.arange(width // 2, device=positions.device, dtype=wide)
+    angles = positions.unsqueeze(-1) * torch.pow(base ** (-2 / width), pairs)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
@@ -228,4 +224,5 @@ def rotate_pairs(states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Turns the neighbours (2 m, 2 m + 1) of vectors (..., Z) by the angles of `rotary_table` (..., Z / 2, 2)."""
     first, second = states.unflatten(-1, (-1, 2)).to(table.dtype).unbind(-1)
     cos, sin = table.unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).to(states.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.stack(turned, dim=-1).flatten(-2).to(states.dtype)

@@ -83,21 +83,75 @@ def write_memory(
     return WorkingMemory(write(memory.keys, keys), write(memory.values, values), positions, counts)
 
 
-def write_token(
+def token_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    active: torch.Tensor,
+    memory: WorkingMemory,
+    position: int | torch.Tensor,
+    *,
+    activation: str,
+    window: int | None,
+    rank_bias: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, WorkingMemory]:
+    """`memory_attention` of one new token of every row, and the memory after it.
+
+    The token is written first, active or not, into the slot of the next active one, and then sees the slots alone. If it is not
+    active, it does not count: the next token takes its slot.
+
+    Args:
+        query, key, value: (B, 1, Z), (B, 1, Z) and (B, 1, E).
+        active: (B, 1) bool.
+        memory: memory of the rows, with a slot more than the `window`, or than the active tokens without one. Changed in place if
+            possible.
+        position: position of the token, a number or (1,).
+        activation, window, rank_bias, position_bias: as in `compacted_attention`.
+
+    Returns:
+        (B, 1, E) in the dtype of `value`, unspecified for inactive tokens, but finite; and the memory.
+    """
+    dtype, slots = torch.promote_types(query.dtype, torch.float32), memory.keys.shape[1]
+    counts = memory.counts.unsqueeze(-1)
+    memory = _with_token(memory, key, value, active, position)
+    # (B, 1, W) active tokens from that in a slot to the new one
+    steps = torch.remainder(counts - torch.arange(slots, device=key.device), slots).unsqueeze(1)
+    hidden = steps > (counts if window is None else counts.clamp(max=window)).unsqueeze(-1)
+    states = query.to(dtype)
+    if activation == "softmax":
+        states = states * query.shape[-1] ** -0.5
+    elif window is not None:
+        states = states / window
+    else:
+        states = states / (counts + 1).unsqueeze(-1)
+    scores = states @ memory.keys.to(dtype).mT
+    if rank_bias is not None:
+        reach = rank_bias.shape[0] // 2
+        scores = scores + rank_bias.to(dtype)[(reach - steps).clamp(min=0)]
+    if position_bias is not None:
+        reach = position_bias.shape[0] // 2
+        places = (memory.positions - (position - reach)).clamp(0, 2 * reach)
+        scores = scores + position_bias.to(dtype)[places].unsqueeze(1)
+    # The token sees itself, so no row of weights is empty.
+    weights = activate(scores.masked_fill(hidden, torch.finfo(dtype).min), activation)
+    return (weights @ memory.values.to(dtype)).to(value.dtype), memory
+
+
+def _with_token(
     memory: WorkingMemory,
     key: torch.Tensor,
     value: torch.Tensor,
     active: torch.Tensor,
     position: int | torch.Tensor,
 ) -> WorkingMemory:
-    """`write_memory` of one new token of every row: (B, 1, Z), (B, 1, E), `active` (B, 1); in place if possible."""
+    """The memory with one more token of every row, which counts if it is active."""
     place = torch.remainder(memory.counts, memory.keys.shape[1]).unsqueeze(-1)
     in_place = not torch.is_grad_enabled() and is_changeable(memory.keys)
 
     def write(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        wide = (*new.shape[:2], *(1,) * (new.dim() - 2))
-        index = place.view(wide).expand_as(new)
-        new = torch.where(active.view(wide), new.to(old.dtype), old.gather(1, index))
+        index = place.view(*new.shape[:2], *(1,) * (new.dim() - 2)).expand_as(new)
+        new = new.to(old.dtype)
         return old.scatter_(1, index, new) if in_place else old.scatter(1, index, new)
 
     if isinstance(position, torch.Tensor):
@@ -105,8 +159,9 @@ def write_token(
     else:  # in exported programs a symbol, which is no int
         new_positions = torch.full_like(place, position)
     positions = write(memory.positions, new_positions)
-    counts = memory.counts + active.squeeze(-1)
-    return WorkingMemory(write(memory.keys, key), write(memory.values, value), positions, counts)
+    return WorkingMemory(
+        write(memory.keys, key), write(memory.values, value), positions, memory.counts + active.squeeze(-1)
+    )
 
 
 def memory_attention(

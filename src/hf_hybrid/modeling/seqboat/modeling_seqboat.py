@@ -87,7 +87,8 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
     """The bare stack.
 
     With `config.is_decoder` it keeps a cache: per layer the state of the moving average, (B, D, N) in float32 or better, and a ring of
-    the last W active tokens, keys (B, W, Z) and values (B, W, E): constant in size. Without a window all active ones are kept.
+    the last W active tokens and a slot for the next, keys (B, W + 1, Z) and values (B, W + 1, E): constant in size. Without a window
+    all active ones are kept.
     """
 
     _can_record_outputs = {"hidden_states": SeqBoatLayer}
@@ -177,12 +178,12 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
         places = torch.arange(begin, begin + length, device=device)
         return places, places.unsqueeze(0) if leading is None else (places - leading.unsqueeze(-1)).clamp(min=0)
 
-    def _activation_rates(self, active: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, num_hidden_layers) share of the real tokens of each text that were active."""
-        counts = torch.stack([layer.sum(-1) for layer in active], dim=-1)
+    def _activation_rates(self, active: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, num_hidden_layers) share of the real tokens of each text that were active, (B, L, num_hidden_layers)."""
+        counts = active.sum(1)
         if mask is None and self.sequence_group is None:
-            return counts / active[0].shape[1]
-        real = torch.full_like(counts[:, :1], active[0].shape[1]) if mask is None else mask.sum(-1, keepdim=True)
+            return counts / active.shape[1]
+        real = torch.full_like(counts[:, :1], active.shape[1]) if mask is None else mask.sum(-1, keepdim=True)
         if self.sequence_group is not None:
             counts, real = self.sequence_group.reduce(torch.cat([counts, real], dim=-1)).tensor_split([-1], dim=-1)
         return counts / real.clamp(min=1)
@@ -250,13 +251,13 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
         if token_mask is not None and self.is_last_stage:
             hidden_states = hidden_states.masked_fill(~token_mask.to(hidden_states.device), 0)
         shows = config.output_activations if output_activations is None else output_activations
-        active = [gate.detach() > 0 for gate in gates]
+        active = torch.stack([gate.detach() for gate in gates], dim=-1) > 0
         count_tokens(past_key_values, length)
         return SeqBoatModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
             activation_rate=self._activation_rates(active, mask),
-            active=tuple(active) if shows else None,
+            active=active.unbind(-1) if shows else None,
             gate_probs=tuple(gates) if shows else None,
             auxiliary_loss=None if penalties[0] is None else torch.stack(penalties).mean(),
         )

@@ -76,12 +76,13 @@ class ActivationRouter(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with without_autocast(hidden_states.device):
             logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-            margin = logits[..., 1] - (logits[..., 0] + self.act_bias)
+            skip, activate = logits.unbind(-1)
+            margin = activate - (skip + self.act_bias if self.act_bias else skip)
             active = margin > 0
             if mask is not None:
                 active = active & mask
             gate = torch.sigmoid(margin / self.log_temperature.to(dtype).exp())
-            return Routing(active, torch.where(active, gate, 0), logits)
+            return Routing(active, gate * active, logits)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., 2) logits to the probabilities of skipping and activating."""

@@ -27,8 +27,7 @@ class WorkingMemoryLayer(StateLayer):
 
     @property
     def kept_tokens(self) -> int | None:
-        window = self.layout["window_size"]
-        return None if window is None else window - 1
+        return self.layout["window_size"]  # those before a token, and itself
 
     def fitted(self, slots: int) -> dict[str, torch.Tensor]:
         """Without a window, the memory with as many slots as the text can need; it is never full."""

@@ -25,10 +25,10 @@ from ...ops.branches import can_read_values, widest_float
 from ...ops.compaction import (
     ActiveTokens,
     active_tokens,
+    add_active,
     compacted_attention,
     gather_active,
     rotate_pairs,
-    scatter_active,
 )
 from ...ops.memory_pieces import entering_memory, piece_counts
 from ...ops.products import scaled_pair
@@ -40,8 +40,8 @@ from ...ops.working_memory import (
     empty_memory,
     enlarge_memory,
     memory_attention,
+    token_attention,
     write_memory,
-    write_token,
 )
 from ..call_cache import layer_state
 from .router import ActivationRouter, Routing
@@ -238,8 +238,9 @@ class SeqBoatUnit(nn.Module):
         rotary: torch.Tensor | None,
         past: int,
         cache_layer: WorkingMemoryLayer | None,
+        base: torch.Tensor,
     ) -> torch.Tensor:
-        """Gated output of the attention unit (B, L, D) by way of the packed stream."""
+        """`base` plus the gated output of the attention unit, (B, L, D), by way of the packed stream."""
         shape = routing.active.shape
         # With fixed shapes the stream has room for every token.
         capacity = shape[0] * shape[1] if _has_fixed_shapes(inner) else None
@@ -258,11 +259,11 @@ class SeqBoatUnit(nn.Module):
                 query, key, value, tokens, memory, past, dropout_p=dropout, **self._settings()
             )
         if cache_layer is not None:
-            memory = self._room(memory, shape, tokens.counts, key, value, past)
+            memory = self._room(memory, shape, routing.active, key, value, past)
             cache_layer.memory = write_memory(memory, key, value, tokens, past)
         gate = routing.gate.flatten()[tokens.index].unsqueeze(-1)
-        # (5) times g
-        return scatter_active(self.out_proj(attended * reset) * gate.to(value.dtype), tokens, shape)
+        # (5) times g, which is 0 where an entry of fixed shapes has no token
+        return add_active(base, self.out_proj(attended * reset) * gate.to(value.dtype), tokens)
 
     def _attend_in_piece(
         self,
@@ -292,43 +293,48 @@ class SeqBoatUnit(nn.Module):
         rotary: torch.Tensor | None,
         past: int | torch.Tensor,
         cache_layer: WorkingMemoryLayer,
+        base: torch.Tensor,
     ) -> torch.Tensor:
         """As `_attend`, for a few tokens that continue a text: shapes do not depend on which of them are active."""
         active = routing.active
         if can_read_values(active) and not active.any():
-            return torch.zeros_like(inner)  # the unit need not run at all
+            return base  # the unit need not run at all
         query, key, value, reset = self._project(inner, rotary)
         memory = cache_layer.memory
         if not cache_layer.has_fixed_shapes:
-            memory = self._room(memory, active.shape, active.sum(-1), key, value, past)
-        attended = memory_attention(query, key, value, active, memory, past, **self._settings())
+            memory = self._room(memory, active.shape, active, key, value, past)
         if active.shape[1] == 1:
-            cache_layer.memory = write_token(memory, key, value, active, past)
+            attended, memory = token_attention(query, key, value, active, memory, past, **self._settings())
+            cache_layer.memory = memory
         else:
+            attended = memory_attention(query, key, value, active, memory, past, **self._settings())
             tokens = active_tokens(active, active.numel() if _has_fixed_shapes(active) else None)
             new = gather_active(key, tokens), gather_active(value, tokens)
             cache_layer.memory = write_memory(memory, *new, tokens, past)
-        return self.out_proj(attended * reset) * routing.gate.unsqueeze(-1).to(inner.dtype)  # (5) times g
+        return torch.addcmul(
+            base, self.out_proj(attended * reset), routing.gate.unsqueeze(-1).to(base.dtype)
+        )  # (5), g
 
     def _room(
         self,
         memory: WorkingMemory | None,
         shape: tuple[int, int],
-        new: torch.Tensor,
+        active: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         past: int,
     ) -> WorkingMemory:
-        """A memory for the new active tokens: of constant size with a window, else of all of them."""
+        """A memory for the new active tokens, and for one more: of constant size with a window, else of all of them."""
         if self.window is not None:
-            return empty_memory(shape[0], self.window, key, value) if memory is None else memory
+            return empty_memory(shape[0], self.window + 1, key, value) if memory is None else memory
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             slots = shape[1] + (0 if memory is None else memory.keys.shape[1])
         else:
             needed = past + shape[1]  # of all tokens, unless their number may be read
-            if can_read_values(new):
+            if can_read_values(active):
+                new = active.sum(-1)
                 needed = int((new if memory is None else new + memory.counts).max())
-            slots = max(16, 1 << (needed - 1).bit_length()) if needed else 16
+            slots = max(16, 1 << needed.bit_length())
         if memory is None:
             return empty_memory(shape[0], slots, key, value)
         return memory if slots <= memory.keys.shape[1] else enlarge_memory(memory, slots)
@@ -367,10 +373,13 @@ class SeqBoatUnit(nn.Module):
             and inner.shape[1] <= FEW_TOKENS
             and not self.training
         )
-        # (3) to (5): g * o
-        branch = (self._attend_few if is_few else self._attend)(inner, routing, rotary, past, cache_layer)
         skip = self.skip_proj(inner)  # (6), to the output
-        mixed = self.dropout(skip + branch) if self.is_causal else skip + self.dropout(branch)
+        drops_branch = not self.is_causal and self.training and self.dropout.probability > 0
+        # (3) to (5): g * o
+        branch = (self._attend_few if is_few else self._attend)(
+            inner, routing, rotary, past, cache_layer, torch.zeros_like(skip) if drops_branch else skip
+        )
+        mixed = skip + self.dropout(branch) if drops_branch else self.dropout(branch) if self.is_causal else branch
         output = self.activation(mixed + residual)
         return output if self.norm_first else self.norm(output), routing.gate, penalty
 
