@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hf_hybrid.ops import vq_attention as module
 from hf_hybrid.ops import vq_scores
-from hf_hybrid.ops.code_memory import empty_memory, remember
-from hf_hybrid.ops.vq_attention import vq_attention, vq_attention_reference
+from hf_hybrid.ops.code_memory import CodeMemory, empty_memory, remember
+from hf_hybrid.ops.vq_attention import vq_attention, vq_attention_reference, vq_token_attention
 
 pytestmark = pytest.mark.both_branches
 
@@ -185,7 +185,14 @@ class TestMemory:
                 actual = vq_attention(**piece, chunk_size=chunk_size, key_mask=part, memory=memory)
                 torch.testing.assert_close(composed(piece, chunk_size, part, memory), actual, **TIGHT)
                 results.append(actual)
-                memory = remember(memory, piece["codes"], piece["value"], part)
+                after = remember(memory, piece["codes"], piece["value"], part)
+                if stop - start == 1:
+                    copy = CodeMemory(*(tensor.clone() for tensor in memory))
+                    piece = {name: tensor for name, tensor in piece.items() if name not in ("key", "causal")}
+                    token, changed = vq_token_attention(**piece, memory=copy, key_mask=part)
+                    for found, wanted in zip((token, *changed), (actual, *after)):
+                        torch.testing.assert_close(found, wanted, **TIGHT)
+                memory = after
             torch.testing.assert_close(torch.cat(results, dim=2), expected, **TIGHT)
             for actual, wanted in zip(memory, whole):
                 torch.testing.assert_close(actual, wanted, **TIGHT)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .in_place import is_changeable
 
@@ -46,6 +47,49 @@ def empty_memory(codes: torch.Tensor, values: torch.Tensor, codebook_size: int, 
     )
 
 
+class TokenWindow(NamedTuple):
+    """The window that ends with a new token.
+
+    Attributes:
+        codes: (B, H, w).
+        values: (B, H, w, e).
+        mask: (B, w) bool.
+        real: (B, w), the mask in the dtype of the counts.
+    """
+
+    codes: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor
+    real: torch.Tensor
+
+
+def join_token(
+    memory: CodeMemory, codes: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> TokenWindow:
+    """The last tokens and a new one: codes (B, H, 1), values (B, H, 1, e) and mask (B, 1) bool, or None."""
+    if mask is None:
+        mask = F.pad(memory.window_mask, (0, 1), value=True)
+    else:
+        mask = torch.cat([memory.window_mask, mask], dim=1)
+    joined = torch.cat([memory.window_values, values.to(memory.window_values.dtype)], dim=2)
+    return TokenWindow(torch.cat([memory.window_codes, codes], dim=2), joined, mask, mask.to(memory.code_count.dtype))
+
+
+def remember_token(memory: CodeMemory, window: TokenWindow) -> CodeMemory:
+    """The memory after the new token of a window, whose first one enters the counts and means; in place where nothing else can
+    depend on the old tensors."""
+    codes, values, real = window.codes[..., :1], window.values[:, :, :1], window.real[:, None, :1]
+    count, mean = memory.code_count, memory.code_value_mean
+    in_place = not torch.is_grad_enabled() and is_changeable(mean)
+    real = real.expand_as(codes)
+    count = count.scatter_add_(-1, codes, real) if in_place else count.scatter_add(-1, codes, real)
+    share = real / count.gather(-1, codes).clamp(min=1)
+    index = codes.unsqueeze(-1).expand_as(values)
+    moved = torch.lerp(mean.gather(-2, index), values.to(mean.dtype), share.unsqueeze(-1))
+    mean = mean.scatter_(-2, index, moved) if in_place else mean.scatter(-2, index, moved)
+    return CodeMemory(window.codes[..., 1:], window.values[:, :, 1:], window.mask[:, 1:], count, mean)
+
+
 def remember(memory: CodeMemory, codes: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> CodeMemory:
     """The memory after new tokens: those that leave the window enter the counts and means.
 
@@ -60,8 +104,7 @@ def remember(memory: CodeMemory, codes: torch.Tensor, values: torch.Tensor, mask
     parts = (codes, values.to(memory.window_values.dtype), mask)
     halves = [_slide(old, new, dim) for old, new, dim in zip(memory[:3], parts, (2, 2, 1))]
     leaving = [half[0] for half in halves]
-    add = _add_token if leaving[0].shape[-1] == 1 else _add_tokens
-    count, mean = add(memory.code_count, memory.code_value_mean, *leaving)
+    count, mean = _add_tokens(memory.code_count, memory.code_value_mean, *leaving)
     return CodeMemory(*(half[1] for half in halves), count, mean)
 
 
@@ -84,17 +127,3 @@ def _add_tokens(
     index = codes.unsqueeze(-1).expand(*codes.shape, values.shape[-1])
     sums = (count.unsqueeze(-1) * mean).scatter_add(-2, index, values.to(mean.dtype) * real.unsqueeze(-1))
     return total, sums / total.clamp(min=1).unsqueeze(-1)
-
-
-def _add_token(
-    count: torch.Tensor, mean: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_add_tokens`, for one token; in place where nothing else can depend on the old tensors."""
-    real = mask.unsqueeze(1).to(count.dtype)
-    number = count.gather(-1, codes) + real
-    index = codes.unsqueeze(-1).expand(*codes.shape, values.shape[-1])
-    old = mean.gather(-2, index)
-    new = old + (values.to(mean.dtype) - old) * (real / number.clamp(min=1)).unsqueeze(-1)
-    if torch.is_grad_enabled() or not is_changeable(mean):
-        return count.scatter(-1, codes, number), mean.scatter(-2, index, new)
-    return count.scatter_(-1, codes, number), mean.scatter_(-2, index, new)

@@ -58,20 +58,20 @@ def nearest_codes(keys: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Index of the nearest codeword, the lowest among equals: (B, H, L, d) and (H, S, d) to (B, H, L) int64."""
     dtype = torch.promote_types(torch.promote_types(keys.dtype, words.dtype), torch.float32)
     words = words.to(dtype)
-    offset = words.square().sum(-1).mul(-0.5).unsqueeze(-2)  # (H, 1, S)
+    squares = words.square().sum(-1).unsqueeze(-2)  # (H, 1, S)
     size = max(1, PAIRS_AT_A_TIME // (words.shape[0] * words.shape[1]))
     # Autocast would round the products and so assign keys to other codewords.
     with without_autocast(keys.device):
-        return _nearest_codes(keys.to(dtype), words, offset, size)
+        return _nearest_codes(keys.to(dtype), words, squares, size)
 
 
-def _nearest_codes(keys: torch.Tensor, words: torch.Tensor, offset: torch.Tensor, size: int) -> torch.Tensor:
+def _nearest_codes(keys: torch.Tensor, words: torch.Tensor, squares: torch.Tensor, size: int) -> torch.Tensor:
     is_whole = not uses_cpu_form(keys) or torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    if is_whole or keys.shape[0] * keys.shape[2] <= size:
-        return torch.argmax(keys @ words.mT + offset, dim=-1)
     rows = keys.transpose(0, 1).flatten(1, 2)  # (H, B L, d)
-    codes = [torch.baddbmm(offset, part, words.mT).argmax(-1) for part in rows.split(size, dim=1)]
-    return torch.cat(codes, dim=1).unflatten(1, (keys.shape[0], -1)).transpose(0, 1).contiguous()
+    parts = [rows] if is_whole or rows.shape[1] <= size else rows.split(size, dim=1)
+    codes = [torch.baddbmm(squares, part, words.mT, beta=-0.5).argmax(-1) for part in parts]
+    found = codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)
+    return found.unflatten(1, (keys.shape[0], -1)).transpose(0, 1).contiguous()
 
 
 def look_up(words: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

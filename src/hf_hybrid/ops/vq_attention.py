@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .code_memory import CodeMemory
+from .code_memory import CodeMemory, join_token, remember_token
 from .relative_position import toeplitz_bias
 from .sequence_group import SequenceGroup
 from .vq_pieces import far_sums_of_others, put_neighbours_around
@@ -67,8 +67,6 @@ def vq_attention(
     """
     window = _check_arguments(window_bias, chunk_size, causal, memory)
     length = query.shape[2]
-    if length == 1 and memory is not None:
-        return _step(query, value, codes, codebook, window_bias, key_mask, memory)
     if not torch.compiler.is_exporting():
         chunk_size = min(chunk_size, max(length, window - 1, 1))  # with a single chunk all keys are near anyway
     arguments = (query, key, value, codes, codebook, window_bias, key_mask, memory)
@@ -219,23 +217,43 @@ def _put_window_in_front(mask, codes, values, memory: CodeMemory, chunk_size: in
     return mask, codes, values
 
 
-def _step(query, value, codes, codebook, window_bias, key_mask, memory: CodeMemory) -> torch.Tensor:
-    """One token that continues a text: its scores with all codewords contain those of the window and its own."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
+def vq_token_attention(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    window_bias: torch.Tensor,
+    memory: CodeMemory,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, CodeMemory]:
+    """`vq_attention` of one token that continues a text, and the memory after it.
+
+    Its scores with all codewords contain those of the window and its own.
+
+    Args:
+        query: (B, H, 1, d), scaled.
+        value: (B, H, 1, e).
+        codes: (B, H, 1) int64.
+        codebook: (H, S, d).
+        window_bias: (H, w).
+        memory: memory of the text before; changed in place if possible.
+        key_mask: (B, 1) bool, True if the token is real; None where all are.
+
+    Returns:
+        (B, H, 1, e) in the dtype of `value`, and the memory.
+    """
+    dtype, size = torch.promote_types(query.dtype, torch.float32), codebook.shape[1]
+    window = join_token(memory, codes, value, key_mask)
     scores = query.to(dtype) @ codebook.to(dtype).mT  # (B, H, 1, S)
-    hiding = torch.finfo(dtype).min / 2
-    count = memory.code_count.to(dtype).unsqueeze(2)
-    far = torch.where(count > 0, scores + count.clamp(min=1).log(), hiding)
-    recent = torch.cat([memory.window_codes, codes], dim=-1).unsqueeze(2)
-    mask = memory.window_mask
-    if key_mask is None:
-        key_mask = torch.ones(query.shape[0], 1, dtype=torch.bool, device=query.device)
-    mask = torch.cat([mask, key_mask], dim=-1)[:, None, None]
-    near = torch.where(mask, scores.gather(-1, recent) + window_bias.to(dtype).flip(-1).unsqueeze(1), hiding)
-    weights = torch.softmax(torch.cat([far, near], dim=-1), dim=-1)
-    seen = mask.any(-1, keepdim=True) | (count > 0).any(-1, keepdim=True)
-    weights = torch.where(seen, weights, 0)
-    size = codebook.shape[1]
-    values = torch.cat([memory.window_values.to(dtype), value.to(dtype)], dim=2)
-    output = weights[..., :size] @ memory.code_value_mean.to(dtype) + weights[..., size:] @ values
-    return output.to(value.dtype)
+    near = scores.gather(-1, window.codes.unsqueeze(2)) + window_bias.to(dtype).flip(-1).unsqueeze(1)
+    # How many tokens each score stands for
+    numbers = torch.cat([memory.code_count.to(dtype), window.real.to(dtype).unsqueeze(1).expand_as(window.codes)], -1)
+    scores = torch.cat([scores, near], dim=-1) + numbers.log().unsqueeze(2)
+    if key_mask is None:  # the token sees itself
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        scores = scores.clamp(min=torch.finfo(dtype).min / 2)
+        weights = torch.softmax(scores, dim=-1) * (numbers > 0).unsqueeze(2)
+    weights, means, values = (part.flatten(0, 1) for part in (weights, memory.code_value_mean, window.values))
+    output = torch.baddbmm(weights[..., :size] @ means.to(dtype), weights[..., size:], values.to(dtype))
+    return output.unflatten(0, codes.shape[:2]).to(value.dtype), remember_token(memory, window)

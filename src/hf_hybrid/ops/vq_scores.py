@@ -66,6 +66,11 @@ def far_sums_gradient(gradient: torch.Tensor, causal: bool) -> torch.Tensor:
     return after + F.pad(gradient[:, :-1].cumsum(1), (*sides, 3, 0))
 
 
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts of the chunks, one behind the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 class _Part(NamedTuple):
     """Some chunks of some rows; G = rows times chunks."""
 
@@ -105,6 +110,8 @@ class _Call:
         mask = torch.ones(batch, length, dtype=torch.bool, device=self.device) if key_mask is None else key_mask
         self.is_seen = None if key_mask is None else self._seen(mask, memory)  # (B, L)
         mask = F.pad(mask, self.layout)
+        rows = torch.arange(batch * self.heads, device=self.device) if self.heads > 1 else None
+        self.places = None if rows is None else (rows // self.heads, rows % self.heads)  # batch and head of each row
         self.codes = F.pad(codes.flatten(0, 1), self.layout)  # (R, K C)
         self.values = F.pad(value.to(self.dtype).flatten(0, 1), (0, 0, *self.layout))
         self.before = None
@@ -114,7 +121,10 @@ class _Call:
             self.codes[:, kept] = memory.window_codes.flatten(0, 1)
             self.values[:, kept] = memory.window_values.flatten(0, 1).to(self.dtype)
             self.before = tuple(part.flatten(0, 1).to(self.dtype) for part in memory[3:])
-        self.mask = mask  # (B, K C)
+        self.real = mask.to(self.dtype)  # (B, K C), 1 at real keys, 0 elsewhere
+        # (B, K C), added to scores
+        is_whole = self.reads_mask and bool(mask.all())
+        self.hidden = None if is_whole else (self.real - 1) * (-torch.finfo(self.dtype).min / 2)
         self.words = codebook.to(self.dtype)
         band = near_bias(window_bias.to(self.dtype), chunk_size, causal)
         self.band_entries = band.shape[-1]
@@ -135,18 +145,27 @@ class _Call:
         for rows in even_slices(0, self.shape[0] * self.heads, together):
             yield rows, cuts
 
-    def _numbers(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch and head of each row."""
-        index = torch.arange(rows.start, rows.stop, device=self.device)
-        return index // self.heads, index % self.heads
+    def by_batch(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+        """(B, ...) to (R, ...)."""
+        return tensor[rows] if self.places is None else tensor[self.places[0][rows]]
 
-    def row_mask(self, rows: slice) -> torch.Tensor:
-        """(R, K C) bool, True at real keys."""
-        return self.mask[self._numbers(rows)[0]]
+    def by_head(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+        """(H, ...) to (R, ...)."""
+        if self.places is None:
+            return tensor.expand(rows.stop - rows.start, *tensor.shape[1:])
+        return tensor[self.places[1][rows]]
+
+    def add_by_head(self, total: torch.Tensor, found: torch.Tensor, rows: slice) -> None:
+        """Adds (R, ...) to (H, ...)."""
+        if self.places is None:
+            total.add_(found.sum(0))
+        else:
+            total.index_add_(0, self.places[1][rows], found)
 
     def near_keys(self, rows: slice) -> torch.Tensor:
         """(R, K C, d) codewords of all keys."""
-        return self.words[self._numbers(rows)[1][:, None], self.codes[rows]]
+        codes = self.codes[rows]
+        return self.words[0][codes] if self.places is None else self.words[self.places[1][rows, None], codes]
 
     def far(self, rows: slice) -> _Far | None:
         """Counts and mean values of the far tokens."""
@@ -154,16 +173,15 @@ class _Call:
             return None
         cut = (-1, self.chunk)
         codes, values = self.codes[rows].unflatten(1, cut), self.values[rows].unflatten(1, cut)
-        real = self.row_mask(rows).to(self.dtype).unflatten(1, cut)
-        counts = values.new_zeros(*codes.shape[:2], self.size)
-        sums = values.new_zeros(*codes.shape[:2], self.size, values.shape[-1])
+        real = self.by_batch(self.real, rows).unflatten(1, cut)
+        number_of, sum_of = [], []
         for chunks in even_slices(0, codes.shape[1], max(1, self.pairs // (self.chunk * self.size))):
             hot = values.new_zeros(*codes[:, chunks].shape, self.size)
             hot.scatter_(-1, codes[:, chunks].unsqueeze(-1), real[:, chunks].unsqueeze(-1))
-            counts[:, chunks] = hot.sum(2)
+            number_of.append(hot.sum(2))
             found = self.product(hot.mT.flatten(0, 1), values[:, chunks].flatten(0, 1))
-            sums[:, chunks] = found.unflatten(0, hot.shape[:2])
-        counts, sums = far_sums(counts, self.causal), far_sums(sums, self.causal)
+            sum_of.append(found.unflatten(0, hot.shape[:2]))
+        counts, sums = (far_sums(joined(found), self.causal) for found in (number_of, sum_of))
         if self.before is not None:
             count, mean = (part[rows].unsqueeze(1) for part in self.before)
             counts = counts + count
@@ -172,23 +190,19 @@ class _Call:
 
     def parts(self, rows: slice, cuts: list[slice], far: _Far | None) -> Iterator[_Part]:
         """Weights of all chunks of some rows, a few chunks at a time."""
-        heads = self._numbers(rows)[1]
         keys = self.near_keys(rows).unfold(1, self.span, self.chunk)  # (R, T, d, span)
         values = self.values[rows].unfold(1, self.span, self.chunk)
-        hidden = None
-        if not (self.reads_mask and self.mask.all()):
-            hidden = (~self.row_mask(rows)).to(self.dtype).unfold(1, self.span, self.chunk)
+        hidden = None if self.hidden is None else self.by_batch(self.hidden, rows).unfold(1, self.span, self.chunk)
         hiding = torch.finfo(self.dtype).min / 2
-        words = self.words[heads].unsqueeze(1)
+        band, words = self.by_head(self.band, rows).unsqueeze(1), self.by_head(self.words, rows).unsqueeze(1)
         for chunks in cuts:
             part_keys, part_values = keys[:, chunks].mT, values[:, chunks].mT
             number = part_keys.shape[1]
-            scores = self.band[heads].unsqueeze(1).expand(-1, number, -1, -1)  # (R, t, C, span)
+            scores = band.expand(-1, number, -1, -1)  # (R, t, C, span)
             if hidden is not None:
-                scores = scores + hidden[:, chunks].unsqueeze(2) * hiding
+                scores = scores + hidden[:, chunks].unsqueeze(2)
             if far is not None:
-                counts = far.counts[:, chunks]
-                logs = torch.where(counts > 0, counts.clamp(min=1).log(), hiding).unsqueeze(2)
+                logs = far.counts[:, chunks].log().clamp(min=hiding).unsqueeze(2)
                 scores = torch.cat([logs.expand(-1, -1, self.chunk, -1), scores], dim=-1)
                 part_keys = torch.cat([words.expand(-1, number, -1, -1), part_keys], dim=2)
                 part_values = torch.cat([far.means[:, chunks], part_values], dim=2)
@@ -302,38 +316,34 @@ def _row_gradients(
     """Adds the gradients of some rows."""
     far = call.far(rows)
     size = 0 if far is None else call.size
-    heads = call._numbers(rows)[1]
-    number, width = call.number, key_gradient.shape[-1]
-    # of the mean residuals and mean values of every code, together
-    code_gradient = gradients.new_empty(len(heads), number, size, width + value_gradient.shape[-1])
+    width, code_gradients = key_gradient.shape[-1], []
     for part in call.parts(rows, cuts, far):
         chunks = part.chunks
-        shape = (len(heads), chunks.stop - chunks.start)
+        shape = (rows.stop - rows.start, chunks.stop - chunks.start)
         outer = gradients[rows, chunks].flatten(0, 1)
         found_values = call.product(part.weights.mT, outer).unflatten(0, shape)
         scores = call.product(outer, part.values.mT)
         scores = torch._softmax_backward_data(scores, part.weights, -1, scores.dtype)
         query_gradient[rows, chunks] = call.product(scores, part.keys).unflatten(0, shape)
         found_keys = call.product(scores.mT, part.queries).unflatten(0, shape)
-        near_scores = scores[..., size:].unflatten(0, shape).sum(1)
-        band_gradient.index_add_(0, heads, near_scores)
+        call.add_by_head(band_gradient, scores[..., size:].unflatten(0, shape).sum(1), rows)
         for piece in range(call.span // call.chunk):
             touched = slice(chunks.start + piece, chunks.stop + piece)
             slots = slice(size + piece * call.chunk, size + (piece + 1) * call.chunk)
-            key_gradient[rows, touched] += found_keys[:, :, slots]
-            value_gradient[rows, touched] += found_values[:, :, slots]
-        code_gradient[:, chunks, :, :width] = found_keys[:, :, :size]
-        code_gradient[:, chunks, :, width:] = found_values[:, :, :size]
+            key_gradient[rows, touched].add_(found_keys[:, :, slots])
+            value_gradient[rows, touched].add_(found_values[:, :, slots])
+        if far is not None:  # of the mean residuals and mean values of every code, together
+            code_gradients.append(torch.cat([found_keys[:, :, :size], found_values[:, :, :size]], dim=-1))
     if far is None:
         return
-    code_gradient.div_(far.counts.clamp(min=1).unsqueeze(-1))
+    code_gradient = joined(code_gradients).div_(far.counts.clamp(min=1).unsqueeze(-1))
     shares = far_sums_gradient(code_gradient, call.causal)  # (R, K, S, d + e)
     index = call.codes[rows].unflatten(1, (-1, call.chunk)).unsqueeze(-1)
-    real = call.row_mask(rows).to(call.dtype).unflatten(1, (-1, call.chunk)).unsqueeze(-1)
+    real = call.by_batch(call.real, rows).unflatten(1, (-1, call.chunk)).unsqueeze(-1)
     gathered = shares.gather(2, index.expand(*index.shape[:-1], shares.shape[-1])).mul_(real)
     if far_key_gradient:
-        key_gradient[rows] += gathered[..., :width]
-    value_gradient[rows] += gathered[..., width:]
+        key_gradient[rows].add_(gathered[..., :width])
+    value_gradient[rows].add_(gathered[..., width:])
 
 
 @_attention_backward.register_fake

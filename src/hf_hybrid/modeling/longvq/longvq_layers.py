@@ -27,7 +27,7 @@ from ...ops.products import scaled_pair
 from ...ops.recompute import recomputed
 from ...ops.rms_norm import unit_rms
 from ...ops.sequence_group import SequenceGroup
-from ...ops.vq_attention import vq_attention
+from ...ops.vq_attention import vq_attention, vq_token_attention
 from ..call_cache import layer_state
 from .longvq_cache import CodeMemoryLayer
 from .quantizer import Quantized, VectorQuantizer
@@ -138,6 +138,11 @@ class LongVQMixer(nn.Module):
     ) -> torch.Tensor:
         """(B, H, L, E / H); a cache is read and extended."""
         memory = None if cache_layer is None else cache_layer.memory
+        if cache_layer is not None and memory is not None and query.shape[2] == 1:
+            output, cache_layer.memory = vq_token_attention(
+                query, value, quantized.codes, quantized.words, self.window_bias, memory, mask
+            )
+            return output
         output = vq_attention(
             query,
             key,
