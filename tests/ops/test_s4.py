@@ -150,12 +150,12 @@ def test_real_basis_round_trip() -> None:
 def test_recurrences_agree(rank: int, length: int, block: int) -> None:
     """O(N) step, dense step and blocked scan, from an incoming state; and the convolution from none."""
     system, output = make_system(rank=rank)
-    dense, constants = dplr_dense(system), dplr_step_constants(system)
+    dense, constants = dplr_dense(system), dplr_step_constants(system, output)
     inputs = torch.randn(B, 3, length, dtype=torch.float64)
     initial = torch.randn(B, 3, 4, 2, dtype=torch.float64)
     stepped, fast, slow = [], initial, initial
     for position in range(length):
-        outputs, fast = dplr_step(inputs[..., position], output, constants, fast)
+        outputs, fast = dplr_step(inputs[..., position], constants, fast)
         expected, slow = dplr_dense_step(inputs[..., position], output, dense, slow)
         torch.testing.assert_close(outputs, expected, rtol=1e-9, atol=1e-9)
         stepped.append(outputs)

@@ -366,8 +366,9 @@ class DplrFilters(ContextFilters, StateSpaceLayer):
         self, hidden_states: torch.Tensor, state: torch.Tensor | None, valid: torch.Tensor | None
     ) -> torch.Tensor:
         inputs = hidden_states[:, 0].to(self._math_dtype)
-        constants, output = self._cached("step", self._step_constants)
-        after = dplr_step(inputs, output[:1], constants, None if state is None else state.to(inputs.dtype))[1]
+        constants = self._cached("step", self._step_constants)
+        constants = constants._replace(outputs=constants.outputs[:1])  # not used
+        after = dplr_step(inputs, constants, None if state is None else state.to(inputs.dtype))[1]
         if valid is None:
             return after
         before = torch.zeros_like(after) if state is None else state
