@@ -269,7 +269,7 @@ def _gated_attention_backward(
                 band_gradient = score_gradient.sum(0, keepdim=True) if len(bias) == 1 else score_gradient
                 groups = slice(None) if len(bias) == 1 else part.groups
                 start = shift - part.rows.start
-                bias_gradient[groups] += toeplitz_bias_gradient(band_gradient, bias.shape[1], shift=start)
+                bias_gradient[groups].add_(toeplitz_bias_gradient(band_gradient, bias.shape[1], shift=start))
             parts.add_product(query_gradient[part.queries_index], score_gradient, key[part.keys_index], beta=0)
             parts.add_product(key_gradient[part.keys_index], score_gradient.mT, query[part.queries_index])
         return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), bias_gradient.to(bias.dtype)
