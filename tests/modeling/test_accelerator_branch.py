@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_hybrid.layers.kept_results import KeepsResults
 from hf_hybrid.modeling.decoding_step import DecodingStep
+from hf_hybrid.ops import flex_local
 from hf_hybrid.ops.branches import forced_branch
 from hf_hybrid.ops.full_products import full_matmul
 
@@ -118,8 +119,8 @@ def test_training_step_keeps_no_more_than_on_the_other_branch(case: Case) -> Non
     assert grown[1] <= MOST_KEPT.get(case.model_type, 1.1) * grown[0]
 
 
-def training_work(case: Case, padded: str | None, length: int = LENGTH) -> DeviceWork:
-    model, inputs = case.model().train(), training_inputs(case, padded, length)
+def training_work(case: Case, padded: str | None, length: int = LENGTH, **overrides: Any) -> DeviceWork:
+    model, inputs = case.model(**overrides).train(), training_inputs(case, padded, length)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -245,11 +246,20 @@ def test_kernels_are_bounded(case: Case) -> None:
         assert work.launches <= most * peer, f"{work.launches / peer:.2f} times those of Llama"
 
 
-def test_kernels_do_not_grow_with_the_text() -> None:
-    for model_type, variant in (("spade_lm", "default"), ("bst", "mf_unstructured"), ("longvq", "default")):
-        case = Case(model_type, "AutoModelForCausalLM", variant)
-        short, long = (training_work(case, None, length).launches for length in (256, 1024))
-        assert long <= short + 40  # doubling adds a few
+@parametrize(GENERATIVE)
+def test_kernels_do_not_grow_with_the_text(case: Case) -> None:
+    """No loop over tokens, windows, chunks or blocks."""
+    if getattr(case.config(), "relative_positional_bias", None) == "simple":
+        return  # the table of biases ends at 512 tokens
+    short, long = (training_work(case, "left", length).launches for length in (128, 512))
+    assert long <= short + 40  # doubling adds a few
+
+
+def test_kernels_of_long_windows() -> None:
+    """Windows of SeqBoat: what is one loop per 64 tokens on a CPU is not one on accelerators."""
+    case = Case("seqboat", "AutoModelForCausalLM", "default")
+    numbers = [training_work(case, None, 1536, window_size=window).launches for window in (64, 512, 1024)]
+    assert max(numbers) <= min(numbers) + 20  # a loop would add hundreds
 
 
 @parametrize(GENERATIVE)
@@ -267,6 +277,36 @@ def test_decoding_steps_have_the_same_shapes(case: Case) -> None:
                 state = step(tokens[:, position : position + 1], mask, state)["state"]
             works.append(work)
     assert all(work.shapes == works[2].shapes and not work.reads for work in works[2:])
+
+
+FLEX = [Case("spade", "AutoModelForTextEncoding", name) for name in ("default", "chunk_gated", "rotary_add")]
+FLEX += [Case(name, "AutoModelForCausalLM", "default") for name in ("spade_lm", "bst")]
+FLEX += [Case("spade_lm", "AutoModelForCausalLM", "chunk_gated"), Case("bst", "AutoModelForCausalLM", "mh_sliding")]
+
+
+@parametrize(FLEX, kept=FLEX)
+def test_flex_attention_is_local_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In models, with padding on either side; one block mask for all layers of a forward pass."""
+    model, made = case.model(hidden_size=32, head_dim=16), []
+    original = flex_local.create_block_mask
+    monkeypatch.setattr(
+        flex_local, "create_block_mask", lambda *args, **kwargs: made.append(1) or original(*args, **kwargs)
+    )
+    inputs = {"input_ids": case.inputs(length=19)["input_ids"]}
+    with torch.no_grad(), forced_branch("accelerator"):
+        for padded in (None, "left", "right"):
+            mask = torch.ones(2, 19, dtype=torch.long)
+            mask[0, :5] = padded != "left"
+            mask[1, -4:] = padded != "right"
+            options = inputs if padded is None else inputs | {"attention_mask": mask}
+            model.set_attn_implementation("sdpa")
+            expected = main_output(model(**options, use_cache=False))
+            model.set_attn_implementation("flex_attention")
+            made.clear()
+            actual = main_output(model(**options, use_cache=False))
+            assert len(made) <= 1
+            torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+    assert made
 
 
 def test_products_in_state_spaces_ignore_tf32_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
