@@ -15,13 +15,14 @@ import json
 import os
 import queue
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,18 @@ def measure_all(names: list[str], sizes: dict[str, int], device: torch.device) -
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process, which ends with the context, and so does everything that it has started."""
+    settings = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **settings, **options) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def lines_of(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
     """The lines that a process writes, as they come; None at their end."""
     lines: queue.Queue[str | None] = queue.Queue()
@@ -281,7 +294,7 @@ def run_cases(
     results: dict[str, dict[str, Any]] = {}
     while len(results) < len(names) and time.monotonic() < stop:
         left = [name for name in names if name not in results]
-        with subprocess.Popen([*command, *left], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        with started([*command, *left]) as process:
             lines = lines_of(process)
             while left:
                 limit = min(SECONDS_PER_CASE, stop - time.monotonic())
@@ -302,7 +315,6 @@ def run_cases(
                     left.pop(0)
                     keep(results)
                     print(found, file=sys.stderr, flush=True)
-            process.kill()
         keep(results)
     return {name: results.get(name, {"not_measured": "the time was up"}) for name in names}
 
@@ -327,7 +339,7 @@ def run_tests(device: torch.device, seconds: float, chosen: str | None) -> dict[
     if device.type == "cpu":
         environment["HF_HYBRID_CHECK_DEVICE"] = "cpu"
     start, outcomes, stopped = time.monotonic(), {}, None
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with started(command, env=environment) as process:
         lines = lines_of(process)
         while stopped is None:
             try:
@@ -343,8 +355,6 @@ def run_tests(device: torch.device, seconds: float, chosen: str | None) -> dict[
                 outcomes[found["name"]] = found["outcome"]
         if stopped is None:
             process.wait()
-        else:
-            process.kill()
     if stopped is None and process.returncode not in (0, 1):
         stopped = f"as pytest ended with status {process.returncode}"
     record: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,10 +27,12 @@ def check() -> ModuleType:
 
 
 WORKER = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 print(json.dumps({"ready": True}), flush=True)
 for name in sys.argv[1:]:
     if name == "hangs":
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        open("child", "w").write(str(child.pid))
         time.sleep(60)
     if name == "dies":
         os._exit(3)
@@ -38,7 +41,18 @@ for name in sys.argv[1:]:
 """
 
 
-def test_contenders_that_hang_or_die(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def is_running(number: str) -> bool:
+    """Whether there is a process that has not ended."""
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    record = Path(f"/proc/{number}/stat")
+    return not record.exists() or record.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_contenders_that_hang_or_die(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "REPOSITORY", tmp_path)
     monkeypatch.setattr(check, "SECONDS_PER_CASE", 2)
     kept: list[dict[str, Any]] = []
     names, command = ["first", "hangs", "second", "dies", "third"], [sys.executable, "-S", "-c", WORKER]
@@ -46,10 +60,12 @@ def test_contenders_that_hang_or_die(check: ModuleType, monkeypatch: pytest.Monk
     assert list(found) == names and set(kept[0]) == {"first"}
     assert found["hangs"] == {"failed": "took more than 2 seconds"}
     assert found["dies"] == {"failed": "the process ended with status 3"}
+    assert not is_running((tmp_path / "child").read_text())
     assert all("train_tokens_per_second" in found[name] for name in ("first", "second", "third"))
 
 
-def test_contenders_end_in_time(check: ModuleType) -> None:
+def test_contenders_end_in_time(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "REPOSITORY", tmp_path)
     begin, command = time.monotonic(), [sys.executable, "-S", "-c", WORKER]
     found = check.run_cases(["first", "hangs", "second"], command, begin + 3, lambda results: None)
     assert time.monotonic() - begin < 8
@@ -57,13 +73,16 @@ def test_contenders_end_in_time(check: ModuleType) -> None:
 
 
 TESTS = """
-import os, time, pytest
+import os, subprocess, sys, time, pytest
 pytestmark = pytest.mark.gpu
 def test_passes(): assert os.environ["HF_HYBRID_CHECK_DEVICE"] == "cpu"
 @pytest.mark.parametrize("case", ["one two"])
 def test_fails(case): assert False
 def test_is_skipped(): pytest.skip("why not")
-def test_hangs(): time.sleep(60)
+def test_hangs():
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    open("child", "w").write(str(child.pid))
+    time.sleep(60)
 def test_is_never_reached(): pass
 """
 
@@ -80,6 +99,7 @@ def test_tests_that_ran_before_a_stop_count(
     found = check.run_tests(torch.device("cpu"), 10.0, None)
     assert found["passed"] == found["skipped"] == 1 and found["failed"] == ["test_fails[one two]"]
     assert found["stopped"] == "after 10 seconds"
+    assert not is_running((tmp_path / "child").read_text())
     record = {
         "device": "cpu",
         "time": "",
