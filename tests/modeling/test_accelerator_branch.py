@@ -189,30 +189,22 @@ def test_the_count_sees_reads_and_operators() -> None:
 
 
 # Kernels of a step, as a multiple of those of Llama at the same depth: what was measured, and a little room. Their number depends neither on
-# the length of the text nor on the batch. What is above 1.5 (training) or 1.25 (decoding), by operations of the mathematics:
-# - Discretised systems and their kernels, per layer of Mega, SeqBoat and LongVQ (about 60 forward): gates of the decays, powers with phases
-#   reduced in double precision, a two-level product; complex ones (S4D, SPADE, BST) twice as many. S4 (SPADE-LM, official) steps a state with a
-#   correction of rank one: 40 products and sums.
-# - Convolution: five transforms with their padding and products. The rotary bias of Mega is another such kernel.
-# - The local decoder of SPADE has two attentions and a state space per layer; rotary angles are those of each layer's keys.
-# - Routers of SeqBoat: packing by ranks (cumulative sums, scatters, gathers); a decoding step writes three tensors of a ring, masks by rank and
-#   turns queries and keys (12 products and sums).
-# - Codebooks of LongVQ: distances, codes, and counts and means by code of each chunk; in decoding two scores, those of codewords and of the
-#   window, in one softmax, and a mean of a code that moves.
+# the length of the text nor on the batch. What is above 1.5 (training) or 1.25 (decoding) stands in docs/guides/gpu.md, by operations of the
+# mathematics.
 MOST_KERNELS = {
-    ("spade", "default"): (1.45, 0.55),
-    ("spade", "official"): (0.75, 0.3),
-    ("spade", "local_decoder_chunk"): (3.0, 1.15),
-    ("spade_lm", "default"): (2.05, 1.2),
-    ("spade_lm", "official"): (1.8, 1.45),
-    ("mega", "default"): (2.7, 0.8),
-    ("mega", "chunk_laplace"): (3.2, 1.0),
-    ("seqboat", "default"): (2.35, 2.0),
-    ("seqboat", "unlimited_t5"): (2.55, 2.2),
-    ("longvq", "default"): (3.15, 1.8),
-    ("longvq", "heads_s4d"): (4.75, 2.05),
-    ("bst", "default"): (2.1, 1.2),
-    ("bst", "mf_unstructured"): (1.4, 0.9),
+    ("spade", "default"): (1.45, 0.5),
+    ("spade", "official"): (0.8, 0.25),
+    ("spade", "local_decoder_chunk"): (2.55, 0.75),
+    ("spade_lm", "default"): (2.0, 0.75),
+    ("spade_lm", "official"): (1.9, 1.05),
+    ("mega", "default"): (1.9, 0.75),
+    ("mega", "chunk_laplace"): (2.4, 1.0),
+    ("seqboat", "default"): (2.15, 1.2),
+    ("seqboat", "unlimited_t5"): (2.35, 1.4),
+    ("longvq", "default"): (2.45, 1.25),
+    ("longvq", "heads_s4d"): (4.0, 1.45),
+    ("bst", "default"): (2.05, 1.1),
+    ("bst", "mf_unstructured"): (1.4, 0.8),
 }
 BOUNDED = [case for case in GENERATIVE if (case.model_type, case.variant) in MOST_KERNELS]
 
@@ -286,8 +278,12 @@ FLEX += [Case("spade_lm", "AutoModelForCausalLM", "chunk_gated"), Case("bst", "A
 
 @parametrize(FLEX, kept=FLEX)
 def test_flex_attention_is_local_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In models, with padding on either side; one block mask for all layers of a forward pass."""
-    model, made = case.model(hidden_size=32, head_dim=16), []
+    """In models, with padding on either side; one block mask of each pattern for all layers of a forward pass."""
+    is_bst = case.model_type == "bst"  # which has two in turn
+    sizes = {"hidden_size": 32} | ({} if case.model_type == "spade_lm" else {"head_dim": 16})
+    model = case.model(**sizes | ({"num_hidden_layers": 4, "bst_layers": [1, 3]} if is_bst else {}))
+    made: list[int] = []
+    monkeypatch.setattr(flex_local, "_last", {})
     original = flex_local.create_block_mask
     monkeypatch.setattr(
         flex_local, "create_block_mask", lambda *args, **kwargs: made.append(1) or original(*args, **kwargs)
@@ -302,9 +298,9 @@ def test_flex_attention_is_local_attention(case: Case, monkeypatch: pytest.Monke
             model.set_attn_implementation("sdpa")
             expected = main_output(model(**options, use_cache=False))
             model.set_attn_implementation("flex_attention")
-            made.clear()
+            before = len(made)
             actual = main_output(model(**options, use_cache=False))
-            assert len(made) <= 1
+            assert len(made) - before <= (2 if is_bst else 1)
             torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
     assert made
 

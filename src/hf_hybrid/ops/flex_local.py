@@ -110,27 +110,27 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-# The block mask of the last call, with weak references to what it was made from: the layers of a forward pass, and its
-# recomputation under gradient checkpointing, pass the same tensors.
-_last: tuple[Any, BlockMask] | None = None
+# The last block mask of each pattern, with weak references to what it was made from: the layers of a forward pass, and its
+# recomputation under gradient checkpointing, pass the same tensors, and may have two patterns in turn.
+_last: dict[Pattern, tuple[Any, list[weakref.ref[torch.Tensor]], BlockMask]] = {}
+_MOST_PATTERNS = 4
 
 
 def _shared_block_mask(
     pattern: Pattern, key_mask: torch.Tensor | None, positions: torch.Tensor | None, query: torch.Tensor
 ) -> BlockMask:
-    global _last
     batch = None if key_mask is None and positions is None else query.shape[0]
     arguments = (visibility(pattern, key_mask, positions), batch, None, query.shape[2], query.shape[2])
     if torch.compiler.is_compiling():
         return create_block_mask(*arguments, device=query.device)
     sources = [tensor for tensor in (key_mask, positions) if tensor is not None]
     versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in sources)
-    place = (pattern, query.shape[2], query.device, key_mask is None, positions is None, versions)
-    if _last is not None:
-        (known, references), mask = _last
-        same = len(references) == len(sources) and all(ref() is tensor for ref, tensor in zip(references, sources))
-        if known == place and same:
-            return mask
-    mask = create_block_mask(*arguments, device=query.device)
-    _last = (place, [weakref.ref(tensor) for tensor in sources]), mask
+    place = (query.shape[2], query.device, key_mask is None, positions is None, versions)
+    known, references, mask = _last.pop(pattern, (None, [], None))
+    same = len(references) == len(sources) and all(ref() is tensor for ref, tensor in zip(references, sources))
+    if mask is None or known != place or not same:
+        mask = create_block_mask(*arguments, device=query.device)
+    while len(_last) >= _MOST_PATTERNS:  # the one that was not used for longest
+        del _last[next(iter(_last))]
+    _last[pattern] = place, [weakref.ref(tensor) for tensor in sources], mask
     return mask
