@@ -33,6 +33,7 @@ from .loading import load_table
 from .lra_files import read_original, to_grey
 from .lra_listops import END, TOKENS
 from .records import origin_of, remember_origin
+from .truncation import TruncatingTokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -234,7 +235,7 @@ def encode_rows(
     two_inputs: bool = False,
     what: str = "data",
 ) -> Dataset:
-    """Token ids of text rows, without labels.
+    """Token ids of text rows, without labels; rows that are cut are counted.
 
     Args:
         rows: rows with the columns of the task.
@@ -249,22 +250,15 @@ def encode_rows(
         ValueError: a row is not text, or contains tokens unknown to the task.
     """
     length = max_length or task.max_length or 0
-    options: dict[str, Any] = {"truncation": True, "return_token_type_ids": False}
     first, second = task.columns[0], task.columns[1] if len(task.columns) > 1 else None
+    is_joint = second is not None and not two_inputs
+    tokenize = TruncatingTokenizer(tokenizer, {"max_length": 2 * length if is_joint else length})
 
     def encode(batch: Mapping[str, list[str]]) -> dict[str, Any]:
-        if second is None:
-            encoded = dict(tokenizer(batch[first], max_length=length, **options))
-        elif two_inputs:
-            encoded = dict(tokenizer(batch[first], max_length=length, **options))
-            other = tokenizer(batch[second], max_length=length, **options)
-            encoded.update({f"pair_{name}": values for name, values in other.items()})
-        else:
-            encoded = dict(tokenizer(batch[first], batch[second], max_length=2 * length, **options))
-        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
-        return encoded
+        others = None if second is None else batch[second]
+        return tokenize.rows_of("max_length", batch[first], others, two_inputs=two_inputs and second is not None)
 
-    encoded = rows.map(encode, batched=True, batch_size=200, remove_columns=rows.column_names, desc=f"tokenize {what}")
+    encoded = tokenize.map_rows(rows, encode, what, batch_size=200)
     if task.name == "listops":
         _refuse_unknown(encoded, rows, tokenizer, what)
     return encoded

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..data.lra import PairCollator
+from ..data.truncation import TruncatingTokenizer
 from ..metrics import GLUE_TASKS, glue_metric_names
 from ..training.arguments import FinetuningArguments
 from ..training.trainer import HybridTrainer
@@ -47,7 +48,6 @@ from .support.models import check_positions, load_config, load_tokenizer, with_a
 from .support.recipe import Recipe
 from .support.reports import RunReport, display_names, hub_names
 from .support.runs import Job
-from .support.truncation import TruncatingTokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -165,13 +165,7 @@ def encode(
 
     def tokenize_batch(batch: Mapping[str, list[str]]) -> dict[str, Any]:
         others = None if second is None else batch[second]
-        encoded, is_long = tokenize("max_length", batch[first], None if two_inputs else others)
-        columns = dict(encoded)
-        if two_inputs:
-            paired, is_long_pair = tokenize("max_length", others)
-            columns |= {f"pair_{name}": values for name, values in paired.items()}
-            is_long = {name: [*map(any, zip(flags, is_long_pair[name]))] for name, flags in is_long.items()}
-        return {**columns, "length": [len(ids) for ids in encoded["input_ids"]], **is_long}
+        return tokenize.rows_of("max_length", batch[first], others, two_inputs=two_inputs)
 
     return tokenize.map_rows(rows, tokenize_batch, what).add_column("labels", targets)
 

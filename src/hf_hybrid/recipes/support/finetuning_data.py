@@ -21,6 +21,7 @@ from transformers import (
 
 from ...data.loading import MissingSplitError, is_single_file, load_table
 from ...data.records import origin_of, place_of, remember_origin, shortened
+from ...data.truncation import TruncatingTokenizer
 from ...remote_code import check_export
 from ...training.arguments import Seq2SeqFinetuningArguments
 from ...training.trainer import HybridSeq2SeqTrainer
@@ -28,7 +29,6 @@ from .models import check_decoder_table, check_positions, load_config, load_mode
 from .options import BAD_RECORD_HELP, ENCODING_HELP, reading_options, source_names
 from .reports import RunReport
 from .runs import Job
-from .truncation import TruncatingTokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

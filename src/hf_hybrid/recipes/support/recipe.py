@@ -10,12 +10,12 @@ from typing import Any
 from transformers import set_seed
 
 from ...data.records import counting_left_out
+from ...data.truncation import counting_truncated
 from ...training.callbacks import RunInterrupted
 from ...training.run_folder import RunFolder, is_main_process
 from .main_options import MAIN_OPTIONS, TRAINING_ONLY
 from .options import parse_arguments, require, resolved_arguments
 from .runs import Job, finish_together, how_to_continue, set_up_logging, train_and_record
-from .truncation import counting_truncated
 
 logger = logging.getLogger(__name__)
 

@@ -53,6 +53,25 @@ class TruncatingTokenizer:
             exceeds = [len(ids) < len(all_ids) for ids, all_ids in zip(encoded["input_ids"], whole["input_ids"])]
         return encoded, {_COLUMN + option: exceeds}
 
+    def rows_of(
+        self, option: str, first: list[str], second: list[str] | None = None, *, two_inputs: bool = False
+    ) -> dict[str, Any]:
+        """Columns for a classifier of texts or pairs, for `map_rows`.
+
+        Args:
+            option: the option that sets the limit.
+            first: a batch of texts.
+            second: the other texts of pairs.
+            two_inputs: return them as `pair_input_ids` and so on; otherwise a pair is one text.
+        """
+        encoded, exceeds = self(option, first, None if two_inputs else second)
+        columns = {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+        if two_inputs:
+            paired, exceeds_too = self(option, second)
+            columns |= {f"pair_{name}": values for name, values in paired.items()}
+            exceeds = {name: [*map(any, zip(flags, exceeds_too[name]))] for name, flags in exceeds.items()}
+        return columns | exceeds
+
     def map_rows(self, rows: Dataset, encode: Callable[[Any], dict[str, Any]], what: str, **options: Any) -> Dataset:
         """The rows with the columns that `encode` makes of a batch; those that are cut are counted.
 
