@@ -60,9 +60,9 @@ padding. The numbers grow neither with the text nor with the batch, and tests ho
 
 | model | training | decoding |
 |---|---|---|
-| SPADE encoder-decoder | 1.43 | 0.45 |
-| with chunks, rotary positions and a local decoder with state spaces | 2.52 | 0.74 |
-| SPADE-LM | 1.95 | 0.74 |
+| SPADE encoder-decoder | 1.28 | 0.38 |
+| with chunks, rotary positions and a local decoder with state spaces | 2.37 | 0.66 |
+| SPADE-LM | 1.82 | 0.58 |
 | SPADE-LM, published form (S4, adaptive softmax) | 1.85 | 1.04 |
 | Mega | 1.84 | 0.74 |
 | Mega in chunks, Laplace | 2.35 | 0.97 |

@@ -192,10 +192,10 @@ def test_the_count_sees_reads_and_operators() -> None:
 # the length of the text nor on the batch. What is above 1.5 (training) or 1.25 (decoding) stands in docs/guides/gpu.md, by operations of the
 # mathematics.
 MOST_KERNELS = {
-    ("spade", "default"): (1.45, 0.5),
+    ("spade", "default"): (1.3, 0.4),
     ("spade", "official"): (0.8, 0.25),
-    ("spade", "local_decoder_chunk"): (2.55, 0.75),
-    ("spade_lm", "default"): (2.0, 0.75),
+    ("spade", "local_decoder_chunk"): (2.4, 0.7),
+    ("spade_lm", "default"): (1.85, 0.6),
     ("spade_lm", "official"): (1.9, 1.05),
     ("mega", "default"): (1.9, 0.75),
     ("mega", "chunk_laplace"): (2.4, 1.0),
