@@ -45,6 +45,7 @@ class StateLayer(CacheLayerMixin):
     begins: torch.Tensor | None = None
     masks_past = False  # whether tokens before `begins` are still there and have to be masked
     training_obstacle: str | None = None  # why the state cannot be carried from one training step to the next
+    has_fixed_shapes = False  # whether tensors have places for all tokens that are to come
 
     def __init__(self, layout: Mapping[str, Any]) -> None:
         super().__init__()
@@ -107,6 +108,23 @@ class StateLayer(CacheLayerMixin):
     def restore(self, counters: Mapping[str, int]) -> None:
         """Takes over the `counters` of a saved layer, after `fill`."""
         self.cumulative_length = counters["length"]
+
+    def hold_by_end(self) -> None:
+        """Says, after `fill`, that all tensors have room for the tokens to come."""
+        self.has_fixed_shapes = True
+
+    def fitted(self, slots: int) -> dict[str, torch.Tensor]:
+        """The tensors that a token changes, by name, with the shapes that they have in texts of at most `slots` tokens."""
+        left_out = {"begins", *self.source_axes}
+        return {name: t for name, t in self.tensors().items() if t is not None and name not in left_out}
+
+    def take_fixed(self, tensors: Mapping[str, torch.Tensor], length: int) -> None:
+        """Takes over copies of `fitted` tensors after `length` tokens; the source, and where rows begin, stay."""
+        held = {name: tensor for name, tensor in self.tensors().items() if tensor is not None}
+        self.fill(held | self._unfitted(tensors, length), length)
+
+    def _unfitted(self, tensors: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def detach(self) -> None:
         """Cuts the state off the graph that made it: the next segment of a text gets no gradient into this one."""
@@ -215,10 +233,18 @@ def is_cache(value: object) -> bool:
 
 
 class StateCache(Cache):
-    """The layers of a model, one for each of its blocks."""
+    """The layers of a model, one for each of its blocks.
+
+    Attributes:
+        announced: tokens that a generation will have at most; None outside of one.
+        moved: (1,) by how many places the text stands further right than `get_seq_length` says, where it is held by
+            its end (`fixed_steps`); None elsewhere.
+    """
 
     def __init__(self, layers: Iterable[StateLayer]) -> None:
         super().__init__(layers=list(layers))
+        self.announced: int | None = None
+        self.moved: torch.Tensor | None = None
 
     @property
     def kept_tokens(self) -> int | None:
@@ -290,6 +316,27 @@ class StateCache(Cache):
         for index, layer in enumerate(self.layers):
             prefix = f"{index}."
             layer.fill({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, past)
+
+    def fitted(self, slots: int) -> dict[str, torch.Tensor]:
+        """See `StateLayer.fitted`; names as in `tensors`."""
+        named = (
+            (f"{index}.{name}", tensor)
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.fitted(slots).items()
+        )
+        return dict(named)
+
+    def hold_by_end(self, moved: torch.Tensor) -> None:
+        """See `StateLayer.hold_by_end`; also sets `moved`."""
+        self.moved = moved
+        for layer in self.layers:
+            layer.hold_by_end()
+
+    def take_fixed(self, tensors: Mapping[str, torch.Tensor], length: int) -> None:
+        """See `StateLayer.take_fixed`; names as in `tensors`."""
+        for index, layer in enumerate(self.layers):
+            prefix = f"{index}."
+            layer.take_fixed({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, length)
 
     @property
     def token_axes(self) -> dict[str, int]:

@@ -136,7 +136,7 @@ class _ComplexPowers(torch.autograd.Function):
         coarse = (base * 4096).round() / 4096
         fine = (base - coarse).to(dtype).unsqueeze(-1)
         turns = coarse.to(dtype).unsqueeze(-1) * index
-        turns = turns - turns.round() + fine * index
+        turns = torch.addcmul(turns - turns.round(), fine, index)
         decay = (log_real * stride).to(dtype).unsqueeze(-1) * index
         if offset:
             turns = turns + _reduced_turns(log_imag, offset).to(dtype).unsqueeze(-1)
@@ -155,9 +155,9 @@ class _ComplexPowers(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         power_real, power_imag = ctx.saved_tensors
         grad_real, grad_imag = grads
-        steps = torch.arange(ctx.count, device=power_real.device, dtype=power_real.dtype) * ctx.stride + ctx.offset
-        log_real = (grad_real * power_real + grad_imag * power_imag) @ steps
-        log_imag = (grad_imag * power_real - grad_real * power_imag) @ steps
+        steps = _exponents(ctx.stride, ctx.count, ctx.offset, power_real)
+        log_real = torch.addcmul(grad_real * power_real, grad_imag, power_imag) @ steps
+        log_imag = torch.addcmul(grad_imag * power_real, grad_real, power_imag, value=-1) @ steps
         return log_real.to(ctx.log_dtype), log_imag.to(ctx.log_dtype), None, None, None, None
 
 
@@ -174,8 +174,33 @@ def decay_powers(
     dtype = log_decay_real.dtype if dtype is None else dtype
     if log_decay_imag is not None:
         return _ComplexPowers.apply(log_decay_real, log_decay_imag, stride, count, offset, dtype)
-    index = torch.arange(count, device=log_decay_real.device, dtype=log_decay_real.dtype) * stride + offset
+    index = _exponents(stride, count, offset, log_decay_real)
     return torch.exp((log_decay_real.unsqueeze(-1) * index).to(dtype)), None
+
+
+def _exponents(stride: int, count: int, offset: int, like: torch.Tensor) -> torch.Tensor:
+    """offset + stride * i, i = 0..count-1, in the dtype of `like`."""
+    return torch.arange(offset, offset + stride * count, stride, device=like.device, dtype=like.dtype)
+
+
+def _two_levels(
+    log_decay_real: torch.Tensor,
+    log_decay_imag: torch.Tensor | None,
+    size: int,
+    groups: int,
+    dtype: torch.dtype,
+    offset: int = 0,
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]:
+    """Powers q^(j + offset), j < C = `size`, and q^(gC), g < `groups`."""
+    if log_decay_imag is None or offset or is_open(groups):
+        decays = (log_decay_real, log_decay_imag)
+        inner = decay_powers(*decays, count=size, offset=offset, dtype=dtype)
+        return inner, decay_powers(*decays, stride=size, count=groups, dtype=dtype)
+    # Both at once, as powers of q and of q^C, of which there are no more: a power of two times a logarithm is exact.
+    both = (torch.stack([part, part * size]) for part in (log_decay_real, log_decay_imag))
+    real, imag = _ComplexPowers.apply(*both, 1, size, 0, dtype)
+    (inner_real, outer_real), (inner_imag, outer_imag) = real.unbind(), imag.unbind()
+    return (inner_real, inner_imag), (outer_real[..., :groups], outer_imag[..., :groups])
 
 
 def _rows(real: torch.Tensor, imag: torch.Tensor | None, sign: float = 1.0) -> torch.Tensor:
@@ -232,8 +257,8 @@ def diagonal_kernel(
         raise ValueError(f"`length` must be a positive number of kernel taps; got {length}.")
     dtype = coefficient_real.dtype
     size, groups = two_level_split(length)
-    inner = decay_powers(log_decay_real, log_decay_imag, count=size, offset=offset, dtype=dtype)  # (D, N, C)
-    outer = decay_powers(log_decay_real, log_decay_imag, stride=size, count=groups, dtype=dtype)  # (D, N, G)
+    # (D, N, C) and (D, N, G)
+    inner, outer = _two_levels(log_decay_real, log_decay_imag, size, groups, dtype, offset)
     leading, (channels, modes) = coefficient_real.shape[:-2], coefficient_real.shape[-2:]
     scale_real = coefficient_real.reshape(-1, channels, modes).permute(1, 2, 0).unsqueeze(-1)  # (D, N, S, 1)
     scale_imag = None
@@ -335,11 +360,10 @@ def diagonal_final_state(
     padded = torch.nn.functional.pad(inputs.to(dtype), (groups * size - length, 0))
     grouped = padded.reshape(batch, channels, groups, size).transpose(0, 1).reshape(channels, batch * groups, size)
     powers = (system.log_decay_real, system.log_decay_imag)
-    inner = decay_powers(*powers, count=size, dtype=dtype)
+    inner, outer = _two_levels(*powers, size, groups, dtype)
     partial = full_matmul(grouped, _rows(*inner).flip(-1).transpose(1, 2))  # (D, B G, 2N)
     partial = partial.reshape(channels, batch, groups, -1).transpose(2, 3)  # (D, B, 2N, G)
     partial = _split_rows(partial, is_complex)
-    outer = decay_powers(*powers, stride=size, count=groups, dtype=dtype)
     weights = (outer[0].flip(-1).unsqueeze(1), None if outer[1] is None else outer[1].flip(-1).unsqueeze(1))
     total = complex_multiply(*partial, *weights)
     summed = (total[0].sum(-1).transpose(0, 1), None if total[1] is None else total[1].sum(-1).transpose(0, 1))
@@ -358,6 +382,22 @@ def step_decay(system: DiagonalSystem) -> tuple[torch.Tensor, torch.Tensor | Non
         system.log_decay_real, system.log_decay_imag, count=1, offset=1, dtype=system.input_real.dtype
     )
     return powers[0][..., 0], None if powers[1] is None else powers[1][..., 0]
+
+
+def add_product(
+    real: torch.Tensor,
+    imag: torch.Tensor | None,
+    a_real: torch.Tensor,
+    a_imag: torch.Tensor | None,
+    b_real: torch.Tensor,
+    b_imag: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A pair plus the product of two others: all three real, or all three complex."""
+    real = torch.addcmul(real, a_real, b_real)
+    if imag is None or a_imag is None or b_imag is None:
+        return real, None
+    imag = torch.addcmul(torch.addcmul(imag, a_real, b_imag), a_imag, b_real)
+    return torch.addcmul(real, a_imag, b_imag, value=-1), imag
 
 
 def diagonal_step(
@@ -386,15 +426,13 @@ def diagonal_step(
     )
     if state is not None:
         decay = step_decay(system) if decay is None else decay
-        carried = complex_multiply(*unpack_state(state.to(dtype), is_complex), *decay)
-        real = real + carried[0]
-        imag = None if imag is None else imag + carried[1]
+        real, imag = add_product(real, imag, *unpack_state(state.to(dtype), is_complex), *decay)
     pair = (real, imag)
     if system.output_real.dim() == 3:
         pair = (real.unsqueeze(1), None if imag is None else imag.unsqueeze(1))
     outputs = system.output_real * pair[0]
-    if imag is not None and system.output_imag is not None:
-        outputs = outputs - system.output_imag * pair[1]
+    if pair[1] is not None and system.output_imag is not None:
+        outputs = torch.addcmul(outputs, system.output_imag, pair[1], value=-1)
     return outputs.sum(-1).to(inputs.dtype), pack_state(real, imag)
 
 

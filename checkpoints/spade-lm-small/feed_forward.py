@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-# The gated form of T5 v1.1 uses the tanh approximation, the plain one the exact function.
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gated-gelu": "gelu_new", "gated-silu": "silu"}
+# The gated form of T5 v1.1 uses the tanh approximation, the plain one the exact function. "gelu_new" is the same function
+# as "gelu_pytorch_tanh" in eight operations.
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gated-gelu": "gelu_pytorch_tanh", "gated-silu": "silu"}
 
 
 class FeedForward(nn.Module):

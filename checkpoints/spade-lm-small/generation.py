@@ -4,15 +4,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 
+from .decoding_linear import few_rows
+from .branches import uses_cpu_form
 from .argument_types import check_types
-from .cache import StateCache
 from .call_cache import reorder_targets
+from .fixed_steps import FixedState, FixedSteps, announce_length, has_own_state, released_states
 
 # Arguments with a row for each source; the beams and samples of a source share it.
 _SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "token_type_ids")
@@ -21,10 +26,32 @@ _SOURCE_ARGUMENTS = ("attention_mask", "encoder_outputs", "inputs_embeds", "toke
 class StateGenerationMixin(GenerationMixin):
     """`GenerationMixin` that begins with `build_cache()` of the stack."""
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_sharded(self) and "_generate" not in vars(self):
+            # The encoder is called by itself, whose embeddings and norms FSDP2 gathers for calls of the whole model only:
+            # generating has to count as one.
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self, "_generate")  # type: ignore[arg-type]
+        with released_states():
+            outputs = self._generate(*args, **kwargs)
+            cache = getattr(outputs, "past_key_values", None)
+            if isinstance(cache, FixedState):
+                outputs.past_key_values = cache.release()
+        return outputs
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+        compiles = kwargs.get("compile_config", getattr(config, "compile_config", None)) is not None
+        with few_rows(model) if uses_cpu_form(model.device) and not compiles else nullcontext():
+            return super().generate(*args, **kwargs)
+
     def _refuse_cache(self, name: str) -> NoReturn:
         raise ValueError(
             f"`cache_implementation={name!r}` is not available for {type(self).__name__}: such a cache cannot hold its recurrent "
-            "states, which are of constant size already. Leave `cache_implementation` unset."
+            "states, which are of constant size already. Leave `cache_implementation` unset, or set it to 'static'."
         )
 
     def _check_cache_implementation(self, name: str) -> None:
@@ -96,7 +123,7 @@ class StateGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is False:
             return
-        elif name in (None, "dynamic"):
+        elif name in (None, "dynamic", "static"):
             stack = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
             model_kwargs["past_key_values"] = stack.build_cache()
         else:
@@ -104,19 +131,42 @@ class StateGenerationMixin(GenerationMixin):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Whether steps are compiled: on any device, where `compile_config` asks for it.
+        """Whether steps are compiled (`fixed_steps`): where `compile_config` asks for it, on any device; on accelerators, as in
+        Transformers, also with `cache_implementation="static"`.
 
         Raises:
-            ValueError: it asks for what cannot be compiled.
+            ValueError: `compile_config` asks for what cannot be compiled.
         """
         cache = model_kwargs.get("past_key_values")
-        if generation_config.compile_config is None or generation_config.disable_compile:
+        if generation_config.disable_compile:
+            return False
+        if cache is not None and not has_own_state(cache):  # a cache of Transformers, of full attention
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        is_own = cache is None or isinstance(cache, StateCache)
-        if not is_own and cache.is_compileable:  # static, of full attention
-            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        _check_compilable(self, cache)
+        obstacle = "generates here without a cache" if cache is None else _obstacle_to_compiling(self)
+        if generation_config.compile_config is None:
+            is_static = generation_config.cache_implementation == "static"
+            model: Any = self
+            return is_static and obstacle is None and not uses_cpu_form(model.device)
+        if obstacle is not None:
+            raise ValueError(
+                f"`compile_config` needs the state of a generation on one device, but {type(self).__name__} {obstacle}. Leave "
+                "`compile_config` unset."
+            )
         return True
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What `generate` calls for its steps: `FixedSteps` of this model."""
+        model: Any = self
+        if "_fixed_steps" not in self.__dict__:
+            self._fixed_steps = FixedSteps()
+        steps = self._fixed_steps.compiled(compile_config or model._default_compile_config())
+
+        def call(**inputs: Any) -> Any:
+            if has_own_state(inputs.get("past_key_values")):
+                return steps(self, **inputs)
+            return super(StateGenerationMixin, self).get_compiled_call(compile_config)(**inputs)  # type: ignore[misc]
+
+        return call
 
     def _expand_inputs_for_generation(
         self,
@@ -161,6 +211,7 @@ class StateGenerationMixin(GenerationMixin):
                     "target, or `decoder_attention_mask` of the whole target with its new tokens alone."
                 )
             model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
+        announce_length(cache, input_ids, model_kwargs, generation_config.max_length)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -181,6 +232,15 @@ class StateGenerationMixin(GenerationMixin):
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, see `init_continuous_batching`."""
         self.init_continuous_batching()
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether FSDP2 has sharded the model (`fully_shard`), by whichever engine."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def _with_padding_in_front(ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -211,20 +271,9 @@ def _check_prompt(mask: torch.Tensor | None, name: str) -> None:
         )
 
 
-def _check_compilable(model: Any, cache: Cache | None) -> None:
-    """Checks that the steps of a generation can be compiled.
-
-    Raises:
-        ValueError: the state grows with the text, or there is none.
-    """
-    name = type(model).__name__
-    if not isinstance(cache, StateCache) or model.config.is_encoder_decoder:
-        raise ValueError(
-            f"`compile_config` needs a decoder with a state of its own and `use_cache=True`; {name} generates here "
-            f"{'without a cache' if cache is None else 'from an encoder'}. Leave `compile_config` unset."
-        )
-    if cache.kept_tokens is None:
-        raise ValueError(
-            f"`compile_config` needs a state of constant size, but {name} keeps every token with this configuration: attend in chunks "
-            "or windows, or leave `compile_config` unset."
-        )
+def _obstacle_to_compiling(model: Any) -> str | None:
+    """What keeps the steps of a model with a state of its own from being compiled; None if nothing does."""
+    quantizer, places = getattr(model, "hf_quantizer", None), set(getattr(model, "hf_device_map", {}).values())
+    if quantizer is not None and not quantizer.is_compileable:
+        return "is quantised in a way that does not compile"
+    return "is offloaded to the CPU or the disk in part" if len(places) > 1 and places & {"cpu", "disk"} else None

@@ -137,7 +137,8 @@ class GenericHead:
 
 
 class GenericForCausalLM(FusedHeadGuard, GenericHead):
-    """Language model. Put `StateGenerationMixin` among the bases of the class itself: Transformers looks for it there."""
+    """Language model. Put `StateGenerationMixin` among the bases of the class itself, where Transformers looks for it, and in front of
+    that which is a `PreTrainedModel`."""
 
     accepts_loss_options: ClassVar[bool] = True
     runs_in_stages: ClassVar[bool] = True

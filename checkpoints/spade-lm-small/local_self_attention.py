@@ -143,7 +143,8 @@ class LocalSelfAttention(nn.Module):
             if keys > query.shape[2]:
                 return cached_local_attention(query, key, value, radius=self.reach, **common)
             return local_attention(query, key, value, radius=self.reach, causal=self.is_causal, **common)
-        if positions is not None:
+        # Without padding and earlier tokens, chunks are cut at the same places in every row.
+        if positions is not None and (key_mask is not None or keys > query.shape[2]):
             common["positions"] = positions[:, -keys:].expand(batch, -1)
         if keys > query.shape[2]:
             return cached_local_attention(query, key, value, chunk_size=self.window, **common)
@@ -210,11 +211,8 @@ class LocalSelfAttention(nn.Module):
             return flex_local_attention(query, key, value, pattern, bias=bias, key_mask=key_mask)
         bias = bias[:, : self.window] if self.is_causal and bias is not None else bias
         pattern = pattern._replace(chunk_size=self.window)
-        segments = None
-        if positions is not None and key_mask is not None:
-            segments = torch.div(positions, self.window, rounding_mode="floor").expand(query.shape[0], -1)
-        options = {"bias": bias, "key_mask": key_mask, "segments": segments}
-        return flex_local_attention(query, key, value, pattern, **options)
+        positions = None if key_mask is None else positions  # which differ between rows with padding alone
+        return flex_local_attention(query, key, value, pattern, bias=bias, key_mask=key_mask, positions=positions)
 
     def forward(
         self,

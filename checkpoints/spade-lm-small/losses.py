@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
 from .branches import can_read_values
+from .cross_entropy import summed_cross_entropy
 from .inputs import value_outside
 from .packed_documents import starts_of_documents
 
@@ -187,12 +188,10 @@ def mean_over_labels(
     return total / (number.to(total.device).clamp(min=1) if isinstance(number, torch.Tensor) else max(number, 1))
 
 
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def sum_over_labels(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Sum of the cross-entropy of (..., V) logits over the labels (...) that are not -100, in float32 or better."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    flat = logits.reshape(-1, logits.shape[-1])
     targets = labels.to(logits.device).reshape(-1).long()
-    return F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing)
+    return summed_cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, label_smoothing)
 
 
 def token_cross_entropy(
@@ -217,5 +216,5 @@ def token_cross_entropy(
             f"`labels` must have the shape {tuple(logits.shape[:-1])}, one for each of the logits; got {tuple(labels.shape)}."
         )
     check_class_labels(labels, logits.shape[-1])
-    total = summed_cross_entropy(logits, labels, label_smoothing)
+    total = sum_over_labels(logits, labels, label_smoothing)
     return mean_over_labels(total, labels.to(total.device), num_items_in_batch)

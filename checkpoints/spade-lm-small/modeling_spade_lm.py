@@ -211,11 +211,6 @@ class SpadeLMModel(RunsInStages, ReadsPieces, SpadeLMPreTrainedModel):
     def piece_multiple(self) -> int:
         return self.config.window_size if self.config.local_attention_type == "chunk" else 1
 
-    def obstacle_to_stages(self) -> str | None:
-        if self.config.adaptive_cutoffs is not None:
-            return "its head is an adaptive softmax with tables of the embeddings. Set `adaptive_cutoffs=None`"
-        return None
-
     def become_stage(self, first_layer: nn.Module, *, is_first: bool, is_last: bool, keeps_embeddings: bool) -> None:
         super().become_stage(first_layer, is_first=is_first, is_last=is_last, keeps_embeddings=keeps_embeddings)
         if not is_first and self.config.share_relative_bias:

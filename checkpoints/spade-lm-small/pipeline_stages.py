@@ -28,6 +28,7 @@ class RunsInStages:
     embedding_modules: tuple[str, ...] = ("embed_tokens",)
     final_modules: tuple[str, ...] = ("norm",)
     layers: nn.ModuleList
+    config: Any
 
     @property
     def own_layers(self) -> list[nn.Module]:
@@ -38,6 +39,8 @@ class RunsInStages:
 
     def obstacle_to_stages(self) -> str | None:
         """Why a model with this configuration cannot be cut, with the remedy; None if it can."""
+        if getattr(self.config, "adaptive_cutoffs", None) is not None:
+            return "its head is an adaptive softmax with tables of the embeddings. Set `adaptive_cutoffs=None`"
         return None
 
     def become_stage(self, first_layer: nn.Module, *, is_first: bool, is_last: bool, keeps_embeddings: bool) -> None:

@@ -44,6 +44,21 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     return F.rms_norm(inputs, weight.shape, weight, eps)
 
 
+def unit_rms(inputs: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension; one kernel on accelerators."""
+    if uses_cpu_form(inputs):
+        return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps)
+    return F.rms_norm(inputs, inputs.shape[-1:], eps=eps)
+
+
+def unit_length(inputs: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dimension; the norm of one kernel and a factor on accelerators."""
+    if uses_cpu_form(inputs):
+        return inputs * torch.rsqrt(inputs.square().sum(-1, keepdim=True) + eps)
+    width = inputs.shape[-1]
+    return F.rms_norm(inputs, (width,), eps=eps / width) * width**-0.5
+
+
 def _pieces(rows: torch.Tensor) -> list[slice]:
     size = max(1, ELEMENTS_AT_A_TIME // rows.shape[1])
     return [slice(start, start + size) for start in range(0, rows.shape[0], size)]

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block_recurrence import block_recurrence
 from .branches import uses_cpu_form, widest_float
+from .diagonal_ssm import add_product, complex_multiply
 from .full_products import full_matmul
 
 
@@ -395,70 +396,77 @@ def dplr_kernel_from_nodes(
 
 
 class DplrStep(NamedTuple):
-    """Constants of the O(N) recurrence, complex pairs throughout."""
+    """Constants of the O(N R) recurrence x' = q x - sum_r p_r <r_r, x> + b u, y_s = <c_s, x'>, with <a, x> the sum of the products
+    of real parts and of those of imaginary parts."""
 
-    resolvent: torch.Tensor  # d = 1 / (2/dt - w), (H, M, 2)
-    advance: torch.Tensor  # e = 2/dt + w, (H, M, 2)
-    inputs: torch.Tensor  # 2 B, (H, M, 2)
-    low_rank: torch.Tensor  # P, (R, H, M, 2)
-    correction: torch.Tensor  # rows of (I + 2 Re P^* d P)^-1 (P^* d), (R, H, M, 2)
+    decay: torch.Tensor  # q, (H, M, 2)
+    inputs: torch.Tensor  # b, (H, M, 2)
+    columns: torch.Tensor  # p, (R, H, M, 2)
+    rows: torch.Tensor  # r, (R, H, M, 2)
+    outputs: torch.Tensor  # c, (S, H, M, 2)
 
 
-def dplr_step_constants(system: DplrSystem) -> DplrStep:
-    """The constants of `dplr_step`, from the continuous system; cheap, but worth keeping between tokens."""
+def dplr_step_constants(system: DplrSystem, output: torch.Tensor) -> DplrStep:
+    """The constants of `dplr_step`, from the continuous system and raw C (S, H, M, 2); worth keeping between tokens.
+
+    With d = 1 / (2/dt - w), e = 2/dt + w and s = e x - P 2 Re P^* x + 2 B u the bilinear rule gives x' = d (s - P K s), where K are
+    the rows 2 Re (I + 2 Re P^* d P)^-1 P^* d.
+    """
     rate = (2 / system.dt).unsqueeze(-1)
-    shifted_real, shifted_imag = rate - system.rates[..., 0], system.rates[..., 1]
-    square = shifted_real.square() + shifted_imag.square()
-    d_real, d_imag = shifted_real / square, shifted_imag / square
-    advance = torch.stack([rate + system.rates[..., 0], system.rates[..., 1]], dim=-1)
-    p_real, p_imag = system.low_rank[..., 0], system.low_rank[..., 1]
-    projected = torch.stack(
-        [p_real * d_real + p_imag * d_imag, p_real * d_imag - p_imag * d_real], dim=-1
-    )  # conj(P) d
-    core = 2 * torch.einsum("rhm,shm->hrs", projected[..., 0], p_real)
-    core = core - 2 * torch.einsum("rhm,shm->hrs", projected[..., 1], p_imag)
+    shifted = rate - system.rates[..., 0], system.rates[..., 1]
+    square = shifted[0].square() + shifted[1].square()
+    d = shifted[0] / square, shifted[1] / square
+    p = system.low_rank[..., 0], system.low_rank[..., 1]
+    projected = torch.stack([p[0] * d[0] + p[1] * d[1], p[0] * d[1] - p[1] * d[0]], dim=-1)  # conj(P) d
+    core = _real_products(projected, system.low_rank)  # 2 Re P^* d P, (H, R, R)
     core = core + torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
     flat = projected.movedim(0, 1)  # (H, R, M, 2)
-    correction = _solve(core, flat.flatten(2)).reshape(flat.shape).movedim(1, 0)
-    return DplrStep(torch.stack([d_real, d_imag], -1), advance, 2 * system.inputs, system.low_rank, correction)
+    correction = _solve(core, flat.flatten(2)).reshape(flat.shape).movedim(1, 0)  # K / 2, (R, H, M, 2)
+    advance = rate + system.rates[..., 0], system.rates[..., 1]
+    moved = torch.stack(complex_multiply(correction[..., 0], correction[..., 1], *advance), dim=-1)
+    overlaps = 2 * system.low_rank  # of 2 Re P^* x
+    among = torch.einsum("hrs,shmc->rhmc", _real_products(correction, system.low_rank), overlaps)
+    rows = overlaps - among + 2 * torch.stack([moved[..., 0], -moved[..., 1]], dim=-1)
+    drive = 2 * system.inputs
+    shares = _real_products(correction, drive.unsqueeze(0))[..., 0].mT[..., None, None]  # (R, H, 1, 1)
+    drive = drive - (system.low_rank * shares).sum(0)
+
+    def times_d(pairs: torch.Tensor) -> torch.Tensor:
+        return torch.stack(complex_multiply(pairs[..., 0], pairs[..., 1], *d), dim=-1)
+
+    outputs = 2 * torch.stack([output[..., 0], -output[..., 1]], dim=-1)
+    decay = torch.stack(complex_multiply(*advance, *d), dim=-1)
+    return DplrStep(decay, times_d(drive), times_d(system.low_rank), rows, outputs)
+
+
+def _real_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """2 Re sum_m a_m b_m of pairs (R, H, M, 2) and (S, H, M, 2): (H, R, S)."""
+    products = torch.einsum("rhm,shm->hrs", left[..., 0], right[..., 0])
+    return 2 * (products - torch.einsum("rhm,shm->hrs", left[..., 1], right[..., 1]))
 
 
 def dplr_step(
-    inputs: torch.Tensor, output: torch.Tensor, constants: DplrStep, state: torch.Tensor | None
+    inputs: torch.Tensor, constants: DplrStep, state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of the recurrence in O(N R) per feature.
 
     Args:
         inputs: u, (B, H).
-        output: raw C, (S, H, M, 2).
         constants: result of `dplr_step_constants`.
         state: (B, H, M, 2) or None for zeros.
 
     Returns:
         Outputs (B, S, H) and the next state.
     """
-    driven = constants.inputs * inputs[..., None, None]  # (B, H, M, 2)
-    p_real, p_imag = constants.low_rank[..., 0], constants.low_rank[..., 1]
+    new = constants.inputs * inputs[..., None, None]  # (B, H, M, 2)
     if state is not None:
-        x_real, x_imag = state[..., 0], state[..., 1]
-        e_real, e_imag = constants.advance[..., 0], constants.advance[..., 1]
-        s_real = driven[..., 0] + e_real * x_real - e_imag * x_imag
-        s_imag = driven[..., 1] + e_real * x_imag + e_imag * x_real
-        overlap = 2 * (p_real * x_real.unsqueeze(1) + p_imag * x_imag.unsqueeze(1)).sum(
-            -1, keepdim=True
-        )  # (B, R, H, 1)
-        s_real = s_real - (p_real * overlap).sum(1)
-        s_imag = s_imag - (p_imag * overlap).sum(1)
-    else:
-        s_real, s_imag = driven[..., 0], driven[..., 1]
-    r_real, r_imag = constants.correction[..., 0], constants.correction[..., 1]
-    overlap = 2 * (r_real * s_real.unsqueeze(1) - r_imag * s_imag.unsqueeze(1)).sum(-1, keepdim=True)
-    s_real = s_real - (p_real * overlap).sum(1)
-    s_imag = s_imag - (p_imag * overlap).sum(1)
-    d_real, d_imag = constants.resolvent[..., 0], constants.resolvent[..., 1]
-    new_real, new_imag = d_real * s_real - d_imag * s_imag, d_real * s_imag + d_imag * s_real
-    outputs = 2 * (output[..., 0] * new_real.unsqueeze(1) - output[..., 1] * new_imag.unsqueeze(1)).sum(-1)
-    return outputs, torch.stack([new_real, new_imag], dim=-1)
+        overlap = (constants.rows * state.unsqueeze(1)).sum((-2, -1))[..., None, None]  # (B, R, H, 1, 1)
+        if overlap.shape[1] == 1:
+            new = torch.addcmul(new, constants.columns[0], overlap[:, 0], value=-1)
+        else:
+            new = new - (constants.columns * overlap).sum(1)
+        new = torch.stack(add_product(*new.unbind(-1), *constants.decay.unbind(-1), *state.unbind(-1)), dim=-1)
+    return (constants.outputs * new.unsqueeze(1)).sum((-2, -1)), new
 
 
 class DplrBlocks(NamedTuple):

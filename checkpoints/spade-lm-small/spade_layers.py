@@ -21,7 +21,9 @@ from transformers.utils import TransformersKwargs
 from .configuration_spade import SpadeConfig, SpadeLMConfig
 from .norms import build_norm
 from .ssm import StateSpaceLayer
-from .relative_position import apply_rotary, rotary_cos_sin
+from .few_queries import few_query_attention, for_few_queries, has_few_queries, is_few_queries
+from .masked_softmax import masked_softmax
+from .relative_position import apply_rotary
 from .shared_source import mask_of_sources, targets_per_source
 from .call_cache import layer_state
 from .feed_forward import FeedForward
@@ -153,11 +155,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T scaling + mask) v, with the weights; (B, n, T, d) to (B, T, n, d)."""
+    """softmax(q k^T scaling + mask) v, with the weights; (B, n, T, d) to (B, T, n, d); zeros for a query that sees no key."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = masked_softmax(scores, attention_mask, torch.promote_types(scores.dtype, torch.float32))
     weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -175,7 +175,6 @@ class SpadeAttention(nn.Module):
         self.layer_idx = layer_idx
         self.is_cross_attention = is_cross_attention
         self.is_causal = not is_cross_attention
-        self.has_rotary_positions = config.decoder_has_rotary_positions and not is_cross_attention
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         width, bias = config.hidden_size, config.attention_bias
@@ -192,9 +191,9 @@ class SpadeAttention(nn.Module):
         source: torch.Tensor,
         turns: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: EncoderDecoderCache | None,
-        device: torch.device,
+        query: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = kept_source(past_key_values, self.layer_idx, device) if self.is_cross_attention else None
+        kept = kept_source(past_key_values, self.layer_idx, query.device) if self.is_cross_attention else None
         if kept is not None:
             return kept
         key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
@@ -203,28 +202,47 @@ class SpadeAttention(nn.Module):
         if past_key_values is None:
             return key, value
         if self.is_cross_attention:
+            targets = query.shape[0] // key.shape[0]  # each is a query of a step
+            if self.config._attn_implementation == "sdpa" and has_few_queries(targets, key):
+                key, value = for_few_queries(key, value)
             return keep_source(past_key_values, key, value, self.layer_idx)
         return past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, n, T, d) queries to ((B, T, n, d), weights or None), by the implementation that the configuration names."""
+        name, dropout = self.config._attn_implementation, self.config.attention_dropout if self.training else 0.0
+        sees_all = self.is_cross_attention or query.shape[2] == 1
+        if name == "sdpa" and sees_all and dropout == 0 and is_few_queries(query, key):
+            return few_query_attention(query, key, value, mask, self.scaling).transpose(1, 2), None
+        if value.stride(-1) != 1:  # as it is kept for few queries
+            value = value.contiguous()
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        return attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         source: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
+        turns: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) to ((B, T, D), weights (B, n, T, keys) or None).
 
         `source` (S, L, D) is the encoder output for cross-attention; B / S consecutive rows share one of its rows, and their
-        tokens are queries of the same product. `positions` (1 or B, T) are those of rotary self-attention.
+        tokens are queries of the same product. `turns` are cosines and sines (1 or B, T, d) of rotary self-attention.
         """
-        query, turns = self.q_proj(hidden_states), None
-        if self.has_rotary_positions:
-            turns = rotary_cos_sin(positions, self.head_dim, self.config.rotary_base)
+        query = self.q_proj(hidden_states)
         source = hidden_states if source is None else source
-        key, value = self._keys_and_values(source, turns, past_key_values, query.device)
+        key, value = self._keys_and_values(source, turns, past_key_values, query)
         shared = targets_per_source(query.shape[0], key.shape[0])
         if shared > 1:
             query = query.reshape(key.shape[0], -1, query.shape[-1])
@@ -232,11 +250,7 @@ class SpadeAttention(nn.Module):
         query = self._split_heads(query)
         if turns is not None:
             query = apply_rotary(query, *turns)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-        )
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         if shared > 1 and weights is not None:
             weights = weights.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 1)
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1).contiguous()), weights
@@ -332,18 +346,21 @@ class SpadeDecoderLayer(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor,
         self_attention_mask: torch.Tensor | None = None,
         cross_attention_mask: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
+        positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """(B, T, D) and encoder output (B or fewer, L, D) to (B, T, D); additive masks (B or 1, 1, T, keys) or None."""
+        """(B, T, D) and encoder output (B or fewer, L, D) to (B, T, D); additive masks (B or 1, 1, T, keys) or None.
+
+        `positions` are those of `LocalSelfAttention`, or cosines and sines of the rotary angles for full attention.
+        """
 
         def attend_to_self(states: torch.Tensor) -> torch.Tensor:
             if not self.is_local:
                 return self.self_attention(
                     states,
                     attention_mask=self_attention_mask,
-                    positions=positions,
+                    turns=positions,
                     past_key_values=past_key_values,
                     **kwargs,
                 )[0]

@@ -18,7 +18,7 @@ class SpadeLMHead(GenericHead, SpadeLMPreTrainedModel):
     stack_class = SpadeLMModel
 
 
-class SpadeLMForCausalLM(GenericForAdaptiveCausalLM, SpadeLMHead, StateGenerationMixin):
+class SpadeLMForCausalLM(GenericForAdaptiveCausalLM, StateGenerationMixin, SpadeLMHead):
     """Language model with a plain head, or the adaptive softmax (then `logits` are log-probabilities)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

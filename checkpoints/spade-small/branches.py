@@ -33,6 +33,16 @@ def can_read_values(tensor: torch.Tensor) -> bool:
     return uses_cpu_form(tensor) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
+def is_eager_inference(states: torch.Tensor) -> bool:
+    """Whether forms may run that exist for eager float32 and float64 on a CPU alone, without gradients or autocast."""
+    return (
+        states.dtype in (torch.float32, torch.float64)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and can_read_values(states)
+    )
+
+
 def widest_float(place: torch.Tensor | torch.device) -> torch.dtype:
     """float64, or float32 on devices that have no float64."""
     device = place.device if isinstance(place, torch.Tensor) else place

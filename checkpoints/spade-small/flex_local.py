@@ -24,7 +24,7 @@ class Pattern(NamedTuple):
 
     Attributes:
         left, right: largest distance of a key before and after the query.
-        chunk_size: keys of other chunks are hidden, where chunks are counted from the first token; None for windows.
+        chunk_size: keys of other chunks are hidden; None for windows.
     """
 
     left: int
@@ -32,14 +32,14 @@ class Pattern(NamedTuple):
     chunk_size: int | None = None
 
 
-def visibility(pattern: Pattern, key_mask: torch.Tensor | None, segments: torch.Tensor | None) -> Callable[..., Any]:
-    """The pattern as a `mask_mod`; `key_mask` (B, L) bool and `segments` (B, L) as in `local_attention`."""
+def visibility(pattern: Pattern, key_mask: torch.Tensor | None, positions: torch.Tensor | None) -> Callable[..., Any]:
+    """The pattern as a `mask_mod`; `key_mask` (B, L) bool and `positions` (B, L) as in `flex_local_attention`."""
     left, right, size = pattern
 
     def is_visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
         seen = (key - query <= right) & (query - key <= left)
-        if segments is not None:
-            seen = seen & (segments[batch, query] == segments[batch, key])
+        if size is not None and positions is not None:
+            seen = seen & (positions[batch, query] // size == positions[batch, key] // size)
         elif size is not None:
             seen = seen & (query // size == key // size)
         return seen if key_mask is None else seen & key_mask[batch, key]
@@ -65,7 +65,7 @@ def flex_local_attention(
     *,
     bias: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Local attention of a whole text.
@@ -75,14 +75,14 @@ def flex_local_attention(
         pattern: see `Pattern`.
         bias: (n, left + right + 1); entry k is added to the scores of offset `j - i = k - left`.
         key_mask: (B, L) bool, True = token.
-        segments: (B, L) integers, in place of chunks counted from the first token.
+        positions: (B, L) integer position of each token in its own row, from which chunks are counted; None: from the first token.
         scale: factor on the products of queries and keys; None = d ** -0.5.
 
     Returns:
         (B, n, L, d); zeros for queries that see no key.
     """
     score = None if bias is None else table_bias(bias, pattern.left)
-    mask = _shared_block_mask(pattern, key_mask, segments, query)
+    mask = _shared_block_mask(pattern, key_mask, positions, query)
     form = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
     with without_autocast(query.device):
         found: torch.Tensor = form(query, key, value, score_mod=score, block_mask=mask, scale=scale)  # type: ignore[assignment]
@@ -112,27 +112,27 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-# The block mask of the last call, with weak references to what it was made from: the layers of a forward pass, and its
-# recomputation under gradient checkpointing, pass the same tensors.
-_last: tuple[Any, BlockMask] | None = None
+# The last block mask of each pattern, with weak references to what it was made from: the layers of a forward pass, and its
+# recomputation under gradient checkpointing, pass the same tensors, and may have two patterns in turn.
+_last: dict[Pattern, tuple[Any, list[weakref.ref[torch.Tensor]], BlockMask]] = {}
+_MOST_PATTERNS = 4
 
 
 def _shared_block_mask(
-    pattern: Pattern, key_mask: torch.Tensor | None, segments: torch.Tensor | None, query: torch.Tensor
+    pattern: Pattern, key_mask: torch.Tensor | None, positions: torch.Tensor | None, query: torch.Tensor
 ) -> BlockMask:
-    global _last
-    batch = None if key_mask is None and segments is None else query.shape[0]
-    arguments = (visibility(pattern, key_mask, segments), batch, None, query.shape[2], query.shape[2])
+    batch = None if key_mask is None and positions is None else query.shape[0]
+    arguments = (visibility(pattern, key_mask, positions), batch, None, query.shape[2], query.shape[2])
     if torch.compiler.is_compiling():
         return create_block_mask(*arguments, device=query.device)
-    sources = [tensor for tensor in (key_mask, segments) if tensor is not None]
+    sources = [tensor for tensor in (key_mask, positions) if tensor is not None]
     versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in sources)
-    place = (pattern, query.shape[2], query.device, key_mask is None, segments is None, versions)
-    if _last is not None:
-        (known, references), mask = _last
-        same = len(references) == len(sources) and all(ref() is tensor for ref, tensor in zip(references, sources))
-        if known == place and same:
-            return mask
-    mask = create_block_mask(*arguments, device=query.device)
-    _last = (place, [weakref.ref(tensor) for tensor in sources]), mask
+    place = (query.shape[2], query.device, key_mask is None, positions is None, versions)
+    known, references, mask = _last.pop(pattern, (None, [], None))
+    same = len(references) == len(sources) and all(ref() is tensor for ref, tensor in zip(references, sources))
+    if mask is None or known != place or not same:
+        mask = create_block_mask(*arguments, device=query.device)
+    while len(_last) >= _MOST_PATTERNS:  # the one that was not used for longest
+        del _last[next(iter(_last))]
+    _last[pattern] = place, [weakref.ref(tensor) for tensor in sources], mask
     return mask

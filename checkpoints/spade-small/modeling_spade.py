@@ -33,6 +33,7 @@ from .kept_results import FreezableModel
 from .norms import build_norm
 from .ssm import StateSpaceLayer
 from .branches import can_read_values
+from .relative_position import rotary_cos_sin
 from .argument_types import checks_types
 from .cache import StateCache
 from .call_cache import cache_of_call, count_tokens
@@ -291,7 +292,8 @@ class SpadeDecoder(SpadePreTrainedModel):
                 past_key_values=own_cache,
             )
             if self.config.decoder_has_rotary_positions:
-                positions = logical_positions(mask, past + length, device=inputs_embeds.device)[:, past:]
+                places = logical_positions(mask, past + length, device=inputs_embeds.device)[:, past:]
+                positions = rotary_cos_sin(places, self.config.head_dim, self.config.rotary_base)
         cross_attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -402,20 +404,14 @@ class SpadeModel(SpadePreTrainedModel):
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        width, vocab_size = self.config.hidden_size, self.config.vocab_size
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs, return_dict=True
             )
         else:
-            encoder_outputs = read_encoder_outputs(encoder_outputs, self.config.hidden_size)
-        check_inputs(
-            decoder_input_ids,
-            decoder_inputs_embeds,
-            None,
-            self.config.vocab_size,
-            hidden_size=self.config.hidden_size,
-            prefix="decoder_",
-        )
+            encoder_outputs = read_encoder_outputs(encoder_outputs, width)
+        check_inputs(decoder_input_ids, decoder_inputs_embeds, None, vocab_size, hidden_size=width, prefix="decoder_")
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
         source = encoder_outputs.last_hidden_state

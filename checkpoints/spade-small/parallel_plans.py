@@ -22,17 +22,20 @@ GATHER, SPLIT = "colwise_gather_output", "rowwise_split_input"
 class ParallelPlans:
     """Base of all models: keeps the rules that a model has a matrix for, and refuses what it cannot be cut by."""
 
+    _fsdp_plan: dict[str, str] | None = None
     _tp_plan: dict[str, str] | None = {"lm_head": GATHER, "mlm_head": GATHER}  # often tied to the embeddings
 
     def init_parallel_plans(self) -> None:
-        """Collects the plans; options of a configuration leave out some of the matrices that it names."""
+        """Collects the plans; options of a configuration leave out some of the matrices that it names, and the plan of all
+        Transformers models for FSDP2 names modules that few have."""
         super().init_parallel_plans()  # type: ignore[misc]
-        matrices = {
-            re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        modules = {
+            re.sub(r"\.\d+(?=\.|$)", ".*", name): module
             for name, module in self.named_modules()  # type: ignore[attr-defined]
-            if isinstance(module, (nn.Linear, nn.Embedding))
         }
+        matrices = {name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Embedding))}
         self._tp_plan = {rule: style for rule, style in (self._tp_plan or {}).items() if rule in matrices}
+        self._fsdp_plan = {rule: style for rule, style in (self._fsdp_plan or {}).items() if rule in modules}
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:

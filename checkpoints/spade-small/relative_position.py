@@ -17,8 +17,10 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .branches import widest_float
-from .diagonal_ssm import diagonal_kernel
+from .branches import uses_cpu_form, widest_float
+from .diagonal_ssm import decay_powers, two_level_split
+from .export_shapes import is_open
+from .full_products import full_matmul
 
 
 def relative_position_bucket(
@@ -154,7 +156,9 @@ def toeplitz_bias(
     last = shift + num_columns - 1  # largest index used, in the upper right corner
     before, after = max(0, -first), max(0, last + 1 - vector.shape[-1])
     extended = F.pad(vector, (before, after), value=fill)[..., first + before : last + 1 + before]
-    return extended.unfold(-1, num_columns, 1).flip(-2)
+    matrix = extended.unfold(-1, num_columns, 1).flip(-2)
+    # Its columns lie side by side in memory; on CPU whatever adds it to rows of scores would take ten times as long.
+    return matrix.contiguous() if uses_cpu_form(vector) else matrix
 
 
 def toeplitz_bias_gradient(gradient: torch.Tensor, vector_length: int, *, shift: int) -> torch.Tensor:
@@ -216,20 +220,58 @@ def rotary_relative_bias(alpha: torch.Tensor, beta: torch.Tensor, length: int) -
     Returns:
         (2 length - 1,): entry length - 1 + o belongs to offset o; float32 or better.
     """
-    real, imag, angles = _rotary_system(alpha, beta)
+    real, imag = _rotary_coefficients(alpha, beta)
+    # K_(gC + j) = Re c q^(gC) q^j in two levels, as `diagonal_kernel`; the powers depend on nothing that is learned.
+    outer_real, outer_imag, inner = _rotary_powers(alpha.shape[-1] // 2, length, real.dtype, alpha.device)
+    rows = torch.addcmul(real.unsqueeze(-1) * outer_real, imag.unsqueeze(-1), outer_imag)  # (2, Z / 2, G)
+    return full_matmul(rows.flatten(0, 1).mT, inner).flatten()[: 2 * length - 1]
+
+
+def _rotary_powers(
+    pairs: int, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Powers q^(gC) as factors of the coefficients, two (2, Z / 2, G), and (Z, C) powers q^(j + 1 - length).
+
+    In eager mode they are computed once: they must not be changed.
+    """
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_open(length)
+    if is_traced or device.type == "meta":
+        return _new_rotary_powers(pairs, length, dtype, device)
+    with torch.inference_mode(False):
+        return _kept_rotary_powers(pairs, length, dtype, device)
+
+
+def _new_rotary_powers(
+    pairs: int, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    angles = _rotary_angles(pairs, device)
     zeros = torch.zeros_like(angles)
-    return diagonal_kernel(real, imag, zeros, angles, 2 * length - 1, offset=1 - length)[0]
+    size, groups = two_level_split(2 * length - 1)
+    inner_real, inner_imag = decay_powers(zeros, angles, count=size, offset=1 - length, dtype=dtype)
+    real, imag = decay_powers(zeros, angles, stride=size, count=groups, dtype=dtype)  # (1, Z / 2, G)
+    assert imag is not None and inner_imag is not None  # powers of complex numbers
+    return torch.cat([real, -imag]), torch.cat([-imag, -real]), torch.cat([inner_real, inner_imag], dim=1)[0]
+
+
+_kept_rotary_powers = lru_cache(maxsize=64)(_new_rotary_powers)
 
 
 def rotary_bias_at(alpha: torch.Tensor, beta: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`rotary_relative_bias` at any offsets `j - i`: integers (...) -> (...), float32 or better."""
-    real, imag, angles = _rotary_system(alpha, beta)
+    real, imag = _rotary_coefficients(alpha, beta)
+    angles = _rotary_angles(real.shape[-1], alpha.device)
     turns = offsets.unsqueeze(-1).to(angles.dtype) * angles[0]
     return (turns.cos().to(real.dtype) @ real[0]) - (turns.sin().to(imag.dtype) @ imag[0])
 
 
-def _rotary_system(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Coefficients c and angles t of the bias Re sum_k c_k exp(i o t_k), all (1, Z / 2); angles in double precision."""
+def _rotary_angles(pairs: int, device: torch.device) -> torch.Tensor:
+    """Angles t of the bias Re sum_k c_k exp(i o t_k), (1, Z / 2), in double precision."""
+    exponents = torch.arange(pairs, device=device, dtype=widest_float(device)) / pairs
+    return (10000.0**-exponents).unsqueeze(0)
+
+
+def _rotary_coefficients(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coefficients c of the bias Re sum_k c_k exp(i o t_k), a pair of (1, Z / 2)."""
     width = alpha.shape[-1]
     if alpha.shape != (1, width) or beta.shape != alpha.shape or width % 2:
         raise ValueError(
@@ -238,14 +280,7 @@ def _rotary_system(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tenso
     dtype = torch.promote_types(alpha.dtype, torch.float32)
     first, second = alpha.to(dtype).chunk(2, dim=-1)
     other_first, other_second = beta.to(dtype).chunk(2, dim=-1)
-    wide = widest_float(alpha)
-    exponents = torch.arange(width // 2, device=alpha.device, dtype=wide) / (width // 2)
-    angles = (10000.0**-exponents).unsqueeze(0)
-    return (
-        first * other_first + second * other_second,
-        first * other_second - second * other_first,
-        angles,
-    )
+    return first * other_first + second * other_second, first * other_second - second * other_first
 
 
 def rotary_cos_sin(positions: torch.Tensor, head_dim: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ from .modeling_spade import SpadeEncoderModel, SpadeModel, SpadePreTrainedModel
 from .spade_layers import PairText, SpadeClassificationHead, SpadePairHead
 
 
-class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
+class SpadeForConditionalGeneration(StateGenerationMixin, SpadePreTrainedModel):
     """Encoder-decoder with a (tied) language model head: span corruption, summarization, translation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
@@ -62,7 +62,7 @@ class SpadeForConditionalGeneration(SpadePreTrainedModel, StateGenerationMixin):
         return attention_mask
 
     def _check_cache_implementation(self, name: str) -> None:
-        kinds = ("static", "offloaded", "offloaded_static")
+        kinds = ("offloaded", "offloaded_static")
         if self.config.decoder_window_size is not None or name not in kinds:
             self._refuse_cache(name)
         if "offloaded" in name and self.device.type == "cpu":

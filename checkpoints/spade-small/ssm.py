@@ -31,6 +31,7 @@ from .diagonal_ssm import (
     discretize_bilinear,
     discretize_zoh,
     initial_state_response,
+    step_decay,
     system_kernel,
 )
 from .export_shapes import is_open
@@ -38,6 +39,7 @@ from .fft_conv import bidirectional_fft_conv, causal_fft_conv
 from .hippo import hippo_legs_dplr, s4d_init
 from .s4 import (
     DplrBlocks,
+    DplrStep,
     DplrSystem,
     dplr_blocks,
     dplr_dense,
@@ -278,7 +280,8 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
 
     def _constants(self) -> dict[str, Callable[[], Any]]:
         if self.ssm_type == "s4d":
-            return {"system": self.diagonal_system}
+            steps = {} if self.bidirectional else {"step": self._diagonal_step_constants}
+            return {"system": self.diagonal_system, **steps}
         kernel = {} if self.max_length is None else {"longest kernel": lambda: self._compute_kernel(self.max_length)}
         return kernel if self.bidirectional else {**kernel, "step": self._step_constants, "blocks": self._blocks}
 
@@ -427,20 +430,24 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
     def _step(self, hidden_states: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = hidden_states[:, 0].to(self._math_dtype)  # (B, H)
         if self.ssm_type == "s4d":
-            outputs, state = diagonal_step(inputs, self._cached("system", self.diagonal_system), state)
+            system, decay = self._cached("step", self._diagonal_step_constants)
+            outputs, state = diagonal_step(inputs, system, state, decay)
         else:
-            constants, output = self._cached("step", self._step_constants)
-            outputs, state = dplr_step(inputs, output, constants, state.to(inputs.dtype))
-        outputs = outputs + self.D.to(inputs.dtype) * inputs.unsqueeze(1)  # (B, c, H)
+            constants = self._cached("step", self._step_constants)
+            outputs, state = dplr_step(inputs, constants, state.to(inputs.dtype))
+        outputs = torch.addcmul(outputs, self.D.to(inputs.dtype), inputs.unsqueeze(1))  # (B, c, H)
         return outputs.flatten(1).unsqueeze(1).to(hidden_states.dtype), state
 
     def _blocks(self) -> DplrBlocks:
         return dplr_blocks(self.raw_c(), dplr_dense(self.dplr_system(self._wide_dtype)), dtype=self._math_dtype)
 
-    def _step_constants(self) -> tuple[Any, torch.Tensor]:
-        constants = dplr_step_constants(self.dplr_system(self._wide_dtype))
-        dtype = self._math_dtype
-        return type(constants)(*(tensor.to(dtype) for tensor in constants)), self.raw_c().to(dtype)
+    def _diagonal_step_constants(self) -> tuple[DiagonalSystem, tuple[torch.Tensor, torch.Tensor | None]]:
+        system = self._cached("system", self.diagonal_system)
+        return system, step_decay(system)
+
+    def _step_constants(self) -> DplrStep:
+        constants = dplr_step_constants(self.dplr_system(self._wide_dtype), self.raw_c())
+        return DplrStep(*(tensor.to(self._math_dtype) for tensor in constants))
 
     def _state_shape(self, hidden_states: torch.Tensor) -> tuple[int, ...]:
         return (hidden_states.shape[0], self.hidden_size, self.state_size // 2, 2)

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .cache import StateLayer
 
@@ -59,6 +61,20 @@ class TokenLayer(StateLayer):
             self._rooms[name] = room
         room[..., length:total, :] = states
         return room[..., :total, :]
+
+    def fitted(self, slots: int) -> dict[str, torch.Tensor]:
+        """The kept tokens at the end of as many places as the text can need, with zeros in front."""
+        places = slots - 1 if self.kept_tokens is None else min(self.kept_tokens, slots - 1)
+        found = super().fitted(slots)
+        for name in ("keys", "values"):
+            missing = places - found[name].shape[-2]
+            found[name] = F.pad(found[name], (0, 0, missing, 0)) if missing > 0 else found[name][..., -missing:, :]
+        return found
+
+    def _unfitted(self, tensors: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+        kept = length if self.kept_tokens is None else min(self.kept_tokens, length)
+        shown = {name: tensors[name][..., -kept:, :] for name in ("keys", "values")}
+        return super()._unfitted({**tensors, **shown}, length)
 
     def drop_past(self, tokens: int) -> None:
         self.cumulative_length -= tokens

@@ -18,7 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import TransformersKwargs
 
-from .losses import check_class_labels, mean_over_labels, summed_cross_entropy, token_cross_entropy
+from .losses import check_class_labels, mean_over_labels, sum_over_labels, token_cross_entropy
 
 WHOLE_ELEMENTS = 1 << 27  # B L V from which the loss is computed in pieces; 512 MiB in float32
 PIECE_ELEMENTS = 1 << 25  # logits of a piece; 128 MiB in float32
@@ -128,12 +128,12 @@ def _in_pieces(
     if not torch.is_grad_enabled():
         whole = head(hidden_states) if keeps_logits else None
         parts = (head(piece) for piece in states) if whole is None else whole.reshape(1, rows, -1).split(size, dim=1)
-        totals = [summed_cross_entropy(part, target, smoothing) for part, target in zip(parts, targets)]
+        totals = [sum_over_labels(part, target, smoothing) for part, target in zip(parts, targets)]
         return whole, torch.stack(totals).sum()
 
     def score(piece: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits = head(piece)
-        total = summed_cross_entropy(logits, target, smoothing)
+        total = sum_over_labels(logits, target, smoothing)
         return (total, logits) if keeps_logits else (total,)
 
     scored = [checkpoint(score, piece, target, use_reentrant=False) for piece, target in zip(states, targets)]
