@@ -51,6 +51,14 @@ def is_running(number: str) -> bool:
     return not record.exists() or record.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+def ends(number: str) -> bool:
+    """Whether a process that has been killed ends: on a busy machine it takes a moment to."""
+    end = time.monotonic() + 10
+    while is_running(number) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not is_running(number)
+
+
 def test_contenders_that_hang_or_die(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(check, "REPOSITORY", tmp_path)
     monkeypatch.setattr(check, "SECONDS_PER_CASE", 2)
@@ -60,7 +68,7 @@ def test_contenders_that_hang_or_die(check: ModuleType, monkeypatch: pytest.Monk
     assert list(found) == names and set(kept[0]) == {"first"}
     assert found["hangs"] == {"failed": "took more than 2 seconds"}
     assert found["dies"] == {"failed": "the process ended with status 3"}
-    assert not is_running((tmp_path / "child").read_text())
+    assert ends((tmp_path / "child").read_text())
     assert all("train_tokens_per_second" in found[name] for name in ("first", "second", "third"))
 
 
@@ -99,7 +107,7 @@ def test_tests_that_ran_before_a_stop_count(
     found = check.run_tests(torch.device("cpu"), 10.0, None)
     assert found["passed"] == found["skipped"] == 1 and found["failed"] == ["test_fails[one two]"]
     assert found["stopped"] == "after 10 seconds"
-    assert not is_running((tmp_path / "child").read_text())
+    assert ends((tmp_path / "child").read_text())
     record = {
         "device": "cpu",
         "time": "",
