@@ -251,7 +251,8 @@ def _new_rotary_powers(
     return torch.cat([real, -imag]), torch.cat([-imag, -real]), torch.cat([inner_real, inner_imag], dim=1)[0]
 
 
-_kept_rotary_powers = lru_cache(maxsize=64)(_new_rotary_powers)
+# Of the last length alone: nothing is kept from length to length.
+_kept_rotary_powers = lru_cache(maxsize=1)(_new_rotary_powers)
 
 
 def rotary_bias_at(alpha: torch.Tensor, beta: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
