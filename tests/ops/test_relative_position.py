@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_hybrid.ops.relative_position import (
     apply_rotary,
@@ -19,6 +20,7 @@ from hf_hybrid.ops.relative_position import (
     simple_relative_bias,
     toeplitz_bias,
     toeplitz_bias_gradient,
+    window_buckets,
 )
 
 
@@ -177,3 +179,14 @@ def test_rotary_bias_is_accurate_far_away():
 def test_rotary_bias_refuses_odd_widths():
     with pytest.raises(ValueError, match="even"):
         rotary_relative_bias(torch.zeros(1, 3), torch.zeros(1, 3), 4)
+
+
+def test_tensors_without_contents_are_not_kept():
+    """What a call under `FakeTensorMode` computes is not met by a later call, nor the other way round."""
+    alpha = torch.ones(1, 8)
+    for _ in range(2):
+        with FakeTensorMode():
+            assert type(rotary_relative_bias(torch.ones(1, 8), torch.ones(1, 8), 9)) is FakeTensor
+            assert type(window_buckets(7, device=torch.device("cpu"))) is FakeTensor
+        assert type(rotary_relative_bias(alpha, alpha, 9)) is torch.Tensor
+        assert type(window_buckets(7, device=torch.device("cpu"))) is torch.Tensor

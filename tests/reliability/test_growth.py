@@ -12,8 +12,6 @@ import torch
 from factories import Case, all_variants
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from hf_hybrid.ops import relative_position
-
 MEGABYTE = 2**20
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # The allocators of torch and C keep freed memory and hand it out in pieces; what leaks in every step exceeds this within 500 steps.
@@ -24,7 +22,6 @@ every_architecture = pytest.mark.parametrize("case", CASES, ids=lambda case: cas
 
 def tensors() -> tuple[int, int]:
     """Number and bytes of the tensors that Python can reach."""
-    relative_position._kept_rotary_powers.cache_clear()  # one table, of the last length: its size is that of the length
     gc.collect()
     found = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
     # By the address of the object, not of its data: tensors that other tests traced have none.
