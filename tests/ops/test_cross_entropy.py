@@ -54,3 +54,10 @@ def test_smoothed_targets_are_those_of_the_library_function():
     logits, targets = torch.randn(6, 30), torch.randint(30, (6,))
     expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1)
     torch.testing.assert_close(summed_cross_entropy(logits, targets, 0.1), expected)
+
+
+@pytest.mark.parametrize("target", [-1, 30])
+def test_targets_outside_the_vocabulary_are_refused(target):
+    """As by the library function: a label of -1 is not taken for class 0."""
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        summed_cross_entropy(torch.randn(4, 30), torch.tensor([1, target, module.IGNORED, 2]))
