@@ -113,11 +113,17 @@ def window_buckets(
     if radius < 0:
         raise ValueError(f"`radius` must be a distance in tokens, 0 or more; got {radius}.")
     arguments = (radius, causal, num_buckets, max_distance, device)
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if is_traced or device is None or device.type == "meta":
+    if device is None or not _can_keep(device):
         return _window_buckets(*arguments)
     with torch.inference_mode(False):
         return _kept_window_buckets(*arguments)
+
+
+def _can_keep(device: torch.device) -> bool:
+    """Whether a tensor made now serves later calls too: not that of a traced graph, nor one without contents."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or device.type == "meta":
+        return False
+    return type(torch.empty(0, device=device)) is torch.Tensor  # `FakeTensorMode` makes others
 
 
 def _window_buckets(
@@ -232,13 +238,11 @@ def _rotary_powers(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Powers q^(gC) as factors of the coefficients, two (2, Z / 2, G), and (Z, C) powers q^(j + 1 - length).
 
-    In eager mode they are computed once: they must not be changed.
+    Where gradients are tracked the layers of a stack share those of the last length, which must not be changed; a generation keeps
+    the bias itself.
     """
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_open(length)
-    if is_traced or device.type == "meta":
-        return _new_rotary_powers(pairs, length, dtype, device)
-    with torch.inference_mode(False):
-        return _kept_rotary_powers(pairs, length, dtype, device)
+    is_shared = torch.is_grad_enabled() and not is_open(length) and _can_keep(device)
+    return (_last_rotary_powers if is_shared else _new_rotary_powers)(pairs, length, dtype, device)
 
 
 def _new_rotary_powers(
@@ -253,7 +257,7 @@ def _new_rotary_powers(
     return torch.cat([real, -imag]), torch.cat([-imag, -real]), torch.cat([inner_real, inner_imag], dim=1)[0]
 
 
-_kept_rotary_powers = lru_cache(maxsize=64)(_new_rotary_powers)
+_last_rotary_powers = lru_cache(maxsize=1)(_new_rotary_powers)
 
 
 def rotary_bias_at(alpha: torch.Tensor, beta: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,14 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoo
 
     Args:
         logits: (N, V), floating.
-        targets: (N,) int64; rows with `IGNORED` do not count.
+        targets: (N,) int64, of classes; rows with `IGNORED` do not count.
         label_smoothing: weight of the uniform distribution in the targets.
 
     Returns:
         Scalar.
+
+    Raises:
+        IndexError, RuntimeError: a target is neither a class nor `IGNORED`.
     """
     is_plain = type(logits) is torch.Tensor and can_read_values(logits) and label_smoothing == 0
     if is_plain and logits.numel() >= FEWEST_ELEMENTS:
@@ -51,8 +54,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         normalizers = logits.new_empty(len(logits), 1, dtype=dtype)
         for piece in _pieces(logits):
             torch.logsumexp(logits[piece].to(dtype), dim=1, keepdim=True, out=normalizers[piece])
-        chosen = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).to(dtype)
-        losses = (normalizers - chosen).masked_fill_((targets == IGNORED).unsqueeze(1), 0)
+        columns, is_ignored = _columns(targets)
+        losses = (normalizers - logits.gather(1, columns).to(dtype)).masked_fill_(is_ignored, 0)
         return losses.sum(), normalizers
 
     @staticmethod
@@ -64,13 +67,19 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, normalizers = ctx.saved_tensors
-        factors = (targets != IGNORED).to(normalizers.dtype).mul_(grads[0]).unsqueeze(1)
-        columns = targets.clamp(min=0).unsqueeze(1)
+        columns, is_ignored = _columns(targets)
+        factors = (~is_ignored).to(normalizers.dtype).mul_(grads[0])
         gradient = torch.empty_like(logits)
         for piece in _pieces(logits):
             probabilities = torch.sub(logits[piece], normalizers[piece]).exp_().mul_(factors[piece])
             gradient[piece] = probabilities.scatter_add_(1, columns[piece], -factors[piece])
         return gradient, None
+
+
+def _columns(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of the target of each row, any for rows that do not count, and which these are; both (N, 1)."""
+    is_ignored = (targets == IGNORED).unsqueeze(1)
+    return targets.unsqueeze(1).masked_fill(is_ignored, 0), is_ignored
 
 
 def _pieces(logits: torch.Tensor) -> Iterator[slice]:
