@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-PAIRS_AT_A_TIME = (
-    1 << 18
-)  # pairs of query and key whose scores exist at one time on CPU: 1 MB in float32, so that they stay in cache
+# Pairs of query and key whose scores exist at one time on CPU: 1 MB in float32, so that they stay in cache.
+PAIRS_AT_A_TIME = 1 << 18
 
 
 def even_slices(start: int, stop: int, at_most: int) -> list[slice]:
