@@ -62,6 +62,7 @@ def _seq2seq(*names: str) -> tuple[Variant, ...]:
 _RELATIVE: dict[str, Any] = {"ssm_learning_rate": None}  # steps relative to the size of the tensor, for states too
 _BST_WINDOWS = {"bst_layers": [], "local_attention": "sliding_window"}
 _SMALL_EMBEDDINGS = {"embedding_init_std": 0.02}  # as the other contenders; the default is that of T5
+_PLAIN_HEAD = _SMALL_EMBEDDINGS | {"logits_scaling": 1.0}  # without the division of the logits that T5 has, either
 _LM = ("SPADE-LM", "Mega", "SeqBoat", "BST", "LongVQ", "Llama", "Mistral", "Mamba2")
 
 CASES = {
@@ -208,9 +209,12 @@ CASES = {
                 Variant("BST, windows alone", "BST", {"model": _BST_WINDOWS}),
                 Variant("BST, embeddings of 0.02", "BST", {"model": _SMALL_EMBEDDINGS}),
                 Variant("BST, windows alone, embeddings of 0.02", "BST", {"model": _BST_WINDOWS | _SMALL_EMBEDDINGS}),
+                Variant("BST, plain head", "BST", {"model": _PLAIN_HEAD}),
+                Variant("BST, windows alone, plain head", "BST", {"model": _BST_WINDOWS | _PLAIN_HEAD}),
                 Variant("Mega-chunk", "Mega"),
                 Variant("SeqBoat", "SeqBoat"),
                 Variant("LongVQ", "LongVQ"),
+                Variant("LongVQ, maps of 0.08", "LongVQ", {"model": {"initializer_range": 0.08}}),
                 Variant("Mistral", "Mistral"),
                 Variant("Llama", "Llama"),
             ),

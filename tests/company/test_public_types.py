@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,11 @@ def test_types_of_public_names_are_known() -> None:
         "--ignoreexternal",
         "--outputjson",
     ]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=1800)
+    # `--verifytypes` of pyright 1.1.414 looks for packages there alone.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(STUB.parents[1]), sysconfig.get_path("purelib")))}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=1800
+    )
     report = json.loads(done.stdout)["typeCompleteness"]
     symbols: list[dict[str, Any]] = [symbol for symbol in report["symbols"] if is_public(symbol["name"], public)]
     unknown = [symbol["name"] for symbol in symbols if not symbol["isTypeKnown"] or symbol["isTypeAmbiguous"]]
