@@ -339,6 +339,7 @@ ASKING_FOR_DEVICES = {
     "ops/products",
     "ops/relative_position",
     "ops/sdpa_blocks",
+    "training/cpu_products",
     "training/muon",
     "training/pieces_trainer",
     "modeling/spade/spade_heads",

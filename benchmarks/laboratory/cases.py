@@ -47,11 +47,12 @@ def _each(contender: str, setting: str, values: tuple[Any, ...], **common: Any) 
     return tuple(Variant(f"{setting} {value}", contender, {**common, setting: value}) for value in values)
 
 
-def _at_rates(contender: str, **common: Any) -> tuple[Variant, ...]:
+def _at_rates(contender: str, name: str | None = None, **common: Any) -> tuple[Variant, ...]:
     """Every contender is tried with the same two pairs of learning rates."""
+    name = contender if name is None else name
     return (
-        Variant(f"{contender}, AdamW 3e-3", contender, ADAMW | common),
-        Variant(f"{contender}, Muon 5e-3", contender, RECIPE | common),
+        Variant(f"{name}, AdamW 3e-3", contender, ADAMW | common),
+        Variant(f"{name}, Muon 5e-3", contender, RECIPE | common),
     )
 
 
@@ -194,7 +195,10 @@ CASES = {
         Case(
             "language-models",
             "Language models of the same size",
-            tuple(variant for name in _LM for variant in _at_rates(name)),
+            (
+                *(variant for name in _LM for variant in _at_rates(name)),
+                *_at_rates("BST", "BST, plain head", model=_PLAIN_HEAD),
+            ),
             {"length": 512, "batch_size": 8},
         ),
         Case(

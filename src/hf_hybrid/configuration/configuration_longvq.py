@@ -57,7 +57,8 @@ class LongVQConfig(HybridConfig):
         norm_type, norm_eps: "layernorm" or "rmsnorm".
         hidden_dropout: dropout of the outputs of the state space, of attention and of the feed-forward layer.
         activation_dropout: dropout of attention values and of the inner activations of the feed-forward layer.
-        initializer_range: standard deviation of the initial embeddings and linear maps.
+        initializer_range: standard deviation of the initial embeddings and linear maps; narrow models learn better with about
+            `hidden_size ** -0.5`.
         tie_word_embeddings: the language model head uses the embedding matrix.
         input_type: "tokens", or "values" for sequences of real numbers (pixels, samples of a waveform).
         image_size: height and width that image classification accepts; None accepts any.

@@ -28,6 +28,7 @@ from .best_metric import check_best_metric
 from .callbacks import EpochCallback, TimeLimitCallback
 from .checkpoints import STAGING_FOLDER, publish_checkpoint, reporting_write_errors, rotate_checkpoints
 from .codebooks import CodebookCallback, has_codebooks
+from .cpu_products import fast_products, limit_kept_products
 from .divergence import DivergenceMonitor, diverged, lost_weights
 from .muon import MuonAdamW
 from .parameter_groups import parameter_groups
@@ -309,6 +310,7 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrai
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; see `Trainer.train` of Transformers."""
+        limit_kept_products()
         self._interval_start, self._earlier, self._divergence = None, None, None
         self._timed_tokens, self._timed_seconds = 0, 0.0
         if self._time_limit is not None:
@@ -408,7 +410,8 @@ class HybridTrainer(PublishingTrainer, PiecesTrainer, StreamsTrainer, ShardsTrai
         """One forward and backward pass; the first one starts the clock for the throughput."""
         if self._interval_start is None:
             self._interval_start, self._paused_seconds = (time.perf_counter(), self.state.num_input_tokens_seen), 0.0
-        loss = super().training_step(*args, **kwargs)
+        with fast_products(self.args.device):
+            loss = super().training_step(*args, **kwargs)
         if self._divergence is None:
             model = args[0] if args else kwargs["model"]
             self._divergence = DivergenceMonitor(model, gradients_overflow=self.args.fp16)
