@@ -116,8 +116,10 @@ class Laboratory:
             "word_counts": {},
             "runs": [],
         }
+        variants = select(case, self.options.only)
+        self._check_common(variants)
         for seed in self.options.seeds:
-            for variant in select(case, self.options.only):
+            for variant in variants:
                 settings = Settings().changed({**case.changes, **variant.changes, **self.common})
                 text = self.text(settings.vocab_size)
                 name, counts = self._count_words(settings, text, CONTENDERS[variant.contender].objective)
@@ -127,6 +129,16 @@ class Laboratory:
                 (folder / "table.md").write_text(table(report) + "\n")
         draw(report, folder / "curves.png")
         return report
+
+    def _check_common(self, variants: list[Variant]) -> None:
+        """A setting in which variants differ cannot be common to all: they would be the same under other names."""
+        for variant in variants:
+            differing = sorted(set(variant.changes) & set(self.common))
+            if differing:
+                raise SystemExit(
+                    f"--set {', '.join(differing)}: the variant {variant.name!r} has a value of its own. Leave it out, or choose other "
+                    "variants with --only."
+                )
 
     def _count_words(self, settings: Settings, text: Text, objective: str) -> tuple[str, dict[str, float]]:
         _, held_out = datasets_of(text, settings, objective, self.options.rows)

@@ -259,7 +259,7 @@ def test_command_writes_a_table_and_curves_and_keeps_finished_runs(lab, folder, 
         lab.command.main([*options, "--steps", "5"])
 
 
-def test_wrong_words_are_refused(lab, capsys):
+def test_wrong_words_are_refused(lab, tmp_path, capsys):
     assert lab.command.main(["--list"]) == 0 and "optimizers" in capsys.readouterr().out
     for case in lab.cases.CASES.values():
         for variant in case.variants:
@@ -272,6 +272,8 @@ def test_wrong_words_are_refused(lab, capsys):
     assert [variant.name for variant in chosen] == ["AdamW 3e-3", "Lion 3e-4", "Lion 1e-3"]
     with pytest.raises(SystemExit, match="no variant of 'compile'"):
         lab.command.main(["--case", "compile", "--only", "nothing"])
+    with pytest.raises(SystemExit, match="--set layers: the variant 'width 128, 6 \\+ 2' has a value of its own"):
+        lab.command.main(["--case", "shapes", "--set", "layers=2", "--out", str(tmp_path / "runs")])
     with pytest.raises(ValueError, match="There is no setting 'widht'; known are"):
         lab.settings.Settings().changed({"widht": 1})
     with pytest.raises(ValueError, match="`matrix_learning_rate` is the learning rate of the matrices"):
