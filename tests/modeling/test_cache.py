@@ -16,7 +16,7 @@ from hf_hybrid.modeling.spade.spade_cache import SlidingRecurrentLayer
 
 def local_cache(window: int, kind: str = "window") -> StateCache:
     layout = {"window_size": window + (kind == "window"), "local_attention_type": kind}
-    return StateCache(SlidingRecurrentLayer(layout) for _ in range(2))
+    return StateCache([SlidingRecurrentLayer(layout) for _ in range(2)])
 
 
 def filled(tokens: int = 9, window: int = 3, kind: str = "window") -> StateCache:
@@ -75,7 +75,7 @@ LAYOUT = {"hidden_size": 5, "chunk_size": 4}
 
 
 def gated_cache(num_layers: int, chunk_size: int | None = None) -> StateCache:
-    return StateCache(GatedAttentionLayer(LAYOUT | {"chunk_size": chunk_size}) for _ in range(num_layers))
+    return StateCache([GatedAttentionLayer(LAYOUT | {"chunk_size": chunk_size}) for _ in range(num_layers)])
 
 
 def filled_gated(chunk_size: int | None = 4, tokens: int = 7) -> StateCache:

@@ -38,6 +38,7 @@ BST = [
 COMPILED = ENCODERS + SEQ2SEQ + CAUSAL + MEGA + SEQBOAT + LONGVQ + BST
 QUICK = [ENCODERS[0], SEQ2SEQ[0], CAUSAL[0], MEGA[0], MEGA[2], *SEQBOAT[:2], LONGVQ[0], *BST[:2]]
 QUICK_KEPT = [SEQ2SEQ[0], MEGA[2], SEQBOAT[0], BST[0]]
+GENERATIVE = [SEQ2SEQ[0], CAUSAL[0], MEGA[1], MEGA[5], SEQBOAT[0], LONGVQ[0], BST[0]]
 OTHER_HEADS = [case for case in all_heads() + all_heads(other_inputs=True) if case not in COMPILED]
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
 
@@ -116,10 +117,28 @@ def test_compiled_evaluation_follows_changed_weights(case: Case) -> None:
     assert (first - second).abs().max() > 1e-3
 
 
-@pytest.mark.slow
-def test_dynamic_lengths() -> None:
+@parametrize(GENERATIVE, kept=GENERATIVE)
+def test_compiled_forward_makes_a_cache(case: Case) -> None:
+    """As any call without labels does; the text goes on from it."""
     torch._dynamo.reset()
-    case = CAUSAL[0]
+    model = case.model().double().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = case.inputs(length=12, target=6)
+    with torch.no_grad():
+        expected, actual = model(**inputs), compiled(**inputs)
+        torch.testing.assert_close(actual.logits, expected.logits, **CLOSE)
+        name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+        inputs[name] = inputs[name][:, -1:]
+        for outputs in (expected, actual):
+            outputs.next_logits = model(**inputs, past_key_values=outputs.past_key_values).logits
+    assert actual.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() > 1
+    torch.testing.assert_close(actual.next_logits, expected.next_logits, **CLOSE)
+
+
+@pytest.mark.slow
+@parametrize(GENERATIVE, kept=GENERATIVE)
+def test_dynamic_lengths(case: Case) -> None:
+    torch._dynamo.reset()
     model = case.model().double()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():

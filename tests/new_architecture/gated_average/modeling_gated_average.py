@@ -101,7 +101,7 @@ class GatedAverageModel(GatedAveragePreTrainedModel):
 
     def build_cache(self) -> Cache:
         """Empty cache."""
-        return StateCache(AverageLayer(self._cache_layout()) for _ in self.layers)
+        return StateCache([AverageLayer(self._cache_layout()) for _ in self.layers])
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache of another model."""

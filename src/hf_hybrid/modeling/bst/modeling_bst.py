@@ -117,7 +117,7 @@ class BstModel(RunsInStages, ReadsPieces, BstPreTrainedModel):
     def build_cache(self) -> Cache:
         """Empty cache of constant size (see the module docstring)."""
         layout = self._layout()
-        return StateCache(BlockStateLayer(layout) for _ in self.layers)
+        return StateCache([BlockStateLayer(layout) for _ in self.layers])
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""

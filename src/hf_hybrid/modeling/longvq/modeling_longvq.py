@@ -138,7 +138,7 @@ class LongVQModel(RunsInStages, ReadsPieces, LongVQPreTrainedModel):
     def build_cache(self) -> Cache:
         """Empty cache, which will stay of constant size."""
         layout = self._cache_layout()
-        return StateCache(CodeMemoryLayer(layout, learns=not self.config.freeze_codebook) for _ in self.layers)
+        return StateCache([CodeMemoryLayer(layout, learns=not self.config.freeze_codebook) for _ in self.layers])
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache of a model with other settings or, unless traced, other codebooks."""

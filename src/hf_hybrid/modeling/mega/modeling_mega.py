@@ -210,7 +210,7 @@ class MegaModel(RunsInStages, ReadsPieces, MegaPreTrainedModel):
     def build_cache(self) -> Cache:
         """Empty cache; of constant size when attention is chunked."""
         layout = self._cache_layout()
-        return StateCache(GatedAttentionLayer(layout) for _ in self.layers)
+        return StateCache([GatedAttentionLayer(layout) for _ in self.layers])
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""

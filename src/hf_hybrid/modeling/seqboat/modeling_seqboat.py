@@ -139,7 +139,7 @@ class SeqBoatModel(RunsInStages, ReadsPieces, SeqBoatPreTrainedModel):
     def build_cache(self) -> Cache:
         """Empty cache; of constant size unless `window_size` is None."""
         layout = self._cache_layout()
-        return StateCache(WorkingMemoryLayer(layout) for _ in self.layers)
+        return StateCache([WorkingMemoryLayer(layout) for _ in self.layers])
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""
