@@ -9,7 +9,7 @@ Transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -241,7 +241,7 @@ class StateCache(Cache):
             its end (`fixed_steps`); None elsewhere.
     """
 
-    def __init__(self, layers: Iterable[StateLayer]) -> None:
+    def __init__(self, layers: Sequence[StateLayer]) -> None:  # not a generator, which compiled graphs cannot hand out
         super().__init__(layers=list(layers))
         self.announced: int | None = None
         self.moved: torch.Tensor | None = None

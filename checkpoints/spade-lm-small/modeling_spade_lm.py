@@ -230,7 +230,7 @@ class SpadeLMModel(RunsInStages, ReadsPieces, SpadeLMPreTrainedModel):
     def build_cache(self) -> Cache:
         """Empty cache of constant size (see the module docstring)."""
         layout = self._cache_layout()
-        return StateCache(SlidingRecurrentLayer(layout) for _ in self.layers)
+        return StateCache([SlidingRecurrentLayer(layout) for _ in self.layers])
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ValueError for a cache that `build_cache` of a model with these settings did not make."""

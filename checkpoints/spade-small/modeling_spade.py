@@ -222,7 +222,7 @@ class SpadeDecoder(SpadePreTrainedModel):
         """Empty cache: growing keys and values, or a window and states when the decoder attends locally."""
         layout = self._cache_layout()
         kind = FullAttentionLayer if layout is None else SlidingRecurrentLayer
-        return SpadeDecoderCache(StateCache(kind(layout or {}) for _ in self.layers))
+        return SpadeDecoderCache(StateCache([kind(layout or {}) for _ in self.layers]))
 
     def check_cache(self, cache: EncoderDecoderCache) -> None:
         """Raises ValueError for a cache that cannot hold the state; with full attention those of Transformers can."""

@@ -58,7 +58,7 @@ class SpadeDecoderCache(EncoderDecoderCache):
     cross_attention_cache: StateCache
 
     def __init__(self, own: StateCache) -> None:
-        super().__init__(own, StateCache(FullAttentionLayer({}) for _ in own.layers))
+        super().__init__(own, StateCache([FullAttentionLayer({}) for _ in own.layers]))
 
     @property
     def kept_tokens(self) -> int | None:
