@@ -47,12 +47,16 @@ def train_without(hidden: int, architecture: str) -> Callable[[], object]:
     import torch
 
     stack = _stack(architecture, hidden).train()
-    ids = torch.randint(3, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (8, LENGTH), generator=generator)
+    weights = torch.randn(
+        8, LENGTH, hidden, generator=generator
+    )  # of the sum: that of squares is fixed by the last norm
     options = {} if architecture == "spade" else {"use_cache": False}
 
     def step() -> object:
         stack.zero_grad(set_to_none=True)
-        stack(ids, **options).last_hidden_state.pow(2).mean().backward()
+        stack(ids, **options).last_hidden_state.mul(weights).mean().backward()
         return stack
 
     return step
@@ -74,15 +78,13 @@ def train(hidden: int, architecture: str) -> Callable[[], object]:
 
 
 def check(hidden: int, architecture: str) -> None:
-    """Both have the same gradients, but for the rounding of float32."""
-    import torch
-
+    """Both have the same gradients, but for the rounding of float32, which now and then moves a state across the kink of a ReLU."""
     ours, theirs = train(hidden, architecture)(), train_without(hidden, architecture)()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
     for name, parameter in ours.named_parameters():
-        if name in gradients:
-            scale = gradients[name].abs().max().item()
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-3 * scale + 1e-12)
+        if name in expected:
+            error = (parameter.grad - expected[name]).norm() / expected[name].norm()
+            assert error < 5e-3, f"{name}: {error:.1e}"  # each of them is 1e-3 from the gradient in float64
 
 
 def tokens(hidden: int, architecture: str) -> tuple[int, str]:
