@@ -41,6 +41,8 @@ QUICK_KEPT = [SEQ2SEQ[0], MEGA[2], SEQBOAT[0], BST[0]]
 GENERATIVE = [SEQ2SEQ[0], CAUSAL[0], MEGA[1], MEGA[5], SEQBOAT[0], LONGVQ[0], BST[0]]
 OTHER_HEADS = [case for case in all_heads() + all_heads(other_inputs=True) if case not in COMPILED]
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
+# Angles of rotary positions are float32 in every model, and Inductor's powers and sines differ from eager ones in the last bit.
+CLOSE_AS_ANGLES = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def padded_inputs(case: Case) -> dict[str, torch.Tensor]:
@@ -60,20 +62,22 @@ def run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.
     return loss.detach(), {name: grad for name, grad in zip(parameters, gradients) if grad is not None}
 
 
-def check_compiled_training(case: Case, backend: str, *, shallow: bool = False) -> None:
+def check_compiled_training(
+    case: Case, backend: str, *, shallow: bool = False, close: dict[str, float] = CLOSE
+) -> None:
     torch._dynamo.reset()
     model = (case.shallow_model() if shallow else case.model()).double().train()
     inputs = padded_inputs(case)
     loss, gradients = run(model, inputs)
     model.compile(fullgraph=True, backend=backend)
     compiled_loss, compiled_gradients = run(model, inputs)
-    torch.testing.assert_close(compiled_loss, loss, **CLOSE)
+    torch.testing.assert_close(compiled_loss, loss, **close)
     # A compiled graph gives zeros to parameters that the loss does not depend on (the pooler of a base model), eager mode nothing.
     unused = [compiled_gradients.pop(name) for name in compiled_gradients.keys() - gradients.keys()]
     assert not any(gradient.any() for gradient in unused)
     assert compiled_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(compiled_gradients[name], gradient, **CLOSE, msg=name)
+        torch.testing.assert_close(compiled_gradients[name], gradient, **close, msg=name)
 
 
 @parametrize(QUICK, kept=QUICK_KEPT)
@@ -95,7 +99,7 @@ def test_one_graph_forward_and_backward_of_the_other_variants(case: Case) -> Non
 @pytest.mark.slow
 @parametrize(COMPILED)
 def test_inductor(case: Case) -> None:
-    check_compiled_training(case, "inductor")
+    check_compiled_training(case, "inductor", close=CLOSE_AS_ANGLES if case in SEQ2SEQ else CLOSE)
 
 
 @parametrize([ENCODERS[1]])
