@@ -8,56 +8,37 @@ computes with half of their vector units, those of AMD with AVX-512, have someth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from harness import Case, Peer
+from stacks import ARCHITECTURES, call_options, configuration, stack
 
 VOCABULARY, LENGTH = 2000, 512
-ARCHITECTURES = ("spade", "spade_lm", "mega", "seqboat", "longvq", "bst")
 
 
 def _stack(architecture: str, hidden: int):
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    from hf_hybrid.modeling.spade.modeling_spade import SpadeEncoderModel
-
-    heads = {"num_attention_heads": hidden // 32, "intermediate_size": 3 * hidden}
-    single = {"shared_representation_size": hidden // 2, "intermediate_size": 2 * hidden, "chunk_size": 128}
-    options: dict[str, Any] = {
-        "spade": heads | {"head_dim": 32, "decoder_layers": 1, "window_size": 128},
-        "spade_lm": heads | {"window_size": 128},
-        "mega": single
-        | {"nffn_hidden_size": 2 * hidden, "use_chunking": True, "bidirectional": False, "is_decoder": True},
-        "seqboat": {"value_dim": 2 * hidden, "qk_dim": hidden // 2, "window_size": 128, "is_decoder": True},
-        "longvq": single | {"value_size": 2 * hidden, "is_decoder": True},
-        "bst": heads | {"head_dim": 32, "block_size": 128},
-    }[architecture]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        architecture, vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=4, **options
+    changes = {"block_size": 128} if architecture == "bst" else {}
+    config = configuration(
+        architecture, hidden, layers=4, vocabulary=VOCABULARY, heads=hidden // 32, feed_forward=3, **changes
     )
     for name, value in list(vars(config).items()):
         if "dropout" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    return SpadeEncoderModel(config) if architecture == "spade" else AutoModel.from_config(config)
+    return stack(config)
 
 
 def train_without(hidden: int, architecture: str) -> Callable[[], object]:
     import torch
 
-    stack = _stack(architecture, hidden).train()
+    model = _stack(architecture, hidden).train()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (8, LENGTH), generator=generator)
-    weights = torch.randn(
-        8, LENGTH, hidden, generator=generator
-    )  # of the sum: that of squares is fixed by the last norm
-    options = {} if architecture == "spade" else {"use_cache": False}
+    # Weights of the sum of the states; the sum of their squares is fixed by the last norm.
+    weights = torch.randn(8, LENGTH, hidden, generator=generator)
 
     def step() -> object:
-        stack.zero_grad(set_to_none=True)
-        stack(ids, **options).last_hidden_state.mul(weights).mean().backward()
-        return stack
+        model.zero_grad(set_to_none=True)
+        model(ids, **call_options(architecture)).last_hidden_state.mul(weights).mean().backward()
+        return model
 
     return step
 

@@ -1,6 +1,6 @@
 """A million tokens in one forward pass, and a training step of a quarter of a million, for every model.
 
-Models: hidden 32 (forward) and 64 (training), 2 layers, vocabulary 1,000, windows and chunks of 128, dropout 0, batch 1, float32. SPADE is its encoder;
+Models: hidden 32 (forward) and 64 (training), 2 layers, vocabulary 1,000, windows and chunks of 128 (blocks of 512), dropout of the defaults, batch 1, float32. SPADE is its encoder;
 the others are causal stacks. A training step has gradient checkpointing. Steps take minutes: `--repeats 1 --warm_up 0` runs each once.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from harness import Case
+from stacks import ARCHITECTURES, call_options, configuration, stack
 
 VOCABULARY = 1000
-ARCHITECTURES = ("spade", "spade_lm", "mega", "seqboat", "longvq", "bst")
 
 
 def _token_ids(length: int):
@@ -22,48 +22,28 @@ def _token_ids(length: int):
 
 
 def _stack(architecture: str, hidden: int):
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    from hf_hybrid.modeling.spade.modeling_spade import SpadeEncoderModel
-
-    heads = {"num_attention_heads": 2, "intermediate_size": 4 * hidden, "window_size": 128}
-    single = {"shared_representation_size": hidden // 2, "intermediate_size": 2 * hidden, "chunk_size": 128}
-    options: dict[str, Any] = {
-        "spade": heads | {"head_dim": hidden // 2, "decoder_layers": 1},
-        "spade_lm": heads,
-        "mega": single
-        | {"nffn_hidden_size": 2 * hidden, "use_chunking": True, "bidirectional": False, "is_decoder": True},
-        "seqboat": {"value_dim": 2 * hidden, "qk_dim": hidden // 2, "window_size": 128, "is_decoder": True},
-        "longvq": single | {"value_size": 2 * hidden, "is_decoder": True},
-        "bst": heads | {"head_dim": hidden // 2},
-    }[architecture]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        architecture, vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=2, **options
-    )
-    return SpadeEncoderModel(config) if architecture == "spade" else AutoModel.from_config(config)
+    return stack(configuration(architecture, hidden, layers=2, vocabulary=VOCABULARY, heads=2, feed_forward=4))
 
 
 def forward(length: int, architecture: str) -> Callable[[], object]:
     import torch
 
-    stack, ids = _stack(architecture, 32).eval(), _token_ids(length)
+    model, ids = _stack(architecture, 32).eval(), _token_ids(length)
 
     def step() -> object:
         with torch.no_grad():
-            return stack(ids, **({} if architecture == "spade" else {"use_cache": False})).last_hidden_state
+            return model(ids, **call_options(architecture)).last_hidden_state
 
     return step
 
 
 def train(length: int, architecture: str) -> Callable[[], object]:
-    stack, ids = _stack(architecture, 64).train(), _token_ids(length)
-    stack.activation_checkpointing_enable()
+    model, ids = _stack(architecture, 64).train(), _token_ids(length)
+    model.activation_checkpointing_enable()
 
     def step() -> None:
-        stack.zero_grad(set_to_none=True)
-        states = stack(ids, **({} if architecture == "spade" else {"use_cache": False})).last_hidden_state
+        model.zero_grad(set_to_none=True)
+        states = model(ids, **call_options(architecture)).last_hidden_state
         states.pow(2).mean().backward()
 
     return step
@@ -75,15 +55,15 @@ def check(length: int, architecture: str) -> None:
 
     ids = _token_ids(16384)
     for name in ARCHITECTURES:
-        stack = _stack(name, 32).eval()
+        model = _stack(name, 32).eval()
         with torch.no_grad():
             found = forward(16384, name)()[:, -256:]
             if name == "spade":
-                expected = stack.double()(ids).last_hidden_state[:, -256:].float()
+                expected = model.double()(ids).last_hidden_state[:, -256:].float()
             else:
                 cache = None
                 for piece in ids.split(4096, dim=1):
-                    output = stack(piece, past_key_values=cache, use_cache=True)
+                    output = model(piece, past_key_values=cache, use_cache=True)
                     cache = output.past_key_values
                 expected = output.last_hidden_state[:, -256:]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
