@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,11 +20,15 @@ from .branches import uses_cpu_form
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Context in which products of float32 matrices on CUDA use float32."""
-    settings = torch.backends.cuda.matmul
+def product_precision(settings: Any, precision: str) -> Iterator[None]:
+    """Context in which products of float32 matrices have a precision.
+
+    Args:
+        settings: `torch.backends.cuda.matmul` or `torch.backends.mkldnn.matmul`.
+        precision: a value of its `fp32_precision`, as "ieee" for float32.
+    """
     before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+    settings.fp32_precision = precision
     try:
         yield
     finally:
@@ -37,7 +42,7 @@ _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 @torch.library.custom_op(f"{_NAMESPACE}::full_bmm", mutates_args=())
 def _full_bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    with without_autocast(left.device), _without_tf32():
+    with without_autocast(left.device), product_precision(torch.backends.cuda.matmul, "ieee"):
         return torch.bmm(left, right)
 
 

@@ -10,10 +10,12 @@ import functools
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+
+from ..ops.full_products import product_precision
 
 # oneDNN, and what calls it in PyTorch, keep up to 1,024 products with their scratch memory, one for every new shape: gigabytes
 # where lengths vary. A training step has fewer shapes than this.
@@ -33,15 +35,8 @@ def _settings() -> Any:
     return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _allowed() -> Iterator[None]:
-    settings = _settings()
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+def _allowed() -> AbstractContextManager[None]:
+    return product_precision(_settings(), "bf16")
 
 
 @functools.cache
