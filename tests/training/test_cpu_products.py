@@ -114,12 +114,14 @@ def test_what_onednn_keeps_is_bounded_unless_the_environment_says_otherwise(monk
 
 
 GROWTH = """
+import ctypes
 import torch
 from hf_hybrid.training.cpu_products import _allowed, limit_kept_products
 limit_kept_products()
 torch.set_num_threads(1)
 
 def memory():
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back to the system depends on processor and moment
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
 weights = torch.randn(384, 256)
@@ -138,4 +140,4 @@ print(memory() - before)
 def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     environment = {key: value for key, value in os.environ.items() if key not in cpu_products._CACHES}
     done = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 100  # without the bound more than 400
+    assert float(done.stdout) < 50  # 2 with the bound, 440 to 480 without
