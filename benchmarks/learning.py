@@ -91,17 +91,18 @@ class Laboratory:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.texts: dict[int, Text] = {}
+        self.texts: dict[tuple[int, bool], Text] = {}
         self.common = {item.partition("=")[0]: next(iter(parse_overrides(item).values())) for item in options.set}
         if options.length is not None:
             self.common["length"] = options.length
 
-    def text(self, vocab_size: int) -> Text:
-        """The text in tokens of a vocabulary."""
-        if vocab_size not in self.texts:
+    def text(self, vocab_size: int, deduplicated: bool = False) -> Text:
+        """The text in tokens of a vocabulary; see `prepare_text`."""
+        key = vocab_size, deduplicated
+        if key not in self.texts:
             self.options.out.mkdir(parents=True, exist_ok=True)
-            self.texts[vocab_size] = prepare_text(self.options.data, vocab_size, self.options.out)
-        return self.texts[vocab_size]
+            self.texts[key] = prepare_text(self.options.data, vocab_size, self.options.out, deduplicated=deduplicated)
+        return self.texts[key]
 
     def run_case(self, case: Case) -> dict[str, Any]:
         """Runs what has not been run; the report is written after every run."""
@@ -172,7 +173,7 @@ class Laboratory:
             raise SystemExit(f"{folder} holds a run with other options: choose another --out, or remove the folder.")
         if "curve" in earlier:
             return earlier
-        text = self.text(settings.vocab_size)
+        text = self.text(settings.vocab_size, settings.deduplicated)
         width = widths([contender.name], settings, text.vocab_size)[contender.name]
         if "steps" not in earlier:
             steps = options.steps

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .settings import AS_IT_STANDS, RANDOM_DOCUMENTS
+
 MUON = {"optimizer": "muon", "matrix_learning_rate": 1e-2, "learning_rate": 3e-3}
 ADAMW = {"learning_rate": 3e-3}
 RECIPE = MUON | {"matrix_learning_rate": 5e-3, "weight_decay": 0.1}  # the defaults of pretraining
+# The denoisers R and X of UL2 (arXiv 2205.05131, table 1), without the prefix language model S and the tokens that name the kind.
+UL2 = tuple((density, span) for density in (0.15, 0.5) for span in (3.0, 8.0, 64.0))
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,26 @@ CASES = {
                 Variant("density 0.3, spans of 3", "SPADE", {"noise_density": 0.3}),
                 Variant("density 0.15, spans of 8", "SPADE", {"mean_span_length": 8.0}),
                 Variant("density 0.5, spans of 8", "SPADE", {"noise_density": 0.5, "mean_span_length": 8.0}),
+                Variant("mixture of UL2", "SPADE", {"noise_mixture": UL2}),
             ),
             MUON,
+        ),
+        Case(
+            "data",
+            "In which order is the text read, and does it pay to leave out what it repeats?",
+            (
+                Variant("rows in random order", "SPADE"),
+                Variant("documents in random order, each read through", "SPADE", {"order": RANDOM_DOCUMENTS}),
+                Variant("as the files have it", "SPADE", {"order": AS_IT_STANDS}),
+                Variant("rows in random order, no line twice", "SPADE", {"deduplicated": True}),
+            ),
+            RECIPE,
+        ),
+        Case(
+            "moments",
+            "Do moments in bfloat16 learn as much? (rounded after every step: compare at equal --steps)",
+            _each("SPADE", "rounded_moments", (False, True)),
+            RECIPE,
         ),
         Case("heads", "Does the head share the embedding matrix?", _each("SPADE", "tied", (True, False)), MUON),
         Case("compile", "Does `torch.compile` pay?", _each("SPADE", "compile", (False, True)), MUON),

@@ -63,3 +63,12 @@ class RmsAdamW(torch.optim.AdamW):
             scale = old.square().mean().sqrt().clamp(min=1e-3)
             parameter.sub_(old).mul_(scale).add_(old, alpha=1 - rate * decay_of[id(parameter)])
         return loss
+
+
+@torch.no_grad()
+def round_moments(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Rounds what the optimizer keeps of each parameter to bfloat16, to the nearest: a hook after its step."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value) and value.ndim:  # the number of steps stays
+                value.copy_(value.bfloat16())

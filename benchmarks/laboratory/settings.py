@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 SPAN_CORRUPTION, NEXT_TOKEN = "span corruption", "next token"
+RANDOM_ROWS, RANDOM_DOCUMENTS, AS_IT_STANDS = "random rows", "random documents", "as it stands"
+ORDERS = (RANDOM_ROWS, RANDOM_DOCUMENTS, AS_IT_STANDS)
 OPTIMIZERS = ("adamw", "muon", "adafactor", "rms_adamw", "lion")
 
 
@@ -24,12 +26,16 @@ class Settings:
         vocab_size: pieces of the tokenizer, without the sentinels.
         length: tokens of an input.
         noise_density, mean_span_length: noise of the training inputs; held-out inputs always have the usual 0.15 and 3.
+        noise_mixture: pairs of these two, of which each batch has one; empty: always that above.
+        order: one of `ORDERS`: rows in random order, documents in random order and each read through, or the text as its files have it.
+        deduplicated: without lines that occurred before; see `without_repeated_lines`.
         batch_size: rows of a step.
         batch_growth: how many times as many rows the last third of the steps has; the second third has the geometric mean.
         optimizer: one of `OPTIMIZERS`; "adamw" and "muon" are those of the library, "adafactor" that of Transformers with
             steps relative to the size of the weights, as T5 has it, "rms_adamw" AdamW with such steps, "lion" Lion.
         learning_rate, matrix_learning_rate, ssm_learning_rate: of everything, of the matrices of the blocks (Muon), of state
             spaces (None: as everything).
+        rounded_moments: the averages that the optimizer keeps are rounded to bfloat16 after every step.
         schedule: name of a schedule of Transformers, with `warmup` as a share of the steps.
         decay: share of the steps in which the schedule "warmup_stable_decay" falls to zero.
         compile: `torch.compile` of the model.
@@ -49,6 +55,9 @@ class Settings:
     length: int = 256
     noise_density: float = 0.15
     mean_span_length: float = 3.0
+    noise_mixture: tuple[tuple[float, float], ...] = ()
+    order: str = RANDOM_ROWS
+    deduplicated: bool = False
     batch_size: int = 16
     batch_growth: int = 1
     optimizer: str = "adamw"
@@ -57,6 +66,7 @@ class Settings:
     ssm_learning_rate: float | None = 1e-3
     weight_decay: float = 0.01
     beta2: float = 0.98
+    rounded_moments: bool = False
     schedule: str = "linear"
     warmup: float = 0.05
     decay: float = 0.3
@@ -67,6 +77,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
+        if self.order not in ORDERS:
+            raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {self.order!r}.")
         if (self.optimizer == "muon") != (self.matrix_learning_rate is not None):
             raise ValueError(
                 "`matrix_learning_rate` is the learning rate of the matrices under `optimizer='muon'`, which needs it; got "

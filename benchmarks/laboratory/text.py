@@ -24,12 +24,13 @@ from hf_hybrid.tokenization.sentencepiece_tokenizer import train_sentencepiece_t
 from hf_hybrid.tokenization.special_tokens import padded_vocab_size, sentinel_ids
 from hf_hybrid.training.text_tokens import special_ids
 
-from .settings import SPAN_CORRUPTION, Settings
+from .settings import RANDOM_DOCUMENTS, SPAN_CORRUPTION, Settings
 
 DOCSTRINGS = "docstrings"  # name of the text that every installation carries
 NUM_SENTINELS = 256  # enough for inputs of 4,096 tokens
 HELD_OUT_NOISE = {"noise_density": 0.15, "mean_span_length": 3.0}
 _DISCOUNT = 0.75
+_MIN_REPEATED_CHARACTERS = 40  # shorter lines, such as headings, are no repetition
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,29 @@ def read_documents(sources: Sequence[str]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def prepare_text(sources: Sequence[str], vocab_size: int, cache: Path) -> Text:
+def without_repeated_lines(documents: Sequence[str]) -> list[str]:
+    """The documents without lines of at least 40 characters that stand in an earlier line, of whatever document."""
+    seen: set[str] = set()
+    kept = []
+    for document in documents:
+        lines = []
+        for line in document.split("\n"):
+            content = line.strip()
+            if len(content) < _MIN_REPEATED_CHARACTERS or content not in seen:
+                lines.append(line)
+                seen.add(content)
+        kept.append("\n".join(lines))
+    return kept
+
+
+def prepare_text(sources: Sequence[str], vocab_size: int, cache: Path, *, deduplicated: bool = False) -> Text:
     """Trains a tokenizer on the training text and tokenizes everything; both are kept in `cache`.
 
     Args:
         sources: see `read_documents`.
         vocab_size: pieces of the tokenizer, without its sentinels.
         cache: folder; text, once read there under the same sources, is not read again.
+        deduplicated: train on the text `without_repeated_lines`, in the pieces of the whole text.
     """
     key = json.dumps([[Path(source).name for source in sources], vocab_size, NUM_SENTINELS])
     folder = cache / f"text-{vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -96,23 +113,65 @@ def prepare_text(sources: Sequence[str], vocab_size: int, cache: Path) -> Text:
         tokenize_corpus(held_out, tokenizer, scratch / "held_out.bin")
         scratch.rename(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Text(tokenizer, load_token_file(folder / "train.bin"), load_token_file(folder / "held_out.bin"))
+    train = folder / ("unique.bin" if deduplicated else "train.bin")
+    if not train.exists():
+        tokenize_corpus(without_repeated_lines(read_documents(sources)[0]), tokenizer, train)
+    return Text(tokenizer, load_token_file(train), load_token_file(folder / "held_out.bin"))
+
+
+def shuffled_documents(tokens: np.ndarray, eos_token_id: int, seed: int) -> np.ndarray:
+    """The documents, each with its `</s>`, in a random order."""
+    documents = np.split(np.asarray(tokens), np.flatnonzero(tokens == eos_token_id) + 1)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    return np.concatenate([documents[index] for index in order])
+
+
+class NoiseMixture(Dataset):
+    """Span corruption with several noises: every batch has that of its first row.
+
+    Args:
+        datasets: the same text, each with one noise.
+    """
+
+    def __init__(self, datasets: Sequence[SpanCorruptionDataset]) -> None:
+        self.datasets = datasets
+
+    def __len__(self) -> int:
+        return min(len(dataset) for dataset in self.datasets)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of each."""
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        return self.datasets[indices[0] % len(self.datasets)].__getitems__(indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
 
 
 def datasets_of(
     text: Text, settings: Settings, objective: str, rows: int, *, seed: int = 0
 ) -> tuple[Dataset, Dataset]:
     """Inputs to train on, and `rows` held-out inputs, the same for every seed and every noise of training."""
+    tokens = text.train
+    if settings.order == RANDOM_DOCUMENTS:
+        tokens = shuffled_documents(tokens, text.tokenizer.eos_token_id, seed)
     if objective != SPAN_CORRUPTION:
         held_out = CausalBlockDataset(text.held_out, settings.length)
-        return CausalBlockDataset(text.train, settings.length), limited(held_out, rows)
+        return CausalBlockDataset(tokens, settings.length), limited(held_out, rows)
     options = {
         "input_length": settings.length,
         "sentinel_ids": sentinel_ids(text.tokenizer),
         "eos_token_id": text.tokenizer.eos_token_id,
     }
-    noise = {"noise_density": settings.noise_density, "mean_span_length": settings.mean_span_length}
-    train = SpanCorruptionDataset(text.train, seed=seed, **noise, **options)
+    noises = settings.noise_mixture or ((settings.noise_density, settings.mean_span_length),)
+    trains = [
+        SpanCorruptionDataset(tokens, seed=seed, noise_density=density, mean_span_length=span, **options)
+        for density, span in noises
+    ]
+    train = NoiseMixture(trains) if settings.noise_mixture else trains[0]
     held_out = SpanCorruptionDataset(text.held_out, resample_each_epoch=False, **HELD_OUT_NOISE, **options)
     return train, limited(held_out, rows)
 

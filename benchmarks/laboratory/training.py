@@ -24,8 +24,8 @@ from hf_hybrid.training.text_tokens import text_mask, text_metrics, token_result
 from hf_hybrid.training.trainer import HybridTrainer
 
 from .contenders import Contender, count_parameters
-from .optimizers import Lion, RmsAdamW
-from .settings import NEXT_TOKEN, SPAN_CORRUPTION, Settings
+from .optimizers import Lion, RmsAdamW, round_moments
+from .settings import NEXT_TOKEN, RANDOM_ROWS, SPAN_CORRUPTION, Settings
 from .text import Text, byte_lengths, datasets_of
 
 MEASURED_STEPS = 4  # of the rate of a contender, after one that is not counted
@@ -103,7 +103,10 @@ class LearningTrainer(HybridTrainer):
                 self.optimizer = RmsAdamW(groups, betas=(0.9, settings.beta2), eps=self.args.adam_epsilon)
             else:
                 self.optimizer = Lion(groups, settings.learning_rate)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if settings.rounded_moments:
+            optimizer.register_step_post_hook(round_moments)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         """The usual one, or one whose batches grow."""
@@ -175,6 +178,7 @@ def training_arguments(settings: Settings, folder: Path, seed: int, steps: int, 
         save_total_limit=1,
         logging_steps=every,
         prediction_loss_only=False,
+        train_sampling_strategy="random" if settings.order == RANDOM_ROWS else "sequential",
         include_num_input_tokens_seen="no",
         torch_compile=settings.compile,
         bf16=settings.bf16,

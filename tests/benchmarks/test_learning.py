@@ -200,6 +200,64 @@ def test_batches_grow(lab, text, tmp_path):
     assert result["steps"] == 3 and result["curve"][-1]["tokens"] == (2 + 4 + 8) * 32
 
 
+def batches_of(lab, text, tmp_path, **changes):
+    loader = make(lab, text, "SPADE", tmp_path, **changes).get_train_dataloader()
+    return [batch for batch, _ in zip(loader, range(8))]
+
+
+def test_every_batch_has_one_noise_of_the_mixture(lab, text, tmp_path):
+    mixture = ((0.15, 3.0), (0.3, 3.0), (0.5, 8.0))
+    alone = [
+        batches_of(lab, text, tmp_path, noise_density=density, mean_span_length=span)[0]["labels"].shape[1]
+        for density, span in mixture
+    ]
+    lengths = {batch["labels"].shape[1] for batch in batches_of(lab, text, tmp_path, noise_mixture=mixture)}
+    assert len(lengths) > 1 and lengths <= set(alone) and len(set(alone)) == 3
+
+
+def test_orders_of_the_text(lab, text, tmp_path):
+    settings = lab.settings.Settings(**TINY)
+    as_it_stands = batches_of(lab, text, tmp_path, order="as it stands")
+    first, _ = lab.text.datasets_of(text, settings, lab.settings.SPAN_CORRUPTION, 4, seed=3)
+    assert torch.equal(as_it_stands[0]["input_ids"], first.batch([0, 1])["input_ids"])
+    eos = text.tokenizer.eos_token_id
+    shuffled = lab.text.shuffled_documents(text.train, eos, seed=3)
+
+    def documents(tokens):
+        return [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == eos) + 1) if len(part)]
+
+    assert documents(shuffled) != documents(text.train)
+    assert sorted(documents(shuffled)) == sorted(documents(text.train))
+    with pytest.raises(ValueError, match="`order` must be one of random rows, .*; got 'backwards'"):
+        lab.settings.Settings(order="backwards")
+
+
+def test_lines_that_occurred_before_are_left_out(lab, folder, text, tmp_path):
+    line = "a line of more than forty characters, as they come"
+    assert lab.text.without_repeated_lines([f"{line}\nshort\n  {line}", f"short\n{line}\nnew"]) == [
+        f"{line}\nshort",
+        "short\nnew",
+    ]
+    unique = lab.text.prepare_text([str(folder)], TINY["vocab_size"], folder.parent, deduplicated=True)
+    assert np.array_equal(unique.train, text.train)  # no two documents are the same here
+    assert np.array_equal(unique.held_out, text.held_out) and unique.vocab_size == text.vocab_size
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_are_rounded_and_parameters_are_not(lab, text, tmp_path, optimizer):
+    changes = {"matrix_learning_rate": 1e-2} if optimizer == "muon" else {}
+    trainer = make(lab, text, "SPADE", tmp_path, optimizer=optimizer, rounded_moments=True, **changes)
+    trainer.train()
+    kept = [
+        value
+        for state in trainer.optimizer.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.ndim
+    ]
+    assert len(kept) > 10 and all(torch.equal(value, value.bfloat16().float()) for value in kept)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in trainer.model.parameters())
+
+
 def test_steps_of_lion_and_scaled_adamw(lab):
     def step(optimizer_class, **options):
         parameter = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
