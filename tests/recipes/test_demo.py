@@ -297,6 +297,6 @@ def test_full_demo_keeps_what_it_claims(tmp_path: Path, caplog: pytest.LogCaptur
         metrics, _ = run_demo({"output_dir": str(tmp_path / "output")})
     assert time.monotonic() - started < 6 * 60
     assert not [record.getMessage() for record in caplog.records] and not [str(one.message) for one in shown]
-    # That summaries beat the first words is measured and reported, and not reached with this checkpoint (docs/results.md).
+    # That summaries beat the first words is measured and reported, and not reached with this checkpoint (docs/results/demonstration.md).
     claims = [check for check in metrics["checks"] if "ROUGE" not in check["claim"]]
     assert not [f"{check['claim']}: {check['measured']}" for check in claims if not check["passed"]]
