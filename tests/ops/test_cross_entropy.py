@@ -35,6 +35,14 @@ def test_loss_and_gradient_are_those_of_the_library_function(dtype):
     assert (logits.grad[::4] == 0).all()
 
 
+def test_second_derivatives():
+    logits, targets = (
+        torch.randn(4, 5, dtype=torch.float64, requires_grad=True),
+        torch.tensor([3, module.IGNORED, 0, 4]),
+    )
+    assert torch.autograd.gradgradcheck(lambda given: summed_cross_entropy(given, targets), (logits,))
+
+
 def test_without_any_target_it_is_zero():
     logits = torch.randn(5, 30, requires_grad=True)
     loss = summed_cross_entropy(logits, torch.full((5,), module.IGNORED))

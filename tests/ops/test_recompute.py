@@ -30,6 +30,15 @@ def test_gradients() -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "ELEMENTS_AT_A_TIME", 4)
+    states, scale, mask = inputs()
+    assert torch.autograd.gradgradcheck(lambda *given: recomputed(gate, *given, mask), (states, scale))
+    assert torch.autograd.gradgradcheck(lambda one: recomputed(torch.mul, one, one), (states,))
+    (first,) = torch.autograd.grad(recomputed(gate, states.detach(), scale, mask).sum(), scale, create_graph=True)
+    assert torch.autograd.grad(first.sum(), scale)[0].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     wide = torch.randn(2, 7, 10, requires_grad=True)

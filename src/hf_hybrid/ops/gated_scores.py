@@ -21,6 +21,7 @@ from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
 from .products import split_bmm, wide_bmm
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
+from .second_derivatives import refuse_second_derivatives
 
 ACTIVATIONS = ("softmax", "laplace", "relu2")
 
@@ -291,3 +292,4 @@ def _backward(ctx, gradient):
 
 
 _gated_attention.register_autograd(_backward, setup_context=_save_for_backward)
+refuse_second_derivatives(_gated_attention_backward, "gated attention")

@@ -28,6 +28,7 @@ from .gated_scores import ACCELERATOR_PAIRS_AT_A_TIME, LAPLACE_MEAN, LAPLACE_STD
 from .pieces import PAIRS_AT_A_TIME
 from .products import split_bmm, wide_bmm
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
+from .second_derivatives import refuse_second_derivatives
 
 _BLOCK = 64  # queries of a block: fewer waste less on keys out of reach, more make better matrix products
 _REACH_OF_SINGLE_BLOCKS = 8 * _BLOCK  # reach from which every block is worth a call of its own, with exactly its keys
@@ -485,3 +486,4 @@ def _backward(ctx, gradient):
 
 
 _packed_attention.register_autograd(_backward, setup_context=_save_for_backward)
+refuse_second_derivatives(_packed_attention_backward, "attention of the activated tokens")

@@ -24,6 +24,7 @@ from .code_memory import CodeMemory
 from .pieces import even_slices
 from .products import wide_bmm
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
+from .second_derivatives import refuse_second_derivatives
 
 # Pairs of query and key or codeword whose scores exist at one time: 4 MB in float32 on a CPU.
 PAIRS_AT_A_TIME, ACCELERATOR_PAIRS_AT_A_TIME = 1 << 20, 1 << 26
@@ -361,6 +362,7 @@ def _backward(ctx, gradient):
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
+refuse_second_derivatives(_attention_backward, "attention over quantised keys")
 
 
 def vq_scores_attention(query, key, value, codes, codebook, window_bias, key_mask, memory, *settings):
