@@ -154,3 +154,21 @@ def test_what_has_a_row_for_each_document_keeps_it(case: Case) -> None:
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             expected = separate[name] if name in per_document else separate[name].view(2, 4, *separate[name].shape[2:])
             torch.testing.assert_close(value, expected, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@parametrize([case for case in all_heads() if reads_packed(case) or case.is_seq2seq])
+@torch.no_grad()
+def test_documents_that_other_arguments_separate(case: Case) -> None:
+    """They are refused: ignored, they would let documents see each other. Beside positions they change nothing."""
+    model, inputs = case.model(), case.inputs(length=9)
+    rows = [{"input_ids": row.tolist()} for row in inputs["input_ids"]]
+    for options in ({"return_seq_idx": True}, {"return_flash_attn_kwargs": True}):
+        marks = DataCollatorWithFlattening(return_position_ids=False, **options)(rows)
+        del marks["input_ids"], marks["labels"]
+        with pytest.raises(ValueError, match=f"`{next(iter(marks))}` separates .* `position_ids`"):
+            model(**inputs, **marks)
+        if not case.is_seq2seq:
+            batch = DataCollatorWithFlattening(**options)(rows)
+            del batch["labels"]
+            packed = main_output(model(**batch))
+            torch.testing.assert_close(packed[0], main_output(model(**inputs)).flatten(0, 1), **EXACT)
