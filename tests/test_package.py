@@ -40,14 +40,13 @@ def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def import_milliseconds() -> float:
-    """Time that `import hf_hybrid` adds to `import transformers`: the sum over our modules and what they pull in."""
-    report = run("import transformers, hf_hybrid", "-X", "importtime").stderr
-    lines = re.findall(r"import time:\s+\d+ \|\s+(\d+) \|( +)(\S+)", report)
-    return sum(int(total) for total, _, name in lines if name == "hf_hybrid") / 1000
+    """Processor time that `import hf_hybrid` adds to `import transformers`, with what it pulls in."""
+    code = "import time, transformers; start = time.process_time(); import hf_hybrid; print(time.process_time() - start)"
+    return 1000 * float(run(code).stdout)
 
 
 def test_import_is_quick() -> None:
-    """Below 50 ms; the best of a few runs, as the machine may be busy."""
+    """Below 50 ms of the processor; the best of a few runs, as other work slows its caches."""
     best = float("inf")
     for _ in range(8):
         best = min(best, import_milliseconds())
