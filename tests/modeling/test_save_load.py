@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from factories import (
+    GENERATIVE_HEADS,
     OTHER_INPUTS,
     VARIANTS,
     VOCABULARY,
@@ -245,6 +246,23 @@ class TestPrecision:
         assert difference <= 2e-2 * whole.float().abs().max()
         states = [state for layer in past.layers for state in getattr(layer, "recurrent_states", {}).values()]
         assert all(state.dtype == torch.float32 for state in states)
+
+    @pytest.mark.both_branches(wide=True)
+    @parametrize([case for case in all_variants() if case.auto_name in GENERATIVE_HEADS])
+    def test_autocast_steps_equal_one_pass(self, case: Case) -> None:
+        """A text is continued under autocast, in pieces and token by token, beyond every window."""
+        model = case.model_class(case.config()).eval()
+        inputs = case.inputs(length=24, target=24)
+        name = "decoder_input_ids" if case.is_seq2seq else "input_ids"
+        ids = inputs.pop(name)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            whole, past, parts = model(**inputs, **{name: ids}).logits, None, []
+            for piece in ids.split([9, *[1] * 7, 5, 1, 1, 1], dim=1):
+                outputs = model(**inputs, **{name: piece}, past_key_values=past, use_cache=True)
+                past = outputs.past_key_values
+                parts.append(outputs.logits)
+        difference = (torch.cat(parts, dim=1).float() - whole.float()).abs().max()
+        assert difference <= 2e-2 * whole.float().abs().max()
 
     @parametrize(all_variants())
     def test_float64(self, case: Case) -> None:

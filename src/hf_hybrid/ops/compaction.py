@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from .autocast import outside_autocast
 from .branches import widest_float
 from .gated_scores import ACTIVATIONS, activate
 from .packed_attention import Stream, packed_attention, packed_attention_static
@@ -86,6 +87,7 @@ def add_active(base: torch.Tensor, states: torch.Tensor, tokens: ActiveTokens) -
     return base.flatten(0, 1).index_add(0, tokens.index, states).unflatten(0, base.shape[:2])
 
 
+@outside_autocast
 def compacted_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from .autocast import outside_autocast
 from .export_shapes import count_blocks, is_open
 from .gated_scores import ACTIVATIONS, Scores, activate, activate_visible, attend, score_weights
 from .shared_source import targets_per_source
@@ -33,6 +34,7 @@ from .shared_source import targets_per_source
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@outside_autocast
 def gated_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -102,6 +104,7 @@ def _whole_chunks(query, key, value, key_mask, chunk_size) -> tuple[torch.Tensor
     return query, key, value, F.pad(mask, (0, missing))
 
 
+@outside_autocast
 def gated_attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -130,6 +133,7 @@ def gated_attention_weights(
     return torch.cat(pieces, dim=1)
 
 
+@outside_autocast
 def cached_gated_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -258,6 +262,7 @@ def _visible(key_mask: torch.Tensor | None, positions: torch.Tensor | None) -> t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@outside_autocast
 def gated_cross_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -297,6 +302,7 @@ def gated_cross_attention(
     return torch.stack([attend(scores, value, dropout_p) for scores in each], dim=1).flatten(0, 1)
 
 
+@outside_autocast
 def gated_cross_attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,

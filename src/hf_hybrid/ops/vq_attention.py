@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .autocast import outside_autocast
 from .code_memory import CodeMemory, join_token, remember_token
 from .relative_position import toeplitz_bias
 from .sequence_group import SequenceGroup
@@ -28,6 +29,7 @@ from .vq_pieces import far_sums_of_others, put_neighbours_around
 from .vq_scores import far_sums, near_bias, vq_scores_attention
 
 
+@outside_autocast
 def vq_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -217,6 +219,7 @@ def _put_window_in_front(mask, codes, values, memory: CodeMemory, chunk_size: in
     return mask, codes, values
 
 
+@outside_autocast
 def vq_token_attention(
     query: torch.Tensor,
     value: torch.Tensor,

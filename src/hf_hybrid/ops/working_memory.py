@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .autocast import outside_autocast
 from .compaction import ActiveTokens, compacted_attention
 from .gated_scores import activate
 from .in_place import is_changeable
@@ -83,6 +84,7 @@ def write_memory(
     return WorkingMemory(write(memory.keys, keys), write(memory.values, values), positions, counts)
 
 
+@outside_autocast
 def token_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -164,6 +166,7 @@ def _with_token(
     )
 
 
+@outside_autocast
 def memory_attention(
     query: torch.Tensor,
     key: torch.Tensor,
