@@ -38,6 +38,17 @@ class TestPaddingOnTheRight:
         alone = model(torch.cat([ids[:1, :5], new[:1]], dim=1)).logits
         torch.testing.assert_close(logits[0], alone[0, 5:], rtol=1e-5, atol=1e-5)
 
+    def test_text_that_was_read_cannot_be_hidden(self, case: Case) -> None:
+        """Rows of a batch end at different places; what `generate` wrote behind the end went into the state."""
+        model, source, ids, mask, prefix = right_padded(case)
+        past = model(**source, **{f"{prefix}input_ids": ids}, use_cache=True).past_key_values
+        longer = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], dim=1)
+        arguments = source | {f"{prefix}input_ids": random_ids(2, 3), f"{prefix}attention_mask": longer}
+        with pytest.raises(
+            ValueError, match=f"`{prefix}attention_mask` (has padding behind real tokens|hides 4 tokens)"
+        ):
+            model(**arguments, past_key_values=past)
+
     def test_prompts_are_refused(self, case: Case) -> None:
         model, source, ids, mask, prefix = right_padded(case)
         for use_cache in (True, False):
@@ -104,3 +115,29 @@ def test_a_target_is_continued_without_a_mask(case: Case) -> None:
     past = model.generate(source, max_new_tokens=4, **settings).past_key_values
     with pytest.raises(ValueError, match="`decoder_input_ids` has 4 tokens, but `past_key_values` holds 4"):
         model.generate(source, decoder_input_ids=first.sequences[:, :4], past_key_values=past, max_new_tokens=5)
+
+
+@parametrize(CAUSAL + SEQ2SEQ)
+def test_a_text_without_new_tokens_is_refused(case: Case) -> None:
+    """What the cache holds is not read a second time; new tokens alone need the mask of the whole text."""
+    model, source, text, _, prefix = right_padded(case)
+    name, arguments = f"{prefix}input_ids", {"max_new_tokens": 3, "eos_token_id": None}
+    if case.is_seq2seq:
+        text[:, 0] = model.config.decoder_start_token_id
+    with torch.no_grad():
+        past = model(**source, **{name: text}, use_cache=True).past_key_values
+    for given in (text, text[:, :3]):  # all of it, and a turn of a conversation
+        for mask in ({}, {f"{prefix}attention_mask": torch.ones_like(given)}):
+            message = f"`{name}` has {given.shape[1]} tokens, but `past_key_values` holds 9 already"
+            with pytest.raises(ValueError, match=message):
+                model.generate(**source | {name: given} | mask, past_key_values=past, **arguments)
+    if case.is_causal:
+        embeddings = model.get_input_embeddings()(text)
+        with pytest.raises(ValueError, match="`inputs_embeds` has 9 tokens, but `past_key_values` holds 9 already"):
+            model.generate(inputs_embeds=embeddings, past_key_values=past, **arguments)
+    new = random_ids(2, 2)
+    whole = torch.cat([text, new], dim=1)
+    expected = model.generate(**source | {name: whole}, use_cache=False, **arguments)[:, -3:]
+    mask = {f"{prefix}attention_mask": torch.ones_like(whole)}
+    alone = model.generate(**source | {name: new} | mask, past_key_values=past, **arguments)
+    assert alone[:, -3:].tolist() == expected.tolist()

@@ -177,6 +177,8 @@ class BstModel(RunsInStages, ReadsPieces, BstPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = hidden_states.shape
         self.check_piece(length, mask)
+        if mask is not None and past_key_values is not None:
+            _check_past(mask[:, :-length], layer_state(past_key_values, 0))
         mask = _new_padding(mask, length, is_kept=past_key_values is not None)
         start: Start = 0 if past_key_values is None else layer_state(past_key_values, 0).start
         passage = self._passage(mask, start, batch, length, hidden_states.device)
@@ -185,6 +187,20 @@ class BstModel(RunsInStages, ReadsPieces, BstPreTrainedModel):
         count_tokens(past_key_values, length, mask)
         last = self.final_dropout(self.norm(hidden_states)) if self.is_last_stage else hidden_states
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+
+
+def _check_past(mask: torch.Tensor, state: BlockStateLayer) -> None:
+    """Raises ValueError for a mask (B, past) of the cached tokens that hides some which were read; not checked on accelerators."""
+    if not mask.shape[1] or not can_read_values(mask) or state.has_fixed_shapes:
+        return
+    hidden = state.start - mask.long().sum(1)
+    if bool((hidden > 0).any()):
+        row = int((hidden > 0).nonzero()[0])
+        raise ValueError(
+            f"`attention_mask` hides {int(hidden[row])} tokens of row {row} that earlier calls have read, so `past_key_values` cannot "
+            "be continued with it. Mask padding in the call that reads it (`generate` reads what it writes behind a text that has "
+            "ended: run such rows on their own), or leave `past_key_values` unset."
+        )
 
 
 def _new_padding(mask: torch.Tensor | None, length: int, *, is_kept: bool) -> torch.Tensor | None:
