@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .branches import uses_cpu_form
+from .second_derivatives import gradients_with_graph
 
 # Per tensor: results of a few such pieces stay in cache, and no step of a function allocates fresh memory. SiLU,
 # dropout and gating of (1, L, 1024) in float32, forward and backward, one thread: 272 ms whole, 85 ms in pieces at L
@@ -47,6 +48,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needed, tensors = ctx.needs_input_grad[1:], ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *gradients_with_graph(ctx.function, tensors, needed, gradient)
         pieces = _pieces(tensors)
         if pieces is None:
             found = _gradients(ctx.function, tensors, needed, gradient)

@@ -25,6 +25,7 @@ from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
 from .sdpa_blocks import Blocks, hidden_slots, masked_attention, sdpa_attention, slots
+from .second_derivatives import refuse_second_derivatives
 
 
 def blocked_attention(
@@ -393,3 +394,4 @@ def _backward(ctx, gradient):
 
 
 _blocked_attention.register_autograd(_backward, setup_context=_save_for_backward)
+refuse_second_derivatives(_blocked_attention_backward, "local attention on a CPU")

@@ -8,13 +8,14 @@ Shape letters: N rows, V classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .branches import can_read_values
+from .second_derivatives import gradients_with_graph
 
 IGNORED = -100
 ELEMENTS_AT_A_TIME = 1 << 18  # of the logits; intermediate results stay in cache
@@ -41,6 +42,10 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoo
     is_plain = type(logits) is torch.Tensor and can_read_values(logits) and label_smoothing == 0
     if is_plain and logits.numel() >= FEWEST_ELEMENTS:
         return _SummedCrossEntropy.apply(logits, targets)[0]
+    return _plain_form(logits, targets, label_smoothing)
+
+
+def _plain_form(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
 
@@ -64,9 +69,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         logits, targets, normalizers = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients_with_graph(partial(_plain_form, targets=targets), (logits,), (True,), grads[0])[0], None
         columns, is_ignored = _columns(targets)
         factors = (~is_ignored).to(normalizers.dtype).mul_(grads[0])
         gradient = torch.empty_like(logits)

@@ -99,8 +99,16 @@ class StateGenerationMixin(GenerationMixin):
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """The target prompts, with the start token that is missing put between padding and text, not in front of the padding."""
-        given = model_kwargs.get("decoder_input_ids")
+        """The target prompts, with the start token that is missing put between padding and text, not in front of the padding.
+
+        New tokens alone, with the mask of the whole target, continue one that has begun: they get none.
+        """
+        given, cache = model_kwargs.get("decoder_input_ids"), model_kwargs.get("past_key_values")
+        mask = model_kwargs.get("decoder_attention_mask")
+        if given is not None and mask is not None and mask.shape[1] > given.shape[1] and cache is not None:
+            if cache.get_seq_length():
+                del model_kwargs["decoder_input_ids"]
+                return given, model_kwargs
         ids, model_kwargs = super()._prepare_decoder_input_ids_for_generation(
             batch_size, model_input_name, model_kwargs, *args, **kwargs
         )
@@ -195,22 +203,29 @@ class StateGenerationMixin(GenerationMixin):
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Reads the prompt; if a target is continued, only what the cache does not hold, as in models without an
-        encoder.
+        """Reads the prompt; of a text that is continued, only what the cache does not hold.
 
         Raises:
-            ValueError: the target is not longer than what the cache holds.
+            ValueError: the text is not longer than what the cache holds.
         """
         model: Any = self
         cache = model_kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        if model.config.is_encoder_decoder and past and model_kwargs.get("decoder_attention_mask") is None:
-            if input_ids.shape[1] <= past:
+        prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        if past:
+            embeds = None if prefix else model_kwargs.get("inputs_embeds")
+            mask = model_kwargs.get(f"{prefix}attention_mask")
+            mask_length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            is_whole = embeds is not None or mask_length == input_ids.shape[1] or (bool(prefix) and mask is None)
+            length = input_ids.shape[1] if embeds is None else embeds.shape[1]
+            if is_whole and length <= past:
+                name = f"{prefix}input_ids" if embeds is None else "inputs_embeds"
                 raise ValueError(
-                    f"`decoder_input_ids` has {input_ids.shape[1]} tokens, but `past_key_values` holds {past} already: pass the whole "
-                    "target, or `decoder_attention_mask` of the whole target with its new tokens alone."
+                    f"`{name}` has {length} tokens, but `past_key_values` holds {past} already: pass the whole text, or "
+                    f"`{prefix}attention_mask` of the whole text with its new tokens alone."
                 )
-            model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
+            if prefix and mask is None:
+                model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
         announce_length(cache, input_ids, model_kwargs, generation_config.max_length)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 

@@ -23,6 +23,8 @@ ForwardMethod = TypeVar("ForwardMethod", bound=Callable[..., Any])
 # Outputs of Transformers without a value per token, whatever their sizes.
 _PER_DOCUMENT = ("attentions", "cross_attentions")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "input_values", "token_type_ids")
+# Other arguments by which collators of Transformers separate documents.
+_OTHER_MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def starts_of_documents(position_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -117,7 +119,7 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
 
     Raises:
         ValueError: positions or a mask of another shape, restarting positions together with a cache or encoder states, or
-            positions in pieces of texts.
+            positions in pieces of texts; documents that are separated by other arguments alone.
     """
     signature = inspect.signature(forward)
 
@@ -125,6 +127,7 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
     def read_documents(self: Any, *args: Any, **kwargs: Any) -> Any:
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is None:
+            _check_other_marks(kwargs)
             return forward(self, *args, **kwargs)
         if getattr(self, "sequence_group", None) is not None:
             raise ValueError(
@@ -167,6 +170,16 @@ def separates_documents(forward: ForwardMethod) -> ForwardMethod:
     )
     read_documents.__signature__ = signature.replace(parameters=[*named[:-1], own, named[-1]])  # type: ignore[attr-defined]
     return read_documents  # type: ignore[return-value]
+
+
+def _check_other_marks(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for documents that only arguments mark which no model here reads: they would see each other."""
+    for name in _OTHER_MARKS:
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"`{name}` separates the documents of a row, but these models read that from `position_ids`, which are missing: pass "
+                "positions that count from 0 in every document (`DataCollatorWithFlattening(return_position_ids=True)`)."
+            )
 
 
 def _pack_outputs(outputs: ModelOutput, documents: PackedDocuments, per_document: tuple[str, ...]) -> ModelOutput:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .branches import uses_cpu_form
+from .second_derivatives import gradients_with_graph
 
 ELEMENTS_AT_A_TIME = 1 << 18  # of the inputs; intermediate results stay in cache
 
@@ -79,14 +79,19 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        states, weight, _ = inputs
+        states, weight, ctx.eps = inputs
         ctx.save_for_backward(states, weight, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states, weight, factors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def normalize(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+                return F.rms_norm(states, weight.shape, weight, ctx.eps)
+
+            return *gradients_with_graph(normalize, (states, weight), ctx.needs_input_grad[:2], grads[0]), None
         width = states.shape[-1]
         rows, gradients = states.reshape(-1, width), grads[0].reshape(-1, width)
         states_gradient, weight_gradient = torch.empty_like(rows), torch.zeros_like(weight)
