@@ -41,7 +41,9 @@ def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def import_milliseconds() -> float:
     """Processor time that `import hf_hybrid` adds to `import transformers`, with what it pulls in."""
-    code = "import time, transformers; start = time.process_time(); import hf_hybrid; print(time.process_time() - start)"
+    code = (
+        "import time, transformers; start = time.process_time(); import hf_hybrid; print(time.process_time() - start)"
+    )
     return 1000 * float(run(code).stdout)
 
 
