@@ -45,6 +45,10 @@ class TestGradients:
         model = case.model(hidden_dropout=0.1).train()
         inputs = case.inputs(length=19)
         inputs |= case.labels(inputs)
+        tolerance = {"rtol": 1e-5, "atol": 1e-7}
+        if use_reentrant:  # forward runs without gradients, where attention takes another kernel, with other roundings
+            model, tolerance = model.double(), {"rtol": 1e-8, "atol": 1e-10}
+            inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
         results = []
         for checkpointing in (False, True):
             if checkpointing:
@@ -55,8 +59,6 @@ class TestGradients:
         assert plain.keys() == checkpointed.keys()
         if not use_reentrant:
             assert torch.equal(loss, again)
-        # Reentrant checkpointing runs forward without gradients, where attention takes another kernel.
-        tolerance = {"rtol": 1e-4, "atol": 1e-6} if use_reentrant else {"rtol": 1e-5, "atol": 1e-7}
         torch.testing.assert_close(again, loss, **tolerance)
         for name, gradient in plain.items():
             torch.testing.assert_close(checkpointed[name], gradient, **tolerance, msg=name)
