@@ -112,6 +112,9 @@ def sdpa_attention(
     scores, so that no mask per block is made. Slices that overlap are copies; the backward pass makes them again.
     """
 
+    # Under autocast, kept keys and values are wider than new queries.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *biases: torch.Tensor) -> torch.Tensor:
         with without_autocast(query.device), _fused_kernels(query):
             if segments is None:
