@@ -112,8 +112,8 @@ def sdpa_attention(
     scores, so that no mask per block is made. Slices that overlap are copies; the backward pass makes them again.
     """
 
-    # Under autocast, kept keys and values are wider than new queries.
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    dtype = query.dtype
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, kept keys and values are wider
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *biases: torch.Tensor) -> torch.Tensor:
         with without_autocast(query.device), _fused_kernels(query):
@@ -125,8 +125,8 @@ def sdpa_attention(
 
     tensors = (query, key, value) if bias is None else (query, key, value, bias)
     if dropout_p > 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(attend, *tensors, use_reentrant=False)  # draws the same dropout again
-    return recomputed(attend, *tensors)
+        return checkpoint(attend, *tensors, use_reentrant=False).to(dtype)  # draws the same dropout again
+    return recomputed(attend, *tensors).to(dtype)
 
 
 def _fused_kernels(query: torch.Tensor) -> AbstractContextManager[None]:
