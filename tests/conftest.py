@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ.setdefault("RUN_SLOW", "yes")  # the markers of pytest choose, not th
 # last bit from those of one, and many comparisons are bitwise.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -83,7 +85,24 @@ def console() -> Iterator[None]:
     (theirs.enable_progress_bar if has_bars else theirs.disable_progress_bar)()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="seed of the random numbers of every test and fixture")
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
+    """What is made once for many tests is the same whichever of them comes first."""
+    if fixturedef.scope != "function":
+        _seed_everything(request.config.getoption("--seed"))
+
+
 @pytest.fixture(autouse=True)
-def fixed_seed() -> None:
+def fixed_seed(request: pytest.FixtureRequest) -> None:
     """Every test starts from the same random state."""
-    torch.manual_seed(0)
+    _seed_everything(request.config.getoption("--seed"))

@@ -151,14 +151,17 @@ def test_masked_words_are_guessed(tmp_path: Path) -> None:
         list(write(opened, "w5 w6", Decoding()))
 
 
-def test_what_cannot_be_written(encoder_decoder: OpenCheckpoint, tmp_path: Path) -> None:
+def test_what_cannot_be_written(
+    encoder_decoder: OpenCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="no text yet"):
         list(write(encoder_decoder, " \n", Decoding()))
     with pytest.raises(ValueError, match="`max_new_tokens`"):
         Decoding(0)
     with pytest.raises(ValueError, match="`temperature`"):
         Decoding(temperature=-1)
-    with pytest.raises(ValueError):  # found while generating, in another thread: longer than the table of positions
+    monkeypatch.setattr(encoder_decoder.model.generation_config, "eos_token_id", None)  # it never ends by itself
+    with pytest.raises(ValueError, match="max_target_positions"):  # found while generating, in another thread
         list(write(encoder_decoder, "a list", Decoding(5000)))
     classifier = open_checkpoint(save(tmp_path, "bst", "AutoModelForSequenceClassification"))
     with pytest.raises(ValueError, match="does not write|not write"):
