@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import Case, all_variants, enable_checkpointing, parametrize, random_ids
+from factories import Case, all_heads, all_variants, enable_checkpointing, main_output, parametrize, random_ids
 
 from hf_hybrid.configuration.configuration_longvq import LongVQConfig
 from hf_hybrid.modeling.longvq.longvq_heads import (
@@ -18,6 +18,11 @@ from hf_hybrid.modeling.longvq.longvq_heads import (
 
 CAUSAL = Case("longvq", "AutoModelForCausalLM", "default")
 PAIRS = Case("longvq", "AutoModelForSequenceClassification", "default")
+HEADS = [
+    case
+    for case in all_heads() + all_heads(other_inputs=True)
+    if case.model_type == "longvq" and case.auto_name != "AutoModel"
+]
 LEARNING = {"freeze_codebook": False, "commitment_loss_weight": 0.5}
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -92,9 +97,8 @@ class TestLearningCodebooks:
         first = buffers(model)
         train_step(model, ids)
         assert same(buffers(model), first)
-        model.eval()(ids)
         with torch.no_grad():
-            model.train()(ids)
+            model(ids)
         assert same(buffers(model), first), "only training with gradients applies updates"
         train_step(model, ids)
         second = buffers(model)
@@ -106,11 +110,27 @@ class TestLearningCodebooks:
         model.apply_codebook_updates()
         assert same(buffers(model), third)
 
+    @parametrize(HEADS)
+    def test_what_is_evaluated_is_what_is_saved(self, case: Case, tmp_path: Path) -> None:
+        model = case.model(**LEARNING).train()
+        inputs = case.inputs(length=15)
+        for _ in range(2):
+            model(**inputs, **case.labels(inputs)).loss.backward()
+        updates = [quantizer.num_updates.item() for quantizer in model._quantizers()]
+        evaluated, kept = main_output(model.eval()(**inputs)), buffers(model)
+        assert [quantizer.num_updates.item() for quantizer in model._quantizers()] == [
+            number + 1 for number in updates
+        ]
+        model.save_pretrained(tmp_path)
+        loaded = case.model_class.from_pretrained(tmp_path)
+        assert same(buffers(loaded), kept) and torch.equal(main_output(loaded(**inputs)), evaluated)
+
     def test_training_and_evaluation_agree(self) -> None:
         model, ids = CAUSAL.model(**LEARNING).train(), random_ids(2, 29)
         train_step(model, ids)
         model.apply_codebook_updates()
-        trained = model(ids).logits
+        with torch.no_grad():  # otherwise it would be a training step, whose update the evaluation applies
+            trained = model(ids).logits
         torch.testing.assert_close(model.eval()(ids).logits, trained, rtol=1e-6, atol=1e-6)
 
     @pytest.mark.parametrize("use_reentrant", [True, False])

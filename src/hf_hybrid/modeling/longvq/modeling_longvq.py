@@ -3,7 +3,7 @@
 Shapes: B batch, L new tokens, D hidden size, H heads, E width of values over all heads, N state size, S codewords, w window.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -78,10 +78,20 @@ class LongVQPreTrainedModel(ParallelPlans, FreezableModel, PreTrainedModel):
         """
         return [quantizer.report() for quantizer in self._quantizers()]
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; in a run of one process, the pending codebook update is applied first."""
+    def _apply_updates_of_one_process(self) -> None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             self.apply_codebook_updates()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in PyTorch; in a run of one process, the change to evaluation applies the pending codebook update: what is
+        evaluated is what `save_pretrained` writes."""
+        if self.training and not mode:
+            self._apply_updates_of_one_process()
+        return super().train(mode)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; in a run of one process, the pending codebook update is applied first."""
+        self._apply_updates_of_one_process()
         return super().save_pretrained(*args, **kwargs)
 
 
