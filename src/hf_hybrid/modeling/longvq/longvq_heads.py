@@ -28,6 +28,7 @@ from ..heads import (
     GenericForSequenceClassification,
     GenericHead,
 )
+from ..losses import weight_of_part
 from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from .longvq_outputs import (
     LongVQCausalLMOutput,
@@ -63,23 +64,13 @@ class LongVQHead(GenericHead, LongVQPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | None:
-        """The loss plus, in training, the weighted commitment loss.
-
-        A loss that is divided by the items of all micro-batches and processes is one part of the total. The commitment
-        loss is then multiplied by the share of the labels in this micro-batch, so that its weight does not depend on
-        how a batch is divided. (A share of tokens would be wrong where few have labels, as in masked language
-        modelling.)
-        """
+        """The loss plus, in training, the weighted commitment loss."""
         weight = self.config.commitment_loss_weight
         if loss is None or not self.training or weight == 0:
             return super().add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
         assert outputs.commitment_loss is not None
         commitment: torch.Tensor = weight * outputs.commitment_loss.to(loss.dtype)
-        if num_items_in_batch is not None:
-            assert labels is not None
-            whole = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
-            commitment = commitment * ((labels != -100).sum() / whole).clamp(max=1)
-        return loss + commitment
+        return loss + commitment * weight_of_part(labels, num_items_in_batch, loss.device)
 
 
 class LongVQForCausalLM(GenericForCausalLM, StateGenerationMixin, LongVQHead):

@@ -29,6 +29,7 @@ from ..heads import (
     GenericForSequenceClassification,
     GenericHead,
 )
+from ..losses import weight_of_part
 from ..token_heads import GenericForQuestionAnswering, GenericForTokenClassification
 from ..vocabulary_loss import CausalLMKwargs
 from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
@@ -63,7 +64,8 @@ class SeqBoatHead(GenericHead, SeqBoatPreTrainedModel):
         """The loss plus the weighted dead layer penalty, where both exist."""
         if loss is None or outputs.auxiliary_loss is None:
             return super().add_auxiliary_loss(loss, outputs, labels, num_items_in_batch)
-        return loss + self.config.dead_layer_loss_weight * outputs.auxiliary_loss.to(loss.dtype)
+        penalty = self.config.dead_layer_loss_weight * outputs.auxiliary_loss.to(loss.dtype)
+        return loss + penalty * weight_of_part(labels, num_items_in_batch, loss.device)
 
 
 class SeqBoatLanguageModel(SeqBoatHead):
