@@ -96,3 +96,24 @@ def test_the_best_model_is_the_one_that_was_evaluated(case: Case, tmp_path: Path
     loaded = case.model_class.from_pretrained(trainer.state.best_model_checkpoint)
     for found in (model.state_dict(), loaded.state_dict()):
         assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+READS_VALUES = [
+    case
+    for case in HEADS
+    if case.auto_name == "AutoModelForSequenceClassification" and hasattr(case.config(), "input_type")
+]
+
+
+@parametrize(READS_VALUES)
+def test_real_numbers_are_inputs_of_metrics_and_counted(case: Case, tmp_path: Path) -> None:
+    rows = [{"input_values": torch.randn(9), "labels": torch.tensor(row % 2)} for row in range(4)]
+    found: list[Any] = []
+    options = {"include_for_metrics": ["inputs"], "include_num_input_tokens_seen": "all", "max_steps": 1}
+    model = case.model_class(case.config(input_type="values"))
+    trainer = trainer_of(model, tmp_path, rows, per_device_train_batch_size=4, **options)
+    trainer.compute_metrics = lambda prediction: found.append(prediction.inputs) or {}
+    trainer.train()
+    trainer.evaluate()
+    assert found[0].tolist() == torch.stack([row["input_values"] for row in rows]).tolist()
+    assert trainer.state.num_input_tokens_seen == 36 and trainer.state.total_flos > 0
