@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from hf_hybrid.app.opening import open_checkpoint
+from hf_hybrid.app.writing import Decoding, write
 from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
 from hf_hybrid.recipes import evaluate, finetune_glue, generate, pretrain_span_corruption
 from hf_hybrid.recipes.support.finetuning_data import PREDICTIONS_FILE
@@ -56,6 +60,24 @@ def test_sampling_is_reproducible(checkpoint, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert [json.loads(line) for line in printed.splitlines()] == first["generations"]
     assert generate.main({**options, "input_file": str(tmp_path / "in.txt")})["generations"] == first["generations"]
+
+
+def test_nobody_is_warned_of_the_length_that_training_has_stored(checkpoint, tmp_path, caplog):
+    """`finetune summarization` saves `max_length`; the command and the page give `max_new_tokens`, which precedes it."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint)
+    model.generation_config.max_length = 3
+    shutil.copytree(checkpoint, tmp_path / "run")
+    model.save_pretrained(tmp_path / "run")
+    logger = logging.getLogger("transformers.generation.utils")
+    logger.addHandler(caplog.handler)
+    try:
+        options = {"model_name_or_path": str(tmp_path / "run"), "device": "cpu", "prompts": ["a list"]}
+        made = generate.main({**options, "max_new_tokens": 6, "min_new_tokens": 6})
+        list(write(open_checkpoint(str(tmp_path / "run"), device="cpu"), "a list", Decoding(max_new_tokens=6)))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert made["generations"][0]["outputs"]
+    assert not [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,8 @@ def open_checkpoint(name: str, *, trust_remote_code: bool = False, device: str |
     auto_class = getattr(transformers, auto_name)
     model: Any = load_model(auto_class, name, trust_remote_code=trust_remote_code)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.max_length = None  # the page gives `max_new_tokens`; beside both, Transformers warns
     tokenizer = None
     if getattr(config, "input_type", "tokens") == "tokens":
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)

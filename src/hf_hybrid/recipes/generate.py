@@ -179,6 +179,7 @@ def load_generator(arguments: GenerateArguments, decoding: DecodingArguments) ->
     check_decoder_table(config, decoding.max_new_tokens, "Generated texts", "max_new_tokens")
     options = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
     model: Any = load_model(auto_class, arguments.model_name_or_path, **options)
+    model.generation_config.max_length = None  # `max_new_tokens` is always given; beside both, Transformers warns
     return model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
