@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from hf_hybrid import cli
 from hf_hybrid.recipes import list_recipes
+from hf_hybrid.recipes.support.models import parse_overrides
 
 
 def test_every_recipe_is_a_command() -> None:
@@ -43,13 +47,29 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
     if cli.COMMANDS[command] == "lm_eval":
         with pytest.raises(SystemExit):
             cli.main([*command.split(), "--help"])
-        assert "--blimp_data" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "--blimp_data" in text and "hf-hybrid lm-eval --model" in text and "python -m" not in text
         return
     assert cli.main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert f"hf-hybrid {command}" in text and "python -m" not in text
     assert len([line for line in text.splitlines() if line.startswith("  --")]) <= 15 or command == "data lra"
     assert max(map(len, text.split("Usage:")[-1].splitlines())) <= 110
+
+
+def test_models_of_the_examples_can_be_built() -> None:
+    """Every help shows models: their fields fit together."""
+    built = 0
+    for recipe in list_recipes():
+        text = (import_module(f"hf_hybrid.recipes.{recipe.name}").__doc__ or "").replace("\\\n", " ")
+        for line in text.splitlines():
+            words = shlex.split(line) if "--config_overrides" in line else []
+            if words:
+                arch = words[words.index("--arch") + 1] if "--arch" in words else "spade_lm" if "clm" in words else "spade"
+                overrides = parse_overrides(words[words.index("--config_overrides") + 1])
+                AutoConfig.for_model(arch, **overrides)
+                built += 1
+    assert built >= 8
 
 
 def test_overview_lists_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,8 @@
 
 Also tells how many rows fit.
 
-    hf-hybrid memory --arch spade_lm --config_overrides "hidden_size=1024,num_hidden_layers=24" --length 8192 \
-        --gradient_checkpointing true --device_memory 24
+    hf-hybrid memory --arch spade_lm --config_overrides "hidden_size=1024,num_attention_heads=16,num_hidden_layers=24" \
+        --length 8192 --gradient_checkpointing true --device_memory 24
 
 The model is built without contents, so any size takes seconds. With `--device_memory` the largest batch that fits is found.
 """

@@ -2,7 +2,7 @@
 
 Its own command line applies.
 
-    python -m hf_hybrid.recipes.lm_eval --model hf --model_args pretrained=runs/lm --blimp_data data/blimp --blimp_rows 50 \
+    hf-hybrid lm-eval --model hf --model_args pretrained=runs/lm --blimp_data data/blimp --blimp_rows 50 \\
         --batch_size 16 --device cpu --output_path runs/lm-blimp
 
 All options except `--blimp_...` are passed on to the harness (`lm_eval run --help` lists them); it needs

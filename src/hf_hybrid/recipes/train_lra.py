@@ -8,7 +8,7 @@ The tasks are those of arXiv 2011.04006.
 
 Tasks: listops, text (bytes), retrieval (pairs of documents, bytes), image and pathfinder (pixels). Without `--data`, ListOps and
 Pathfinder are generated. `--data` takes the files in which the tasks are distributed, a folder written by
-`generate_lra`, or any table with the usual columns. `--arch` is any model type with a sequence-classification head, of
+`hf-hybrid data lra`, or any table with the usual columns. `--arch` is any model type with a sequence-classification head, of
 this library or of Transformers.
 """
 
