@@ -123,6 +123,15 @@ def test_a_recipe_runs_under_its_command_and_under_its_own_name(
     assert stopped.value.code == 2 and error.startswith("hf-hybrid data lra: error:") and "`--num_train`" in error
 
 
+def test_a_mistake_in_an_evaluation_names_the_help_of_its_task(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf-hybrid"])
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "clm", "--blok_length", "2"])
+    assert "`hf-hybrid evaluate clm --help` lists the options" in capsys.readouterr().err
+
+
 def test_completions() -> None:
     assert cli.completions(["pre"]) == ["pretrain"]
     assert cli.completions(["pretrain", ""]) == ["span-corruption", "clm", "mlm"]

@@ -7,12 +7,13 @@ import logging
 import shutil
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from hf_hybrid.app.opening import open_checkpoint
 from hf_hybrid.app.writing import Decoding, write
+from hf_hybrid.configuration.configuration_mega import MegaConfig
 from hf_hybrid.configuration.configuration_spade import SpadeLMConfig
-from hf_hybrid.recipes import evaluate, finetune_glue, generate, pretrain_span_corruption
+from hf_hybrid.recipes import evaluate, finetune_glue, generate, pretrain_span_corruption, training_recipe
 from hf_hybrid.recipes.support.finetuning_data import PREDICTIONS_FILE
 
 
@@ -143,6 +144,30 @@ def test_causal_models_are_evaluated(options, causal_checkpoint, corpus):
     data = {"data": [str(corpus)], "block_length": 32, "max_validation_segments": 4}
     metrics = evaluate.main({**options, **data, "kind": "clm", "model_name_or_path": str(causal_checkpoint)})
     assert metrics["bits_per_byte"] > 0 and metrics["perplexity"] > 1
+
+
+@pytest.mark.parametrize("kind", ["clm", "mlm", "span_corruption"])
+def test_text_of_its_own_is_evaluated_whole(kind, options, checkpoint, causal_checkpoint, corpus, tokenizer, tmp_path):
+    """`validation_data` alone is enough, as for the other tasks; nothing of it is held out."""
+    folder = {"clm": causal_checkpoint, "span_corruption": checkpoint}.get(kind)
+    if folder is None:
+        folder = tmp_path / "masked"
+        config = MegaConfig(
+            vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, shared_representation_size=8, nffn_hidden_size=16
+        )  # fmt: skip
+        AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    length = "input_length" if kind == "span_corruption" else "block_length"
+    words = [kind, "--model_name_or_path", str(folder), "--validation_data", str(corpus), f"--{length}", "32", "--use_cpu"]
+    metrics = evaluate.main([*words, "--output_dir", str(tmp_path / "eval")])
+    files = list(corpus.iterdir())
+    size = sum(path.stat().st_size for path in files)
+    assert metrics["eval_loss"] > 0
+    assert metrics["corpus"].startswith(f"evaluated on {len(files):,} documents, {size:,} bytes")
+    with pytest.raises(ValueError, match="`data` is required"):
+        evaluate.main({**options, "kind": kind, "model_name_or_path": str(folder), length: 32})
+    with pytest.raises(ValueError, match="`data` is required"):
+        training_recipe(kind).train({**options, "tokenizer": str(folder), "validation_data": [str(corpus)]})
 
 
 def test_bad_evaluation_options(options, checkpoint):

@@ -41,6 +41,8 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> dict[str, Any
             sys.stdout.write(__doc__ or "")
             raise SystemExit(0)
         kind, options = (words[0] if words else None), words[1:]
+        if args is None and words:
+            sys.argv = [f"{sys.argv[0]} {kind}", *options]  # messages of the parser name the help of the task
     return training_recipe(kind).evaluate(options, __doc__)
 
 

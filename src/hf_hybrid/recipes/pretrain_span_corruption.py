@@ -42,7 +42,7 @@ from .support.pretraining_data import (
     SHUFFLE_WINDOW,
     PretrainingDataArguments,
     TokenSplit,
-    check_length_of_run,
+    check_run,
     limited,
     load_text,
     sharded,
@@ -76,7 +76,7 @@ def build(
         ValueError: an option, the data, the tokenizer or the checkpoint cannot be used.
     """
     if not evaluate_only:
-        check_length_of_run(data_args, training_args)
+        check_run(data_args, training_args)
     tokenizer = load_tokenizer(
         model_args.tokenizer or model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
     )

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 DocumentsOf = Callable[[list[dict[str, str]]], list[str]]
 
 SHUFFLE_WINDOW = 512  # segments of a stream that are shuffled together
+_DATA_IS_REQUIRED = "`data` is required: files, folders, or names of Hub data sets."
 HELD_OUT_CHARACTERS = 2_000_000  # maximum held out of a single long document
 
 
@@ -72,6 +73,13 @@ class TextArguments:
 class PretrainingDataArguments(TextArguments):
     """Text to train on."""
 
+    data: list[str] = field(  # type: ignore[assignment]  # None is replaced by an empty list
+        default=None,
+        metadata={
+            "help": "Files, folders or Hub data sets, separated by spaces or commas, read one after another. Training also takes folders "
+            "written by `hf-hybrid tokenize`. Required, except to evaluate `validation_data`."
+        },
+    )
     max_validation_segments: int = field(default=512, metadata={"help": "Evaluate on at most this many segments."})
     held_out_documents: int = field(
         default=200,
@@ -141,13 +149,17 @@ def load_text(
     With `evaluate_only` there is no training text. Folders of tokens are opened, not read.
 
     Raises:
-        ValueError: a source cannot be read, or contains no text; or tokens are those of another tokenizer, or stand beside text.
+        ValueError: a source cannot be read, or contains no text; or tokens are those of another tokenizer, or stand beside text; or there
+            is no source.
     """
-    if are_tokens(arguments.data, "data"):
+    given = arguments.validation_data or []
+    if not arguments.data and not (evaluate_only and given):
+        raise ValueError(_DATA_IS_REQUIRED)
+    if are_tokens(arguments.data, "data") or (not arguments.data and are_tokens(given, "validation_data")):
         return _open_tokens(arguments, tokenizer, evaluate_only, documents_of)
-    if are_tokens(arguments.validation_data or [], "validation_data"):
+    if are_tokens(given, "validation_data"):
         raise ValueError("`validation_data` is a folder of tokens, but `data` is text; tokenize both, or neither.")
-    if arguments.streaming:
+    if arguments.streaming and arguments.data:
         stream, first = _load_stream(arguments, documents_of)
         return PretrainingText(None if evaluate_only else stream, tokenize([first], tokenizer, "validation text"))
     train, held_out = load_documents(arguments, documents_of)
@@ -155,12 +167,14 @@ def load_text(
     return PretrainingText(None if evaluate_only else tokenize(train, tokenizer, "training text"), validation)
 
 
-def check_length_of_run(arguments: PretrainingDataArguments, training_args: HybridTrainingArguments) -> None:
-    """Checks that a run on a stream, which has no known length, has an end.
+def check_run(arguments: PretrainingDataArguments, training_args: HybridTrainingArguments) -> None:
+    """Checks that a run has something to train on, and, on a stream, which has no known length, an end.
 
     Raises:
-        ValueError: streaming with neither `max_steps` nor `max_minutes`.
+        ValueError: no `data`, or streaming with neither `max_steps` nor `max_minutes`.
     """
+    if not arguments.data:
+        raise ValueError(_DATA_IS_REQUIRED)
     if arguments.streaming and arguments.stream_shards is None and training_args.dataloader_num_workers > 1:
         logger.info("One worker reads the stream; with `stream_shards` every worker reads shards of its own.")
     if not arguments.streaming or training_args.max_steps > 0:
