@@ -65,7 +65,8 @@ def test_models_of_the_examples_can_be_built() -> None:
         for line in text.splitlines():
             words = shlex.split(line) if "--config_overrides" in line else []
             if words:
-                arch = words[words.index("--arch") + 1] if "--arch" in words else "spade_lm" if "clm" in words else "spade"
+                by_default = "spade_lm" if "pretrain_clm" in words[2] or "clm" in words else "spade"
+                arch = words[words.index("--arch") + 1] if "--arch" in words else by_default
                 overrides = parse_overrides(words[words.index("--config_overrides") + 1])
                 AutoConfig.for_model(arch, **overrides)
                 built += 1

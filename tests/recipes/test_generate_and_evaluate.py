@@ -158,8 +158,8 @@ def test_text_of_its_own_is_evaluated_whole(kind, options, checkpoint, causal_ch
         AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     length = "input_length" if kind == "span_corruption" else "block_length"
-    words = [kind, "--model_name_or_path", str(folder), "--validation_data", str(corpus), f"--{length}", "32", "--use_cpu"]
-    metrics = evaluate.main([*words, "--output_dir", str(tmp_path / "eval")])
+    words = [kind, "--model_name_or_path", str(folder), "--validation_data", str(corpus), f"--{length}", "32"]
+    metrics = evaluate.main([*words, "--use_cpu", "--output_dir", str(tmp_path / "eval")])
     files = list(corpus.iterdir())
     size = sum(path.stat().st_size for path in files)
     assert metrics["eval_loss"] > 0

@@ -73,8 +73,8 @@ class TextArguments:
 class PretrainingDataArguments(TextArguments):
     """Text to train on."""
 
-    data: list[str] = field(  # type: ignore[assignment]  # None is replaced by an empty list
-        default=None,
+    data: list[str] = field(
+        default=None,  # type: ignore[arg-type]  # replaced by an empty list
         metadata={
             "help": "Files, folders or Hub data sets, separated by spaces or commas, read one after another. Training also takes folders "
             "written by `hf-hybrid tokenize`. Required, except to evaluate `validation_data`."
