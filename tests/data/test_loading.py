@@ -61,7 +61,10 @@ def test_splits_of_a_folder(tmp_path):
     (tmp_path / "README.md").write_text("about")
     assert [row["text"] for row in load_text_source(tmp_path, "train")] == ["t1", "t0"]
     assert [row["text"] for row in load_text_source(tmp_path, "validation")] == ["v"]
-    with pytest.raises(ValueError, match="no files of the split 'test'; found splits: train, validation"):
+    with pytest.raises(
+        ValueError,
+        match=r"no files of the split 'test'; found splits: train, validation. Call them `test.\*`, or pass files",
+    ):
         load_text_source(tmp_path, "test")
 
 

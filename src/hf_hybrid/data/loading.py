@@ -116,7 +116,8 @@ def _files_of_split(folder: AnyPath, content: Iterable[AnyPath], split: str) -> 
     if not chosen:
         found = sorted({name for path in files if (name := split_of(path))})
         raise MissingSplitError(
-            f"The folder {folder} has no files of the split {split!r}; found splits: {', '.join(found) or 'none'}."
+            f"The folder {folder} has no files of the split {split!r}; found splits: {', '.join(found) or 'none'}. "
+            f"Call them `{split}.*`, or pass files in place of the folder."
         )
     by_format: dict[str, list[AnyPath]] = {}
     for path in chosen:
