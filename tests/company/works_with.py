@@ -168,7 +168,7 @@ NOTES = (
     "  tokens unless `max_length` is given.",
     "- **`transformers serve`**: `python -c 'import hf_hybrid; from transformers.cli.transformers import app; app()' serve`, or of an export",
     "  `transformers serve --trust-remote-code`. Completions and streams; conversations (and `transformers chat`) where the tokenizer has a chat",
-    "  template: `pretrain_clm --conversations true` trains with one and saves it. After plain text there is none, and the server's log says so.",
+    "  template: `pretrain clm --conversations true` trains with one and saves it. After plain text there is none, and the server's log says so.",
 )
 
 
