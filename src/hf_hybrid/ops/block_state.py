@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from .blocked_attention import blocked_attention
 from .in_place import is_changeable
 from .local_attention import cached_local_attention, chunk_attention, local_attention
+from .sdpa import dot_product_attention
 from .sdpa_blocks import Blocks
 
 Start = int | torch.Tensor
@@ -279,7 +280,7 @@ def step_attention(
         index = bias.shape[1] - 1 - view.distance
         scores = bias.to(query.dtype)[:, index].transpose(0, 1).unsqueeze(2)  # (B, n, 1, W)
     mask = torch.where(visible, scores, torch.finfo(query.dtype).min / 2)
-    return F.scaled_dot_product_attention(query, key_ring, value_ring, attn_mask=mask, scale=scale)
+    return dot_product_attention(query, key_ring, value_ring, attn_mask=mask, scale=scale)
 
 
 def context_attention(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .autocast import without_autocast
-from .branches import uses_cpu_form
+from .branches import takes_plain_form, uses_cpu_form
 from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
 from .products import split_bmm, wide_bmm
@@ -69,6 +69,8 @@ def activate(scores: torch.Tensor, activation: str) -> torch.Tensor:
         return torch.softmax(scores, dim=-1)
     if activation == "relu2":
         return torch.relu(scores).square()
+    if takes_plain_form():  # the second derivative at minus infinity is 0, not NaN
+        scores = scores.clamp(min=-1e4)
     return 0.5 * (1 + torch.erf((scores - LAPLACE_MEAN) / (LAPLACE_STD * math.sqrt(2))))
 
 
@@ -91,7 +93,7 @@ def attend(scores: Scores, value: torch.Tensor, dropout_p: float) -> torch.Tenso
     query, key, bias = scores[:3]
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, bias))
     single = query.shape[1] == 1 and not trains and dropout_p == 0  # a decoding step
-    if single or torch.compiler.is_exporting():
+    if single or torch.compiler.is_exporting() or takes_plain_form():
         weights = F.dropout(score_weights(scores), dropout_p)
         return (weights @ value.to(weights.dtype)).to(value.dtype)
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .branches import applied
+
 
 class _Transposed(torch.autograd.Function):
     """Contiguous transpose of a matrix; its gradient is contiguous too."""
@@ -24,16 +26,16 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return _Transposed.apply(grads[0])
+        return applied(_Transposed, grads[0])
 
 
 def to_signals(states: torch.Tensor) -> torch.Tensor:
     """(B, L, D) -> (B, D, L), stored with the features outermost."""
     batch, length, features = states.shape
-    return _Transposed.apply(states.reshape(-1, features)).view(features, batch, length).transpose(0, 1)
+    return applied(_Transposed, states.reshape(-1, features)).view(features, batch, length).transpose(0, 1)
 
 
 def to_states(signals: torch.Tensor) -> torch.Tensor:
     """(B, D, L) -> (B, L, D), contiguous."""
     batch, features, length = signals.shape
-    return _Transposed.apply(signals.transpose(0, 1).reshape(features, -1)).view(batch, length, features)
+    return applied(_Transposed, signals.transpose(0, 1).reshape(features, -1)).view(batch, length, features)

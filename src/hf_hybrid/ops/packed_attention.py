@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .autocast import without_autocast
-from .branches import uses_cpu_form
+from .branches import takes_plain_form, uses_cpu_form
 from .dropout_masks import dropout_factors
 from .export_shapes import count_blocks
 from .gated_scores import ACCELERATOR_PAIRS_AT_A_TIME, LAPLACE_MEAN, LAPLACE_STD, activate
@@ -70,7 +70,7 @@ def packed_attention(stream: Stream, dropout_p: float = 0.0, longest: int | None
         dropout_p: probability of dropping a weight.
         longest: a number that no row's tokens exceed, by which accelerators, which do not read the rows, limit the reach.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or takes_plain_form():
         return packed_attention_static(stream, dropout_p)
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     window = -1 if stream.window is None else stream.window

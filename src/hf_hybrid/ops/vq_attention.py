@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from .autocast import outside_autocast
+from .branches import takes_plain_form
 from .code_memory import CodeMemory, join_token, remember_token
 from .relative_position import toeplitz_bias
 from .sequence_group import SequenceGroup
@@ -75,7 +76,7 @@ def vq_attention(
     if group is not None:
         return _composed_attention(*arguments, chunk_size, causal, far_key_gradient, group)
     keeps_gradient = torch.is_grad_enabled() and memory is not None and memory.code_value_mean.requires_grad
-    if not (torch.compiler.is_exporting() or keeps_gradient):
+    if not (torch.compiler.is_exporting() or takes_plain_form() or keeps_gradient):
         return vq_scores_attention(*arguments, chunk_size, causal, far_key_gradient)
     return _composed_attention(*arguments, chunk_size, causal, far_key_gradient)
 

@@ -38,6 +38,7 @@ from ...ops.flex_local import Pattern, flex_local_attention
 from ...ops.local_attention import cached_local_attention
 from ...ops.relative_position import window_buckets
 from ...ops.rms_norm import unit_length
+from ...ops.sdpa import dot_product_attention
 from ...ops.sequence_group import SequenceGroup
 from ..call_cache import layer_state
 from .bst_cache import BlockStateLayer
@@ -419,7 +420,7 @@ class BstContext(_HeadScores):
             cache_layer.context_keys, cache_layer.context_values = (
                 torch.where(begins, first.squeeze(2), kept) for first, kept in pairs
             )
-        read = F.scaled_dot_product_attention(  # (5)
+        read = dot_product_attention(  # (5)
             query, cache_layer.context_keys, cache_layer.context_values, scale=self.scale
         )
         is_end = step.is_block_end

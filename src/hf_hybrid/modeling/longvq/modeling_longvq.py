@@ -18,6 +18,7 @@ from ...configuration.configuration_longvq import LongVQConfig
 from ...layers.ema import MultiDimensionalDampedEma
 from ...layers.kept_results import FreezableModel
 from ...layers.value_embedding import ValueEmbedding
+from ...ops.branches import takes_plain_form
 from ..argument_types import checks_types
 from ..cache import StateCache
 from ..call_cache import cache_of_call, check_cache, count_tokens
@@ -154,7 +155,7 @@ class LongVQModel(RunsInStages, ReadsPieces, LongVQPreTrainedModel):
         """Raises ValueError for a cache of a model with other settings or, unless traced, other codebooks."""
         check_cache(cache, CodeMemoryLayer, len(self.layers), self._cache_layout())
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not is_traced:
+        if not (is_traced or takes_plain_form()):
             versions: dict[Any, Any] = {layer.layer_idx: layer.mixer.quantizer.version() for layer in self.own_layers}
             check_codebooks(cache, [versions.get(index) for index in range(len(self.layers))])
 

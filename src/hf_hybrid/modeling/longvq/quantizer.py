@@ -19,6 +19,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from ...layers.full_precision import KeepsFullPrecision
+from ...ops.branches import takes_plain_form, transforms
 from ...ops.codebook import (
     Codebook,
     CodeStatistics,
@@ -170,8 +171,13 @@ class VectorQuantizer(KeepsFullPrecision):
         commitment = total_error / (number * words.shape[0] * words.shape[2])
         used = perplexity(total_counts)
         if self.training and not self.frozen:
+            if "Vmap" in transforms():
+                raise RuntimeError(
+                    "The codebooks of LongVQ learn from whole batches, which `torch.func.vmap` takes apart: set "
+                    "`config.freeze_codebook=True` when the model is made, or call `model.eval()`."
+                )
             self._store(keys.detach(), codes, error.detach(), mask, counts, slot)
-        if not torch.compiler.is_exporting():
+        if not (torch.compiler.is_exporting() or takes_plain_form()):
             self._last = (used.detach(), error.detach().sum() / square.sum().clamp(min=1e-12))
         return Quantized(codes, words, commitment, used)
 
