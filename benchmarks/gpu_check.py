@@ -308,8 +308,9 @@ def lines_of(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        for line in process.stdout or ():
-            lines.put(line)
+        with suppress(ValueError):  # it is closed when the process is ended
+            for line in process.stdout or ():
+                lines.put(line)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()

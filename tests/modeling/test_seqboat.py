@@ -409,7 +409,7 @@ class TestActivations:
             model = CAUSAL.model(dead_layer_loss_weight=weight, dead_layer_min_rate=0.1).train()
             with torch.no_grad():
                 for layer in model.model.layers:
-                    layer.unit.router.bias.copy_(torch.tensor([2.0, -2.0]))
+                    layer.unit.router.bias.copy_(torch.tensor([3.0, -3.0]))
             optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
             ids = random_ids(2, 20)
             for _ in range(40):

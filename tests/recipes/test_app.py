@@ -104,7 +104,8 @@ def test_the_text_comes_as_it_is_written(encoder_decoder: OpenCheckpoint) -> Non
     assert states[-1] == encoder_decoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_a_causal_model_continues(language_model: OpenCheckpoint) -> None:
+def test_a_causal_model_continues(language_model: OpenCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_model.model.generation_config, "eos_token_id", None)  # no text ends before the limit
     *before, last = write(language_model, "w5 w6 w7", Decoding(6))
     assert len(before) > 2  # a state for every word
     assert last[0] == ("w5 w6 w7", False) and len(last[1][0].split()) <= 6 and last[1][1]

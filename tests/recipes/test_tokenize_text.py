@@ -59,7 +59,9 @@ def test_a_run_on_tokens_is_that_on_the_text(pretraining, tokens, tmp_path):
         "use_cpu": True,
     }
     found = evaluate.main({**options, "max_validation_segments": 6, "output_dir": str(tmp_path / "evaluated")})
-    assert found["eval_loss"] == pytest.approx(on_text["eval_loss"], abs=1e-6)
+    assert found["eval_loss"] == pytest.approx(
+        on_text["eval_loss"], rel=1e-6
+    )  # other batches, whose means are rounded
 
 
 @pytest.mark.parametrize(
