@@ -18,9 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .branches import can_read_values
 
-SCORES_AT_A_TIME = (
-    1 << 28
-)  # 1 GB in float32, recomputed in the backward pass, where every band is evaluated for every token
+# 1 GB in float32, recomputed in the backward pass, where every band is evaluated for every token.
+SCORES_AT_A_TIME = 1 << 28
 
 
 class BandTable(nn.Embedding):
@@ -178,8 +177,7 @@ class AdaptiveSoftmax(nn.Module):
             return self._negative_log_likelihood(hidden_states, targets, bands)
 
         def loss_of(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            scores = self._log_probabilities(states, bands)
-            return F.nll_loss(scores, ids, ignore_index=-100, reduction="sum")
+            return self._negative_log_likelihood_in_fixed_shapes(states, ids, bands)
 
         size = max(1, SCORES_AT_A_TIME // bands.limits[-1])
         if torch.compiler.is_compiling() or len(targets) <= size:
@@ -211,3 +209,22 @@ class AdaptiveSoftmax(nn.Module):
             tail = self._tail(hidden_states[rows], bands, band)
             loss = loss - tail.gather(-1, (targets[rows] - low).unsqueeze(-1)).sum()
         return loss - head.gather(-1, slots.unsqueeze(-1)).sum()
+
+    def _negative_log_likelihood_in_fixed_shapes(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, bands: TiedBands
+    ) -> torch.Tensor:
+        head = self._head(hidden_states, bands)
+        first = bands.limits[1]
+        slots, losses = targets, []
+        for band in range(1, len(bands.limits) - 1):
+            low, high = bands.limits[band], bands.limits[band + 1]
+            is_in_band = (targets >= low) & (targets < high)
+            slots = slots.masked_fill(is_in_band, first + band - 1)
+            tail = self._tail(hidden_states, bands, band)
+            losses.append(_sum_of_losses(tail, torch.where(is_in_band, targets - low, -100)))
+        return sum(losses, _sum_of_losses(head, slots))
+
+
+def _sum_of_losses(log_probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(T, C) log-probabilities and (T,) ids, -100 for none, to the sum of -log p."""
+    return F.nll_loss(log_probabilities, ids, ignore_index=-100, reduction="sum")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .branches import can_read_values
-from .second_derivatives import gradients_with_graph
+from .branches import can_read_values, is_batched, takes_plain_form
+from .second_derivatives import gradients_with_graph, gradients_without_graph
 
 IGNORED = -100
 ELEMENTS_AT_A_TIME = 1 << 18  # of the logits; intermediate results stay in cache
@@ -40,6 +40,7 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoo
         IndexError, RuntimeError: a target is neither a class nor `IGNORED`.
     """
     is_plain = type(logits) is torch.Tensor and can_read_values(logits) and label_smoothing == 0
+    is_plain = is_plain and not takes_plain_form()
     if is_plain and logits.numel() >= FEWEST_ELEMENTS:
         return _SummedCrossEntropy.apply(logits, targets)[0]
     return _plain_form(logits, targets, label_smoothing)
@@ -71,8 +72,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         logits, targets, normalizers = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return gradients_with_graph(partial(_plain_form, targets=targets), (logits,), (True,), grads[0])[0], None
+        if torch.is_grad_enabled() or takes_plain_form() or is_batched(grads[0]):
+            form = gradients_with_graph if torch.is_grad_enabled() else gradients_without_graph
+            return form(partial(_plain_form, targets=targets), (logits,), (True,), grads[0])[0], None
         columns, is_ignored = _columns(targets)
         factors = (~is_ignored).to(normalizers.dtype).mul_(grads[0])
         gradient = torch.empty_like(logits)

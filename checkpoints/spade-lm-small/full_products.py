@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .autocast import without_autocast
-from .branches import uses_cpu_form
+from .branches import takes_plain_form, uses_cpu_form
 
 
 @contextmanager
@@ -68,7 +68,7 @@ _full_bmm.register_autograd(_backward, setup_context=_save_for_backward)
 def full_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right` in float32 or better: matrices, or batches (..., M, K) and (..., K, N) of the same leading shape."""
     is_plain = uses_cpu_form(left) or left.dtype != torch.float32 or left.is_meta
-    if is_plain or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_plain or torch.compiler.is_exporting() or torch.jit.is_tracing() or takes_plain_form():
         return left @ right
     if left.dim() == 2:
         return _full_bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)

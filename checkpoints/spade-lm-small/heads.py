@@ -378,6 +378,11 @@ class GenericForLastTokenClassification(GenericClassifier):
 class GenericForSequenceClassification(GenericClassifier):
     """Classification or regression of a text, of a sequence of real numbers, or (`config.dual_encoder`) of a pair of texts."""
 
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        if self.config.input_type == "values":
+            self.main_input_name: str = "input_values"  # what `Trainer` counts and gives to metrics
+
     @checks_types
     @can_return_tuple
     def forward(

@@ -22,6 +22,7 @@ from .blocked_attention import blocked_attention
 from .branches import uses_cpu_form
 from .export_shapes import count_blocks, is_open
 from .pieces import PAIRS_AT_A_TIME
+from .sdpa import dot_product_attention
 from .sdpa_blocks import Blocks
 
 ACCELERATOR_PAIRS_PER_BLOCK = 1 << 24  # of one head, in the mask that all blocks of a chunk share
@@ -319,11 +320,11 @@ def _one_query(query, key, value, left, bias, key_mask, segments, scale) -> torc
         visible = own if visible is None else visible & own
     with without_autocast(query.device):
         if visible is None:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            return dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         seen = visible[:, None, None]
         shown, hidden = query.new_zeros(()), query.new_full((), torch.finfo(query.dtype).min / 2)
         mask = torch.where(seen, shown if mask is None else mask, hidden)
-        outputs = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        outputs = dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         return outputs.masked_fill(~seen.any(-1, keepdim=True), 0)
 
 

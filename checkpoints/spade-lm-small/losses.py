@@ -188,6 +188,28 @@ def mean_over_labels(
     return total / (number.to(total.device).clamp(min=1) if isinstance(number, torch.Tensor) else max(number, 1))
 
 
+def weight_of_part(
+    labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, device: torch.device
+) -> torch.Tensor | float:
+    """Factor of a term of the loss that is a mean over inputs: the share of the labels of the whole batch that this part of it has.
+
+    A loss that is divided by the labels of all micro-batches and processes is one part of the total. With this factor the weight
+    of the term does not depend on how a batch is divided. (A share of tokens would be wrong where few have labels, as in
+    masked language modelling.)
+
+    Args:
+        labels: at the positions that predict them, -100 is ignored; needed with `num_items_in_batch`.
+        num_items_in_batch: labels that count in the whole batch; None: this is all of it.
+        device: of the loss.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    if labels is None:
+        raise ValueError("`num_items_in_batch` needs `labels`, whose share of it weighs the auxiliary loss.")
+    whole = torch.as_tensor(num_items_in_batch, device=device).clamp(min=1)
+    return ((labels != -100).sum().to(device) / whole).clamp(max=1)
+
+
 def sum_over_labels(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Sum of the cross-entropy of (..., V) logits over the labels (...) that are not -100, in float32 or better."""
     targets = labels.to(logits.device).reshape(-1).long()

@@ -52,8 +52,7 @@ def check_loss_elsewhere(model: nn.Module, weight: str, num_items_in_batch: torc
     Raises:
         ValueError: `Trainer` computes the loss (label smoothing, `compute_loss_func`). Others are warned once.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling or not model.training or not torch.is_grad_enabled() or not getattr(model.config, weight):
+    if not model.training or not torch.is_grad_enabled() or not getattr(model.config, weight):
         return
     message = (
         f"{type(model).__name__} is trained without labels, so its loss is computed elsewhere and lacks the auxiliary term that "
@@ -61,7 +60,8 @@ def check_loss_elsewhere(model: nn.Module, weight: str, num_items_in_batch: torc
     )
     if num_items_in_batch is not None:
         raise ValueError(message)
-    logger.warning_once(message)
+    if not torch.compiler.is_compiling():  # a warning cannot be traced
+        logger.warning_once(message)
 
 
 __all__ = ["FusedHeadGuard", "check_loss_elsewhere"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .branches import uses_cpu_form
-from .second_derivatives import gradients_with_graph
+from .branches import is_batched, takes_plain_form, uses_cpu_form
+from .second_derivatives import gradients_with_graph, gradients_without_graph
 
 # Per tensor: results of a few such pieces stay in cache, and no step of a function allocates fresh memory. SiLU,
 # dropout and gating of (1, L, 1024) in float32, forward and backward, one thread: 272 ms whole, 85 ms in pieces at L
@@ -21,7 +21,7 @@ ELEMENTS_AT_A_TIME = 1 << 18
 def _pieces(tensors: Sequence[torch.Tensor]) -> list[slice] | None:
     """Slices of the rows of tensors of one shape on CPU, or None where they are better taken whole."""
     first = tensors[0]
-    if not uses_cpu_form(first) or first.dim() < 2 or first.numel() <= ELEMENTS_AT_A_TIME:
+    if not uses_cpu_form(first) or takes_plain_form() or first.dim() < 2 or first.numel() <= ELEMENTS_AT_A_TIME:
         return None
     if any(tensor.shape != first.shape for tensor in tensors):
         return None
@@ -31,9 +31,7 @@ def _pieces(tensors: Sequence[torch.Tensor]) -> list[slice] | None:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*tensors)
+    def forward(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
         pieces = _pieces(tensors)
         if pieces is None:
             return function(*tensors)
@@ -46,36 +44,28 @@ class _Recomputed(torch.autograd.Function):
         return output.view(tensors[0].shape)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.function = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needed, tensors = ctx.needs_input_grad[1:], ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, *gradients_with_graph(ctx.function, tensors, needed, gradient)
-        pieces = _pieces(tensors)
+        pieces = None if is_batched(gradient) else _pieces(tensors)
         if pieces is None:
-            found = _gradients(ctx.function, tensors, needed, gradient)
+            found = gradients_without_graph(ctx.function, tensors, needed, gradient)
             return None, *found
         rows = [tensor.flatten(0, -2) for tensor in tensors]
         outputs = [torch.empty(row.shape, dtype=row.dtype) if need else None for row, need in zip(rows, needed)]
         gradient = gradient.flatten(0, -2)
         for piece in pieces:
-            found = _gradients(ctx.function, [row[piece] for row in rows], needed, gradient[piece])
+            found = gradients_without_graph(ctx.function, [row[piece] for row in rows], needed, gradient[piece])
             for output, result in zip(outputs, found):
                 if output is not None:
                     output[piece] = result
         return None, *(None if output is None else output.view(tensors[0].shape) for output in outputs)
-
-
-def _gradients(
-    function: Callable[..., torch.Tensor],
-    tensors: Sequence[torch.Tensor],
-    needed: Sequence[bool],
-    gradient: torch.Tensor,
-) -> list[torch.Tensor | None]:
-    tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed)]
-    with torch.enable_grad():
-        output = function(*tensors)
-    found = iter(torch.autograd.grad(output, [tensor for tensor in tensors if tensor.requires_grad], gradient))
-    return [next(found) if need else None for need in needed]
 
 
 def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -90,6 +80,7 @@ def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) ->
         tensors: inputs that can be broadcast to the shape of the first (on CPU); those of integer or boolean type get no
             gradient.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_traced or takes_plain_form() or not torch.is_grad_enabled():
         return function(*tensors)
     return _Recomputed.apply(function, *tensors)

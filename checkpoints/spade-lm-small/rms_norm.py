@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .branches import uses_cpu_form
-from .second_derivatives import gradients_with_graph
+from .branches import is_batched, takes_plain_form, uses_cpu_form
+from .second_derivatives import gradients_with_graph, gradients_without_graph
 
 ELEMENTS_AT_A_TIME = 1 << 18  # of the inputs; intermediate results stay in cache
 
@@ -38,7 +38,9 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     if on_cpu and inputs.dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32:
         # Under autocast. torch would compute the same, but warn that it has no kernel for two dtypes.
         return rms_norm(inputs.float(), weight, eps).to(inputs.dtype)
-    is_eager = not torch.compiler.is_compiling()  # asked before the size: a graph that compared sizes would fix them
+    is_eager = (
+        not torch.compiler.is_compiling() and not takes_plain_form()
+    )  # asked before the size: a graph that compared sizes would fix them
     if wide and on_cpu and is_eager and (torch.is_grad_enabled() or inputs.numel() >= FEWEST_ELEMENTS):
         return _RmsNorm.apply(inputs, weight, eps)[0]
     return F.rms_norm(inputs, weight.shape, weight, eps)
@@ -86,12 +88,13 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states, weight, factors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or takes_plain_form() or is_batched(grads[0]):
 
             def normalize(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
                 return F.rms_norm(states, weight.shape, weight, ctx.eps)
 
-            return *gradients_with_graph(normalize, (states, weight), ctx.needs_input_grad[:2], grads[0]), None
+            form = gradients_with_graph if torch.is_grad_enabled() else gradients_without_graph
+            return *form(normalize, (states, weight), ctx.needs_input_grad[:2], grads[0]), None
         width = states.shape[-1]
         rows, gradients = states.reshape(-1, width), grads[0].reshape(-1, width)
         states_gradient, weight_gradient = torch.empty_like(rows), torch.zeros_like(weight)

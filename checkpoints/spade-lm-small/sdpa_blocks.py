@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .autocast import without_autocast
 from .recompute import recomputed
 from .relative_position import toeplitz_bias
+from .sdpa import dot_product_attention
 
 _FEATURES = 8  # by which heads are widened to hide keys; fused kernels want multiples of 8
 
@@ -75,7 +76,7 @@ def masked_attention(query, key, value, blocks, bias, key_mask, segments, scale,
     visible = inside & ~hidden_slots(key, key_mask, blocks, num_blocks).unsqueeze(2)  # (B, T, b, w)
     if segments is not None:
         visible = visible & (segments[0].unsqueeze(-1) == slots(segments[1], 1, blocks, num_blocks).unsqueeze(-2))
-    outputs = F.scaled_dot_product_attention(
+    outputs = dot_product_attention(
         query.transpose(1, 2).flatten(0, 1),
         keys.transpose(1, 2).flatten(0, 1),
         values.transpose(1, 2).flatten(0, 1),

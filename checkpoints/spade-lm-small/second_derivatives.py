@@ -34,6 +34,20 @@ def gradients_with_graph(
     return [next(found) if need else None for need in needed]
 
 
+def gradients_without_graph(
+    function: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    needed: Sequence[bool],
+    gradient: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """As `gradients_with_graph`, for a backward pass that is not differentiated."""
+    tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed)]
+    with torch.enable_grad():
+        output = function(*tensors)
+    found = iter(torch.autograd.grad(output, [tensor for tensor in tensors if tensor.requires_grad], gradient))
+    return [next(found) if need else None for need in needed]
+
+
 def refuse_second_derivatives(backward_operator: Any, name: str) -> None:
     """Lets the gradients that an operator computes raise NotImplementedError when they are differentiated.
 

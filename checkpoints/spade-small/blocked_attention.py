@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .autocast import without_autocast
-from .branches import uses_cpu_form
+from .branches import takes_plain_form, uses_cpu_form
 from .dropout_masks import dropout_factors
 from .pieces import PAIRS_AT_A_TIME, even_slices
 from .relative_position import toeplitz_bias, toeplitz_bias_gradient
@@ -63,7 +63,7 @@ def blocked_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     inputs = (query, key, value) if bias is None else (query, key, value, bias)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    exporting = torch.compiler.is_exporting()
+    exporting = torch.compiler.is_exporting() or takes_plain_form()
     # A decoding step: one call takes half the time.
     single = not exporting and query.shape[2] == 1 and not trains and dropout_p == 0
     if not (uses_cpu_form(query) or exporting or single):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .branches import uses_cpu_form
+from .branches import applied, takes_plain_form, uses_cpu_form
 from .diagonal_ssm import (
     DiagonalSystem,
     complex_multiply,
@@ -43,7 +43,8 @@ class _GroupRecurrence(torch.autograd.Function):
         if is_complex:
             signal, factor = torch.view_as_complex(signal), torch.view_as_complex(factor)
         signal = signal.permute(2, 0, 1, 3).contiguous()  # (G, D, B, N)
-        form = _step_by_step if uses_cpu_form(drive) and not torch.compiler.is_compiling() else _by_doubling
+        steps = uses_cpu_form(drive) and not torch.compiler.is_compiling() and not takes_plain_form()
+        form = _step_by_step if steps else _by_doubling
         states = form(signal, factor, reverse)
         states = states.permute(1, 2, 0, 3).contiguous()
         return torch.view_as_real(states) if is_complex else states
@@ -57,11 +58,11 @@ class _GroupRecurrence(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         decay, states = ctx.saved_tensors
         if not ctx.is_complex:
-            grad_drive = _GroupRecurrence.apply(grads[0].contiguous(), decay, False, not ctx.reverse)
+            grad_drive = applied(_GroupRecurrence, grads[0].contiguous(), decay, False, not ctx.reverse)
             return grad_drive, (states * grad_drive).sum((1, 2)), None, None
         # the adjoint is the same recurrence with conj(q), run the other way
         conjugate = torch.stack([decay[..., 0], -decay[..., 1]], dim=-1)
-        grad_drive = _GroupRecurrence.apply(grads[0].contiguous(), conjugate, True, not ctx.reverse)
+        grad_drive = applied(_GroupRecurrence, grads[0].contiguous(), conjugate, True, not ctx.reverse)
         product = torch.view_as_complex(states).conj() * torch.view_as_complex(grad_drive)
         return grad_drive, torch.view_as_real(product.sum((1, 2))), None, None
 
@@ -232,8 +233,8 @@ def diagonal_scan(
         """States (D, B, G, 2N) met by each group, from the weight (D, 2N, C) a token has in the state it leaves."""
         drive = (tokens @ arrival.mT).unflatten(1, (batch, groups))
         if not is_complex:
-            return _GroupRecurrence.apply(drive, decay, False, reverse)
-        return _GroupRecurrence.apply(drive.unflatten(-1, (-1, 2)), decay, True, reverse).flatten(3)
+            return applied(_GroupRecurrence, drive, decay, False, reverse)
+        return applied(_GroupRecurrence, drive.unflatten(-1, (-1, 2)), decay, True, reverse).flatten(3)
 
     powers, decay, responses = _group_responses(system, size)
     arrival = _interleave(*_map_pair(powers, lambda part: part[..., :size].flip(-1)))
@@ -245,7 +246,7 @@ def diagonal_scan(
     if backward is not None:
         future_powers, future_decay, future = _group_responses(backward, size)
         future_taps = future[0][..., :size].sum(1)
-    outputs = tokens @ _Toeplitz.apply(taps, future_taps).flatten(2)  # (D, B G, S C)
+    outputs = tokens @ applied(_Toeplitz, taps, future_taps).flatten(2)  # (D, B G, S C)
     later = _interleave(*_map_pair(responses, lambda part: part[..., 1:]))
     outputs = torch.baddbmm(outputs, before.flatten(1, 2), later.flatten(2))
     if backward is not None:
@@ -253,7 +254,7 @@ def diagonal_scan(
         departure = _interleave(*_map_pair(future_powers, lambda part: part[..., :size]))
         after = states_of(departure, future_decay, reverse=True)
         outputs = torch.baddbmm(outputs, after.flatten(1, 2), earlier.flatten(2))
-    outputs = _ContiguousGradient.apply(outputs)
+    outputs = applied(_ContiguousGradient, outputs)
     outputs = outputs.view(channels, batch, groups, -1, size).permute(1, 3, 0, 2, 4).flatten(3)[..., :length]
     if system.output_real.dim() == 2:
         outputs = outputs.squeeze(1)
@@ -304,9 +305,9 @@ def diagonal_block_states(
     )  # one group more: the recurrence gives the states before groups
     step = pack_state(*_map_pair(powers, lambda part: part[..., size]))
     if is_complex:
-        states = _GroupRecurrence.apply(drive.unflatten(-1, (-1, 2)), step, True, False)
+        states = applied(_GroupRecurrence, drive.unflatten(-1, (-1, 2)), step, True, False)
     else:
-        states = _GroupRecurrence.apply(drive, step, False, False)
+        states = applied(_GroupRecurrence, drive, step, False, False)
     states = states[:, :, per_block::per_block].permute(1, 2, 0, *range(3, states.dim()))  # (B, K, D, N[, 2])
     states = pack_state(*complex_multiply(*unpack_state(states, is_complex), system.input_real, system.input_imag))
     if entering is None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .branches import applied
 from .export_shapes import count_blocks, is_open
 from .full_products import full_matmul
 
@@ -173,7 +174,7 @@ def decay_powers(
     """Powers q^(offset + stride * i), i = 0..count-1, as a pair of (D, N, count) in `dtype` (default: of log_decay)."""
     dtype = log_decay_real.dtype if dtype is None else dtype
     if log_decay_imag is not None:
-        return _ComplexPowers.apply(log_decay_real, log_decay_imag, stride, count, offset, dtype)
+        return applied(_ComplexPowers, log_decay_real, log_decay_imag, stride, count, offset, dtype)
     index = _exponents(stride, count, offset, log_decay_real)
     return torch.exp((log_decay_real.unsqueeze(-1) * index).to(dtype)), None
 
@@ -198,7 +199,7 @@ def _two_levels(
         return inner, decay_powers(*decays, stride=size, count=groups, dtype=dtype)
     # Both at once, as powers of q and of q^C, of which there are no more: a power of two times a logarithm is exact.
     both = (torch.stack([part, part * size]) for part in (log_decay_real, log_decay_imag))
-    real, imag = _ComplexPowers.apply(*both, 1, size, 0, dtype)
+    real, imag = applied(_ComplexPowers, *both, 1, size, 0, dtype)
     (inner_real, outer_real), (inner_imag, outer_imag) = real.unbind(), imag.unbind()
     return (inner_real, inner_imag), (outer_real[..., :groups], outer_imag[..., :groups])
 

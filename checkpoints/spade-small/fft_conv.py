@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .branches import applied
 from .diagonal_ssm import complex_multiply
 from .export_shapes import is_open
 
@@ -49,7 +50,7 @@ def fast_fft_length(n: int) -> int:
 def _circular_convolution(inputs: torch.Tensor, kernel: torch.Tensor, n_fft: int) -> torch.Tensor:
     """Circular convolution of size `n_fft` of two zero-padded real signals, cut to the length of `inputs`."""
     if not torch.compiler.is_exporting():
-        return _CircularConvolution.apply(inputs, kernel, n_fft)
+        return applied(_CircularConvolution, inputs, kernel, n_fft)
     # For graph formats, which know the transform of real numbers, but not all of complex products and of inverse transforms.
     # Some runtimes are imprecise at lengths that are not a power of two (onnxruntime: 2e-3 at 2,018 samples), hence float64.
     signal = _real_transform(inputs.double(), n_fft)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .branches import is_transformed, takes_plain_form
+
 # Results of one generation, by layer and name, with the tensors they were computed from.
 KeptResults = dict[Any, tuple[Any, Any, list[torch.Tensor]]]
 
@@ -61,6 +63,8 @@ def kept_result(kept: KeptResults, owner: nn.Module, name: str, tensors: list[An
 
 def _key_of(tensors: list[Any], is_training: bool) -> tuple[Any, ...] | None:
     """Identity and version of every tensor, or None when results must not be kept."""
+    if takes_plain_form():  # the tensors may be those of one call alone
+        return None
     if any(tensor.requires_grad for tensor in tensors) and (is_training or torch.is_grad_enabled()):
         return None
     if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta or t.is_inference() for t in tensors):
@@ -101,7 +105,10 @@ class KeepsResults(nn.Module):
         return [*self._parameters.values(), *self._buffers.values()]
 
     def _tracks_gradients(self) -> bool:
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._own_tensors())
+        tensors = self._own_tensors()
+        if any(isinstance(tensor, torch.Tensor) and is_transformed(tensor) for tensor in tensors):
+            return True
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def _constants(self) -> dict[str, Callable[[], Any]]:
         """The results of `_cached` that no input changes, by name; layers that have some add theirs."""
@@ -127,7 +134,7 @@ class KeepsResults(nn.Module):
         if self._tracks_gradients():
             raise RuntimeError(
                 "The model is frozen (`with model.frozen():`), but gradients are tracked: what its layers compute from their "
-                "weights is a constant there and has no gradient. Run it under `torch.no_grad()`, or outside the context."
+                "weights is a constant there and has no gradient, nor other values in `torch.func`. Run it under `torch.no_grad()`, or outside the context."
             )
         if name not in self._frozen:
             if torch.compiler.is_compiling():

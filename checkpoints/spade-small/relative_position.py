@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .branches import uses_cpu_form, widest_float
+from .branches import transforms, uses_cpu_form, widest_float
 from .diagonal_ssm import decay_powers, two_level_split
 from .export_shapes import is_open
 from .full_products import full_matmul
@@ -121,7 +121,7 @@ def window_buckets(
 
 def _can_keep(device: torch.device) -> bool:
     """Whether a tensor made now serves later calls too: not that of a traced graph, nor one without contents."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or device.type == "meta":
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or device.type == "meta" or transforms():
         return False
     return type(torch.empty(0, device=device)) is torch.Tensor  # `FakeTensorMode` makes others
 

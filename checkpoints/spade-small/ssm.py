@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .autocast import without_autocast
-from .branches import uses_cpu_form, widest_float
+from .branches import takes_plain_form, uses_cpu_form, widest_float, without_transforms
 from .diagonal_scan import diagonal_scan
 from .diagonal_ssm import (
     DiagonalSystem,
@@ -209,6 +209,8 @@ class StateSpaceLayer(KeepsFullPrecision, KeepsResults):
         """Value of the `kernel_length` buffer as a Python number, read again when the buffer has changed."""
         if torch.compiler.is_compiling():
             return _read_length(self, self._loads)
+        if takes_plain_form():
+            return _length_of_all(self.kernel_length)
         buffer = self.kernel_length
         version = (id(buffer), buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version, self._loads)
         if self._length_read is None or self._length_read[0] != version:
@@ -472,6 +474,17 @@ def _read_length(layer: StateSpaceLayer, loads: int) -> int:
     The compiler runs this once and treats the result as a constant; a change of `loads` makes it read again.
     """
     return layer._initial_kernel_length if layer.kernel_length.is_meta else int(layer.kernel_length)
+
+
+def _length_of_all(kernel_length: torch.Tensor) -> int:
+    """`kernel_length` as a number, in a transform of `torch.func` that may have stacked those of several models."""
+    lengths = set(without_transforms(kernel_length).flatten().tolist())
+    if len(lengths) > 1:
+        raise ValueError(
+            f"The state spaces of models that run at once (`torch.func.vmap`) must be truncated alike; got the `kernel_length` "
+            f"{sorted(lengths)}. Run these models one after another."
+        )
+    return int(lengths.pop())
 
 
 class _PlainInit:
