@@ -109,7 +109,7 @@ def load_tokenizer(name_or_path: str | None, **kwargs: Any) -> PreTrainedTokeniz
         return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`tokenizer` {name_or_path!r} cannot be loaded: {_looked_up(name_or_path)}{error}"
+            f"`tokenizer` (where it is not given, `model_name_or_path`) {name_or_path!r} cannot be loaded: {_looked_up(name_or_path)}{error}"
         ) from error
 
 
