@@ -162,11 +162,11 @@ HEADS = [
 
 ORDERS = [
     "import hf_hybrid",
-    "from hf_hybrid.modeling.spade.modeling_spade import SpadeModel",
     # a module of Transformers that imports the Auto classes while it is itself being imported
     "import hf_hybrid; from transformers.models.t5.modeling_t5 import T5Model",
 ]
 FURTHER_ORDERS = [
+    "from hf_hybrid.modeling.spade.modeling_spade import SpadeModel",
     "from transformers import AutoModel, AutoConfig; import hf_hybrid",
     "from transformers import AutoConfig; import hf_hybrid, importlib; importlib.reload(hf_hybrid)",
     "from hf_hybrid.pipelines import Seq2SeqSummarizationPipeline",

@@ -121,7 +121,7 @@ def test_compiled_evaluation_follows_changed_weights(case: Case) -> None:
     assert (first - second).abs().max() > 1e-3
 
 
-@parametrize(GENERATIVE, kept=GENERATIVE)
+@parametrize(GENERATIVE, kept=[CAUSAL[0], MEGA[5], SEQBOAT[0], BST[0]])
 def test_compiled_forward_makes_a_cache(case: Case) -> None:
     """As any call without labels does; the text goes on from it."""
     torch._dynamo.reset()

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("mode", ["plain", "accelerate", "transformers"])
+@pytest.mark.parametrize(
+    "mode", ["transformers", *(pytest.param(mode, marks=pytest.mark.wide) for mode in ("plain", "accelerate"))]
+)
 def test_sharded_models(mode: str, tmp_path: Path) -> None:
     """Float32: loss and gradients of the model in one piece. Bfloat16: kernels of the state spaces in full precision."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])

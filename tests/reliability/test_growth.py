@@ -18,6 +18,15 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 NOISE = 16 * MEGABYTE
 CASES = [case for case in all_variants() if case.variant == "default"]
 every_architecture = pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
+some_architectures = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, id=case.model_type, marks=[] if case.model_type in ("spade", "seqboat") else [pytest.mark.wide]
+        )
+        for case in CASES
+    ],
+)
 
 
 def tensors() -> tuple[int, int]:
@@ -116,7 +125,7 @@ def check_decoding(case: Case, count: int) -> None:
     assert after[0] <= before[0] and after[1] <= before[1]
 
 
-@every_architecture
+@some_architectures
 def test_a_few_steps_tokens_and_lengths(case: Case) -> None:
     check_training(case, 15)
     check_lengths(case, 20)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import Case, all_heads, parametrize
+from factories import Case, all_heads, one_of_each_kind, parametrize
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 # Settings with an auxiliary loss that is not 0.
@@ -52,7 +52,7 @@ def one_step(model: Any, folder: Path, rows: list, parts: int) -> tuple[float, d
     return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry), gradients
 
 
-@parametrize(WITH_AUXILIARY)
+@parametrize(WITH_AUXILIARY, kept=one_of_each_kind(WITH_AUXILIARY)[:3])
 def test_accumulation_leaves_the_weight_of_an_auxiliary_loss(case: Case, tmp_path: Path) -> None:
     """Equal micro-batches, so that what is a mean over each of them has the mean of the whole batch."""
     rows = rows_of(case, 2) * 4
