@@ -48,7 +48,8 @@ def check_inputs(
             width, a mask of the wrong shape, a cache of other rows, or of rows that were padded on the right.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(f"Pass exactly one of `{prefix}input_ids` and `{prefix}inputs_embeds`.")
+        remedy = " `model.get_encoder()` gives the states of the source alone." if prefix else ""
+        raise ValueError(f"Pass exactly one of `{prefix}input_ids` and `{prefix}inputs_embeds`.{remedy}")
     inputs = input_ids if input_ids is not None else inputs_embeds
     name = f"{prefix}input_ids" if input_ids is not None else f"{prefix}inputs_embeds"
     expected_dims = 2 if input_ids is not None else 3
