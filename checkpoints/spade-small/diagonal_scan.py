@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .branches import applied, takes_plain_form, uses_cpu_form
+from .branches import applied, is_batched, takes_plain_form, uses_cpu_form
 from .diagonal_ssm import (
     DiagonalSystem,
     complex_multiply,
@@ -43,8 +43,8 @@ class _GroupRecurrence(torch.autograd.Function):
         if is_complex:
             signal, factor = torch.view_as_complex(signal), torch.view_as_complex(factor)
         signal = signal.permute(2, 0, 1, 3).contiguous()  # (G, D, B, N)
-        steps = uses_cpu_form(drive) and not torch.compiler.is_compiling() and not takes_plain_form()
-        form = _step_by_step if steps else _by_doubling
+        is_plain = torch.compiler.is_compiling() or takes_plain_form() or is_batched(drive)
+        form = _step_by_step if uses_cpu_form(drive) and not is_plain else _by_doubling
         states = form(signal, factor, reverse)
         states = states.permute(1, 2, 0, 3).contiguous()
         return torch.view_as_real(states) if is_complex else states
