@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import Case, all_variants
+from factories import Case, all_variants, parametrize
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 MEGABYTE = 2**20
@@ -18,15 +18,6 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 NOISE = 16 * MEGABYTE
 CASES = [case for case in all_variants() if case.variant == "default"]
 every_architecture = pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
-some_architectures = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, id=case.model_type, marks=[] if case.model_type in ("spade", "seqboat") else [pytest.mark.wide]
-        )
-        for case in CASES
-    ],
-)
 
 
 def tensors() -> tuple[int, int]:
@@ -125,7 +116,7 @@ def check_decoding(case: Case, count: int) -> None:
     assert after[0] <= before[0] and after[1] <= before[1]
 
 
-@some_architectures
+@parametrize(CASES, kept=[case for case in CASES if case.model_type in ("spade", "seqboat")])
 def test_a_few_steps_tokens_and_lengths(case: Case) -> None:
     check_training(case, 15)
     check_lengths(case, 20)

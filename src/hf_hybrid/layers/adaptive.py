@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, D hidden size, V vocabulary, K bands.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,14 +174,11 @@ class AdaptiveSoftmax(nn.Module):
             return self._log_probabilities(hidden_states, bands)
         if can_read_values(targets):
             return self._negative_log_likelihood(hidden_states, targets, bands)
-
-        def loss_of(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            return self._negative_log_likelihood_in_fixed_shapes(states, ids, bands)
-
         size = max(1, SCORES_AT_A_TIME // bands.limits[-1])
         if torch.compiler.is_compiling() or len(targets) <= size:
-            return loss_of(hidden_states, targets)
+            return self._negative_log_likelihood_in_fixed_shapes(hidden_states, targets, bands)
         parts = zip(hidden_states.split(size), targets.split(size))
+        loss_of = partial(self._negative_log_likelihood_in_fixed_shapes, bands=bands)
         return torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum()
 
     def _log_probabilities(self, hidden_states: torch.Tensor, bands: TiedBands) -> torch.Tensor:
